@@ -1,0 +1,47 @@
+"""The errors that a user can cause or meet, each with its exit code. Knows nothing of where they are raised."""
+
+from __future__ import annotations
+
+
+class M2liteError(Exception):
+    """One sentence on what is wrong, with the numbers, and one on what to do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, todo: str = "") -> None:
+        super().__init__(what, todo)
+        self.what = what
+        self.todo = todo
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.todo}".strip()
+
+
+class UsageError(M2liteError):
+    """The command or an option cannot be meant."""
+
+    exit_code = 2
+
+
+class ContextError(M2liteError):
+    """A prompt does not fit: it needs `needed` positions, `free` of `limit` are left."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, todo: str = "", *, needed: int = 0, free: int = 0, limit: int = 0) -> None:
+        super().__init__(what, todo)
+        self.needed = needed
+        self.free = free
+        self.limit = limit
+
+
+class BadModelError(M2liteError):
+    """A model file is damaged, foreign or lying; names the tensor or key, what was expected and what was found."""
+
+    exit_code = 4
+
+
+class ResourceError(M2liteError):
+    """Memory or disk does not suffice."""
+
+    exit_code = 5

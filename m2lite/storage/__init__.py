@@ -1,0 +1,1 @@
+"""Bytes on disk. Knows no model, no token."""

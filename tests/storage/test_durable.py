@@ -1,0 +1,257 @@
+"""Writing fails, or the process dies, at every call in turn: the old or the new content is there, never a mixture."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m2lite.errors import M2liteError, ResourceError, UsageError
+from m2lite.storage import durable
+from m2lite.storage.durable import PartFile, append_line, atomic_write
+
+OLD, NEW = b"old" * 50, b"new!" * 100
+
+
+class Dead(BaseException):
+    """The process ended here: nothing that follows reaches the disk."""
+
+
+class Faults(durable.FileOps):
+    """File operations of which number `n` fails with `error`; without one, it and all after it do. Writes are short."""
+
+    def __init__(self, n: int, error: int | None) -> None:
+        self.n, self.error, self.dies = n, error, error is None
+        self.n_calls = 0
+
+    def __getattribute__(self, name: str) -> object:
+        operation = super().__getattribute__(name)
+        if name not in vars(durable.FileOps) or name.startswith("_"):
+            return operation
+
+        def call(*arguments: object, **options: object) -> object:
+            self.n_calls += 1
+            fails = self.n_calls >= self.n if self.dies else self.n_calls == self.n
+            if fails and name == "close":
+                operation(*arguments)  # as the system does, also when a process ends
+            if fails and self.error is None:
+                raise Dead
+            if fails:
+                raise OSError(self.error, os.strerror(self.error))
+            if name in ("write", "pwrite"):
+                arguments = (arguments[0], arguments[1][:150], *arguments[2:])
+            return operation(*arguments, **options)
+
+        return call
+
+
+def until_it_succeeds(
+    monkeypatch: pytest.MonkeyPatch, job: Callable[[], None], check: Callable[[bool, bool], None], n_at_least: int
+) -> None:
+    """Run `job` with a fault at call 1, 2, ... until there are no more calls; `check(succeeded, died)` after each."""
+    for error in (errno.ENOSPC, errno.EIO, None):
+        for n in range(1, 100):
+            faults = Faults(n, error)
+            monkeypatch.setattr(durable, "fsops", faults)
+            try:
+                job()
+                succeeded = True
+            except Dead:
+                succeeded = False
+                assert error is None
+            except M2liteError as caught:
+                succeeded = False
+                assert isinstance(caught, ResourceError) == (error == errno.ENOSPC)
+                assert os.strerror(error or 0) in str(caught)
+            check(succeeded, error is None)
+            if faults.n_calls < n:
+                assert succeeded and n > n_at_least
+                break
+        else:
+            raise AssertionError("never succeeded")
+
+
+def test_atomic_write_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+
+    def job() -> None:
+        path.write_bytes(OLD)
+        atomic_write(path, NEW)
+
+    def check(succeeded: bool, died: bool) -> None:
+        assert path.read_bytes() in ((NEW,) if succeeded else (OLD, NEW))
+        if died:
+            for left in tmp_path.glob(".file.*.tmp"):
+                left.unlink()
+        assert list(tmp_path.iterdir()) == [path]
+
+    until_it_succeeds(monkeypatch, job, check, n_at_least=9)
+
+
+def test_append_line_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    line = "x" * 200
+
+    def job() -> None:
+        path.unlink(missing_ok=True)
+        append_line(path, "one")
+        append_line(path, line)
+
+    def check(succeeded: bool, died: bool) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        whole = b"one\n" + line.encode() + b"\n"
+        if succeeded:
+            assert content == whole
+        elif died:
+            assert whole.startswith(content)
+            append_line_for_real(path, "two")  # and the file is whole again
+            assert path.read_bytes().split(b"\n")[-2:] == [b"two", b""]
+        else:
+            assert content in (b"", b"one\n", whole)
+
+    def append_line_for_real(path: Path, line: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "fsops", durable.FileOps())
+            append_line(path, line)
+
+    until_it_succeeds(monkeypatch, job, check, n_at_least=9)
+
+
+def test_part_file_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, part = tmp_path / "big", tmp_path / "big.part"
+    body = bytes(range(1, 251)) * 4
+
+    def job() -> None:
+        path.unlink(missing_ok=True)
+        with PartFile(path, len(body)) as file:
+            file.write(500, body[500:])
+            file.sync()
+            file.write(4, body[4:500])
+            file.finish(magic=body[:4])
+
+    def check(succeeded: bool, died: bool) -> None:
+        if path.exists():
+            assert path.read_bytes() == body and not part.exists()
+        else:
+            assert not succeeded
+        if died and part.exists() and part.read_bytes()[:4] == body[:4]:
+            assert part.read_bytes() == body  # the magic only ever stands before a whole body
+
+    until_it_succeeds(monkeypatch, job, check, n_at_least=14)
+
+
+def test_atomic_write_details(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250)
+    atomic_write(path, memoryview(NEW))
+    assert path.read_bytes() == NEW and path.stat().st_mode & 0o777 == 0o600
+    atomic_write(path, b"")
+    assert path.read_bytes() == b""
+    with pytest.raises(M2liteError, match="none/file: cannot be written: No such file or directory"):
+        atomic_write(tmp_path / "none" / "file", b"")
+
+
+def test_append_line_details(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    append_line(path, "größe")
+    append_line(path, b"\xff")
+    assert path.read_bytes() == "größe\n".encode() + b"\xff\n" and path.stat().st_mode & 0o777 == 0o600
+    with path.open("ab") as file:
+        file.write(b"torn")
+    append_line(path, "next")
+    assert path.read_bytes().endswith(b"\ntorn\nnext\n")
+    with pytest.raises(ValueError, match="newline"):
+        append_line(path, "a\nb")
+
+
+def test_part_file_reserves_or_refuses(tmp_path: Path) -> None:
+    with PartFile(tmp_path / "a", 1 << 20) as file:
+        assert file.part_path.stat().st_size == 1 << 20
+        file.write((1 << 20) - 1, b"x")
+        for offset, data in [((1 << 20) - 1, b"xy"), (-1, b"x"), (1 << 20, b"x")]:
+            with pytest.raises(ValueError, match="past the 1048576 bytes"):
+                file.write(offset, data)
+    assert (tmp_path / "a.part").exists() and not (tmp_path / "a").exists()
+    with pytest.raises(ResourceError, match=rf"b: no room: {1 << 60} bytes are needed, \d+ are free"):
+        PartFile(tmp_path / "b", 1 << 60)
+    assert not (tmp_path / "b.part").exists()
+    file = PartFile(tmp_path / "c", 0)
+    file.finish()
+    file.close()
+    assert (tmp_path / "c").read_bytes() == b""
+    with pytest.raises(ValueError, match="closed"):
+        file.sync()
+
+
+def test_part_file_never_replaces(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("a", "dangling"):
+        with pytest.raises(UsageError, match=f"{name}: exists already"):
+            PartFile(tmp_path / name, 10)
+    (tmp_path / "b.part").symlink_to("a")
+    with pytest.raises(M2liteError, match="cannot be written: Too many levels of symbolic links"):
+        PartFile(tmp_path / "b", 10)
+    assert (tmp_path / "a").read_bytes() == OLD
+
+
+def test_part_file_replaces_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+
+    def job() -> None:
+        path.write_bytes(OLD)
+        file = PartFile(path, len(NEW), replaces=True)
+        try:
+            file.write(0, NEW)
+            file.finish()
+        except BaseException:
+            file.discard()
+            raise
+
+    def check(succeeded: bool, died: bool) -> None:
+        assert path.read_bytes() in ((NEW,) if succeeded else (OLD, NEW))
+        assert died or list(tmp_path.iterdir()) == [path]
+
+    until_it_succeeds(monkeypatch, job, check, n_at_least=8)
+
+
+def test_part_file_starts_anew_and_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    (tmp_path / "a.part").write_bytes(b"stale" * 100)
+    with PartFile(path, 8) as file:
+        with pytest.raises(UsageError, match="another process is writing this file"):
+            PartFile(path, 8)
+        assert file.part_path.read_bytes() == bytes(8)
+        file.discard()
+        file.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_part_file_that_is_finished_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    first = PartFile(path, 4)
+    lock = fcntl.flock
+
+    def finish_first(fd: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.finish(b"done")
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    PartFile(path, 4).discard()
+    assert path.read_bytes() == b"done"
+
+
+def test_space_is_reserved_even_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "unsupported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with PartFile(tmp_path / "a", 100) as file:
+        assert file.part_path.stat().st_size == 100
+    monkeypatch.delattr(os, "posix_fallocate")
+    with PartFile(tmp_path / "b", 100) as file:
+        assert file.part_path.stat().st_size == 100
