@@ -1,0 +1,239 @@
+"""Kernels that go over rows once: norms, rotation, activation panels, embedding, sums. Sees addresses, no layer.
+
+Every row is computed by one thread in a fixed order: 16 virtual lanes and a fixed tree for sums. Addresses and strides
+are in bytes, values are float32, row lengths are multiples of 32. `part` of `n_parts` says which rows a call does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.simd import (
+    absolute,
+    call_unpack,
+    clamp_and_store_i8,
+    div,
+    fma,
+    fma_scalar,
+    i32_to_f32,
+    load_f32,
+    max_lanes,
+    maximum,
+    mul,
+    read_f32,
+    read_i32,
+    read_i64,
+    round_to_i32,
+    scale_by_power,
+    select_below,
+    splat,
+    store_f16,
+    store_f32,
+    tree_sum,
+    write_f32,
+    write_i32,
+)
+from m2lite.kernels.simd import add as add16
+
+F = np.float32
+ZERO, ONE, MINUS_ONE = F(0.0), F(1.0), F(-1.0)
+
+# exp(x) = 2**n exp(r), r = x - n ln 2, |r| <= ln 2 / 2; ln 2 in two parts; Taylor of degree 7 (relative error 1.2e-7).
+LOG2_E, MINUS_LN2_HIGH, MINUS_LN2_LOW = F(1.44269504), F(-0.693359375), F(2.12194440e-4)
+EXP_LOWEST, EXP_HIGHEST = F(-87.0), F(88.0)  # below: exactly 0; above: clamped
+C7, C6, C5, C4, C3, C2 = F(1 / 5040), F(1 / 720), F(1 / 120), F(1 / 24), F(1 / 6), F(0.5)
+
+SMALLEST_AMAX = F(1e-30)  # a block of activations below this counts as zeros
+INT8_MAX = F(127.0)
+
+
+@kernel
+def exp16(x):
+    """exp per lane; exactly 0 below EXP_LOWEST."""
+    clamped = select_below(splat(EXP_HIGHEST), x, splat(EXP_HIGHEST), maximum(x, splat(EXP_LOWEST)))
+    n = round_to_i32(mul(clamped, splat(LOG2_E)))
+    steps = i32_to_f32(n)
+    r = fma(steps, splat(MINUS_LN2_LOW), fma(steps, splat(MINUS_LN2_HIGH), clamped))
+    p = fma(splat(C7), r, splat(C6))
+    p = fma(p, r, splat(C5))
+    p = fma(p, r, splat(C4))
+    p = fma(p, r, splat(C3))
+    p = fma(p, r, splat(C2))
+    p = fma(p, r, splat(ONE))
+    p = fma(p, r, splat(ONE))
+    return select_below(x, splat(EXP_LOWEST), splat(ZERO), scale_by_power(p, n))
+
+
+@kernel
+def sigmoid16(x):
+    """1 / (1 + exp(-x)) per lane."""
+    return div(splat(ONE), add16(splat(ONE), exp16(mul(x, splat(MINUS_ONE)))))
+
+
+@kernel
+def embed_rows(unpack, w, row_bytes, n_blocks, tokens, n_rows, out, out_stride):
+    """out[t] = row tokens[t] of w as float32; tokens is int32."""
+    for t in range(n_rows):
+        call_unpack(unpack, w + read_i32(tokens + 4 * t) * row_bytes, n_blocks, out + t * out_stride)
+
+
+@kernel
+def add_rows(x, y, n_rows, n):
+    """x[t] += y[t]; both [n_rows, n], contiguous."""
+    for i in range(0, 4 * n_rows * n, 64):
+        store_f32(x + i, add16(load_f32(x + i), load_f32(y + i)))
+
+
+@kernel
+def norm_scale(x, n, eps):
+    """1 / sqrt(mean of squares + eps) of a row of n."""
+    squares = splat(ZERO)
+    for i in range(0, 4 * n, 64):
+        v = load_f32(x + i)
+        squares = fma(v, v, squares)
+    mean = tree_sum(squares) / F(n)
+    return ONE / np.sqrt(mean + eps)
+
+
+@kernel
+def rms_norm(out, x, weight, n_rows, n, eps):
+    """out[t] = x[t] / rms(x[t]) * weight; [n_rows, n], contiguous; out may be x."""
+    for t in range(n_rows):
+        row = x + 4 * n * t
+        scale = splat(norm_scale(row, n, eps))
+        for i in range(0, 4 * n, 64):
+            store_f32(out + 4 * n * t + i, mul(mul(load_f32(row + i), scale), load_f32(weight + i)))
+
+
+@kernel
+def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_dim, eps):
+    """RMS norm over the whole row of n_heads * head_dim, then rotation of the first rotary_dim of each head, in place.
+
+    angles: [position][cos of rotary_dim / 2, sin of rotary_dim / 2]; positions: int32. Pairs are (j, j + rotary_dim / 2).
+    """
+    n, half = n_heads * head_dim, rotary_dim // 2
+    for t in range(n_rows):
+        row = x + 4 * n * t
+        scale = splat(norm_scale(row, n, eps))
+        for i in range(0, 4 * n, 64):
+            store_f32(row + i, mul(mul(load_f32(row + i), scale), load_f32(weight + i)))
+        table = angles + read_i32(positions + 4 * t) * rotary_dim * 4
+        for h in range(n_heads):
+            head = row + 4 * head_dim * h
+            for j in range(half):
+                c, s = read_f32(table + 4 * j), read_f32(table + 4 * (half + j))
+                a, b = read_f32(head + 4 * j), read_f32(head + 4 * (half + j))
+                write_f32(head + 4 * j, fma_scalar(-b, s, a * c))
+                write_f32(head + 4 * (half + j), fma_scalar(a, s, b * c))
+
+
+# --- activation panels (layout in dot.py) --------------------------------------------------------------------------
+
+
+@kernel
+def group_start(t, n_rows):
+    """First row of the group of 8, 4, 2 or 1 that holds row t of a panel of n_rows."""
+    start = n_rows // 8 * 8
+    if t < start:
+        return t // 8 * 8
+    for size in (4, 2, 1):
+        if n_rows - start >= size:
+            if t < start + size:
+                return start
+            start += size
+    return start
+
+
+@kernel
+def group_size(start, n_rows):
+    """Rows of the group that begins at row `start`."""
+    left = n_rows - start
+    return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+
+
+@kernel
+def pack_row_int8(panel, step, x, n_blocks):
+    """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, -8 x sum; rounding to nearest even."""
+    for b in range(n_blocks):
+        low, high = load_f32(x + 128 * b), load_f32(x + 128 * b + 64)
+        amax = max_lanes(maximum(absolute(low), absolute(high)))
+        scale = amax / INT8_MAX
+        inverse = INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
+        at = panel + b * step
+        total = clamp_and_store_i8(at, round_to_i32(mul(low, splat(inverse))))
+        total += clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
+        write_f32(at + 32, scale)
+        write_i32(at + 36, np.int32(-8 * total))
+
+
+@kernel
+def pack_row_float(panel, step, x, n_blocks):
+    """One row into every `step` bytes of a panel: 32 float32."""
+    for b in range(n_blocks):
+        store_f32(panel + b * step, load_f32(x + 128 * b))
+        store_f32(panel + b * step + 64, load_f32(x + 128 * b + 64))
+
+
+@kernel
+def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
+    """Row t of a panel of n_rows from the float32 row at x."""
+    start = group_start(t, n_rows)
+    size = group_size(start, n_rows)
+    if is_int8:
+        pack_row_int8(panel + (start * n_blocks + t - start) * 40, size * 40, x, n_blocks)
+    else:
+        pack_row_float(panel + (start * n_blocks + t - start) * 128, size * 128, x, n_blocks)
+
+
+@kernel
+def pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
+    for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+        pack_one(panel, x + t * x_stride, t, n_rows, n_blocks, is_int8)
+
+
+@kernel(parallel=True)
+def pack_parallel(n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
+    for part in prange(n_parts):
+        pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8)
+
+
+@kernel
+def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
+    """Panels of several groups side by side: group g holds pairs starts[g]..starts[g + 1], pair p is row rows[p] of x."""
+    row_bytes = n_blocks * (40 if is_int8 else 128)
+    n_pairs = read_i32(starts + 4 * n_groups)
+    first, last = part * n_pairs // n_parts, (part + 1) * n_pairs // n_parts
+    for g in range(n_groups):
+        begin, end = read_i32(starts + 4 * g), read_i32(starts + 4 * g + 4)
+        for p in range(max(first, begin), min(last, end)):
+            row = x + read_i32(rows + 4 * p) * x_stride
+            pack_one(panel + begin * row_bytes, row, p - begin, end - begin, n_blocks, is_int8)
+
+
+@kernel(parallel=True)
+def pack_groups_parallel(n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
+    for part in prange(n_parts):
+        pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8)
+
+
+@kernel
+def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim):
+    """Write k[t], v[t] (n_kv_heads * head_dim float32) as float16 into slot slots[t] (int32) of the page at pages[t] (int64).
+
+    A page holds, for one layer, K [n_kv_heads][64][head_dim] and then V of the same shape.
+    """
+    n = n_kv_heads * head_dim
+    for t in range(n_rows):
+        page, slot = read_i64(pages + 8 * t), read_i32(slots + 4 * t)
+        for h in range(n_kv_heads):
+            to = page + (h * 64 + slot) * head_dim * 2
+            for i in range(0, head_dim, 16):
+                at = 4 * (n * t + h * head_dim + i)
+                store_f16(to + 2 * i, load_f32(k + at))
+                store_f16(to + 2 * i + 64 * 2 * n, load_f32(v + at))
+
+
+pack = Split(pack_part, pack_parallel)
+pack_groups = Split(pack_groups_part, pack_groups_parallel)

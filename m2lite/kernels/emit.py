@@ -1,0 +1,256 @@
+"""LLVM IR that kernels are made of, as functions of a builder. Sees 16-lane vectors and bytes; no Numba type, no format.
+
+Vectors always have 16 lanes: LLVM splits them into the registers that the machine has. Only `dot4` differs between
+machines; its form is picked from the features that Numba compiles for.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core import config as numba_config
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F32 = ir.FloatType()
+LANES = 16
+V_F32 = ir.VectorType(F32, LANES)
+V_I32 = ir.VectorType(I32, LANES)
+V_I16 = ir.VectorType(I16, LANES)
+
+
+# --- the form of dot4 -------------------------------------------------------------------------------------------
+
+FORMS = ("avx512vnni", "avxvnni", "avx2", "neondot", "portable")
+
+
+def host_features() -> frozenset[str]:
+    """The features that Numba compiles for: an intrinsic outside them would abort the process."""
+    if numba_config.CPU_FEATURES is not None:
+        text = numba_config.CPU_FEATURES
+    elif numba_config.CPU_NAME is not None and numba_config.CPU_NAME != "host":
+        text = _features_of(numba_config.CPU_NAME)
+    else:
+        text = llvm.get_host_cpu_features().flatten()
+    return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
+
+
+_NAMED = {  # what a processor name implies, as far as the forms ask; used when a test names a processor
+    "nehalem": "",
+    "haswell": "+avx2,+fma,+f16c",
+    "alderlake": "+avx2,+fma,+f16c,+avxvnni",
+    "icelake-server": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512vnni",
+}
+
+
+def _features_of(cpu: str) -> str:
+    return _NAMED.get(cpu, "")
+
+
+def choose_form(features: frozenset[str]) -> str:
+    """The widest form of `dot4` that the target features allow."""
+    if {"avx512f", "avx512bw", "avx512vnni"} <= features:
+        return "avx512vnni"
+    if "avx2" in features and ("avxvnni" in features or {"avx512vnni", "avx512vl"} <= features):
+        return "avxvnni"
+    if "avx2" in features:
+        return "avx2"
+    return "neondot" if "dotprod" in features else "portable"
+
+
+FEATURES = host_features()
+FORM = choose_form(FEATURES)
+HAS_F16C = "f16c" in FEATURES or "fullfp16" in FEATURES
+
+
+def const(value: int, n: int = LANES, bits: ir.Type = I32) -> ir.Constant:
+    return ir.Constant(ir.VectorType(bits, n), [value] * n)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value, n: int = LANES) -> ir.Value:
+    vector = ir.VectorType(scalar.type, n)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, n), [0] * n))
+
+
+def halves(builder: ir.IRBuilder, v: ir.Value) -> list[ir.Value]:
+    undefined = ir.Constant(v.type, ir.Undefined)
+    n = v.type.count // 2
+    index = ir.VectorType(I32, n)
+    return [builder.shuffle_vector(v, undefined, ir.Constant(index, list(range(h * n, h * n + n)))) for h in (0, 1)]
+
+
+def joined(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    n = low.type.count * 2
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
+
+
+def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.Value]) -> ir.Value:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def _dot4_vpdpbusd(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    v = ir.VectorType(I8, 64)
+    args = [acc, builder.bitcast(u, v), builder.bitcast(splat(builder, s), v)]
+    return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", V_I32, args)
+
+
+def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    v, half = ir.VectorType(I8, 32), ir.VectorType(I32, 8)
+    signed = builder.bitcast(splat(builder, s, 8), v)
+    parts = zip(halves(builder, acc), halves(builder, u), strict=True)
+    name = "llvm.x86.avx512.vpdpbusd.256"
+    low, high = (call_llvm(builder, name, half, [a, builder.bitcast(w, v), signed]) for a, w in parts)
+    return joined(builder, low, high)
+
+
+def _dot4_avx2(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    """maddubs adds two products in int16: 2 x 15 x 127 fits, 2 x 255 x 127 does not, so 8-bit weights go as 4 + 4 bits."""
+    if bits == 8:
+        low = builder.and_(u, const(0x0F0F0F0F))
+        high = builder.and_(builder.lshr(u, const(4)), const(0x0F0F0F0F))
+        sixteen = _dot4_avx2(builder, const(0), high, s, 4)
+        return _dot4_avx2(builder, builder.add(acc, builder.shl(sixteen, const(4))), low, s, 4)
+    bytes_, words, half = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+    signed = builder.bitcast(splat(builder, s, 8), bytes_)
+    sums = []
+    for w in halves(builder, u):
+        pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [builder.bitcast(w, bytes_), signed])
+        sums.append(call_llvm(builder, "llvm.x86.avx2.pmadd.wd", half, [pairs, const(1, 16, I16)]))
+    return builder.add(acc, joined(builder, *sums))
+
+
+def _dot4_neon(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    """sdot is signed x signed: the top bit of an 8-bit weight goes through a second sdot."""
+    if bits == 8:
+        top = builder.and_(builder.lshr(u, const(7)), const(0x01010101))
+        high = builder.shl(_dot4_neon(builder, const(0), top, s, 7), const(7))
+        return _dot4_neon(builder, builder.add(acc, high), builder.and_(u, const(0x7F7F7F7F)), s, 7)
+    v, quarter = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
+    signed = builder.bitcast(splat(builder, s, 4), v)
+    accs = [q for h in halves(builder, acc) for q in halves(builder, h)]
+    weights = [q for h in halves(builder, u) for q in halves(builder, h)]
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    out = [
+        call_llvm(builder, name, quarter, [a, builder.bitcast(w, v), signed])
+        for a, w in zip(accs, weights, strict=True)
+    ]
+    return joined(builder, joined(builder, out[0], out[1]), joined(builder, out[2], out[3]))
+
+
+def _dot4_portable(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    for byte in range(4):
+        weight = builder.and_(builder.lshr(u, const(8 * byte)), const(0xFF))
+        signed = builder.ashr(builder.shl(s, I32(24 - 8 * byte)), I32(24))
+        acc = builder.add(acc, builder.mul(weight, splat(builder, signed)))
+    return acc
+
+
+_DOT4 = {
+    "avx512vnni": _dot4_vpdpbusd,
+    "avxvnni": _dot4_vpdpbusd_256,
+    "avx2": _dot4_avx2,
+    "neondot": _dot4_neon,
+    "portable": _dot4_portable,
+}
+
+
+def dot4(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
+    """acc[i] + sum of 4 (unsigned byte of u[i]) x (signed byte of s), exact; `bits` bounds the unsigned bytes."""
+    return _DOT4[FORM](builder, acc, u, s, bits)
+
+
+# --- building blocks for intrinsics -----------------------------------------------------------------------------
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
+    where = builder.add(address, I64(offset)) if offset else address
+    return builder.load(builder.inttoptr(where, kind.as_pointer()), align=1)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def fma_values(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return call_llvm(builder, "llvm.fma.v16f32", V_F32, [a, b, c])
+
+
+def half_to_f32(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
+    """16 float16 bit patterns -> float32, exact. Without hardware: shift the exponent and multiply by 2**112."""
+    if HAS_F16C:
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), V_F32)
+    wide = builder.zext(half, V_I32)
+    magnitude = builder.shl(builder.and_(wide, const(0x7FFF)), const(13))
+    scaled = builder.fmul(builder.bitcast(magnitude, V_F32), ir.Constant(V_F32, [2.0**112] * LANES))
+    special = builder.icmp_unsigned(">=", magnitude, const(0x7C00 << 13))
+    bits = builder.select(special, builder.or_(magnitude, const(0x7F800000)), builder.bitcast(scaled, V_I32))
+    sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
+    return builder.bitcast(builder.or_(bits, sign), V_F32)
+
+
+def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
+    while v.type.count > 1:
+        low, high = halves(builder, v)
+        v = builder.fadd(low, high)
+    return builder.extract_element(v, I32(0))
+
+
+def gather_u16(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value) -> ir.Value:
+    """The two bytes at `address` of each of 16 rows."""
+    out = ir.Constant(V_I16, ir.Undefined)
+    for row in range(LANES):
+        where = builder.add(address, builder.mul(stride, I64(row)))
+        out = builder.insert_element(out, load(builder, where, I16), I32(row))
+    return out
+
+
+def load_tile(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, offset: int) -> list[ir.Value]:
+    """16 bytes at `address + offset` of each of 16 rows -> 4 vectors; lane i of vector d holds bytes 4d..4d+3 of row i."""
+    quad = ir.VectorType(I32, 4)
+    groups = []
+    for g in range(4):
+        rows = [builder.add(address, builder.mul(stride, I64(g + 4 * lane))) for lane in range(4)]
+        a, b, c, d = (load(builder, r, quad, offset) for r in rows)
+        groups.append(joined(builder, joined(builder, a, b), joined(builder, c, d)))
+
+    def shuffle(x: ir.Value, y: ir.Value, pattern: tuple[int, int, int, int]) -> ir.Value:
+        mask = [4 * lane + (p if p < 4 else p - 4 + LANES) for lane in range(4) for p in pattern]
+        return builder.shuffle_vector(x, y, ir.Constant(V_I32, mask))
+
+    low = [shuffle(groups[0], groups[1], (0, 4, 1, 5)), shuffle(groups[0], groups[1], (2, 6, 3, 7))]
+    high = [shuffle(groups[2], groups[3], (0, 4, 1, 5)), shuffle(groups[2], groups[3], (2, 6, 3, 7))]
+    out = []
+    for pair in (0, 1):
+        out.append(shuffle(low[pair], high[pair], (0, 1, 4, 5)))
+        out.append(shuffle(low[pair], high[pair], (2, 3, 6, 7)))
+    return out
+
+
+def pack_of(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    pack = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        pack = builder.insert_value(pack, value, i)
+    return pack
+
+
+def f32_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """float32 -> float16 bits by integer arithmetic where there is no instruction; same results, subnormals included."""
+    if HAS_F16C:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), V_I16)
+    bits = builder.bitcast(value, V_I32)
+    sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
+    size = builder.and_(bits, const(0x7FFFFFFF))
+    # Normal: add half of the last kept bit less one, plus that bit (ties to even), then re-bias the exponent.
+    odd = builder.and_(builder.lshr(size, const(13)), const(1))
+    rounded = builder.add(builder.add(size, const(0x0FFF)), odd)
+    normal = builder.lshr(builder.sub(rounded, const(112 << 23)), const(13))
+    # Below 2**-14: adding 0.5 aligns the bits so that the float adder rounds at 2**-24.
+    aligned = builder.fadd(builder.bitcast(size, V_F32), ir.Constant(V_F32, [0.5] * LANES))
+    small = builder.sub(builder.bitcast(aligned, V_I32), const(0x3F000000))
+    half = builder.select(builder.icmp_unsigned("<", size, const(113 << 23)), small, normal)
+    half = builder.select(builder.icmp_unsigned(">=", rounded, const(143 << 23)), const(0x7C00), half)
+    is_nan = builder.icmp_unsigned(">", size, const(0x7F800000))
+    half = builder.select(is_nan, const(0x7E00), half)
+    return builder.trunc(builder.or_(half, sign), V_I16)

@@ -1,0 +1,26 @@
+"""The compiled kernels under the names that model/forward.py calls. reference.py has the same names in plain NumPy."""
+
+from m2lite.kernels.attention import attend
+from m2lite.kernels.dot import tile_address, unpack_address
+from m2lite.kernels.elementwise import add_rows, append_kv, embed_rows, norm_rope, pack, pack_groups, rms_norm
+from m2lite.kernels.matmul import matmul
+from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
+
+__all__ = [
+    "add_rows",
+    "append_kv",
+    "attend",
+    "combine",
+    "embed_rows",
+    "experts_down",
+    "experts_up",
+    "group_pairs",
+    "matmul",
+    "norm_rope",
+    "pack",
+    "pack_groups",
+    "rms_norm",
+    "route",
+    "tile_address",
+    "unpack_address",
+]

@@ -1,0 +1,175 @@
+"""The one spelling of Numba's options, the kernel cache and the threading layer. Knows no kernel and no model.
+
+Import this module before Numba: it decides where Numba keeps compiled code and which threading layer it may use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+os.environ.setdefault("KMP_BLOCKTIME", "1")
+# Spinning pays within one token (regions follow each other in microseconds) and must end soon after: other programs run here too.
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import numba
+from numba.core import config as numba_config
+
+_SOURCES = ("jit.py", "simd.py", "emit.py", "dot.py", "matmul.py", "attention.py", "elementwise.py", "router.py")
+_KEPT_CACHES = 4
+
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": False,
+    "boundscheck": False,
+    "cache": True,
+}
+
+
+def _source_hash() -> str:
+    """Numba's disk cache sees neither edits in other files nor its own flags: all of that names the directory."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = Path(__file__).with_name(name)
+        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and "CACHE" not in k}
+    digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), numba.__version__, sys.version)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _owned_private(path: Path) -> bool:
+    """Numba's cache holds pickles: only a directory that nobody else can write is used."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError:
+        return False
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+    return ours and os.access(path, os.W_OK)
+
+
+def _choose_cache() -> Path:
+    root = Path(os.environ.get("M2LITE_CACHE_DIR") or platformdirs.user_cache_dir("m2lite")) / "kernels"
+    if _owned_private(root):
+        path = root / _source_hash()
+        if _owned_private(path):
+            old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+            for stale in old[:-_KEPT_CACHES]:
+                _remove_cache(stale)
+            return path
+    return Path(tempfile.mkdtemp(prefix="m2lite-kernels-"))
+
+
+def _remove_cache(path: Path) -> None:
+    for file in sorted(path.rglob("*"), reverse=True):
+        try:
+            file.rmdir() if file.is_dir() else file.unlink()
+        except OSError:
+            return
+    path.rmdir()
+
+
+CACHE_DIR = _choose_cache()
+numba_config.CACHE_DIR = str(CACHE_DIR)
+
+
+def _choose_layer() -> str:
+    """omp where the system has libgomp (it is not in Numba's wheel), tbb where installed, workqueue otherwise."""
+    if sys.platform.startswith("linux"):
+        try:
+            ctypes.CDLL("libgomp.so.1")
+        except OSError:
+            pass
+        else:
+            return "omp"
+    if importlib.util.find_spec("tbb") is not None:
+        return "tbb"
+    return "workqueue"
+
+
+LAYER = os.environ.get("NUMBA_THREADING_LAYER") or _choose_layer()
+numba_config.THREADING_LAYER = LAYER
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_compile(callback: Callable[[], None]) -> None:
+    """Call `callback` once, before the first kernel that has to be compiled because the cache does not hold it."""
+    _listeners.append(callback)
+
+
+def _announce_compile(dispatcher: Any) -> None:
+    if _listeners and not any(CACHE_DIR.rglob(f"*{dispatcher.__name__}*.nbi")):
+        for callback in _listeners:
+            callback()
+        _listeners.clear()
+
+
+def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
+    """Compile with the project's options. `parallel` only for kernels that stream weights or many rows."""
+
+    def wrap(f: Callable[..., Any]) -> Any:
+        return numba.njit(parallel=parallel, **OPTIONS)(f)
+
+    return wrap if function is None else wrap(function)
+
+
+def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+    """A copy of `template` under another name that sees `names` as globals.
+
+    A closure would do the same, but Numba's disk cache keys closures by a pickle of their cells, which holds ids that
+    differ in every process: it would never hit.
+    """
+    function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
+    function.__qualname__ = name
+    return function
+
+
+def address_of(function: Callable[..., Any], signature: Any) -> int:
+    """Compile `function` for `signature` and return its machine address, to be called with `simd.call`."""
+    options = {k: v for k, v in OPTIONS.items() if k not in ("cache", "nogil")}
+    return int(numba.cfunc(signature, cache=True, **options)(function).address)
+
+
+SMALL = 400_000  # multiply-adds below which a parallel region costs more than it saves
+_n_threads = 1
+
+
+class Split:
+    """A kernel in two compiled forms: one call for all parts, or a parallel region with a part per thread."""
+
+    def __init__(self, part: Any, parallel: Any) -> None:
+        self.part, self.parallel = part, parallel
+
+    def __call__(self, work: int, *args: Any) -> Any:
+        """Run on all threads when `work` (multiply-adds or the like) is worth a region; the result is the same."""
+        if work < SMALL or _n_threads == 1:
+            return self.part(0, 1, *args)
+        return self.parallel(_n_threads, *args)
+
+
+def n_threads() -> int:
+    """Threads that a parallel region uses."""
+    return _n_threads
+
+
+def start(n_threads: int | None = None) -> str:
+    """Set the number of threads that parallel kernels use and return the name of the threading layer."""
+    global _n_threads
+    _n_threads = min(n_threads or numba_config.NUMBA_NUM_THREADS, numba_config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(_n_threads)
+    return LAYER

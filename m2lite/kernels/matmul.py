@@ -1,0 +1,36 @@
+"""Matrix products over tiles of 16 weight rows. Sees addresses and strides; formats come in as tile addresses."""
+
+from __future__ import annotations
+
+from numba import prange
+
+from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.simd import call_tile
+
+
+@kernel
+def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride):
+    """Tile i of a matrix of n_out rows: the last one moves back to end at n_out; fewer than 16 rows go one by one."""
+    if n_out >= 16:
+        r = min(i * 16, n_out - 16)
+        call_tile(tile, w + r * stride, stride, 16, n_blocks, x, n_x, out + 4 * r, out_stride)
+    else:
+        for r in range(n_out):
+            call_tile(tile, w + r * stride, 0, 1, n_blocks, x, n_x, out + 4 * r, out_stride)
+
+
+@kernel
+def matmul_part(part, n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
+    n_tiles = (n_out + 15) // 16
+    for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
+        tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride)
+
+
+@kernel(parallel=True)
+def matmul_parallel(n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
+    """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
+    for part in prange(n_parts):
+        matmul_part(part, n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x)
+
+
+matmul = Split(matmul_part, matmul_parallel)

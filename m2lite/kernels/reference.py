@@ -1,0 +1,371 @@
+"""Every kernel again in plain NumPy, slow and obvious: the specification, the order of every sum, the debugging path.
+
+Same names and arguments as fast.py; addresses are turned into arrays first. `fma32` multiplies and adds in float64 and
+rounds once to float32: the product of two float32 is exact there, so it differs from a true fma only where the sum is
+rounded twice, about once in 10**9. M2LITE_KERNELS=reference runs the whole model on this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.kernels import elementwise as constants
+from m2lite.storage import blocks
+
+F = np.float32
+F32 = npt.NDArray[np.float32]
+PAGE = 64
+STEP_BYTES = {"int8": 40, "float32": 128}
+
+
+def array_at(address: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The memory at `address` as an array, without a copy."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).reshape(shape)
+
+
+def strided_at(address: int, n_rows: int, stride: int, n: int) -> F32:
+    """float32 [n_rows, n] whose rows are `stride` bytes apart."""
+    flat = array_at(address, np.uint8, ((n_rows - 1) * stride + 4 * n,))
+    return np.lib.stride_tricks.as_strided(flat.view(np.float32), (n_rows, n), (stride, 4))
+
+
+def fma32(a: Any, b: Any, c: Any) -> F32:
+    """a * b + c in float32, rounded once."""
+    return np.asarray(np.asarray(a, np.float64) * b + c).astype(F)
+
+
+def lanes_dot(a: F32, b: F32) -> F32:
+    """Sum of products over the last axis: 16 virtual lanes, then the fixed tree."""
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    a, b = np.broadcast_to(a, shape), np.broadcast_to(b, shape)
+    acc = np.zeros((*shape[:-1], 16), F)
+    for i in range(0, shape[-1], 16):
+        acc = fma32(a[..., i : i + 16], b[..., i : i + 16], acc)
+    return tree(acc)
+
+
+def tree(v: F32) -> F32:
+    """Sum of 16 lanes: i with i + 8, then i + 4, i + 2, i + 1."""
+    while v.shape[-1] > 1:
+        half = v.shape[-1] // 2
+        v = v[..., :half] + v[..., half:]
+    return v[..., 0]
+
+
+def exp32(x: F32) -> F32:
+    """The polynomial of elementwise.exp16."""
+    c = constants
+    clamped = np.where(x > c.EXP_HIGHEST, c.EXP_HIGHEST, np.where(x > c.EXP_LOWEST, x, c.EXP_LOWEST)).astype(F)
+    n = np.rint(clamped * c.LOG2_E).astype(F)
+    r = fma32(n, c.MINUS_LN2_LOW, fma32(n, c.MINUS_LN2_HIGH, clamped))
+    p = fma32(c.C7, r, c.C6)
+    for coefficient in (c.C5, c.C4, c.C3, c.C2, c.ONE, c.ONE):
+        p = fma32(p, r, coefficient)
+    out = (p * np.exp2(n)).astype(F)
+    return np.where(x < c.EXP_LOWEST, F(0), out)
+
+
+def sigmoid32(x: F32) -> F32:
+    return F(1) / (F(1) + exp32(-x))
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+_KEYS = [(name, kind) for name in blocks.FORMATS for kind in STEP_BYTES]
+
+
+def tile_address(name: str, kind: str) -> int:
+    """Not an address here: a key that says which format and kind of activations a matrix product uses."""
+    return _KEYS.index((name, kind))
+
+
+def unpack_address(name: str) -> int:
+    return _KEYS.index((name, "float32"))
+
+
+def weight_rows(
+    key: int, w: int, stride: int, n_rows: int, n_blocks: int
+) -> tuple[blocks.BlockFormat, npt.NDArray[np.uint8]]:
+    fmt = blocks.FORMATS[_KEYS[key][0]]
+    n_bytes = n_blocks * 32 // fmt.n_weights * fmt.n_bytes
+    flat = array_at(w, np.uint8, ((n_rows - 1) * stride + n_bytes,))
+    return fmt, np.lib.stride_tricks.as_strided(flat, (n_rows, n_bytes), (stride, 1))
+
+
+def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
+    fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
+    return fmt.unpack(raw.reshape(n_rows, -1, fmt.n_bytes)).reshape(n_rows, n_blocks * 32).astype(F)
+
+
+def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32]:
+    """Signed integer weights [rows, blocks, 32] and scales [rows, blocks] of an integer format."""
+    fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
+    parts = raw.reshape(n_rows, n_blocks, fmt.n_bytes)
+    scales = parts[..., :2].copy().view(np.float16)[..., 0].astype(F)
+    if fmt.name == "Q8_0":
+        return parts[..., 2:].copy().view(np.int8).astype(np.int32), scales
+    nibbles = np.concatenate([parts[..., 2:] & 15, parts[..., 2:] >> 4], axis=-1)
+    return nibbles.astype(np.int32) - 8, scales
+
+
+# --- activation panels ---------------------------------------------------------------------------------------------
+
+
+def groups_of(n_rows: int) -> list[tuple[int, int]]:
+    """(first row, size) of the groups of 8, 4, 2, 1 of a panel."""
+    out, start = [], 0
+    while start < n_rows:
+        size = next(g for g in (8, 4, 2, 1) if g <= n_rows - start)
+        out.append((start, size))
+        start += size
+    return out
+
+
+def read_panel(kind: str, panel: int, n_rows: int, n_blocks: int) -> npt.NDArray[np.uint8]:
+    """The bytes of a panel as [row, block, bytes]."""
+    step = STEP_BYTES[kind]
+    raw = array_at(panel, np.uint8, (n_rows * n_blocks * step,))
+    rows = np.empty((n_rows, n_blocks, step), np.uint8)
+    for start, size in groups_of(n_rows):
+        group = raw[start * n_blocks * step :][: size * n_blocks * step].reshape(n_blocks, size, step)
+        rows[start : start + size] = group.transpose(1, 0, 2)
+    return rows
+
+
+def write_panel(kind: str, panel: int, rows: npt.NDArray[np.uint8]) -> None:
+    n_rows, n_blocks, step = rows.shape
+    raw = array_at(panel, np.uint8, (n_rows * n_blocks * step,))
+    for start, size in groups_of(n_rows):
+        group = raw[start * n_blocks * step :][: size * n_blocks * step].reshape(n_blocks, size, step)
+        group[:] = rows[start : start + size].transpose(1, 0, 2)
+
+
+def panel_rows(x: F32, kind: str) -> npt.NDArray[np.uint8]:
+    """float32 [rows, n] -> panel bytes [row, block, bytes]."""
+    parts = np.ascontiguousarray(x).reshape(x.shape[0], -1, 32)
+    if kind == "float32":
+        return parts.view(np.uint8).reshape(*parts.shape[:2], 128)
+    amax = np.abs(parts).max(axis=-1)
+    scale = amax / F(127)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(amax > constants.SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
+    q = np.clip(np.rint(parts * inverse[..., None]), -127, 127).astype(np.int8)
+    sums = (-8 * q.sum(axis=-1, dtype=np.int32))[..., None].astype(np.int32)
+    return np.concatenate([q.view(np.uint8), scale[..., None].view(np.uint8), sums.view(np.uint8)], axis=-1)
+
+
+def pack(work: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks: int, is_int8: int) -> None:
+    kind = "int8" if is_int8 else "float32"
+    write_panel(kind, panel, panel_rows(strided_at(x, n_rows, x_stride, 32 * n_blocks), kind))
+
+
+def pack_groups(
+    work: int, panel: int, x: int, x_stride: int, rows: int, starts: int, n_groups: int, n_blocks: int, is_int8: int
+) -> None:
+    kind = "int8" if is_int8 else "float32"
+    first = array_at(starts, np.int32, (n_groups + 1,))
+    index = array_at(rows, np.int32, (int(first[-1]),))
+    values = strided_at(x, int(index.max()) + 1, x_stride, 32 * n_blocks)
+    for g in range(n_groups):
+        begin, end = int(first[g]), int(first[g + 1])
+        write_panel(kind, panel + begin * n_blocks * STEP_BYTES[kind], panel_rows(values[index[begin:end]], kind))
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+def product(key: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_x: int) -> F32:
+    """[n_x, n_out]: what a tile kernel computes."""
+    kind = _KEYS[key][1]
+    rows = read_panel(kind, x, n_x, n_blocks)
+    if kind == "float32":
+        values = rows.reshape(n_x, -1).view(np.float32)
+        return lanes_dot(floats_of(key, w, stride, n_out, n_blocks)[None], values[:, None])
+    weights, w_scales = integers_of(key, w, stride, n_out, n_blocks)
+    q = rows[..., :32].copy().view(np.int8).astype(np.int32)
+    x_scales = rows[..., 32:36].copy().view(np.float32)[..., 0]
+    acc = np.zeros((n_x, n_out), F)
+    for b in range(n_blocks):
+        dots = q[:, b] @ weights[:, b].T
+        acc = fma32(dots, w_scales[None, :, b] * x_scales[:, None, b], acc)
+    return acc
+
+
+def matmul(
+    work: int, out: int, out_stride: int, tile: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_x: int
+) -> None:
+    strided_at(out, n_x, out_stride, n_out)[:] = product(tile, w, stride, n_out, n_blocks, x, n_x)
+
+
+def experts_up(
+    work: int, h: int, gate_tile: int, gate: int, gate_slice: int, up_tile: int, up: int, up_slice: int, n_ff: int,
+    n_blocks: int, gate_panel: int, gate_row: int, up_panel: int, up_row: int, active: int, starts: int, n_active: int,
+    scratch: int, scratch_bytes: int,
+) -> None:  # fmt: skip
+    first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    for i, e in enumerate(experts.tolist()):
+        begin, n_x = int(first[i]), int(first[i + 1] - first[i])
+        g = product(
+            gate_tile, gate + e * gate_slice, gate_slice // n_ff, n_ff, n_blocks, gate_panel + begin * gate_row, n_x
+        )
+        u = product(up_tile, up + e * up_slice, up_slice // n_ff, n_ff, n_blocks, up_panel + begin * up_row, n_x)
+        array_at(h + 4 * begin * n_ff, np.float32, (n_x, n_ff))[:] = (g * sigmoid32(g)) * u
+
+
+def experts_down(
+    work: int, y: int, tile: int, w: int, slice_bytes: int, n_out: int, n_blocks: int, panel: int, panel_row: int,
+    active: int, starts: int, n_active: int,
+) -> None:  # fmt: skip
+    first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    for i, e in enumerate(experts.tolist()):
+        begin, n_x = int(first[i]), int(first[i + 1] - first[i])
+        out = product(tile, w + e * slice_bytes, slice_bytes // n_out, n_out, n_blocks, panel + begin * panel_row, n_x)
+        array_at(y + 4 * begin * n_out, np.float32, (n_x, n_out))[:] = out
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def embed_rows(
+    unpack: int, w: int, row_bytes: int, n_blocks: int, tokens: int, n_rows: int, out: int, out_stride: int
+) -> None:
+    rows = strided_at(out, n_rows, out_stride, 32 * n_blocks)
+    for t, token in enumerate(array_at(tokens, np.int32, (n_rows,)).tolist()):
+        rows[t] = floats_of(unpack, w + token * row_bytes, row_bytes, 1, n_blocks)[0]
+
+
+def add_rows(x: int, y: int, n_rows: int, n: int) -> None:
+    array_at(x, np.float32, (n_rows, n))[:] += array_at(y, np.float32, (n_rows, n))
+
+
+def normed(x: F32, weight: int, eps: float) -> F32:
+    mean = lanes_dot(x, x) / F(x.shape[-1])
+    scale = F(1) / np.sqrt(mean + F(eps))
+    return (x * scale[:, None]) * array_at(weight, np.float32, (x.shape[-1],))
+
+
+def rms_norm(out: int, x: int, weight: int, n_rows: int, n: int, eps: float) -> None:
+    array_at(out, np.float32, (n_rows, n))[:] = normed(array_at(x, np.float32, (n_rows, n)), weight, eps)
+
+
+def norm_rope(
+    x: int,
+    weight: int,
+    angles: int,
+    positions: int,
+    n_rows: int,
+    n_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    eps: float,
+) -> None:
+    rows = array_at(x, np.float32, (n_rows, n_heads * head_dim))
+    heads = normed(rows, weight, eps).reshape(n_rows, n_heads, head_dim)
+    where, half = array_at(positions, np.int32, (n_rows,)), rotary_dim // 2
+    table = array_at(angles, np.float32, (int(where.max()) + 1, rotary_dim))[where][:, None]
+    c, s = table[..., :half], table[..., half:]
+    a, b = heads[..., :half].copy(), heads[..., half:rotary_dim].copy()
+    heads[..., :half] = fma32(-b, s, a * c)
+    heads[..., half:rotary_dim] = fma32(a, s, b * c)
+    rows[:] = heads.reshape(rows.shape)
+
+
+def append_kv(k: int, v: int, pages: int, slots: int, n_rows: int, n_kv_heads: int, head_dim: int) -> None:
+    where, slot = array_at(pages, np.int64, (n_rows,)), array_at(slots, np.int32, (n_rows,))
+    for t in range(n_rows):
+        page = array_at(int(where[t]), np.float16, (2, n_kv_heads, PAGE, head_dim))
+        for i, values in enumerate((k, v)):
+            page[i, :, slot[t]] = array_at(values, np.float32, (n_rows, n_kv_heads, head_dim))[t]
+
+
+def attend(
+    work: int, out: int, q: int, tables: int, positions: int, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int,
+    layer_offset: int, scale: float, scratch: int,
+) -> None:  # fmt: skip
+    queries = array_at(q, np.float32, (n_rows, n_heads, head_dim))
+    result = array_at(out, np.float32, (n_rows, n_heads, head_dim))
+    where = array_at(positions, np.int32, (n_rows,))
+    for t, table in enumerate(array_at(tables, np.int64, (n_rows,)).tolist()):
+        pages = array_at(table, np.int64, (int(where[t]) // PAGE + 1,))
+        for h in range(n_heads):
+            result[t, h] = attend_head(
+                queries[t, h], pages + layer_offset, h * n_kv_heads // n_heads, int(where[t]), n_kv_heads, F(scale)
+            )
+
+
+def attend_head(q: F32, pages: npt.NDArray[np.int64], kv_head: int, position: int, n_kv_heads: int, scale: F) -> F32:
+    """softmax(scale * q . K) V for one head: page partials merged in page order."""
+    head_dim = q.shape[0]
+    top, total, acc = F(-np.inf), F(0), np.zeros(head_dim, F)
+    for i, page in enumerate(pages.tolist()):
+        k, v = array_at(page, np.float16, (2, n_kv_heads, PAGE, head_dim)).astype(F)[:, kv_head]
+        n_valid = min(PAGE, position + 1 - i * PAGE)
+        scores = np.full(PAGE, -np.inf, F)
+        scores[:n_valid] = lanes_dot(q, k[:n_valid]) * scale
+        page_top = scores.max()
+        p = exp32(scores - page_top)
+        sums = np.zeros(16, F)
+        for j in range(0, PAGE, 16):
+            sums = sums + p[j : j + 16]
+        values = np.zeros(head_dim, F)
+        for j in range(n_valid):
+            values = fma32(p[j], v[j], values)
+        new_top = max(top, page_top)
+        keep, take = exp32(np.asarray(top - new_top)), exp32(np.asarray(page_top - new_top))
+        acc = fma32(values, take, acc * keep)
+        total = fma32(tree(sums), take, total * keep)
+        top = new_top
+    return acc * (F(1) / total)
+
+
+def route(
+    scores: int, bias: int, n_rows: int, n_experts: int, n_padded: int, n_used: int, ids: int, weights: int
+) -> int:
+    padded = array_at(scores, np.float32, (n_rows, n_padded))
+    padded[:] = sigmoid32(padded)
+    values = padded[:, :n_experts]
+    choice = values + array_at(bias, np.float32, (n_experts,))
+    out, w = array_at(ids, np.int32, (n_rows, n_used)), array_at(weights, np.float32, (n_rows, n_used))
+    finite = np.isfinite(choice).all(axis=1)
+    for t in range(n_rows):
+        order = np.argsort(-choice[t], kind="stable") if finite[t] else first_of(choice[t])
+        out[t] = np.sort(order[:n_used])
+        chosen = values[t, out[t]]
+        total = F(0)
+        for s in chosen:
+            total = total + s
+        w[t] = chosen / total
+    return int((~finite).sum())
+
+
+def first_of(choice: F32) -> npt.NDArray[np.int64]:
+    """Any valid ids for a row that holds NaN: the caller stops, but no index may leave the range."""
+    return np.arange(choice.shape[0])
+
+
+def group_pairs(
+    ids: int, n_rows: int, n_experts: int, n_used: int, counts: int, active: int, starts: int, rows: int, slots: int
+) -> int:
+    chosen = array_at(ids, np.int32, (n_rows, n_used))
+    order = np.argsort(chosen.reshape(-1), kind="stable")
+    experts, first = np.unique(chosen.reshape(-1)[order], return_index=True)
+    array_at(active, np.int32, (len(experts),))[:] = experts
+    array_at(starts, np.int32, (len(experts) + 1,))[:] = [*first.tolist(), order.size]
+    array_at(rows, np.int32, (order.size,))[:] = order // n_used
+    array_at(slots, np.int32, (order.size,))[order] = np.arange(order.size)
+    return len(experts)
+
+
+def combine(x: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, n: int) -> None:
+    pair = array_at(slots, np.int32, (n_rows, n_used))
+    outputs = array_at(y, np.float32, (n_rows * n_used, n))
+    w = array_at(weights, np.float32, (n_rows, n_used))
+    total = np.zeros((n_rows, n), F)
+    for j in range(n_used):
+        total = fma32(w[:, j, None], outputs[pair[:, j]], total)
+    array_at(x, np.float32, (n_rows, n))[:] += total

@@ -1,0 +1,233 @@
+"""Choice of experts and the products with stacked experts. Sees scores, addresses and counts; knows no layer."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from m2lite.kernels.elementwise import sigmoid16
+from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.matmul import tile_at
+from m2lite.kernels.simd import add as add16
+from m2lite.kernels.simd import (
+    fma,
+    load_f32,
+    mul,
+    read_f32,
+    read_i32,
+    splat,
+    store_f32,
+    write_f32,
+    write_i32,
+)
+
+F = np.float32
+ZERO, MINUS_INFINITY = F(0.0), F(-np.inf)
+TILE_OVERHEAD = 4  # what unpacking a tile costs, in activation rows: balances experts with few rows against many
+
+
+@kernel
+def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
+    """Per row: s = sigmoid(scores); the n_used largest of s + bias (ties: lowest id), written in ascending id order.
+
+    ids int32 and weights float32 are [n_rows, n_used]; weights = s / sum of the chosen s, added in ascending id order.
+    scores is [n_rows, n_padded], n_padded the next multiple of 16, and is overwritten by s. Returns the number of rows with a NaN or infinite score;
+    their ids are still in range.
+    """
+    n_bad = 0
+    for t in range(n_rows):
+        row = scores + 4 * n_padded * t
+        chosen, finite = ids + 4 * n_used * t, True
+        for i in range(0, 4 * n_experts, 64):
+            store_f32(row + i, sigmoid16(load_f32(row + i)))
+        for e in range(n_experts):
+            finite = finite and np.isfinite(read_f32(row + 4 * e) + read_f32(bias + 4 * e))
+        for j in range(n_used):
+            best, best_value = -1, MINUS_INFINITY
+            for e in range(n_experts):
+                value = read_f32(row + 4 * e) + read_f32(bias + 4 * e)
+                if value > best_value or (best < 0 and not finite):
+                    taken = False
+                    for i in range(j):
+                        taken = taken or read_i32(chosen + 4 * i) == e
+                    if not taken:
+                        best, best_value = e, value
+            write_i32(chosen + 4 * j, np.int32(best))
+        for j in range(1, n_used):  # insertion sort: eight ids
+            e, i = read_i32(chosen + 4 * j), j
+            while i > 0 and read_i32(chosen + 4 * (i - 1)) > e:
+                write_i32(chosen + 4 * i, read_i32(chosen + 4 * (i - 1)))
+                i -= 1
+            write_i32(chosen + 4 * i, e)
+        total = ZERO
+        for j in range(n_used):
+            total += read_f32(row + 4 * read_i32(chosen + 4 * j))
+        for j in range(n_used):
+            s = read_f32(row + 4 * read_i32(chosen + 4 * j))
+            write_f32(weights + 4 * (n_used * t + j), s / total)
+        n_bad += 0 if finite else 1
+    return n_bad
+
+
+@kernel
+def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, slots):
+    """Sort the (row, expert) pairs by expert. Returns the number of experts that were chosen at all.
+
+    ids: int32 [n_rows, n_used]. Out, all int32: active[g] expert of group g, ascending; starts[g] its first pair
+    (starts[n] = number of pairs); rows[p] the row of pair p; slots[t, j] the pair of row t's j-th expert.
+    counts: scratch [n_experts].
+    """
+    for e in range(n_experts):
+        write_i32(counts + 4 * e, np.int32(0))
+    for i in range(n_rows * n_used):
+        at = counts + 4 * read_i32(ids + 4 * i)
+        write_i32(at, np.int32(read_i32(at) + 1))
+    n_active, first = 0, 0
+    for e in range(n_experts):
+        count = read_i32(counts + 4 * e)
+        if count > 0:
+            write_i32(active + 4 * n_active, np.int32(e))
+            write_i32(starts + 4 * n_active, np.int32(first))
+            n_active += 1
+        write_i32(counts + 4 * e, np.int32(first))
+        first += count
+    write_i32(starts + 4 * n_active, np.int32(first))
+    for t in range(n_rows):
+        for j in range(n_used):
+            at = counts + 4 * read_i32(ids + 4 * (t * n_used + j))
+            p = read_i32(at)
+            write_i32(at, np.int32(p + 1))
+            write_i32(rows + 4 * p, np.int32(t))
+            write_i32(slots + 4 * (t * n_used + j), p)
+    return n_active
+
+
+@kernel
+def part_of(cost, total, n_parts):
+    """The part that does the tile that begins at `cost` of `total`."""
+    return cost * n_parts // total
+
+
+@kernel
+def experts_up_part(
+    part,
+    n_parts,
+    h,
+    gate_tile,
+    gate,
+    gate_slice,
+    up_tile,
+    up,
+    up_slice,
+    n_ff,
+    n_blocks,
+    gate_panel,
+    gate_row,
+    up_panel,
+    up_row,
+    active,
+    starts,
+    n_active,
+    scratch,
+    scratch_bytes,
+):
+    """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff]."""
+    n_tiles = (n_ff + 15) // 16
+    total = n_tiles * (read_i32(starts + 4 * n_active) + TILE_OVERHEAD * n_active)
+    g, u, cost = scratch + part * scratch_bytes, scratch + part * scratch_bytes + scratch_bytes // 2, 0
+    for i in range(n_active):
+        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i)
+        n_x = read_i32(starts + 4 * i + 4) - first
+        for tile in range(n_tiles):
+            if part_of(cost, total, n_parts) == part:
+                r = min(tile * 16, n_ff - 16)
+                gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
+                up_at = up + e * up_slice + r * (up_slice // n_ff)
+                tile_at(
+                    gate_tile, 0, gate_at, gate_slice // n_ff, 16, n_blocks, gate_panel + first * gate_row, n_x, g, 64
+                )
+                tile_at(up_tile, 0, up_at, up_slice // n_ff, 16, n_blocks, up_panel + first * up_row, n_x, u, 64)
+                for t in range(n_x):
+                    gate_value = load_f32(g + 64 * t)
+                    silu = mul(gate_value, sigmoid16(gate_value))
+                    store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
+            cost += n_x + TILE_OVERHEAD
+
+
+@kernel(parallel=True)
+def experts_up_parallel(
+    n_parts,
+    h,
+    gate_tile,
+    gate,
+    gate_slice,
+    up_tile,
+    up,
+    up_slice,
+    n_ff,
+    n_blocks,
+    gate_panel,
+    gate_row,
+    up_panel,
+    up_row,
+    active,
+    starts,
+    n_active,
+    scratch,
+    scratch_bytes,
+):
+    for part in prange(n_parts):
+        experts_up_part(part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row, up_panel, up_row, active, starts, n_active, scratch, scratch_bytes)  # fmt: skip
+
+
+@kernel
+def experts_down_part(
+    part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+):
+    """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]."""
+    n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
+    total, cost = n_tiles * (read_i32(starts + 4 * n_active) + TILE_OVERHEAD * n_active), 0
+    for i in range(n_active):
+        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i)
+        n_x = read_i32(starts + 4 * i + 4) - first
+        for k in range(n_tiles):
+            if part_of(cost, total, n_parts) == part:
+                out = y + 4 * first * n_out
+                tile_at(
+                    tile,
+                    k,
+                    w + e * slice_bytes,
+                    stride,
+                    n_out,
+                    n_blocks,
+                    panel + first * panel_row,
+                    n_x,
+                    out,
+                    4 * n_out,
+                )
+            cost += n_x + TILE_OVERHEAD
+
+
+@kernel(parallel=True)
+def experts_down_parallel(
+    n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+):
+    for part in prange(n_parts):
+        experts_down_part(part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active)  # fmt: skip
+
+
+@kernel
+def combine(x, y, slots, weights, n_rows, n_used, n):
+    """x[t] += sum over j of weights[t, j] * y[slots[t, j]], the sum taken in ascending expert order from zero."""
+    for t in range(n_rows):
+        for i in range(0, 4 * n, 64):
+            total = splat(ZERO)
+            for j in range(n_used):
+                w = read_f32(weights + 4 * (t * n_used + j))
+                total = fma(splat(w), load_f32(y + 4 * n * read_i32(slots + 4 * (t * n_used + j)) + i), total)
+            at = x + 4 * n * t + i
+            store_f32(at, add16(load_f32(at), total))
+
+
+experts_up = Split(experts_up_part, experts_up_parallel)
+experts_down = Split(experts_down_part, experts_down_parallel)

@@ -1,0 +1,417 @@
+"""Vector types and operations for kernels. Sees addresses and lanes, never a format or a model.
+
+A value of type `f32x16` or `i32x16` is always 16 lanes, whatever the machine has. A `Pack` holds n vectors (or
+addresses) in registers, so that one kernel source serves several row counts. Nothing here checks an address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.extending import intrinsic, models, register_model
+
+from m2lite.kernels import emit
+
+
+class VectorType(types.Type):
+    """16 lanes of float32 or int32; `addresses` packs use a plain 64-bit integer."""
+
+    def __init__(self, name: str, llvm_type: ir.Type) -> None:
+        super().__init__(name=name)
+        self.llvm_type = llvm_type
+
+
+class PackType(types.Type):
+    """n vectors side by side, held in registers."""
+
+    def __init__(self, element: VectorType, n: int) -> None:
+        super().__init__(name=f"Pack({element.name},{n})")
+        self.element, self.n = element, n
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm_type)
+
+
+@register_model(PackType)
+class _PackModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.ArrayType(fe_type.element.llvm_type, fe_type.n))
+
+
+f32x16 = VectorType("f32x16", emit.V_F32)
+i32x16 = VectorType("i32x16", emit.V_I32)
+
+
+# --- what kernels call ------------------------------------------------------------------------------------------
+
+
+def _binary(name: str, result: types.Type, build: Any) -> Any:
+    @intrinsic
+    def operation(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return build(builder, *args)
+
+        return result(a, b), codegen
+
+    operation.__name__ = name
+    return operation
+
+
+add = _binary("add", f32x16, lambda builder, a, b: builder.fadd(a, b))
+sub = _binary("sub", f32x16, lambda builder, a, b: builder.fsub(a, b))
+mul = _binary("mul", f32x16, lambda builder, a, b: builder.fmul(a, b))
+div = _binary("div", f32x16, lambda builder, a, b: builder.fdiv(a, b))
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c per lane, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.fma_values(builder, *args)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """16 copies of a float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.splat(builder, args[0])
+
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def load_f32(typingctx: Any, address: Any) -> Any:
+    """16 float32 at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.load(builder, args[0], emit.V_F32)
+
+    return f32x16(types.int64), codegen
+
+
+@intrinsic
+def load_f16(typingctx: Any, address: Any) -> Any:
+    """16 float16 at `address`, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.half_to_f32(builder, emit.load(builder, args[0], emit.V_I16))
+
+    return f32x16(types.int64), codegen
+
+
+@intrinsic
+def load_bf16(typingctx: Any, address: Any) -> Any:
+    """16 bfloat16 at `address`, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(emit.load(builder, args[0], emit.V_I16), emit.V_I32), emit.const(16))
+        return builder.bitcast(wide, emit.V_F32)
+
+    return f32x16(types.int64), codegen
+
+
+@intrinsic
+def store_f32(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write 16 float32 to `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit.store(builder, args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), codegen
+
+
+@intrinsic
+def store_f16(typingctx: Any, address: Any, value: Any) -> Any:
+    """Round 16 float32 to float16 (nearest, ties to even) and write them to `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = emit.f32_to_half(builder, args[1])
+        emit.store(builder, half, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), codegen
+
+
+@intrinsic
+def tree_sum(typingctx: Any, value: Any) -> Any:
+    """The 16 lanes added as a fixed tree: lane i with i+8, then i+4, i+2, i+1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.tree_of(builder, args[0])
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def max_lanes(typingctx: Any, value: Any) -> Any:
+    """The largest of 16 lanes; a NaN lane loses against a number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v = args[0]
+        while v.type.count > 1:
+            low, high = emit.halves(builder, v)
+            v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(v, emit.I32(0))
+
+    return types.float32(f32x16), codegen
+
+
+maximum = _binary("maximum", f32x16, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@intrinsic
+def absolute(typingctx: Any, value: Any) -> Any:
+    """|x| per lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.and_(builder.bitcast(args[0], emit.V_I32), emit.const(0x7FFFFFFF))
+        return builder.bitcast(bits, emit.V_F32)
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def keep_first(typingctx: Any, value: Any, n: Any, other: Any) -> Any:
+    """Lanes below n from `value`, the others filled with `other`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v, n, other = args
+        index = ir.Constant(emit.V_I32, list(range(emit.LANES)))
+        mask = builder.icmp_signed("<", index, emit.splat(builder, builder.trunc(n, emit.I32)))
+        return builder.select(mask, v, emit.splat(builder, other))
+
+    return f32x16(f32x16, types.int64, types.float32), codegen
+
+
+@intrinsic
+def round_to_i32(typingctx: Any, value: Any) -> Any:
+    """Nearest integers, ties to even; |x| must be below 2**22."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        magic = ir.Constant(emit.V_F32, [12582912.0] * emit.LANES)  # 1.5 * 2**23: the adder rounds to integers
+        shifted = builder.bitcast(builder.fadd(args[0], magic), emit.V_I32)
+        return builder.sub(shifted, builder.bitcast(magic, emit.V_I32))
+
+    return i32x16(f32x16), codegen
+
+
+@intrinsic
+def i32_to_f32(typingctx: Any, value: Any) -> Any:
+    """int32 lanes as float32 (exact below 2**24)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(args[0], emit.V_F32)
+
+    return f32x16(i32x16), codegen
+
+
+@intrinsic
+def scale_by_power(typingctx: Any, value: Any, exponent: Any) -> Any:
+    """value * 2**exponent for exponents in -126..127, by adding to the exponent bits of a factor."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        factor = builder.shl(builder.add(args[1], emit.const(127)), emit.const(23))
+        return builder.fmul(args[0], builder.bitcast(factor, emit.V_F32))
+
+    return f32x16(f32x16, i32x16), codegen
+
+
+@intrinsic
+def select_below(typingctx: Any, x: Any, limit: Any, below: Any, otherwise: Any) -> Any:
+    """Per lane: `below` where x < limit, else `otherwise`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, limit, below, otherwise = args
+        return builder.select(builder.fcmp_ordered("<", x, limit), below, otherwise)
+
+    return f32x16(f32x16, f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def clamp_and_store_i8(typingctx: Any, address: Any, value: Any) -> Any:
+    """Clamp 16 int32 to -127..127, write them as int8 and return their sum."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v = args[1]
+        v = builder.select(builder.icmp_signed(">", v, emit.const(127)), emit.const(127), v)
+        v = builder.select(builder.icmp_signed("<", v, emit.const(-127)), emit.const(-127), v)
+        emit.store(builder, builder.trunc(v, ir.VectorType(emit.I8, emit.LANES)), args[0])
+        return emit.call_llvm(builder, "llvm.vector.reduce.add.v16i32", emit.I32, [v])
+
+    return types.int32(types.int64, i32x16), codegen
+
+
+def _scalar_access(name: str, kind: types.Type, llvm_type: ir.Type) -> tuple[Any, Any]:
+    @intrinsic
+    def read(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return emit.load(builder, args[0], llvm_type)
+
+        return kind(types.int64), codegen
+
+    @intrinsic
+    def write(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit.store(builder, args[1], args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), codegen
+
+    read.__name__, write.__name__ = f"read_{name}", f"write_{name}"
+    return read, write
+
+
+read_f32, write_f32 = _scalar_access("f32", types.float32, emit.F32)
+read_i32, write_i32 = _scalar_access("i32", types.int32, emit.I32)
+read_i64, write_i64 = _scalar_access("i64", types.int64, emit.I64)
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at `address`; never faults."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], emit.I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [emit.I8.as_pointer(), emit.I32, emit.I32, emit.I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, emit.I32(0), emit.I32(2), emit.I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, n_blocks: Any, x: Any, n_x: Any,
+              out: Any, out_stride: Any) -> Any:  # fmt: skip
+    """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [emit.I64] * (len(args) - 1))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 9)), codegen
+
+
+# --- packs ------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typingctx: Any, n: Any) -> Any:
+    """A pack of n zero vectors; n is a literal."""
+    kind = PackType(f32x16, n.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.ArrayType(emit.V_F32, kind.n), None)
+
+    return kind(n), codegen
+
+
+@intrinsic
+def store_tile(typingctx: Any, acc: Any, n_store: Any, out: Any, out_stride: Any) -> Any:
+    """Write vector t of `acc` to out + t * out_stride: all 16 lanes, or lane 0 alone when n_store is 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        acc_value, count, base, stride = args
+        vectors = [builder.extract_value(acc_value, t) for t in range(acc.n)]
+        targets = [builder.add(base, builder.mul(stride, emit.I64(t))) for t in range(acc.n)]
+        with builder.if_else(builder.icmp_signed("==", count, emit.I64(emit.LANES))) as (whole, single):
+            with whole:
+                for vector, target in zip(vectors, targets, strict=True):
+                    emit.store(builder, vector, target)
+            with single:
+                for vector, target in zip(vectors, targets, strict=True):
+                    emit.store(builder, builder.extract_element(vector, emit.I32(0)), target)
+        return context.get_dummy_value()
+
+    return types.void(acc, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def fma_rows(typingctx: Any, acc: Any, w: Any, x: Any) -> Any:
+    """acc[t] += w[0] * x[t, 0:16], then w[1] * x[t, 16:32], ...; x is the address of [n rows, 16 * n vectors] float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        acc_value, weights, x_value = args
+        out = []
+        for t in range(acc.n):
+            vector = builder.extract_value(acc_value, t)
+            for i in range(w.n):
+                values = emit.load(builder, x_value, emit.V_F32, 4 * emit.LANES * (t * w.n + i))
+                vector = emit.fma_values(builder, builder.extract_value(weights, i), values, vector)
+            out.append(vector)
+        return emit.pack_of(builder, out)
+
+    return acc(acc, w, types.int64), codegen
+
+
+@intrinsic
+def store_sums(typingctx: Any, acc: Any, out: Any, out_stride: Any) -> Any:
+    """Write the tree sum of vector t of `acc` as one float32 to out + t * out_stride."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for t in range(acc.n):
+            total = emit.tree_of(builder, builder.extract_value(args[0], t))
+            emit.store(builder, total, builder.add(args[1], builder.mul(args[2], emit.I64(t))))
+        return context.get_dummy_value()
+
+    return types.void(acc, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack_get(typingctx: Any, pack: Any, i: Any) -> Any:
+    """Vector i of a pack; i is a literal."""
+    index = i.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_value(args[0], index)
+
+    return pack.element(pack, i), codegen
+
+
+@intrinsic
+def fma_f16(typingctx: Any, acc: Any, factor: Any, address: Any) -> Any:
+    """acc[i] += factor * v[16 i : 16 i + 16] for every vector i of the pack; v is float16 at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        acc_value, scalar, where = args
+        wide = emit.splat(builder, scalar)
+        out = []
+        for i in range(acc.n):
+            v = emit.half_to_f32(builder, emit.load(builder, where, emit.V_I16, 2 * emit.LANES * i))
+            out.append(emit.fma_values(builder, wide, v, builder.extract_value(acc_value, i)))
+        return emit.pack_of(builder, out)
+
+    return acc(acc, types.float32, types.int64), codegen
+
+
+@intrinsic
+def fma_scalar(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit.call_llvm(builder, "llvm.fma.f32", emit.F32, list(args))
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def call_unpack(typingctx: Any, function: Any, w: Any, n_blocks: Any, out: Any) -> Any:
+    """Call the row unpacker at address `function` (dot.unpack_address)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [emit.I64] * 3)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 4)), codegen

@@ -1,0 +1,248 @@
+"""One pool of KV pages for all layers; a timeline is a list of pages. Knows positions, not tokens.
+
+A page holds 64 positions of every layer, those of prediction modules (`n_extra_layers`) behind the trunk's: per layer K [n_kv_heads, 64, head_dim] and V of the same shape, float16.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import ContextError, M2liteError, UsageError
+from m2lite.model.config import Config
+
+PAGE = 64
+KV_TYPES = ("f16",)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one forward call computes: T tokens, each of one timeline at one position."""
+
+    tokens: npt.NDArray[np.int32]  # [T]
+    positions: npt.NDArray[np.int32]  # [T] for the rotation
+    indices: npt.NDArray[np.int32]  # [T] place in the timeline, from 0: what attention sees
+    slots: npt.NDArray[np.int32]  # [T] index within the page
+    pages: npt.NDArray[np.int64]  # [T] address of the page that takes the row's K and V
+    tables: npt.NDArray[np.int64]  # [T] address of the timeline's page addresses
+    last: npt.NDArray[np.intp]  # [timelines] each timeline's last row
+    lengths: tuple[tuple[Timeline, int], ...]  # what the timelines' lengths will be
+
+    @property
+    def n(self) -> int:
+        return len(self.tokens)
+
+
+class KVPool:
+    """Address space for `n_positions`, touched as it fills; pages are shared between timelines until written to."""
+
+    def __init__(self, config: Config, n_positions: int, kv: str = "f16", n_extra_layers: int = 0) -> None:
+        if kv not in KV_TYPES:
+            raise UsageError(f"KV type {kv!r} does not exist.", f"Use one of: {', '.join(KV_TYPES)}.")
+        if n_positions < 1:
+            raise UsageError(f"A KV cache of {n_positions} positions cannot hold anything.", "Use at least 1.")
+        self.config = config
+        self.n_positions = n_positions
+        self.n_pages = (n_positions + PAGE - 1) // PAGE
+        self.layer_bytes = 2 * config.n_kv * PAGE * 2
+        self.page_bytes = (config.n_layers + n_extra_layers) * self.layer_bytes
+        self._memory = mmap.mmap(-1, self.n_pages * self.page_bytes)
+        self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
+        self._free = list(range(self.n_pages - 1, -1, -1))
+        self._users = [0] * self.n_pages
+        self._n_angles = 0
+        self._angles = np.empty((0, config.rotary_dim), np.float32)
+
+    @property
+    def n_bytes(self) -> int:
+        """The whole pool when it is full."""
+        return self.n_pages * self.page_bytes
+
+    @property
+    def n_free(self) -> int:
+        """Positions in pages that no timeline holds."""
+        return len(self._free) * PAGE
+
+    def timeline(self, first_position: int = 0) -> Timeline:
+        """A new, empty timeline whose first token stands at `first_position`."""
+        return Timeline(self, first_position)
+
+    def rows(self, parts: Sequence[tuple[Timeline, npt.ArrayLike]]) -> Rows:
+        """The rows that append each part's token ids to its timeline; checks ids and room, and takes the pages.
+
+        Nothing is appended until `forward` has run. Raises ContextError when no page is left.
+        """
+        checked = [(timeline, self._check_ids(ids)) for timeline, ids in parts]
+        if not checked:
+            raise UsageError("There is no row to compute.", "Give at least one token.")
+        starts = [timeline.length for timeline, _ in checked]
+        self._take_room(checked, starts)
+        return self._rows(checked, starts, lengths=tuple((t, t.length + len(ids)) for t, ids in checked))
+
+    def rows_at(self, timeline: Timeline, start: int, ids: npt.ArrayLike) -> Rows:
+        """Rows from position `start` on that leave the timeline's length as it is: for prediction modules."""
+        part = (timeline, self._check_ids(ids))
+        assert start >= 0
+        self._take_room([part], [start])
+        return self._rows([part], [start], lengths=())
+
+    def _take_room(self, parts: Sequence[tuple[Timeline, npt.NDArray[np.int32]]], starts: Sequence[int]) -> None:
+        counts = [max(0, start + len(ids) - t.length) for (t, ids), start in zip(parts, starts, strict=True)]
+        needed = sum(t.pages_needed(n) for (t, _), n in zip(parts, counts, strict=True))
+        if needed > len(self._free):
+            raise ContextError(
+                f"{sum(counts):,} more tokens need {needed:,} pages of {PAGE} positions; {len(self._free):,} of "
+                f"{self.n_pages:,} are free.",
+                "Use a larger context.",
+                needed=sum(counts),
+                free=self.n_free,
+                limit=self.n_positions,
+            )
+        for (timeline, _), n in zip(parts, counts, strict=True):
+            timeline.make_room(n)
+
+    def _rows(
+        self,
+        parts: Sequence[tuple[Timeline, npt.NDArray[np.int32]]],
+        starts: Sequence[int],
+        lengths: tuple[tuple[Timeline, int], ...],
+    ) -> Rows:
+        counts = [len(ids) for _, ids in parts]
+        indices = [np.arange(start, start + n, dtype=np.int32) for start, n in zip(starts, counts, strict=True)]
+        index = np.concatenate(indices)
+        first = np.repeat(np.array([t.first_position for t, _ in parts], np.int32), counts)
+        positions = (index + first).astype(np.int32)
+        self._extend_angles(int(positions.max()) + 1)
+        return Rows(
+            tokens=np.concatenate([ids for _, ids in parts]),
+            positions=positions,
+            indices=index,
+            slots=(index % PAGE).astype(np.int32),
+            pages=np.concatenate([t.table[i // PAGE] for (t, _), i in zip(parts, indices, strict=True)]),
+            tables=np.repeat(np.array([t.table.ctypes.data for t, _ in parts], np.int64), counts),
+            last=(np.cumsum(counts) - 1).astype(np.intp),
+            lengths=lengths,
+        )
+
+    def _check_ids(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        values = np.atleast_1d(np.asarray(ids))
+        if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer):
+            raise UsageError(
+                f"Token ids must be a list of integers, got {values.dtype} {values.shape}.", "Encode first."
+            )
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= self.config.n_vocab:
+            bad = low if low < 0 else high
+            raise UsageError(
+                f"Token id {bad} is outside the vocabulary of {self.config.n_vocab:,}.", "Encode with its tokenizer."
+            )
+        return values.astype(np.int32)
+
+    def _extend_angles(self, n: int) -> None:
+        """cos and sin up to position n, in transformers' float32 steps: angle = position x frequency, rounded."""
+        if n <= self._n_angles:
+            return
+        half = self.config.rotary_dim // 2
+        if n > len(self._angles):
+            grown = np.empty((max(n, 2 * len(self._angles), 1024), 2 * half), np.float32)
+            grown[: self._n_angles] = self._angles[: self._n_angles]
+            self._angles = grown
+        exponents = (np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)).astype(np.float64)
+        powers = np.power(np.float64(np.float32(self.config.rope_theta)), exponents).astype(np.float32)
+        frequencies = (np.float32(1) / powers).astype(np.float32)
+        positions = np.arange(self._n_angles, len(self._angles), dtype=np.float32)
+        angles = (positions[:, None] * frequencies[None]).astype(np.float32).astype(np.float64)
+        self._angles[self._n_angles :, :half] = np.cos(angles)
+        self._angles[self._n_angles :, half:] = np.sin(angles)
+        self._n_angles = len(self._angles)
+
+    @property
+    def angles(self) -> npt.NDArray[np.float32]:
+        """[position, rotary_dim]: cosines, then sines."""
+        return self._angles
+
+    def page_address(self, page: int) -> int:
+        return self._base + page * self.page_bytes
+
+    def take_page(self) -> int:
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def share_page(self, page: int) -> None:
+        self._users[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        return self._users[page] > 1
+
+    def release_page(self, page: int) -> None:
+        self._users[page] -= 1
+        assert self._users[page] >= 0
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def copy_page(self, source: int, target: int) -> None:
+        view, n = memoryview(self._memory), self.page_bytes
+        view[target * n : (target + 1) * n] = view[source * n : (source + 1) * n]
+
+
+class Timeline:
+    """The pages of one sequence of positions. `table` holds their addresses for the kernels."""
+
+    def __init__(self, pool: KVPool, first_position: int) -> None:
+        if not 0 <= first_position < 1 << 30:
+            raise UsageError(f"A timeline cannot begin at position {first_position}.", "Use 0 or more.")
+        self.pool = pool
+        self.first_position = first_position
+        self.length = 0
+        self.pages: list[int] = []
+        self.table = np.zeros(pool.n_pages, np.int64)
+
+    def pages_needed(self, n_new: int) -> int:
+        """Pages that `n_new` more positions take from the pool, a copy of a shared last page included."""
+        at = self.length // PAGE
+        copy = int(n_new > 0 and at < len(self.pages) and self.pool.is_shared(self.pages[at]))
+        return max(0, (self.length + n_new + PAGE - 1) // PAGE - len(self.pages)) + copy
+
+    def make_room(self, n_new: int) -> None:
+        """Take the pages for `n_new` more positions; a shared page is copied before it is written to."""
+        at = self.length // PAGE
+        if n_new and at < len(self.pages) and self.pool.is_shared(self.pages[at]):
+            page = self.pool.take_page()
+            self.pool.copy_page(self.pages[at], page)
+            self.pool.release_page(self.pages[at])
+            self._set_page(at, page)
+        while len(self.pages) * PAGE < self.length + n_new:
+            self.pages.append(-1)
+            self._set_page(len(self.pages) - 1, self.pool.take_page())
+
+    def _set_page(self, index: int, page: int) -> None:
+        self.pages[index] = page
+        self.table[index] = self.pool.page_address(page)
+
+    def rewind(self, length: int) -> None:
+        """Forget all positions from `length` on; their pages go back to the pool."""
+        if not 0 <= length <= self.length:
+            raise M2liteError(f"Cannot rewind to position {length} of {self.length}.", "This is a bug in the caller.")
+        self.length = length
+        keep = (length + PAGE - 1) // PAGE
+        for page in self.pages[keep:]:
+            self.pool.release_page(page)
+        del self.pages[keep:]
+
+    def fork(self) -> Timeline:
+        """A second timeline with the same past; the pages are shared until one of the two writes."""
+        other = Timeline(self.pool, self.first_position)
+        other.length, other.pages = self.length, list(self.pages)
+        other.table[:] = self.table
+        for page in self.pages:
+            self.pool.share_page(page)
+        return other
+
+    def release(self) -> None:
+        """Give all pages back. The timeline is empty afterwards and may be used again."""
+        self.rewind(0)

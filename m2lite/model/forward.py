@@ -1,0 +1,216 @@
+"""The layers of MiniMax-M2, as in the paper: rows of tokens in, logits out. Knows no text, no sampling, no file.
+
+    x = token_embd[token]
+    for each layer:
+        h = rms_norm(x);  q, k, v = h @ Wq, h @ Wk, h @ Wv
+        q, k = rope(rms_norm(q)), rope(rms_norm(k))              # the norm goes over all heads together
+        x += attend(q, all k and v of the timeline) @ Wo
+        h = rms_norm(x);  s = sigmoid(h @ ffn_gate_inp)          # the 8 largest of s + bias, weighted by s
+        x += sum over chosen experts e, ascending:  s_e / sum(s) * ((silu(h @ gate_e) * (h @ up_e)) @ down_e)
+    logits = rms_norm(x) @ output
+
+Prefill, decode, verification and batch are this one call; a row's result does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import M2liteError
+from m2lite.kernels import jit
+from m2lite.kernels.dot import panel_bytes
+from m2lite.model.cache import KVPool, Rows
+from m2lite.model.config import Config
+from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
+
+
+class Buffers:
+    """Scratch memory for up to `n_rows` rows per call; every shape is written behind its name."""
+
+    def __init__(self, config: Config, n_rows: int, kernels: ModuleType | None = None) -> None:
+        c = config
+        self.config, self.n_rows = config, n_rows
+        self.kernels = kernels or load_kernels()
+        self.n_scores = (c.n_experts + 15) // 16 * 16
+        n_pairs, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+        self.x = self._new("x", (n_rows, c.n_embd), f32)
+        self.h = self._new("h", (n_rows, c.n_embd), f32)
+        self.q = self._new("q", (n_rows, c.n_q), f32)
+        self.k = self._new("k", (n_rows, c.n_kv), f32)
+        self.v = self._new("v", (n_rows, c.n_kv), f32)
+        self.attended = self._new("attended", (n_rows, c.n_q), f32)
+        self.attention_scores = self._new("attention_scores", (jit.n_threads(), 64), f32)
+        self.router_scores = self._new("router_scores", (n_rows, self.n_scores), f32)
+        self.ids = self._new("ids", (n_rows, c.n_experts_used), i32)
+        self.expert_weights = self._new("expert_weights", (n_rows, c.n_experts_used), f32)
+        self.counts = self._new("counts", (c.n_experts,), i32)
+        self.active = self._new("active", (c.n_experts,), i32)
+        self.starts = self._new("starts", (c.n_experts + 1,), i32)
+        self.pair_rows = self._new("pair_rows", (n_pairs,), i32)
+        self.pair_slots = self._new("pair_slots", (n_rows, c.n_experts_used), i32)
+        self.pair_order = self._new("pair_order", (n_pairs,), i32)
+        self._arrays["pair_order"][:] = np.arange(n_pairs)
+        self.expert_h = self._new("expert_h", (n_pairs, c.n_ff), f32)
+        self.expert_out = self._new("expert_out", (n_pairs, c.n_embd), f32)
+        self.tile_bytes = 2 * n_rows * 64  # a tile of gate and one of up, per thread
+        self.tiles = self._new("tiles", (jit.n_threads(), self.tile_bytes), np.uint8)
+        widest = max(2 * c.n_embd, c.n_q)  # 2 n_embd: what a prediction module joins
+        self.panels = {
+            k: self._new(f"panel {k}", (panel_bytes(k, n_rows, widest),), np.uint8) for k in ("int8", "float32")
+        }
+        width = max(c.n_embd, c.n_ff)
+        self.pair_panels = {
+            k: self._new(f"pair panel {k}", (panel_bytes(k, n_pairs, width),), np.uint8) for k in ("int8", "float32")
+        }
+        self.logits = np.empty((1, c.n_vocab), f32)
+
+    def _new(self, name: str, shape: tuple[int, ...], dtype: Any) -> int:
+        """An array of our own, on a cache line; its address."""
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = np.empty(n_bytes + 64, np.uint8)
+        offset = -raw.ctypes.data % 64
+        self._arrays[name] = raw[offset : offset + n_bytes].view(dtype).reshape(shape)
+        return int(self._arrays[name].ctypes.data)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """One of the buffers as an array, for tests and measurements."""
+        return self._arrays[name]
+
+
+def forward(
+    weights: Weights, pool: KVPool, buffers: Buffers, rows: Rows, outputs: str = "last"
+) -> npt.NDArray[np.float32]:
+    """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
+
+    The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then holds
+    the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the timelines
+    are then as before.
+    """
+    c, b, n = weights.config, buffers, rows.n
+    k = b.kernels
+    assert n <= b.n_rows, (n, b.n_rows)
+    embd = weights.token_embd
+    k.embed_rows(
+        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.x, 4 * c.n_embd
+    )
+    place = Place(pool, rows)
+    for i, layer in enumerate(weights.layers):
+        attention(c, layer, b, place, n, i * pool.layer_bytes)
+        if not experts(c, layer, b, n):
+            raise M2liteError(f"NaN or infinity in layer {i}.", "The weights may be damaged: run `m2lite verify`.")
+    logits = _head(weights, b, rows, outputs)
+    for timeline, length in rows.lengths:
+        timeline.length = length
+    return logits
+
+
+class Place:
+    """Addresses of where the rows stand, looked up once per call."""
+
+    def __init__(self, pool: KVPool, rows: Rows) -> None:
+        self.angles = int(pool.angles.ctypes.data)
+        self.positions = int(rows.positions.ctypes.data)
+        self.indices = int(rows.indices.ctypes.data)
+        self.slots = int(rows.slots.ctypes.data)
+        self.pages = rows.pages.copy()
+        self.tables = int(rows.tables.ctypes.data)
+        self.n_attended = int(rows.indices.sum()) + rows.n
+
+
+def pack_rows(b: Buffers, x: int, n_in: int, n: int, *matrices: Matrix) -> None:
+    """Activation panels of x [n, n_in] in every kind that the matrices read."""
+    for kind in {m.kind for m in matrices}:
+        b.kernels.pack(4 * n * n_in, b.panels[kind], x, 4 * n_in, n, n_in // 32, int(kind == "int8"))
+
+
+def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
+    """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
+    work = n * m.n_out * m.n_in
+    b.kernels.matmul(work, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, b.panels[m.kind], n)
+
+
+def attention(c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_offset: int) -> None:
+    """x += attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) @ Wo with h = rms_norm(x)."""
+    k, eps = b.kernels, np.float32(c.rms_eps)
+    k.rms_norm(b.h, b.x, layer.attn_norm.address, n, c.n_embd, eps)
+    pack_rows(b, b.h, c.n_embd, n, layer.attn_q, layer.attn_k, layer.attn_v)
+    multiply(b, b.q, 4 * c.n_q, layer.attn_q, n)
+    multiply(b, b.k, 4 * c.n_kv, layer.attn_k, n)
+    multiply(b, b.v, 4 * c.n_kv, layer.attn_v, n)
+    rope = (place.angles, place.positions, n)
+    k.norm_rope(b.q, layer.attn_q_norm.address, *rope, c.n_heads, c.head_dim, c.rotary_dim, eps)
+    k.norm_rope(b.k, layer.attn_k_norm.address, *rope, c.n_kv_heads, c.head_dim, c.rotary_dim, eps)
+    pages = place.pages + layer_offset
+    k.append_kv(b.k, b.v, pages.ctypes.data, place.slots, n, c.n_kv_heads, c.head_dim)
+    scale = np.float32(c.head_dim**-0.5)
+    k.attend(
+        2 * place.n_attended * c.n_q, b.attended, b.q, place.tables, place.indices, n, c.n_heads, c.n_kv_heads,
+        c.head_dim, layer_offset, scale, b.attention_scores,
+    )  # fmt: skip
+    pack_rows(b, b.attended, c.n_q, n, layer.attn_output)
+    multiply(b, b.h, 4 * c.n_embd, layer.attn_output, n)
+    k.add_rows(b.x, b.h, n, c.n_embd)
+
+
+def experts(c: Config, layer: Layer, b: Buffers, n: int) -> bool:
+    """x += the chosen experts' outputs for h = rms_norm(x); False when a router score is NaN or infinite."""
+    k, n_used = b.kernels, c.n_experts_used
+    gate, up, down = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
+    k.rms_norm(b.h, b.x, layer.ffn_norm.address, n, c.n_embd, np.float32(c.rms_eps))
+    pack_rows(b, b.h, c.n_embd, n, layer.ffn_gate_inp)
+    multiply(b, b.router_scores, 4 * b.n_scores, layer.ffn_gate_inp, n)
+    bias = layer.exp_probs_b.address
+    n_bad = k.route(b.router_scores, bias, n, c.n_experts, b.n_scores, n_used, b.ids, b.expert_weights)
+    n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
+    n_pairs = n * n_used
+    for kind in {gate.kind, up.kind}:
+        k.pack_groups(
+            4 * n_pairs * c.n_embd, b.pair_panels[kind], b.h, 4 * c.n_embd, b.pair_rows, b.starts, n_active,
+            c.n_embd // 32, int(kind == "int8"),
+        )  # fmt: skip
+    k.experts_up(
+        2 * n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
+        up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes, b.pair_panels[up.kind],
+        up.panel_row_bytes, b.active, b.starts, n_active, b.tiles, b.tile_bytes,
+    )  # fmt: skip
+    k.pack_groups(
+        4 * n_pairs * c.n_ff, b.pair_panels[down.kind], b.expert_h, 4 * c.n_ff, b.pair_order, b.starts, n_active,
+        c.n_ff // 32, down.is_int8,
+    )  # fmt: skip
+    k.experts_down(
+        n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd, down.n_blocks,
+        b.pair_panels[down.kind], down.panel_row_bytes, b.active, b.starts, n_active,
+    )  # fmt: skip
+    k.combine(b.x, b.expert_out, b.pair_slots, b.expert_weights, n, n_used, c.n_embd)
+    return int(n_bad) == 0
+
+
+def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray[np.float32]:
+    """rms_norm(x) @ output for the rows that are asked for."""
+    n, source = rows.n, b.x
+    if outputs == "last":
+        n, source = len(rows.last), b.h
+        b.array("h")[:n] = b.array("x")[rows.last]
+    return head(weights, b, source, weights.output_norm, n)
+
+
+def head(weights: Weights, b: Buffers, x: int, norm: Vector, n: int) -> npt.NDArray[np.float32]:
+    """logits[n, n_vocab] = rms_norm(x) @ output, in a buffer that the next call overwrites."""
+    c = weights.config
+    if len(b.logits) < n:
+        b.logits = np.empty((n, c.n_vocab), np.float32)
+    b.kernels.rms_norm(b.h, x, norm.address, n, c.n_embd, np.float32(c.rms_eps))
+    pack_rows(b, b.h, c.n_embd, n, weights.output)
+    m = weights.output
+    work = n * m.n_out * m.n_in
+    panel, out = b.panels[m.kind], int(b.logits.ctypes.data)
+    b.kernels.matmul(work, out, 4 * c.n_vocab, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
+    logits = b.logits[:n]
+    if not np.isfinite(logits).all():
+        raise M2liteError("NaN or infinity in the logits.", "The weights may be damaged: run `m2lite verify`.")
+    return logits
