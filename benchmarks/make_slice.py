@@ -1,0 +1,189 @@
+"""Writes a few layers of true MiniMax-M2 widths as a GGUF with random weights, for speed measurements only.
+
+python benchmarks/make_slice.py -o slice.gguf [--layers 4] [--experts 256] [--vocab 200064] [--type q4_0|q8_0]
+
+The defaults take 9.6 GB and load here and in llama.cpp (llama-bench). Weights are random blocks with scales that keep
+activations finite; the same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import M2liteError
+from m2lite.quant.config import SourceConfig
+from m2lite.quant.convert import ARCHITECTURE, MAGIC, architecture_keys, general_keys
+from m2lite.quant.header import Key, Slot, array, boolean, build_header, string, uint32
+from m2lite.quant.names import LAYER, TRUNK, Entry
+from m2lite.quant.recipes import find_recipe
+from m2lite.storage import durable
+from m2lite.storage.blocks import FORMATS
+
+Bytes = npt.NDArray[np.uint8]
+
+CHUNK_BYTES = 32 << 20
+N_ADDED = 64  # ids at the end of M2's vocabulary that are not byte pairs: 200000 and on
+CONTROL, USER_DEFINED = 3, 4
+ADDED = {
+    0: "]!p~[", 1: "<fim_prefix>", 2: "<fim_middle>", 3: "<fim_suffix>", 19: "]~b]", 20: "[e~[", 21: "]!d~[",
+    34: "]~!b[", 50: "<think>", 51: "</think>", 52: "<minimax:tool_call>", 53: "</minimax:tool_call>",
+}  # fmt: skip
+SPECIAL = {"bos": 34, "eos": 20, "unknown": 21, "padding": 0}
+
+# Standard deviation of the weights by role, times 1 / sqrt(inputs): what keeps a random network's activations near 1.
+GAIN = {"attention": 1.0, "experts": 1.0, "head": 2.6, "router": 1.0}
+RMS_OF_RANDOM_BLOCK = {"Q4_0": 4.6, "Q8_0": 73.6}  # of the integers of a block whose bytes are uniform
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes [offset, offset + n_bytes) of the file, within one tensor."""
+
+    slot: Slot
+    role: str
+    offset: int
+    n_bytes: int
+
+
+def slice_config(n_layers: int, n_experts: int, n_vocab: int) -> SourceConfig:
+    """M2's widths."""
+    return SourceConfig(
+        n_layers=n_layers,
+        n_embd=3072,
+        n_heads=48,
+        n_kv_heads=8,
+        head_dim=128,
+        rotary_dim=64,
+        n_ff=1536,
+        n_experts=n_experts,
+        n_experts_used=min(8, n_experts),
+        n_vocab=n_vocab,
+        n_ctx_train=196608,
+        rope_theta=5e6,
+        rms_eps=1e-6,
+        routing_bias=True,
+        mtp_hidden=None,
+        mtp_zero_at_0=None,
+    )
+
+
+def vocabulary_keys(n_vocab: int) -> list[Key]:
+    """A valid byte-level BPE of that size: all bytes, then all pairs of bytes, then pairs and a byte."""
+    n_base = n_vocab - N_ADDED
+    if not 256 < n_base <= 256 + (1 << 16) + (1 << 24):
+        raise SystemExit(f"--vocab must be at least {256 + N_ADDED + 1}")
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    letters = [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+    tokens = list(letters)
+    merges = []
+    for n_left in (256, 256 + (1 << 16)):
+        first = 0 if n_left == 256 else 256
+        for left in tokens[first:n_left]:
+            room = n_base - len(tokens)
+            merges += [f"{left} {letter}" for letter in letters[:room]]
+            tokens += [left + letter for letter in letters[:room]]
+    added = [ADDED.get(i, f"]!{i}~[") for i in range(N_ADDED)]
+    types = [1] * n_base + [USER_DEFINED if 50 <= i <= 53 else CONTROL for i in range(N_ADDED)]
+    return [
+        string("tokenizer.ggml.model", "gpt2"),
+        string("tokenizer.ggml.pre", "minimax-m2"),
+        array("tokenizer.ggml.tokens", tokens + added),
+        array("tokenizer.ggml.token_type", types),
+        array("tokenizer.ggml.merges", merges),
+        *(uint32(f"tokenizer.ggml.{role}_token_id", n_base + i) for role, i in SPECIAL.items()),
+        boolean("tokenizer.ggml.add_bos_token", False),
+    ]
+
+
+def slice_entries(n_layers: int) -> Iterator[tuple[str, Entry]]:
+    yield TRUNK[0].gguf, TRUNK[0]
+    for layer in range(n_layers):
+        for entry in LAYER:
+            yield f"blk.{layer}.{entry.gguf}", entry
+    for entry in TRUNK[1:]:
+        yield entry.gguf, entry
+
+
+def fill(chunk: Chunk) -> Bytes:
+    """The chunk's bytes; a function of the tensor's name and the place alone."""
+    slot, role = chunk.slot, chunk.role
+    rng = np.random.Generator(np.random.SFC64([*slot.name.encode(), chunk.offset - slot.offset]))
+    block = slot.block_format
+    if block.name == "F32":
+        mean, std = {"norm": (1.0, 0.1), "bias": (0.0, 0.02)}.get(role, (0.0, slot.shape[-1] ** -0.5))
+        values = rng.standard_normal(chunk.n_bytes // 4, np.float32) * np.float32(std) + np.float32(mean)
+        return values.view(np.uint8)
+    data = rng.integers(0, 1 << 64, (chunk.n_bytes + 7) // 8, np.uint64).view(np.uint8)[: chunk.n_bytes]
+    blocks = data.reshape(-1, block.n_bytes)
+    if block.name == "Q8_0":  # -128 never comes out of an encoder
+        signed = data.view(np.int8)
+        np.maximum(signed, -127, out=signed)
+    std = 1.0 if role == "embedding" else GAIN[role] * slot.shape[-1] ** -0.5
+    scale = std / RMS_OF_RANDOM_BLOCK[block.name]
+    scales = np.linspace(0.75, 1.25, 1024, dtype=np.float32) * np.float32(scale)
+    picks = rng.integers(0, len(scales), len(blocks), np.uint16)
+    blocks[:, :2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)[picks]
+    return data
+
+
+def write_slice(out: Path, config: SourceConfig, type_name: str) -> int:
+    """Writes the file and returns its size."""
+    formats = find_recipe(type_name).formats
+    entries = list(slice_entries(config.n_layers))
+    dims = config.dims()
+    tensors = [(name, tuple(dims[w] for w in e.shape), FORMATS[formats.get(e.role, "F32")]) for name, e in entries]
+    keys = [
+        *general_keys(find_recipe(type_name), f"MiniMax-M2 slice, {config.n_layers} layers, random"),
+        *architecture_keys(config, config.n_layers),
+        *vocabulary_keys(config.n_vocab),
+    ]
+    header = build_header(ARCHITECTURE, keys, tensors)
+    chunks = []
+    for slot, (_, entry) in zip(header.slots, entries, strict=True):
+        step = CHUNK_BYTES // slot.block_format.n_bytes * slot.block_format.n_bytes
+        for first in range(0, slot.n_bytes, step):
+            chunks.append(Chunk(slot, entry.role, slot.offset + first, min(step, slot.n_bytes - first)))
+    part = durable.PartFile(out, header.size_bytes)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda chunk: part.write(chunk.offset, fill(chunk).data), chunks))
+        part.write(len(MAGIC), header.data[len(MAGIC) :])
+        part.finish(MAGIC)
+    except BaseException:
+        part.discard()
+        raise
+    return header.size_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=200_064)
+    parser.add_argument("--type", choices=("q4_0", "q8_0"), default="q4_0")
+    args = parser.parse_args()
+    if args.layers < 1 or not 1 <= args.experts <= 1024:
+        parser.error("--layers must be at least 1, --experts from 1 to 1024")
+    start = time.perf_counter()
+    try:
+        n_bytes = write_slice(args.output, slice_config(args.layers, args.experts, args.vocab), args.type)
+    except M2liteError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    seconds = time.perf_counter() - start
+    print(f"{args.output}: {n_bytes:,} bytes in {seconds:.1f} s, {n_bytes / seconds / 1e6:.0f} MB/s on disk")
+
+
+if __name__ == "__main__":
+    main()

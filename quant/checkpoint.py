@@ -1,0 +1,245 @@
+"""A Hugging Face directory: shards, index, FP8 block scales, config. Knows tensors by name, not by use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import BadModelError, UsageError
+from m2lite.quant.safetensors import Shard, SourceTensor
+
+F32 = npt.NDArray[np.float32]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+MAX_JSON_BYTES = 256 * 2**20
+SCALE_SUFFIX = "_scale_inv"
+
+
+def _e4m3_table() -> F32:
+    """The 256 values of float8_e4m3fn: bias 7, no infinity, NaN at 0x7F and 0xFF, largest 448."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    value[127] = np.nan
+    return np.concatenate([value, -value]).astype(np.float32)
+
+
+E4M3 = _e4m3_table()
+
+
+def _from_bf16(raw: npt.NDArray[np.uint8]) -> F32:
+    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+# dtype -> decoder of its bytes. Only F8_E4M3 needs a second tensor, its block scales.
+DECODERS: Mapping[str, Callable[[npt.NDArray[np.uint8]], F32]] = {
+    "F32": lambda raw: raw.view("<f4").astype(np.float32, copy=False),
+    "F16": lambda raw: raw.view("<f2").astype(np.float32),
+    "BF16": _from_bf16,
+    "F8_E4M3": lambda raw: E4M3[raw],
+}
+
+
+class Checkpoint:
+    """Open shards of one directory and the table of all their tensors."""
+
+    def __init__(self, path: Path, config: dict[str, Any], shards: list[Shard]) -> None:
+        self.path = path
+        self.config = config
+        self._shards = shards
+        self._home: dict[str, Shard] = {}
+        self._scales: dict[str, F32] = {}
+        for shard in shards:
+            for name in shard.tensors:
+                if name in self._home:
+                    raise BadModelError(
+                        f"Tensor {name!r} is in two shards, {self._home[name].path.name} and {shard.path.name}.",
+                        "Download the checkpoint again.",
+                    )
+                self._home[name] = shard
+        self.tensors: Mapping[str, SourceTensor] = {n: s.tensors[n] for n, s in self._home.items()}
+        self._block = _fp8_block(config)
+
+    def read(self, name: str, matrix: int = 0, first_row: int = 0, n_rows: int | None = None) -> F32:
+        """Rows of one matrix of a tensor seen as [matrices, rows, columns], in float32 with FP8 scales applied."""
+        tensor = self.tensors[name]
+        n_matrices, height, width = matrices(tensor.shape)
+        n_rows = height - first_row if n_rows is None else n_rows
+        assert 0 <= matrix < n_matrices and 0 <= first_row <= first_row + n_rows <= height
+        if tensor.dtype not in DECODERS:
+            raise BadModelError(
+                f"Tensor {name!r} has dtype {tensor.dtype}; {', '.join(DECODERS)} can be converted.",
+                "Use a checkpoint in one of those.",
+            )
+        row_bytes = tensor.n_bytes // max(1, n_matrices * height)
+        raw = self._home[name].read(tensor.offset + (matrix * height + first_row) * row_bytes, n_rows * row_bytes)
+        values = DECODERS[tensor.dtype](raw).reshape(n_rows, width)
+        if tensor.dtype == "F8_E4M3":
+            self._apply_scale(name, values, matrix, first_row)
+        if not np.isfinite(values).all():
+            raise BadModelError(
+                f"Tensor {name!r} holds NaN or infinity within rows {first_row} to {first_row + n_rows - 1}.",
+                "The checkpoint is damaged: download that shard again.",
+            )
+        return values
+
+    def _apply_scale(self, name: str, values: F32, matrix: int, first_row: int) -> None:
+        """W[r, c] = fp8[r, c] * scale[r // 128, c // 128], edges ragged; despite the name "inv" it is multiplied."""
+        block_rows, block_cols = self._block
+        scale = self._scale(name)[matrix]
+        rows = scale[(first_row + np.arange(values.shape[0])) // block_rows]
+        for column in range(scale.shape[1]):
+            values[:, column * block_cols : (column + 1) * block_cols] *= rows[:, column, None]
+
+    def _scale(self, name: str) -> F32:
+        """The block scales of an FP8 tensor, [matrices, block rows, block columns], checked once."""
+        if name not in self._scales:
+            scale_name = name + SCALE_SUFFIX
+            if scale_name not in self.tensors:
+                raise BadModelError(f"Tensor {name!r} is FP8 but {scale_name!r} is missing.", "Download all shards.")
+            n_matrices, height, width = matrices(self.tensors[name].shape)
+            expected = (n_matrices, -(-height // self._block[0]), -(-width // self._block[1]))
+            if matrices(self.tensors[scale_name].shape) != expected:
+                raise BadModelError(
+                    f"{scale_name!r} has shape {list(self.tensors[scale_name].shape)} where blocks of"
+                    f" {self._block[0]} x {self._block[1]} need {list(expected if n_matrices > 1 else expected[1:])}.",
+                    "Check weight_block_size in config.json.",
+                )
+            self._scales.clear()  # tensors are read one after another: the last one's scales are enough
+            self._scales[name] = np.stack([self.read(scale_name, matrix) for matrix in range(n_matrices)])
+        return self._scales[name]
+
+    def check_unchanged(self) -> None:
+        for shard in self._shards:
+            shard.check_unchanged()
+
+    def paths(self) -> list[Path]:
+        return [shard.path for shard in self._shards]
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A shape as [matrices, rows, columns]: a vector is one row, a stack of matrices stays one."""
+    if len(shape) > 3:
+        raise BadModelError(f"A tensor of shape {list(shape)} has {len(shape)} dimensions, at most 3 are known.")
+    padded = (1, 1, 1, *shape)[-3:] if shape else (1, 1, 1)
+    return padded[0], padded[1], padded[2]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a directory with config.json and model.safetensors, or shards and their index."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory.", "Give the directory of a Hugging Face checkpoint.")
+    config = load_json(directory, "config.json")
+    shards: list[Shard] = []
+    try:
+        if (directory / INDEX_NAME).exists():
+            _open_sharded(directory, shards)
+        else:
+            _check_only(directory, {SINGLE_NAME})
+            shards.append(Shard(_check_contained(directory, SINGLE_NAME)))
+        return Checkpoint(directory, config, shards)
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+
+
+def load_json(directory: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
+    """A JSON object beside the weights; `optional` gives {} for a missing file."""
+    path = directory / name
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise BadModelError(f"{path} is missing.", "Give the directory of a Hugging Face checkpoint.") from None
+    except OSError as error:
+        raise BadModelError(f"{path} cannot be read: {error.strerror}.", "Check the file.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadModelError(f"{path} is not valid JSON: {error}.", "Download it again.") from None
+    return value
+
+
+def _open_sharded(directory: Path, shards: list[Shard]) -> None:
+    weight_map = load_json(directory, INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
+        raise BadModelError(f"{INDEX_NAME} has no weight_map of names.", "Download it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not SHARD_NAME.fullmatch(name):
+            raise BadModelError(f"{INDEX_NAME} names the shard {name!r}, not a plain file name.", "Do not use it.")
+    _check_only(directory, set(names))
+    for name in names:
+        shards.append(Shard(_check_contained(directory, name)))
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor not in weight_map:
+                raise BadModelError(f"{INDEX_NAME} does not list {tensor!r} of {shard.path.name}.", "Check both.")
+    tables = {shard.path.name: shard.tensors for shard in shards}
+    for tensor, name in weight_map.items():
+        if tensor not in tables[name]:
+            raise BadModelError(f"{name} does not hold {tensor!r}, as {INDEX_NAME} says.", "Download it again.")
+
+
+def _check_only(directory: Path, expected: set[str]) -> None:
+    """A safetensors file that no index lists may hold half of a model: say so instead of leaving it out."""
+    extra = sorted(p.name for p in directory.glob("*.safetensors") if p.name not in expected)
+    if extra:
+        known = f"{INDEX_NAME} does not list it" if expected != {SINGLE_NAME} else f"there is no {INDEX_NAME}"
+        raise BadModelError(f"{directory} holds {extra[0]}, but {known}.", "Add the index, or move the file away.")
+
+
+def _check_contained(directory: Path, name: str) -> Path:
+    """A shard may be a link within the directory, or into blobs/ of a Hugging Face cache; elsewhere is refused."""
+    path = directory / name
+    target = path.resolve()
+    real = directory.resolve()
+    roots = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    if not any(target.is_relative_to(root) for root in roots):
+        raise BadModelError(f"{name} is a link to {target}, outside of {directory}.", "Copy the file there.")
+    return path
+
+
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The block size of FP8 scales; 128 x 128 where config.json is silent."""
+    settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        _refuse("quantization_config", settings)
+    if settings and settings.get("quant_method") != "fp8":
+        _refuse("quantization_config.quant_method", settings.get("quant_method"))
+    block = settings.get("weight_block_size") or [128, 128]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        _refuse("quantization_config.weight_block_size", block)
+    return block[0], block[1]
+
+
+def _refuse(key: str, value: object) -> NoReturn:
+    raise BadModelError(
+        f"config.json: {key} is {value!r}, which is not supported.", "Use an FP8, BF16, F16 or F32 checkpoint."
+    )

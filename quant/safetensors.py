@@ -1,0 +1,163 @@
+"""One safetensors file: its header, checked byte for byte, and ranges by pread. Knows no model and no other file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import BadModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_TENSOR_DIMS = 8
+
+# Every dtype whose size we can check; only those of quant/checkpoint.py's decoders can be converted.
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+# What a failed download leaves under a shard's name, by its first bytes.
+IMPOSTORS = (
+    (re.compile(rb"\s*version https://git-lfs", re.I), "a Git LFS pointer", "Run `git lfs pull` in that directory."),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.I), "a web page", "Download the file again; a login may be needed."),
+)
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a shard; `offset` counts from the start of the file, `shape` is row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+class Shard:
+    """An open safetensors file: a descriptor and the table of its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = _open_regular(path)
+        try:
+            self._stat = os.fstat(self._fd)
+            self.tensors = _parse_header(path, self._fd, self._stat.st_size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read(self, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes [offset, offset + n_bytes) of the file, in memory that the caller owns."""
+        buffer = np.empty(n_bytes, np.uint8)
+        view = buffer.data
+        done = 0
+        while done < n_bytes:
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise BadModelError(
+                    f"{self.path.name} ends at byte {offset + done}, {n_bytes - done} bytes early.",
+                    "It changed while it was read: download it again.",
+                )
+            done += got
+        return buffer
+
+    def check_unchanged(self) -> None:
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise BadModelError(f"{self.path.name} changed while it was read.", "Convert again when nobody writes it.")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor of a regular file; a FIFO or a device would block or never end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadModelError(f"{path} is not a regular file.", "Give a directory with safetensors files.")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadModelError(f"The shard {path.name} is missing from {path.parent}.", "Download it.") from None
+    except OSError as error:
+        raise BadModelError(f"{path} cannot be opened: {error.strerror}.", "Check its permissions.") from None
+
+
+def _parse_header(path: Path, fd: int, size: int) -> dict[str, SourceTensor]:
+    """The tensor table; strict as the safetensors library is: no hole, no overlap, nothing behind the end."""
+    start = os.pread(fd, 512, 0)
+    for pattern, what, todo in IMPOSTORS:
+        if pattern.match(start):
+            raise BadModelError(f"{path.name} is {what}, not weights ({size} bytes).", todo)
+    header_bytes = int.from_bytes(start[:8], "little")
+    if size < 10 or header_bytes > MAX_HEADER_BYTES or start[8:9] != b"{":
+        raise BadModelError(f"{path.name} is not a safetensors file ({size} bytes).", "Download it again.")
+    data_start = 8 + header_bytes
+    if data_start > size:
+        raise BadModelError(
+            f"{path.name} is {data_start - size} bytes short within its header.", "The download may be incomplete."
+        )
+    try:
+        header = json.loads(os.pread(fd, header_bytes, 8), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadModelError(f"The header of {path.name} is damaged: {error}.", "Download it again.") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    _check_ranges(path, list(tensors.values()), data_start, size)
+    return tensors
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} occurs twice")
+    return table
+
+
+def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+    def bad(what: str) -> BadModelError:
+        return BadModelError(f"{path.name}: tensor {name!r} has {what}.", "Download it again.")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad("not exactly the fields dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise bad(f"the unknown dtype {dtype!r}")
+    if not _is_counts(shape) or len(shape) > MAX_TENSOR_DIMS:
+        raise bad(f"the shape {shape!r}")
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise bad(f"the data_offsets {offsets!r}")
+    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != n_bytes:
+        raise bad(f"{offsets[1] - offsets[0]} bytes where {dtype} {shape} takes {n_bytes}")
+    return SourceTensor(name, dtype, tuple(shape), data_start + offsets[0], n_bytes)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_ranges(path: Path, tensors: list[SourceTensor], data_start: int, size: int) -> None:
+    expected = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.n_bytes)):
+        if tensor.offset != expected:
+            what = "overlaps the tensor before it" if tensor.offset < expected else "leaves a hole before it"
+            raise BadModelError(f"{path.name}: tensor {tensor.name!r} {what}.", "Download it again.")
+        expected += tensor.n_bytes
+    if expected > size:
+        raise BadModelError(f"{path.name} is {expected - size} bytes short.", "The download may be incomplete.")
+    if expected < size:
+        raise BadModelError(f"{path.name} has {size - expected} bytes behind its last tensor.", "Download it again.")

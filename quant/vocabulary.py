@@ -1,0 +1,177 @@
+"""tokenizer.json and its neighbours -> the tokenizer.* and general.sampling.* keys of a GGUF. Touches no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2lite.errors import BadModelError
+from m2lite.quant.checkpoint import load_json
+from m2lite.quant.header import Key, array, boolean, float32, int32, string, uint32
+
+# The one pre-tokenizer that `tokenizer.ggml.pre = minimax-m2` stands for (o200k), as tokenizer.json spells it.
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
+MAX_TEMPLATE_BYTES = 1 << 20
+
+# role: (its key in tokenizer_config.json, the key in the GGUF, M2's own string where the configs are silent)
+SPECIAL = {
+    "bos": ("bos_token", "tokenizer.ggml.bos_token_id", "]~!b["),
+    "eos": ("eos_token", "tokenizer.ggml.eos_token_id", "[e~["),
+    "unknown": ("unk_token", "tokenizer.ggml.unknown_token_id", "]!d~["),
+    "padding": ("pad_token", "tokenizer.ggml.padding_token_id", "]!p~["),
+}
+# generation_config.json: (key there, key in the GGUF, type). Its bos_token_id is wrong for M2 and not read.
+SAMPLING = (
+    ("temperature", "general.sampling.temp", float32),
+    ("top_k", "general.sampling.top_k", int32),
+    ("top_p", "general.sampling.top_p", float32),
+    ("min_p", "general.sampling.min_p", float32),
+)
+
+
+class Vocabulary(NamedTuple):
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+
+
+def vocabulary_keys(directory: Path, n_vocab: int) -> list[Key]:
+    """Every key that the text of a model needs, in a fixed order."""
+    tokenizer = load_json(directory, "tokenizer.json")
+    settings = load_json(directory, "tokenizer_config.json", optional=True)
+    vocabulary = parse_vocabulary(tokenizer, n_vocab)
+    keys = [
+        string("tokenizer.ggml.model", "gpt2"),
+        string("tokenizer.ggml.pre", "minimax-m2"),
+        array("tokenizer.ggml.tokens", vocabulary.tokens),
+        array("tokenizer.ggml.token_type", vocabulary.types),
+        array("tokenizer.ggml.merges", vocabulary.merges),
+        *_special_keys(vocabulary, settings),
+        boolean("tokenizer.ggml.add_bos_token", False),  # the chat template writes it: never two
+    ]
+    template = _load_template(directory, settings)
+    return [*keys, string("tokenizer.chat_template", template)] if template else keys
+
+
+def sampling_keys(directory: Path) -> list[Key]:
+    """The publisher's defaults for sampling, where generation_config.json states them."""
+    found = load_json(directory, "generation_config.json", optional=True)
+    keys = []
+    for source, target, make in SAMPLING:
+        value = found.get(source)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            keys.append(make(target, value))
+    return keys
+
+
+def parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+    """Tokens by id, their types and the merges; BadModelError where tokenizer.json is not M2's kind."""
+    try:
+        return _parse_vocabulary(tokenizer, n_vocab)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _bad(f"a part of it has another form than expected ({error!r})") from None
+
+
+def _parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise _bad("model is not byte-level BPE")
+    if tokenizer.get("normalizer") is not None:
+        raise _bad("it has a normalizer, M2's has none")
+    _check_pre_tokenizer(tokenizer.get("pre_tokenizer"))
+    tokens: dict[int, str] = {}
+    types: dict[int, int] = {}
+    for text, token_id in model["vocab"].items():
+        _place(tokens, token_id, text, n_vocab)
+        types[token_id] = NORMAL
+    for added in tokenizer.get("added_tokens") or []:
+        token_id, text = added["id"], added["content"]
+        if tokens.get(token_id) != text:
+            _place(tokens, token_id, text, n_vocab)
+        types[token_id] = CONTROL if added.get("special") else USER_DEFINED
+    if len(set(tokens.values())) != len(tokens):
+        raise _bad("two ids have the same text")
+    for token_id in range(n_vocab):
+        if token_id not in tokens:
+            tokens[token_id] = f"[PAD{token_id}]"
+            types[token_id] = UNUSED
+    order = range(n_vocab)
+    merges = _parse_merges(model.get("merges"), set(tokens.values()))
+    return Vocabulary([tokens[i] for i in order], [types[i] for i in order], merges)
+
+
+def _bad(what: str) -> BadModelError:
+    return BadModelError(f"tokenizer.json: {what}.", "Use the tokenizer.json of a MiniMax-M2.")
+
+
+def _place(tokens: dict[int, str], token_id: Any, text: Any, n_vocab: int) -> None:
+    if type(token_id) is not int or not 0 <= token_id < n_vocab:
+        raise _bad(f"token {text!r} has id {token_id!r}, beyond the {n_vocab} of config.json's vocab_size")
+    if not isinstance(text, str) or not text:
+        raise _bad(f"token {token_id} is {text!r}, not a text")
+    if token_id in tokens:
+        raise _bad(f"id {token_id} belongs to both {tokens[token_id]!r} and {text!r}")
+    tokens[token_id] = text
+
+
+def _parse_merges(merges: Any, known: set[str]) -> list[str]:
+    """Merges as "left right", from either of the two spellings."""
+    if not isinstance(merges, list) or not merges:
+        raise _bad("it has no merges")
+    result = []
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p in known for p in parts):
+            raise _bad(f"the merge {merge!r} is not two tokens")
+        if "".join(parts) not in known:
+            raise _bad(f"the merge {merge!r} makes a token that does not exist")
+        result.append(" ".join(parts))
+    return result
+
+
+def _check_pre_tokenizer(pre_tokenizer: Any) -> None:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    if patterns != [PATTERN]:
+        raise _bad(f"its pre-tokenizer splits by {patterns!r}, not by M2's pattern")
+
+
+def _special_keys(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> list[Key]:
+    ids = {text: token_id for token_id, text in enumerate(vocabulary.tokens)}
+    keys = []
+    for source, target, own in SPECIAL.values():
+        named = settings.get(source)
+        text = named.get("content") if isinstance(named, dict) else named
+        if text is not None and text not in ids:
+            raise BadModelError(
+                f"tokenizer_config.json: {source} {text!r} is not in tokenizer.json.", "Use a matching pair."
+            )
+        text = own if text is None else text
+        if text in ids:
+            keys.append(uint32(target, ids[text]))
+    return keys
+
+
+def _load_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        data = path.read_bytes()
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise BadModelError(
+                f"{path.name} has {len(data)} bytes, at most {MAX_TEMPLATE_BYTES} are allowed.", "Check it."
+            )
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise BadModelError(f"{path.name} is not UTF-8: {error}.", "Check that it is the template.") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones: the default is the one that everybody uses
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None

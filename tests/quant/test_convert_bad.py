@@ -1,0 +1,224 @@
+"""Every way in which a conversion can go wrong: the words, and what is left on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
+from m2lite.quant import convert as convert_module
+from m2lite.quant.convert import Conversion, convert
+from m2lite.storage import durable
+from m2lite.storage.gguf_reader import open_gguf
+from tests.golden.models import hf_config, hf_weights
+from tests.quant import checkpoints
+from tests.quant.checkpoints import SMALL, digest, digests
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(source: Path, folder: Path, kind: type[M2liteError] = BadModelError, type_name: str = "q4_0") -> str:
+    with pytest.raises(kind) as caught:
+        convert(source, folder / "refused.gguf", type_name)
+    assert not list(folder.glob("*refused.gguf*")), "something was left"
+    return str(caught.value)
+
+
+def test_a_module_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    weights = checkpoints.rename_mtp(hf_weights(SMALL), SMALL, "a")
+    weights["model.layers.3.shared_head.head.weight"] = weights["lm_head.weight"] + 1
+    source = checkpoints.write(tmp_path / "hf", checkpoints.as_f32(weights))
+    assert "shared_head.head.weight' differs from 'lm_head.weight'" in refusal(source, tmp_path)
+
+
+def test_a_model_without_routing_bias_gets_zeros_only_when_it_says_so(tmp_path: Path) -> None:
+    weights = {name: value for name, value in hf_weights(SMALL).items() if "correction_bias" not in name}
+    stored = checkpoints.as_f32(weights)
+    source = checkpoints.write(tmp_path / "said", stored, {**hf_config(SMALL), "use_routing_bias": False})
+    done = convert(source, tmp_path / "x.gguf", "f32")
+    with open_gguf(done.path) as model:
+        assert not model.view("blk.1.exp_probs_b.bias").any()
+    silent = checkpoints.write(tmp_path / "silent", stored)
+    assert "e_score_correction_bias' is missing (blk.0.exp_probs_b.bias)" in refusal(silent, tmp_path)
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
+    def write(number: int, change: Any) -> Path:
+        weights = hf_weights(SMALL)
+        change(weights)
+        return checkpoints.write(tmp_path / str(number), checkpoints.as_f32(weights))
+
+    up = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    cases = (
+        (lambda w: w.pop(up), f"Tensor '{up}' is missing"),
+        (lambda w: w.update({up: w[up].T.copy()}), "has shape [64, 32] where config.json gives [32, 64]"),
+        (lambda w: w.update({"model.layers.0.mlp.shared.weight": w[up]}), "1 tensors of the checkpoint have no place"),
+        (lambda w: w.update({"model.layers.2.input_layernorm.weight": w["model.norm.weight"]}), "have no place"),
+        (lambda w: w.update({up + "_scale_inv": w[up]}), "have no place"),
+        (lambda w: w.pop("lm_head.weight"), "Tensor 'lm_head.weight' is missing"),
+        (lambda w: w.pop("model.mtp.layers.1.hnorm.weight"), "hnorm.weight' is missing"),
+    )
+    for number, (change, words) in enumerate(cases):
+        assert words in refusal(write(number, change), tmp_path)
+
+
+def test_widths_that_are_not_whole_blocks_are_refused_by_name(tmp_path: Path) -> None:
+    case = dataclasses.replace(SMALL, n_ff=24, n_mtp=0)
+    source = checkpoints.write(tmp_path / "hf", checkpoints.as_f32(hf_weights(case)), hf_config(case))
+    words = refusal(source, tmp_path)
+    assert "'blk.0.ffn_down_exps.weight' has rows of 24 weights, which are not whole Q4_0 blocks of 32" in words
+    assert convert(source, tmp_path / "x.gguf", "bf16").n_tensors == 29
+
+
+def test_weights_too_large_for_a_format_are_refused_by_name(tmp_path: Path) -> None:
+    weights = hf_weights(SMALL)
+    weights["model.layers.1.self_attn.v_proj.weight"][3, 5] = 1e8
+    source = checkpoints.write(tmp_path / "hf", checkpoints.as_f32(weights))
+    for kind in ("f16", "q8_0", "q4_0"):
+        assert "'blk.1.attn_v.weight' holds 1e+08, more than" in refusal(source, tmp_path, type_name=kind)
+    assert convert(source, tmp_path / "x.gguf", "bf16").path.exists()
+
+
+def test_an_unknown_type_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert "'q3_x' is not an output type. Take one of f32, f16" in refusal(
+        tmp_path / "none", tmp_path, UsageError, "q3_x"
+    )
+    assert time.monotonic() - started < 1
+
+
+def test_outputs_that_cannot_be_meant_are_refused(source: Path, tmp_path: Path) -> None:
+    def words(out: Path) -> str:
+        with pytest.raises(UsageError) as caught:
+            convert(source, out, "q4_0")
+        return str(caught.value)
+
+    assert "does not end in .gguf" in words(tmp_path / "x.bin")
+    assert "no directory" in words(tmp_path / "none" / "x.gguf")
+    (tmp_path / "d.gguf").mkdir()
+    assert "is a directory" in words(tmp_path / "d.gguf")
+    (tmp_path / "old.gguf").write_text("precious")
+    assert "exists already" in words(tmp_path / "old.gguf")
+    (tmp_path / "mtp-new.gguf").write_text("precious")
+    assert "mtp-new.gguf exists already" in words(tmp_path / "new.gguf")
+    assert (tmp_path / "old.gguf").read_text() == (tmp_path / "mtp-new.gguf").read_text() == "precious"
+    assert not (tmp_path / "new.gguf").exists()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_the_input_is_never_the_output(tmp_path: Path, link: Any) -> None:
+    source = checkpoints.write(tmp_path / "hf", checkpoints.small())
+    before = digest(source / "model.safetensors")
+    link(source / "model.safetensors", tmp_path / "x.gguf")
+    with pytest.raises(UsageError, match="a file of the checkpoint itself"):
+        convert(source, tmp_path / "x.gguf", "q4_0", overwrite=True)
+    assert digest(source / "model.safetensors") == before
+
+
+def test_overwriting_replaces_both_files_in_one_step_each(
+    source: Path, converted: dict[str, Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.gguf"
+    convert(source, out, "f16")
+    old = digest(out)
+    with pytest.raises(OSError, match="stop"), monkeypatch.context() as patch:
+        patch.setattr(convert_module, "encode_rows", _raise)
+        convert(source, out, "q4_0", overwrite=True)
+    assert digest(out) == old
+    assert digests(convert(source, out, "q4_0", overwrite=True)) == digests(converted["q4_0"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mtp-x.gguf", "x.gguf"]
+
+
+def _raise(*_: object) -> None:
+    raise OSError("stop")
+
+
+def test_a_full_disk_is_said_before_work_begins(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "free_bytes", lambda _: 1000)
+    words = refusal(source, tmp_path, ResourceError)
+    assert "1,000 free" in words
+
+
+class FailingOps(durable.FileOps):
+    """The real calls (but fsync, which only costs time here), of which number `fails_at` fails."""
+
+    CHANGES = ("open", "write", "pwrite", "truncate", "fsync", "close", "replace", "allocate")
+
+    def __init__(self, fails_at: int, code: int) -> None:
+        self.n_calls = 0
+        for name in self.CHANGES:
+            setattr(self, name, self._counted(getattr(durable.FileOps, name), fails_at, code))
+
+    def _counted(self, call: Any, fails_at: int, code: int) -> Any:
+        def wrapped(*args: Any) -> Any:
+            self.n_calls += 1
+            if self.n_calls == fails_at:
+                raise OSError(code, os.strerror(code))
+            return None if call is os.fsync else call(*args)
+
+        return wrapped
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, ResourceError), (errno.EIO, M2liteError)])
+def test_a_disk_that_fails_at_any_call_leaves_no_half_file(
+    source: Path,
+    converted: dict[str, Conversion],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    kind: Any,
+) -> None:
+    counter = FailingOps(0, code)
+    monkeypatch.setattr(durable, "fsops", counter)
+    convert(source, tmp_path / "count.gguf", "f16")
+    expected = digests(converted["f16"])
+    for number in range(1, counter.n_calls + 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setattr(durable, "fsops", FailingOps(number, code))
+        with pytest.raises(kind):
+            convert(source, folder / "x.gguf", "f16")
+        for name, wanted in zip(("x.gguf", "mtp-x.gguf"), expected, strict=True):
+            assert not (folder / name).exists() or digest(folder / name) == wanted, f"call {number}"
+        monkeypatch.setattr(durable, "fsops", FailingOps(0, code))
+        assert digests(convert(source, folder / "x.gguf", "f16", overwrite=True)) == expected
+        assert sorted(path.name for path in folder.iterdir()) == ["mtp-x.gguf", "x.gguf"]
+
+
+def test_a_killed_conversion_leaves_no_model_and_the_next_one_is_whole(
+    source: Path, converted: dict[str, Conversion], tmp_path: Path
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from m2lite.quant.convert import convert\n"
+        "def progress(tensor, done, total):\n"
+        "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "convert(sys.argv[1], sys.argv[2], 'f16', progress=progress)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, source, tmp_path / "x.gguf"], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.gguf"))
+    for part in tmp_path.glob("*.part"):
+        assert part.read_bytes()[:4] != b"GGUF"
+    assert digests(convert(source, tmp_path / "x.gguf", "f16")) == digests(converted["f16"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_source_that_changes_on_the_way_is_no_model(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "hf", checkpoints.small())
+
+    def touch(tensor: str, done: int, total: int) -> None:
+        os.utime(source / "model.safetensors", (1, 1))
+
+    with pytest.raises(BadModelError, match="changed while it was read"):
+        convert(source, tmp_path / "x.gguf", "f16", progress=touch)
+    assert not list(tmp_path.glob("*.gguf*"))
