@@ -10,8 +10,8 @@ import numpy as np
 from numba import prange
 
 from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
-    absolute,
     call_unpack,
     clamp_and_store_i8,
     div,
@@ -19,9 +19,10 @@ from m2lite.kernels.simd import (
     fma_scalar,
     i32_to_f32,
     load_f32,
-    max_lanes,
+    max_abs,
     maximum,
     mul,
+    or_nan,
     read_f32,
     read_i32,
     read_i64,
@@ -35,7 +36,6 @@ from m2lite.kernels.simd import (
     write_f32,
     write_i32,
 )
-from m2lite.kernels.simd import add as add16
 
 F = np.float32
 ZERO, ONE, MINUS_ONE = F(0.0), F(1.0), F(-1.0)
@@ -51,7 +51,7 @@ INT8_MAX = F(127.0)
 
 @kernel
 def exp16(x):
-    """exp per lane; exactly 0 below EXP_LOWEST."""
+    """exp per lane; exactly 0 below EXP_LOWEST; NaN stays NaN."""
     clamped = select_below(splat(EXP_HIGHEST), x, splat(EXP_HIGHEST), maximum(x, splat(EXP_LOWEST)))
     n = round_to_i32(mul(clamped, splat(LOG2_E)))
     steps = i32_to_f32(n)
@@ -63,7 +63,7 @@ def exp16(x):
     p = fma(p, r, splat(C2))
     p = fma(p, r, splat(ONE))
     p = fma(p, r, splat(ONE))
-    return select_below(x, splat(EXP_LOWEST), splat(ZERO), scale_by_power(p, n))
+    return or_nan(select_below(x, splat(EXP_LOWEST), splat(ZERO), scale_by_power(p, n)), x)
 
 
 @kernel
@@ -111,7 +111,7 @@ def rms_norm(out, x, weight, n_rows, n, eps):
 def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_dim, eps):
     """RMS norm over the whole row of n_heads * head_dim, then rotation of the first rotary_dim of each head, in place.
 
-    angles: [position][cos of rotary_dim / 2, sin of rotary_dim / 2]; positions: int32. Pairs are (j, j + rotary_dim / 2).
+    angles: [position][cos of rotary_dim / 2, sin of rotary_dim / 2]; positions: int32. Pairs: (j, j + rotary_dim / 2).
     """
     n, half = n_heads * head_dim, rotary_dim // 2
     for t in range(n_rows):
@@ -158,7 +158,7 @@ def pack_row_int8(panel, step, x, n_blocks):
     """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, -8 x sum; rounding to nearest even."""
     for b in range(n_blocks):
         low, high = load_f32(x + 128 * b), load_f32(x + 128 * b + 64)
-        amax = max_lanes(maximum(absolute(low), absolute(high)))
+        amax = max_abs(low, high)
         scale = amax / INT8_MAX
         inverse = INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
         at = panel + b * step
@@ -201,7 +201,7 @@ def pack_parallel(n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
 
 @kernel
 def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
-    """Panels of several groups side by side: group g holds pairs starts[g]..starts[g + 1], pair p is row rows[p] of x."""
+    """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x."""
     row_bytes = n_blocks * (40 if is_int8 else 128)
     n_pairs = read_i32(starts + 4 * n_groups)
     first, last = part * n_pairs // n_parts, (part + 1) * n_pairs // n_parts
@@ -220,9 +220,10 @@ def pack_groups_parallel(n_parts, panel, x, x_stride, rows, starts, n_groups, n_
 
 @kernel
 def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim):
-    """Write k[t], v[t] (n_kv_heads * head_dim float32) as float16 into slot slots[t] (int32) of the page at pages[t] (int64).
+    """Write k[t], v[t] (n_kv_heads * head_dim float32) as float16 into a slot of a page.
 
-    A page holds, for one layer, K [n_kv_heads][64][head_dim] and then V of the same shape.
+    slots: int32 [n_rows]; pages: int64 [n_rows], addresses. A page holds, for one layer, K [n_kv_heads][64][head_dim] and
+    then V of the same shape.
     """
     n = n_kv_heads * head_dim
     for t in range(n_rows):

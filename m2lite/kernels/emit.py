@@ -1,4 +1,4 @@
-"""LLVM IR that kernels are made of, as functions of a builder. Sees 16-lane vectors and bytes; no Numba type, no format.
+"""LLVM IR that kernels are made of, as functions of a builder. Sees 16-lane vectors and bytes, no format.
 
 Vectors always have 16 lanes: LLVM splits them into the registers that the machine has. Only `dot4` differs between
 machines; its form is picked from the features that Numba compiles for.
@@ -106,7 +106,7 @@ def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.
 
 
 def _dot4_avx2(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    """maddubs adds two products in int16: 2 x 15 x 127 fits, 2 x 255 x 127 does not, so 8-bit weights go as 4 + 4 bits."""
+    """maddubs adds two products in int16: 2 x 15 x 127 fits, 2 x 255 x 127 does not: 8-bit weights go as 4 + 4 bits."""
     if bits == 8:
         low = builder.and_(u, const(0x0F0F0F0F))
         high = builder.and_(builder.lshr(u, const(4)), const(0x0F0F0F0F))
@@ -207,7 +207,7 @@ def gather_u16(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value) -> ir
 
 
 def load_tile(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, offset: int) -> list[ir.Value]:
-    """16 bytes at `address + offset` of each of 16 rows -> 4 vectors; lane i of vector d holds bytes 4d..4d+3 of row i."""
+    """16 bytes at `address + offset` of each of 16 rows -> 4 vectors; lane i of vector d: bytes 4d..4d+3 of row i."""
     quad = ir.VectorType(I32, 4)
     groups = []
     for g in range(4):
@@ -236,7 +236,7 @@ def pack_of(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 
 
 def f32_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """float32 -> float16 bits by integer arithmetic where there is no instruction; same results, subnormals included."""
+    """float32 -> float16 bits, by integer arithmetic where there is no instruction; subnormals included."""
     if HAS_F16C:
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), V_I16)
     bits = builder.bitcast(value, V_I32)

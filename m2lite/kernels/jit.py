@@ -21,12 +21,12 @@ from typing import Any
 import platformdirs
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
-# Spinning pays within one token (regions follow each other in microseconds) and must end soon after: other programs run here too.
+# Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numba
-from numba.core import config as numba_config
+from numba.core import config as numba_config, event  # noqa: E402
 
 _SOURCES = ("jit.py", "simd.py", "emit.py", "dot.py", "matmul.py", "attention.py", "elementwise.py", "router.py")
 _KEPT_CACHES = 4
@@ -104,19 +104,24 @@ def _choose_layer() -> str:
 LAYER = os.environ.get("NUMBA_THREADING_LAYER") or _choose_layer()
 numba_config.THREADING_LAYER = LAYER
 
-_listeners: list[Callable[[], None]] = []
+class _CompileListener(event.Listener):  # type: ignore[misc]
+    """Calls back once, when Numba begins to compile something that its cache does not hold."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def on_start(self, event: Any) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+    def on_end(self, event: Any) -> None:
+        pass
 
 
 def on_compile(callback: Callable[[], None]) -> None:
     """Call `callback` once, before the first kernel that has to be compiled because the cache does not hold it."""
-    _listeners.append(callback)
-
-
-def _announce_compile(dispatcher: Any) -> None:
-    if _listeners and not any(CACHE_DIR.rglob(f"*{dispatcher.__name__}*.nbi")):
-        for callback in _listeners:
-            callback()
-        _listeners.clear()
+    event.register("numba:compile", _CompileListener(callback))
 
 
 def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
@@ -145,7 +150,7 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
     return int(numba.cfunc(signature, cache=True, **options)(function).address)
 
 
-SMALL = 400_000  # multiply-adds below which a parallel region costs more than it saves
+SMALL = 2_000_000  # multiply-adds below which a parallel region may cost more than it saves: about 50 us
 _n_threads = 1
 
 

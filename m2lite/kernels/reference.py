@@ -67,7 +67,7 @@ def exp32(x: F32) -> F32:
     for coefficient in (c.C5, c.C4, c.C3, c.C2, c.ONE, c.ONE):
         p = fma32(p, r, coefficient)
     out = (p * np.exp2(n)).astype(F)
-    return np.where(x < c.EXP_LOWEST, F(0), out)
+    return np.where(np.isnan(x), x, np.where(x < c.EXP_LOWEST, F(0), out)).astype(F)
 
 
 def sigmoid32(x: F32) -> F32:

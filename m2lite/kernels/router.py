@@ -31,8 +31,8 @@ def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
     """Per row: s = sigmoid(scores); the n_used largest of s + bias (ties: lowest id), written in ascending id order.
 
     ids int32 and weights float32 are [n_rows, n_used]; weights = s / sum of the chosen s, added in ascending id order.
-    scores is [n_rows, n_padded], n_padded the next multiple of 16, and is overwritten by s. Returns the number of rows with a NaN or infinite score;
-    their ids are still in range.
+    scores is [n_rows, n_padded], n_padded the next multiple of 16, and is overwritten by s. Returns the number of rows
+    with a NaN or infinite score; their ids are still in range.
     """
     n_bad = 0
     for t in range(n_rows):
@@ -177,7 +177,28 @@ def experts_up_parallel(
     scratch_bytes,
 ):
     for part in prange(n_parts):
-        experts_up_part(part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row, up_panel, up_row, active, starts, n_active, scratch, scratch_bytes)  # fmt: skip
+        experts_up_part(
+            part,
+            n_parts,
+            h,
+            gate_tile,
+            gate,
+            gate_slice,
+            up_tile,
+            up,
+            up_slice,
+            n_ff,
+            n_blocks,
+            gate_panel,
+            gate_row,
+            up_panel,
+            up_row,
+            active,
+            starts,
+            n_active,
+            scratch,
+            scratch_bytes,
+        )
 
 
 @kernel
@@ -213,7 +234,9 @@ def experts_down_parallel(
     n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
     for part in prange(n_parts):
-        experts_down_part(part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active)  # fmt: skip
+        experts_down_part(
+            part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+        )
 
 
 @kernel

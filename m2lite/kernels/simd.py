@@ -170,27 +170,29 @@ maximum = _binary("maximum", f32x16, lambda builder, a, b: builder.select(builde
 
 
 @intrinsic
-def absolute(typingctx: Any, value: Any) -> Any:
-    """|x| per lane."""
+def max_abs(typingctx: Any, a: Any, b: Any) -> Any:
+    """The largest |x| of two vectors; NaN counts as larger than infinity, so that it cannot be lost."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.and_(builder.bitcast(args[0], emit.V_I32), emit.const(0x7FFFFFFF))
-        return builder.bitcast(bits, emit.V_F32)
+        v = [builder.and_(builder.bitcast(x, emit.V_I32), emit.const(0x7FFFFFFF)) for x in args]
+        while True:
+            larger = builder.select(builder.icmp_signed(">", v[0], v[1]), v[0], v[1])
+            if larger.type.count == 1:
+                return builder.bitcast(builder.extract_element(larger, emit.I32(0)), emit.F32)
+            v = emit.halves(builder, larger)
 
-    return f32x16(f32x16), codegen
+    return types.float32(f32x16, f32x16), codegen
 
 
 @intrinsic
-def keep_first(typingctx: Any, value: Any, n: Any, other: Any) -> Any:
-    """Lanes below n from `value`, the others filled with `other`."""
+def or_nan(typingctx: Any, value: Any, x: Any) -> Any:
+    """`value` per lane, but NaN where x is NaN."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        v, n, other = args
-        index = ir.Constant(emit.V_I32, list(range(emit.LANES)))
-        mask = builder.icmp_signed("<", index, emit.splat(builder, builder.trunc(n, emit.I32)))
-        return builder.select(mask, v, emit.splat(builder, other))
+        value, x = args
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
-    return f32x16(f32x16, types.int64, types.float32), codegen
+    return f32x16(f32x16, f32x16), codegen
 
 
 @intrinsic
@@ -339,7 +341,7 @@ def store_tile(typingctx: Any, acc: Any, n_store: Any, out: Any, out_stride: Any
 
 @intrinsic
 def fma_rows(typingctx: Any, acc: Any, w: Any, x: Any) -> Any:
-    """acc[t] += w[0] * x[t, 0:16], then w[1] * x[t, 16:32], ...; x is the address of [n rows, 16 * n vectors] float32."""
+    """acc[t] += w[0] * x[t, 0:16], then w[1] * x[t, 16:32], ...; x: float32 [n rows, 16 * n vectors]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         acc_value, weights, x_value = args

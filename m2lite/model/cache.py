@@ -1,6 +1,7 @@
 """One pool of KV pages for all layers; a timeline is a list of pages. Knows positions, not tokens.
 
-A page holds 64 positions of every layer, those of prediction modules (`n_extra_layers`) behind the trunk's: per layer K [n_kv_heads, 64, head_dim] and V of the same shape, float16.
+A page holds 64 positions of every layer, those of prediction modules (`n_extra_layers`) behind the trunk's: per layer
+K [n_kv_heads, 64, head_dim] and V of the same shape, float16.
 """
 
 from __future__ import annotations

@@ -157,9 +157,7 @@ def _check_consistent(config: Config, value_length: int, feed_forward_length: in
             f"{prefix}attention.value_length is {value_length}, attention.key_length {config.head_dim}; expected equal."
         )
     if feed_forward_length != config.n_ff:
-        refuse(
-            f"{prefix}feed_forward_length is {feed_forward_length}, expert_feed_forward_length {config.n_ff}; expected equal."
-        )
+        refuse(f"{prefix}feed_forward_length is {feed_forward_length}, expert_feed_forward_length {config.n_ff}.")
     if config.n_heads % config.n_kv_heads:
         refuse(f"{prefix}attention.head_count {config.n_heads} is not a multiple of head_count_kv {config.n_kv_heads}.")
     if config.head_dim % 16:

@@ -87,9 +87,9 @@ def forward(
 ) -> npt.NDArray[np.float32]:
     """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
 
-    The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then holds
-    the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the timelines
-    are then as before.
+    The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
+    holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
+    timelines are then as before.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels

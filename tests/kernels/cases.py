@@ -1,0 +1,223 @@
+"""Inputs for every kernel, run on the compiled form and on its NumPy twin. Used in-process and in child processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from m2lite.kernels import dot, fast, reference
+from m2lite.storage.blocks import FORMATS
+
+F = np.float32
+SMALL, PARALLEL = 0, 10**9  # `work` that takes the serial and the parallel form
+
+
+class Arena:
+    """Named arrays; two copies of the same inputs, one for each side."""
+
+    def __init__(self, **arrays: Any) -> None:
+        self.arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+
+    def copy(self) -> Arena:
+        return Arena(**{k: v.copy() for k, v in self.arrays.items()})
+
+    def __getitem__(self, name: str) -> int:
+        return int(self.arrays[name].ctypes.data)
+
+
+def weights_of(
+    rng: np.random.Generator, name: str, shape: tuple[int, ...], worst: bool = False
+) -> np.ndarray[Any, Any]:
+    """Random block bytes of a format, [*rows, row bytes]; `worst` has extreme integers and a zero block."""
+    fmt = FORMATS[name]
+    n_blocks = shape[-1] // fmt.n_weights
+    if name in ("F32", "F16", "BF16"):
+        return fmt.pack(rng.standard_normal((*shape[:-1], n_blocks, fmt.n_weights)).astype(F)).reshape(*shape[:-1], -1)
+    raw = rng.integers(0, 256, (*shape[:-1], n_blocks, fmt.n_bytes), dtype=np.uint8)
+    if worst:
+        raw[...] = rng.choice(np.array([0x00, 0xFF, 0x80, 0x7F], np.uint8), raw.shape)
+    scales = (rng.standard_normal((*shape[:-1], n_blocks)) * 0.02).astype(np.float16)
+    if worst:
+        scales[..., 0] = [6.1e-5, 5.96e-8, -65504.0, 0.0][n_blocks % 4]
+    raw[..., :2] = scales[..., None].view(np.uint8)
+    return raw.reshape(*shape[:-1], -1)
+
+
+def both(name: str, arena: Arena, outputs: tuple[str, ...], *args: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Run kernel `name` on two copies of the arena and yield the outputs of both sides."""
+    sides = []
+    for module in (fast, reference):
+        copy = arena.copy()
+        plain = [copy[a[1:]] if isinstance(a, str) and a.startswith("@") else a for a in args]
+        plain = [module.tile_address(*a) if isinstance(a, tuple) and len(a) == 2 else a for a in plain]
+        plain = [module.unpack_address(a[0]) if isinstance(a, tuple) else a for a in plain]
+        result = getattr(module, name)(*plain)
+        sides.append((copy, result))
+    if sides[1][1] is not None:
+        yield sides[0][1], sides[1][1], f"{name} returns"
+    for output in outputs:
+        yield sides[0][0].arrays[output], sides[1][0].arrays[output], f"{name}: {output}"
+
+
+def matmul_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+    rng = np.random.default_rng(1)
+    for name in dot.WEIGHTS:
+        kinds = ["float32"] if dot.WEIGHTS[name].tile is None else ["int8", "float32"]
+        for kind in kinds:
+            for n_out, k, worst in ((64, 96, False), (16, 32, True), (1, 64, False), (5, 64, True), (37, 160, False)):
+                w = weights_of(rng, name, (n_out, k), worst and name.startswith("Q"))
+                for n_x in (1, 2, 3, 5, 8, 15):
+                    x = rng.standard_normal((n_x, k)).astype(F)
+                    if worst:
+                        x = np.sign(x) * F(3.0)
+                        x[0] = 0
+                    panel = np.zeros(dot.panel_bytes(kind, n_x, k), np.uint8)
+                    arena = Arena(w=w, x=x, panel=panel, out=np.zeros((n_x, n_out), F))
+                    is_int8 = int(kind == "int8")
+                    yield from both("pack", arena, ("panel",), work, "@panel", "@x", 4 * k, n_x, k // 32, is_int8)
+                    reference.pack(0, arena["panel"], arena["x"], 4 * k, n_x, k // 32, is_int8)
+                    args = ("@out", 4 * n_out, (name, kind), "@w", w.shape[-1], n_out, k // 32, "@panel", n_x)
+                    yield from both("matmul", arena, ("out",), work, *args)
+
+
+def expert_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+    rng = np.random.default_rng(2)
+    for gate, up, down in (("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16")):
+        for n_rows, n_experts, n_used in ((1, 16, 4), (3, 12, 2), (21, 32, 8), (2, 45, 1)):
+            n, n_ff = 64, 96
+            n_padded = (n_experts + 15) // 16 * 16
+            scores, bias = rng.standard_normal((n_rows, n_padded)).astype(F), rng.standard_normal(n_padded).astype(F)
+            pairs = n_rows * n_used
+            arena = Arena(
+                scores=scores, bias=bias, ids=np.zeros((n_rows, n_used), np.int32),
+                weights=np.zeros((n_rows, n_used), F),
+                counts=np.zeros(n_experts, np.int32), active=np.zeros(n_experts, np.int32),
+                starts=np.zeros(n_experts + 1, np.int32), rows=np.zeros(pairs, np.int32),
+                slots=np.zeros(pairs, np.int32),
+                x=rng.standard_normal((n_rows, n)).astype(F), h=np.zeros((pairs, n_ff), F), y=np.zeros((pairs, n), F),
+                gate=weights_of(rng, gate, (n_experts, n_ff, n)), up=weights_of(rng, up, (n_experts, n_ff, n)),
+                down=weights_of(rng, down, (n_experts, n, n_ff)), panel=np.zeros(pairs * n_ff * 4, np.uint8),
+                panel2=np.zeros(pairs * n_ff * 4, np.uint8), scratch=np.zeros(4 * 2 * n_rows * 16, F),
+            )  # fmt: skip
+            route = ("@scores", "@bias", n_rows, n_experts, n_padded, n_used, "@ids", "@weights")
+            yield from both("route", arena, ("scores", "ids", "weights"), *route)
+            reference.route(*(arena[a[1:]] if isinstance(a, str) else a for a in route))
+            group = ("@ids", n_rows, n_experts, n_used, "@counts", "@active", "@starts", "@rows", "@slots")
+            yield from both("group_pairs", arena, ("active", "starts", "rows", "slots"), *group)
+            n_active = reference.group_pairs(*(arena[a[1:]] if isinstance(a, str) else a for a in group))
+            kinds = [dot.activation_kind(name) for name in (gate, up, down)]
+            for kind, panel in zip(kinds, ("panel", "panel2"), strict=False):
+                pack = (work, f"@{panel}", "@x", 4 * n, "@rows", "@starts", n_active, n // 32, int(kind == "int8"))
+                yield from both("pack_groups", arena, (panel,), *pack)
+                reference.pack_groups(*(arena[a[1:]] if isinstance(a, str) else a for a in pack))
+            slices = {k: arena.arrays[k].nbytes // n_experts for k in ("gate", "up", "down")}
+            steps = [dot.STEP_BYTES[k] for k in kinds]
+            args = ("@h", (gate, kinds[0]), "@gate", slices["gate"], (up, kinds[1]), "@up", slices["up"], n_ff, n // 32,
+                    "@panel", steps[0] * n // 32, "@panel2", steps[1] * n // 32, "@active", "@starts", n_active,
+                    "@scratch", 2 * n_rows * 64)  # fmt: skip
+            yield from both("experts_up", arena, ("h",), work, *args)
+            arena.arrays["h"] = rng.standard_normal((pairs, n_ff)).astype(F)
+            arena.arrays["rows"] = np.arange(pairs, dtype=np.int32)
+            pack = (0, "@panel", "@h", 4 * n_ff, "@rows", "@starts", n_active, n_ff // 32, int(kinds[2] == "int8"))
+            reference.pack_groups(*(arena[a[1:]] if isinstance(a, str) else a for a in pack))
+            args = ("@y", (down, kinds[2]), "@down", slices["down"], n, n_ff // 32, "@panel", steps[2] * n_ff // 32,
+                    "@active", "@starts", n_active)  # fmt: skip
+            yield from both("experts_down", arena, ("y",), work, *args)
+            arena.arrays["y"] = rng.standard_normal((pairs, n)).astype(F)
+            yield from both("combine", arena, ("x",), "@x", "@y", "@slots", "@weights", n_rows, n_used, n)
+
+
+def row_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+    rng = np.random.default_rng(3)
+    for n_rows, n_heads, n_kv, head_dim, rotary in (
+        (1, 4, 2, 32, 16),
+        (3, 6, 1, 64, 32),
+        (5, 4, 4, 128, 64),
+        (2, 2, 1, 16, 8),
+    ):
+        n = n_heads * head_dim
+        arena = Arena(
+            x=(rng.standard_normal((n_rows, n)) * 3).astype(F), y=rng.standard_normal((n_rows, n)).astype(F),
+            out=np.zeros((n_rows, n), F), weight=rng.standard_normal(n).astype(F),
+            angles=rng.uniform(-1, 1, (200, rotary)).astype(F), positions=rng.integers(0, 200, n_rows).astype(np.int32),
+            tokens=rng.integers(0, 50, n_rows).astype(np.int32),
+        )  # fmt: skip
+        for name in dot.WEIGHTS:
+            arena.arrays["w"] = (
+                weights_of(rng, name, (50, n // 32 * 32)) if n >= 32 else weights_of(rng, name, (50, 32))
+            )
+            width = max(32, n // 32 * 32)
+            arena.arrays["rows"] = np.zeros((n_rows, width), F)
+            embed = ((name,), "@w", arena.arrays["w"].shape[-1], width // 32, "@tokens", n_rows, "@rows", 4 * width)
+            yield from both("embed_rows", arena, ("rows",), *embed)
+        yield from both("add_rows", arena, ("x",), "@x", "@y", n_rows, n)
+        yield from both("rms_norm", arena, ("out",), "@out", "@x", "@weight", n_rows, n, F(1e-6))
+        rope = ("@x", "@weight", "@angles", "@positions", n_rows, n_heads, head_dim, rotary, F(1e-6))
+        yield from both("norm_rope", arena, ("x",), *rope)
+        page = n_kv * 64 * head_dim * 2
+        store = (rng.standard_normal((5, page)) * 2).astype(np.float16)
+        store[4] = 0
+        where = store.ctypes.data + np.arange(5, dtype=np.int64) * page * 2
+        where[4] = where[0]
+        spare = np.zeros((n_rows, page), np.float16)
+        kv = rng.standard_normal((2, n_rows, n_kv * head_dim)).astype(F)
+        kv.flat[:4] = [1e-7, 6e-8, 7e4, -3e-5]
+        for module in (fast, reference):  # pages are addresses inside the data: run each side on its own pages
+            target = np.zeros_like(spare)
+            pages = target.ctypes.data + np.arange(n_rows, dtype=np.int64) * page * 2
+            slots = np.arange(n_rows, dtype=np.int32) * 7 % 64
+            with np.errstate(over="ignore"):
+                module.append_kv(
+                    kv[0].ctypes.data, kv[1].ctypes.data, pages.ctypes.data, slots.ctypes.data, n_rows, n_kv, head_dim
+                )
+            spare = target if module is fast else spare
+        yield spare, target, "append_kv"
+        table = where.copy()
+        tables = np.full(n_rows, table.ctypes.data, np.int64)
+        positions = np.array([0, 63, 64, 200, 290][:n_rows], np.int32)
+        arena.arrays.update(positions=positions, tables=tables, scratch=np.zeros(4 * 64, F))
+        attend = (
+            "@out",
+            "@x",
+            "@tables",
+            "@positions",
+            n_rows,
+            n_heads,
+            n_kv,
+            head_dim,
+            0,
+            F(head_dim**-0.5),
+            "@scratch",
+        )
+        yield from both("attend", arena, ("out",), work, *attend)
+
+
+def all_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+    yield from matmul_cases(work)
+    yield from expert_cases(work)
+    yield from row_cases(work)
+
+
+def differences() -> list[str]:
+    """What differs between the compiled kernels and their twins, serial and parallel; empty when all bits agree."""
+    from m2lite.kernels import jit
+
+    jit.start(2)
+    out = []
+    for work in (SMALL, PARALLEL):
+        for mine, theirs, what in all_cases(work):
+            a, b = np.atleast_1d(mine), np.atleast_1d(theirs)
+            if a.tobytes() != b.tobytes():
+                out.append(f"{what} (work {work}): {np.sum(a != b)} of {a.size} differ")
+    return out
+
+
+if __name__ == "__main__":
+    from m2lite.kernels import emit
+
+    found = differences()
+    print(f"{emit.FORM}: {len(found)} differences")
+    print("\n".join(found[:20]))
+    raise SystemExit(bool(found))

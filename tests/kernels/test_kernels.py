@@ -1,0 +1,132 @@
+"""Compiled kernels against their NumPy twins, bit for bit, in every vector form that this processor can run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+
+from m2lite.kernels import emit, fast, jit, reference
+from tests.kernels import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# form -> (a processor whose features lead to it, the host feature without which it cannot run here)
+FORMS = {"avxvnni": ("alderlake", "avxvnni"), "avx2": ("haswell", "avx2"), "portable": ("nehalem", "sse4.2")}
+
+
+def run_child(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kernels" / script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_every_kernel_has_a_twin() -> None:
+    for name in fast.__all__:
+        assert callable(getattr(reference, name)), name
+
+
+def test_compiled_kernels_equal_their_twins() -> None:
+    assert cases.differences() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_other_vector_forms_equal_the_twins(form: str) -> None:
+    processor, feature = FORMS[form]
+    if not llvm.get_host_cpu_features().get(feature):
+        pytest.skip(f"this processor has no {feature}, so the {form} form cannot run here")
+    done = run_child("cases.py", NUMBA_CPU_NAME=processor)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.startswith(f"{form}: 0 differences")
+
+
+def test_neon_form_compiles_to_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot run here; that LLVM accepts it and picks the instruction can be seen."""
+    monkeypatch.setattr(emit, "FORM", "neondot")
+    module = ir.Module()
+    vector = emit.V_I32
+    function = ir.Function(module, ir.FunctionType(vector, [vector, vector, emit.I32]), "dot")
+    builder = ir.IRBuilder(function.append_basic_block())
+    acc, u, s = function.args
+    builder.ret(emit.dot4(builder, emit.dot4(builder, acc, u, s, 4), u, s, 8))
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+dotprod")
+    assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
+    assert assembly.count("sdot") == 4 * 3  # four registers; one pass for 4 bits, two for 8
+
+
+def test_no_kernel_reads_or_writes_beyond_its_memory() -> None:
+    done = run_child("guards.py")
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    assert done.stdout.strip() == "no stray access"
+
+
+@pytest.mark.parametrize(
+    ("features", "form"),
+    [
+        ({"avx512f", "avx512bw", "avx512vnni", "avx512vl", "avx2"}, "avx512vnni"),
+        ({"avx512f", "avx512vl", "avx512vnni", "avx2"}, "avxvnni"),
+        ({"avx2", "avxvnni"}, "avxvnni"),
+        ({"avx2", "fma"}, "avx2"),
+        ({"neon", "dotprod"}, "neondot"),
+        ({"sse4.2"}, "portable"),
+        (set(), "portable"),
+    ],
+)
+def test_form_follows_the_features(features: set[str], form: str) -> None:
+    assert emit.choose_form(frozenset(features)) == form
+
+
+def test_router_survives_nan() -> None:
+    """NaN scores are reported, and every id is still in range: nothing may index outside an array."""
+    n_rows, n_experts, n_used = 3, 20, 8
+    for module in (fast, reference):
+        scores = np.zeros((n_rows, 32), np.float32)
+        scores[0] = np.nan
+        scores[1, ::2] = np.nan
+        bias, ids = np.zeros(32, np.float32), np.full((n_rows, n_used), -7, np.int32)
+        weights = np.zeros((n_rows, n_used), np.float32)
+        arrays = [a.ctypes.data for a in (scores, bias, ids, weights)]
+        n_bad = module.route(arrays[0], arrays[1], n_rows, n_experts, 32, n_used, arrays[2], arrays[3])
+        assert n_bad == 2
+        assert ids.min() >= 0 and ids.max() < n_experts
+        assert all(len(set(row)) == n_used for row in ids.tolist())
+
+
+def test_router_breaks_ties_by_the_lowest_id() -> None:
+    scores, bias = np.zeros((1, 16), np.float32), np.zeros(16, np.float32)
+    bias[9] = 1
+    ids, weights = np.zeros((1, 4), np.int32), np.zeros((1, 4), np.float32)
+    fast.route(scores.ctypes.data, bias.ctypes.data, 1, 16, 16, 4, ids.ctypes.data, weights.ctypes.data)
+    assert ids.tolist() == [[0, 1, 2, 9]]
+    assert weights.tolist() == [[0.25] * 4]
+
+
+def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> None:
+    assert jit.CACHE_DIR.stat().st_mode & 0o077 == 0
+    assert len(jit.CACHE_DIR.name) == 16
+    open_to_all = tmp_path / "shared"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    assert not jit._owned_private(open_to_all)
+
+
+def test_exp_is_accurate() -> None:
+    x = np.linspace(-87, 88, 200_001).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(reference.exp32(x) / exact - 1)) < 4e-7
+    assert reference.exp32(np.array([-np.inf, -1000, -87.5], np.float32)).tolist() == [0, 0, 0]

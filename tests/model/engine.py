@@ -1,0 +1,55 @@
+"""A bound model with its pool and buffers, for tests that drive `forward` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.kernels import jit
+from m2lite.model.cache import KVPool, Timeline
+from m2lite.model.config import parse_config
+from m2lite.model.forward import Buffers, forward
+from m2lite.model.weights import bind_weights
+from m2lite.storage.gguf_reader import open_gguf
+
+F32 = npt.NDArray[np.float32]
+
+
+class Engine:
+    """Everything that `forward` needs for one file."""
+
+    def __init__(
+        self,
+        path: Path,
+        n_positions: int = 8192,
+        n_rows: int = 128,
+        kernels: ModuleType | None = None,
+        generic: bool = False,
+        n_extra_layers: int = 0,
+    ) -> None:
+        jit.start(2)
+        self.gguf = open_gguf(path)
+        self.config = parse_config(self.gguf.metadata)
+        self.weights = bind_weights(self.gguf, self.config, kernels, generic)
+        self.pool = KVPool(self.config, n_positions, n_extra_layers=n_extra_layers)
+        self.buffers = Buffers(self.config, n_rows, kernels)
+
+    def run(self, timeline: Timeline, tokens: Sequence[int], outputs: str = "all") -> F32:
+        """Append tokens in one call; logits of all of them (or of the last), copied."""
+        return self.run_rows([(timeline, tokens)], outputs)
+
+    def run_rows(self, parts: Sequence[tuple[Timeline, Sequence[int]]], outputs: str = "all") -> F32:
+        rows = self.pool.rows([(t, np.asarray(ids)) for t, ids in parts])
+        return forward(self.weights, self.pool, self.buffers, rows, outputs).copy()
+
+    def logits(self, tokens: Sequence[int], first_position: int = 0) -> F32:
+        """Logits of a fresh timeline; its pages are given back."""
+        timeline = self.pool.timeline(first_position)
+        try:
+            return self.run(timeline, tokens)
+        finally:
+            timeline.release()

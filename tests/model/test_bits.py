@@ -1,0 +1,97 @@
+"""The same bits for any chunk, number of threads, batch mates, rewind, fork and kernels: promise 1, at the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m2lite.kernels import jit, reference
+from tests.model.engine import F32, Engine
+
+
+@pytest.fixture(scope="module", params=["bundled", "random"])
+def engine(request: pytest.FixtureRequest, bundled_model: Path, model_files: dict[str, Path]) -> Engine:
+    return Engine(bundled_model if request.param == "bundled" else model_files["random"])
+
+
+@pytest.fixture(scope="module")
+def tokens(engine: Engine) -> list[int]:
+    ids: list[int] = np.random.default_rng(7).integers(0, engine.config.n_vocab, 150).tolist()
+    return ids
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine, tokens: list[int]) -> F32:
+    """Logits of 150 tokens, one at a time."""
+    timeline = engine.pool.timeline()
+    return np.concatenate([engine.run(timeline, [t]) for t in tokens])
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    yield
+    jit.start(2)
+
+
+def same(a: F32, b: F32) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 7, 8, 64, 128])
+def test_prefill_in_chunks_equals_single_steps(engine: Engine, tokens: list[int], expected: F32, chunk: int) -> None:
+    timeline = engine.pool.timeline()
+    parts = [engine.run(timeline, tokens[i : i + chunk]) for i in range(0, len(tokens), chunk)]
+    assert same(np.concatenate(parts), expected)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_threads_do_not_matter(engine: Engine, tokens: list[int], expected: F32, n_threads: int) -> None:
+    jit.start(n_threads)
+    assert same(engine.logits(tokens[:128]), expected[:128])
+
+
+def test_parallel_regions_equal_serial_kernels(
+    engine: Engine, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model this small runs without parallel regions; force them everywhere."""
+    monkeypatch.setattr(jit, "SMALL", 0)
+    timeline = engine.pool.timeline()
+    parts = [engine.run(timeline, tokens[:70]), engine.run(timeline, tokens[70:71]), engine.run(timeline, tokens[71:])]
+    assert same(np.concatenate(parts), expected)
+
+
+def test_batch_mates_do_not_matter(engine: Engine, tokens: list[int], expected: F32) -> None:
+    """Two timelines that share 100 positions, in one call, against two runs on their own."""
+    first = engine.pool.timeline()
+    engine.run(first, tokens[:100])
+    second = first.fork()
+    other = tokens[::-1][:20]
+    together = engine.run_rows([(first, tokens[100:130]), (second, other)])
+    assert same(together[:30], expected[100:130])
+    assert same(together[30:], engine.logits(tokens[:100] + other)[100:])
+    step = engine.run_rows([(second, [3]), (first, [tokens[130]])], outputs="last")
+    assert same(step[1:], expected[130:131])
+    assert same(step[:1], engine.logits([*tokens[:100], *other, 3])[-1:])
+    first.release()
+    second.release()
+
+
+def test_rewind_equals_fresh(engine: Engine, tokens: list[int], expected: F32) -> None:
+    timeline = engine.pool.timeline()
+    engine.run(timeline, tokens[:90])
+    engine.run(timeline, tokens[::-1][:30])
+    timeline.rewind(90)
+    assert same(engine.run(timeline, tokens[90:]), expected[90:])
+    timeline.rewind(3)
+    assert same(engine.run(timeline, tokens[3:100]), expected[3:100])
+    timeline.release()
+
+
+def test_numpy_reference_gives_the_same_bits(engine: Engine, tokens: list[int], expected: F32) -> None:
+    slow = Engine(engine.gguf.path, kernels=reference)
+    timeline = slow.pool.timeline()
+    assert same(slow.run(timeline, tokens[:66]), expected[:66])
+    assert same(slow.run(timeline, tokens[66:68]), expected[66:68])
