@@ -87,6 +87,23 @@ def add_rows(x, y, n_rows, n):
 
 
 @kernel
+def read_part(part, n_parts, address, n_bytes, sums):
+    """Load n_bytes in steps of 256 and keep maxima: what plain reading costs. sums: float32 [n_parts], meaningless."""
+    begin, end = part * n_bytes // n_parts // 256 * 256, (part + 1) * n_bytes // n_parts // 256 * 256
+    a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+    for at in range(address + begin, address + end, 256):
+        a, b = maximum(a, load_f32(at)), maximum(b, load_f32(at + 64))
+        c, d = maximum(c, load_f32(at + 128)), maximum(d, load_f32(at + 192))
+    write_f32(sums + 4 * part, tree_sum(add16(add16(a, b), add16(c, d))))
+
+
+@kernel(parallel=True)
+def read_parallel(n_parts, address, n_bytes, sums):
+    for part in prange(n_parts):
+        read_part(part, n_parts, address, n_bytes, sums)
+
+
+@kernel
 def norm_scale(x, n, eps):
     """1 / sqrt(mean of squares + eps) of a row of n."""
     squares = splat(ZERO)
@@ -236,5 +253,6 @@ def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim):
                 store_f16(to + 2 * i + 64 * 2 * n, load_f32(v + at))
 
 
+read_memory = Split(read_part, read_parallel)
 pack = Split(pack_part, pack_parallel)
 pack_groups = Split(pack_groups_part, pack_groups_parallel)

@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numba
-from numba.core import config as numba_config, event  # noqa: E402
+from numba.core import config as numba_config
+from numba.core import event
 
 _SOURCES = ("jit.py", "simd.py", "emit.py", "dot.py", "matmul.py", "attention.py", "elementwise.py", "router.py")
 _KEPT_CACHES = 4
@@ -103,6 +104,7 @@ def _choose_layer() -> str:
 
 LAYER = os.environ.get("NUMBA_THREADING_LAYER") or _choose_layer()
 numba_config.THREADING_LAYER = LAYER
+
 
 class _CompileListener(event.Listener):  # type: ignore[misc]
     """Calls back once, when Numba begins to compile something that its cache does not hold."""

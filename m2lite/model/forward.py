@@ -14,6 +14,7 @@ Prefill, decode, verification and batch are this one call; a row's result does n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -83,13 +84,18 @@ class Buffers:
 
 
 def forward(
-    weights: Weights, pool: KVPool, buffers: Buffers, rows: Rows, outputs: str = "last"
+    weights: Weights,
+    pool: KVPool,
+    buffers: Buffers,
+    rows: Rows,
+    outputs: str = "last",
+    check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
 
     The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
-    timelines are then as before.
+    timelines are then as before. `check` is called before every layer and may raise to stop the call: same promise.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
@@ -100,6 +106,8 @@ def forward(
     )
     place = Place(pool, rows)
     for i, layer in enumerate(weights.layers):
+        if check is not None:
+            check()
         attention(c, layer, b, place, n, i * pool.layer_bytes)
         if not experts(c, layer, b, n):
             raise M2liteError(f"NaN or infinity in layer {i}.", "The weights may be damaged: run `m2lite verify`.")

@@ -144,13 +144,18 @@ def test_a_fused_qkv_gives_the_same_bits(model_files: dict[str, Path], tmp_path:
 
 
 def rewrite(
-    source: Path, target: Path, changes: dict[str, Any], edit: Any = None, renames: dict[str, str] | None = None
+    source: Path,
+    target: Path,
+    changes: dict[str, Any],
+    edit: Any = None,
+    renames: dict[str, str] | None = None,
+    types: Any = None,
 ) -> Path:
     """Copy a GGUF with other metadata values, tensors or tensor names."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "minimax-m2")
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.alignment"):
             continue
         value = changes.get(field.name, field.contents())
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -163,7 +168,7 @@ def rewrite(
             continue
         for old, new in (renames or {}).items():
             name = name.replace(old, new) if name.endswith(old) else name
-        writer.add_tensor(name, values, raw_dtype=tensor.tensor_type)
+        writer.add_tensor(name, values, raw_dtype=types(tensor.tensor_type) if types else tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,67 @@
+"""Pieces of an answer on a terminal or a pipe: what is dimmed, and what is made harmless. Append-only."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+from m2lite.text.reply import Piece
+
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+# Control characters, but for newline and tab, as the pictures that Unicode has for them; C1 controls too.
+_HARMLESS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+_HARMLESS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def styled(stream: TextIO) -> bool:
+    """Whether escape codes may be written to `stream`."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def neutralise(text: str) -> str:
+    """`text` with nothing in it that a terminal would obey."""
+    return text.translate(_HARMLESS)
+
+
+class Renderer:
+    """Writes content to `out` and thinking, dimmed, to `err`. On a terminal, control characters are shown, not sent."""
+
+    def __init__(self, out: TextIO, err: TextIO, style: bool, show_thinking: bool) -> None:
+        self._out, self._err = out, err
+        self._style, self._show_thinking = style, show_thinking
+        self._kind: str | None = None
+        self._last = "\n"
+
+    def show(self, piece: Piece) -> None:
+        if piece.kind == "thinking" and not self._show_thinking:
+            return
+        text = piece.text
+        if piece.kind != self._kind:
+            text = text.lstrip("\n")  # the empty lines that the chat format puts between the parts
+            if not text:
+                return
+            self._turn_to(piece.kind)
+        stream = self._err if piece.kind == "thinking" else self._out
+        stream.write(neutralise(text) if stream.isatty() else text)
+        stream.flush()
+        self._last = text[-1]
+
+    def _turn_to(self, kind: str) -> None:
+        """Close the part before, open the part that begins."""
+        self.end()
+        if kind == "thinking":
+            self._err.write(_DIM if self._style else "thinking: ")
+        elif self._kind == "thinking" and self._err.isatty():
+            self._err.write("\n")
+            self._err.flush()
+        self._kind = kind
+
+    def end(self) -> None:
+        """Finish the line and the style."""
+        stream = self._err if self._kind == "thinking" else self._out
+        if self._kind == "thinking" and self._style:
+            stream.write(_PLAIN)
+        if self._last != "\n":
+            stream.write("\n")
+        stream.flush()
+        self._last = "\n"

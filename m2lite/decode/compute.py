@@ -1,0 +1,92 @@
+"""The one thread that makes every kernel call and every compilation. Knows no model.
+
+Numba's workqueue layer aborts when two threads call parallel kernels, and a signal on the main thread would have to
+wait for the kernel to end; so kernels run here and the caller waits interruptibly.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Job(Generic[T]):
+    """A call that is queued, running or done."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._value: T
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+        self._done.set()
+
+    def result(self) -> T:
+        """Wait and return; a signal handler may raise out of the wait, and the job then runs on to its end."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class ComputeThread:
+    """A daemon thread with a queue: jobs run one at a time, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
+        self._n_pending = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="m2lite-compute", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._n_pending > 0
+
+    def submit(self, call: Callable[[], T]) -> Job[T]:
+        job = Job(call)
+        with self._lock:
+            self._n_pending += 1
+        self._jobs.put(job)
+        return job
+
+    def run(self, call: Callable[[], T]) -> T:
+        """`call()` on the compute thread."""
+        if threading.current_thread() is self._thread:
+            return call()
+        return self.submit(call).result()
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.run()
+            with self._lock:
+                self._n_pending -= 1
+            del job
+
+
+_lock = threading.Lock()
+_thread: ComputeThread | None = None
+
+
+def compute_thread() -> ComputeThread:
+    """The process's only one, started on first use."""
+    global _thread
+    with _lock:
+        if _thread is None:
+            _thread = ComputeThread()
+        return _thread
+
+
+def is_busy() -> bool:
+    """Whether a kernel call or compilation is under way."""
+    return _thread is not None and _thread.busy

@@ -1,0 +1,120 @@
+"""Which token comes next: pure functions of (logits, options, stream, position). Knows no model and keeps no state.
+
+The order of the filters is temperature, top-k, top-p, min-p; equal logits rank by token id, the lowest first.
+
+A draw must give the same id on every machine, so nothing here depends on vector width, thread or library version:
+ranks are the order of distinct integers, whatever sorts them; weights are float64 from our own `_exp`, which uses only
+correctly rounded operations (NumPy's exp differs between instruction sets in the last bit); sums are running sums in
+rank order (np.cumsum is sequential, np.sum is not).
+
+The random number of a position is the first output word w of Philox4x64-10 with the key words (seed, stream) and the
+counter words (1, position, 0, 0), taken as u = (w >> 11) / 2**53, so 0 <= u < 1.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite.errors import M2liteError, UsageError
+
+Logits = npt.NDArray[np.float32]
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 6.93147180369123816490e-01  # 33 significant bits, so that n * _LN2_HIGH is exact
+_LN2_LOW = 1.90821492927058770002e-10
+_TAYLOR = [1.0 / math.factorial(n) for n in range(13, -1, -1)]
+_EXP_FLOOR = -700.0  # exp(-700) is 1e-304: far below what a sum of weights that starts at 1 can feel
+
+
+def new_seed() -> int:
+    """A seed short enough to be read out and typed again."""
+    return secrets.randbits(32)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.0
+    seed: int = field(default_factory=new_seed)
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("top_k", self.top_k, 0, 2**31)
+        _check_range("seed", self.seed, 0, 2**64 - 1)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise UsageError(f"{name} is {value}.", f"It must lie between {low} and {high}.")
+
+
+def draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
+    """The id drawn from `logits` [V] for `position`; `stream` separates answers that share a seed."""
+    if not math.isfinite(float(logits.max())):
+        raise M2liteError(
+            f"The model computed logits that are not finite at position {position}.",
+            "The weights are damaged or overflow; check the file with `m2lite inspect`.",
+        )
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    ids, weights = candidates(logits, sampling)
+    steps = np.cumsum(weights)
+    u = uniform(sampling.seed, stream, position)
+    return int(ids[min(int(np.searchsorted(steps, u * steps[-1], side="right")), ids.size - 1)])
+
+
+def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """ids[n] that survive the filters in rank order, and weights[n] proportional to their probabilities."""
+    ids = _ranked(logits, sampling.top_k)
+    ranked = logits[ids].astype(np.float64)
+    weights = _exp((ranked - ranked[0]) / sampling.temperature)
+    if sampling.top_p < 1:
+        steps = np.cumsum(weights)
+        kept = int(np.searchsorted(steps, sampling.top_p * steps[-1], side="left")) + 1
+        ids, weights = ids[:kept], weights[:kept]
+    if sampling.min_p > 0:
+        kept = max(1, int(np.count_nonzero(weights >= sampling.min_p)))  # weights[0] is 1
+        ids, weights = ids[:kept], weights[:kept]
+    return ids, weights
+
+
+def uniform(seed: int, stream: int, position: int) -> float:
+    """The random number in [0, 1) that belongs to (seed, stream, position)."""
+    generator = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=position << 64)
+    return float(int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def _ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:
+    """The `top_k` ids (0: all) by falling logit, then rising id."""
+    n = logits.size
+    ids = np.arange(n)
+    if 0 < top_k < n:
+        ids = np.flatnonzero(logits >= np.partition(logits, n - top_k)[n - top_k])  # ties included
+    # Distinct integers, ascending = falling logit, then rising id: any sort gives the same order.
+    bits = (logits[ids] + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
+    falling = np.where(bits >> np.uint32(31) != 0, bits, ~bits & np.uint32(0x7FFF_FFFF))
+    keys = np.sort(falling.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64))
+    return (keys & np.uint64(0xFFFF_FFFF)).astype(np.int64)[: top_k or n]
+
+
+def _exp(x: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """e**x for x <= 0 within 2 units in the last place, by one fixed sequence of correctly rounded operations."""
+    x = np.maximum(x, _EXP_FLOOR)
+    n = np.rint(x * _LOG2_E)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    y = np.full_like(r, _TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        y = y * r + coefficient
+    return np.ldexp(y, n.astype(np.int32))

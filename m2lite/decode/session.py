@@ -1,0 +1,410 @@
+"""Model (opened once, shared) and Session (one timeline): prefill, decode, statistics. Knows token ids, not chats.
+
+Every kernel call is a job on the compute thread. A session's truth is `tokens`, the ids of its row, and how many of
+them lie in the KV cache; each job first rewinds the timeline to that count, so a job that was interrupted or abandoned
+leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite import machine
+from m2lite.decode.compute import compute_thread
+from m2lite.decode.locate import locate_model
+from m2lite.decode.sampling import Sampling, draw
+from m2lite.errors import ContextError, ResourceError, UsageError
+from m2lite.model.config import Config, parse_config
+from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.text.template import Template, load_template
+from m2lite.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # these import Numba
+    from m2lite.model.cache import KVPool, Timeline
+    from m2lite.model.forward import Buffers
+    from m2lite.model.weights import Weights
+
+DEFAULT_CTX = 32 * 1024
+PAGE = 64
+MAX_ROWS = 512  # of one forward call
+MAX_CALL_MACS = 50e9  # so that a call ends in well under half a second
+
+Progress = Callable[[int, int], None]  # rows evaluated, rows in all
+Stop = Callable[[], bool]
+
+
+@dataclass
+class Stats:
+    """What one answer cost. Times are those of the compute thread's calls, not of whoever consumes the tokens."""
+
+    n_prompt: int = 0  # tokens before the answer
+    n_reused: int = 0  # of these, already in the KV cache
+    n_generated: int = 0
+    first_token_s: float | None = None
+    prompt_s: float = 0.0
+    decode_s: float = 0.0  # of all tokens but the first
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        n = self.n_prompt - self.n_reused
+        return n / self.prompt_s if n > 0 and self.prompt_s > 0 else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return (self.n_generated - 1) / self.decode_s if self.n_generated > 1 and self.decode_s > 0 else None
+
+
+class Engine:
+    """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
+
+    def __init__(self, gguf: GGUFFile, config: Config, n_threads: int, ctx: int, n_rows: int, kv: str) -> None:
+        from m2lite.kernels import jit
+
+        self.layer = jit.start(n_threads)
+        self.n_threads = jit.n_threads()
+
+        from m2lite.model.cache import KVPool
+        from m2lite.model.forward import Buffers, forward
+        from m2lite.model.weights import bind_weights
+
+        self._jit, self._forward = jit, forward
+        self.weights: Weights = bind_weights(gguf, config)
+        self.pool: KVPool = KVPool(config, ctx, kv=kv)
+        self.buffers: Buffers = Buffers(config, n_rows)
+        for n in sorted({min(n_rows, ctx, PAGE), 1}):
+            self._load_kernels(n)
+
+    def _load_kernels(self, n_rows: int) -> None:
+        """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.
+
+        One layer is enough for that, and reads little of a model that is larger than memory.
+        """
+        timeline = self.pool.timeline()
+        rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
+        one_layer = replace(self.weights, layers=self.weights.layers[:1])
+        self._forward(one_layer, self.pool, self.buffers, rows)
+        timeline.release()
+
+    def evaluate(self, timeline: Timeline, start: int, tokens: Sequence[int], outputs: str = "last") -> Any:
+        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call."""
+        if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
+            self._jit.start(self.n_threads)
+        if timeline.length > start:
+            timeline.rewind(start)
+        assert timeline.length == start, (timeline.length, start)
+        rows = self.pool.rows([(timeline, np.asarray(tokens, np.int64))])
+        return self._forward(self.weights, self.pool, self.buffers, rows, outputs=outputs)
+
+
+class Model:
+    """An opened model: read-only and shared by its sessions, which share one KV pool of `ctx` positions."""
+
+    def __init__(
+        self, gguf: GGUFFile, config: Config, tokenizer: Tokenizer, template: Template, engine: Engine
+    ) -> None:
+        self.gguf = gguf
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template
+        self.engine = engine
+        self.ctx = 0
+        self.n_rows = 0
+        self.load_s = 0.0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        threads: int | None = None,
+        ctx: int | None = None,
+        kv: str = "f16",
+        template: str = "file",
+        on_compile: Callable[[], None] | None = None,
+    ) -> Self:
+        """Open a GGUF file, a directory with one, or (None) the bundled model.
+
+        `ctx` is the number of KV positions, by default what `default_ctx` says. `template` "builtin" uses MiniMax-M2's
+        own instead of the file's. `on_compile` is called once if kernels have to be compiled, which takes most of a
+        minute on the first run on a machine.
+        """
+        started = time.perf_counter()
+        gguf = open_gguf(locate_model(path))
+        try:
+            config = parse_config(gguf.metadata)
+            n_positions = default_ctx(config) if ctx is None else check_ctx(config, ctx)
+            n_threads = threads or machine.n_usable_cores()
+            n_rows = chunk_rows(config)
+
+            def build() -> Engine:
+                from m2lite.kernels import jit
+
+                if on_compile is not None:
+                    jit.on_compile(on_compile)
+                return Engine(gguf, config, n_threads, n_positions, n_rows, kv)
+
+            job = compute_thread().submit(build)  # imports Numba while this thread builds the tokenizer
+            tokenizer = load_tokenizer(gguf)
+            chat_template = load_template(gguf, builtin=template == "builtin")
+            engine = job.result()
+        except BaseException:
+            gguf.close()
+            raise
+        model = cls(gguf, config, tokenizer, chat_template, engine)
+        model.ctx, model.n_rows = n_positions, n_rows
+        model.load_s = time.perf_counter() - started
+        return model
+
+    @property
+    def path(self) -> Path:
+        return self.gguf.path
+
+    @property
+    def weights(self) -> Weights:
+        return self.engine.weights
+
+    @property
+    def n_threads(self) -> int:
+        return self.engine.n_threads
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache when it is full."""
+        return self.ctx * kv_bytes_per_position(self.config)
+
+    def session(self) -> Session:
+        return Session(self)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [T, vocab]: row t holds the logits of the token after tokens[t]."""
+        out = np.empty((len(tokens), self.config.n_vocab), np.float32)
+        with self.session() as session:
+            session.check_room(len(tokens))
+            for start in range(0, len(tokens), self.n_rows):
+                session.evaluate(tokens[start : start + self.n_rows], into=out[start : start + self.n_rows])
+        return out
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of raw text, with the beginning-of-text id only if the file asks for it."""
+        ids = self.tokenizer.encode(text)
+        bos_id = self.tokenizer.bos_id
+        return [bos_id, *ids] if self.tokenizer.add_bos and bos_id is not None else ids
+
+    def close(self) -> None:
+        """Unmap the file. Sessions of this model must not be used any more."""
+        abandoned = compute_thread().busy  # a call or compilation that nobody waits for any more
+        job = compute_thread().submit(self.gguf.close)
+        if not abandoned:
+            job.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Session:
+    """One row of tokens that grows: what is asked, what is answered, and how much of it the KV cache holds."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        self.n_cached = 0
+        self.stats = Stats()
+        self.finish_reason: str | None = None  # "stop", "length" or "interrupted"
+        self._timeline: Timeline = compute_thread().run(model.engine.pool.timeline)
+        self._release = weakref.finalize(self, _release, self._timeline)
+        self._release.atexit = False
+
+    @property
+    def n_free(self) -> int:
+        """Positions that are left in the context."""
+        return max(0, self.model.ctx - len(self.tokens))
+
+    def check_room(self, n_tokens: int, n_kept: int = 0) -> None:
+        """Raises ContextError unless `n_tokens` more fit behind the first `n_kept`."""
+        limit, n_free = self.model.ctx, max(0, self.model.ctx - n_kept)
+        if n_tokens > n_free:
+            most = self.model.config.n_ctx_train
+            larger = f", or use a larger context (the model allows {most:,})" if limit < most else ""
+            raise ContextError(
+                f"The prompt needs {n_tokens:,} tokens; {n_free:,} are free of {limit:,}.",
+                f"Shorten it{larger}.",
+                needed=n_tokens,
+                free=n_free,
+                limit=limit,
+            )
+
+    def set_tokens(self, tokens: Sequence[int]) -> int:
+        """Make `tokens` the row and return how many of them the cache already holds (their common prefix)."""
+        self.check_room(len(tokens))
+        self.n_cached = min(self.n_cached, n_common(self.tokens, tokens))
+        self.tokens = list(tokens)
+        return self.n_cached
+
+    def rewind(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self.tokens = self.tokens[:length]
+        self.n_cached = min(self.n_cached, len(self.tokens))
+
+    def evaluate(self, tokens: Sequence[int], into: npt.NDArray[np.float32]) -> None:
+        """Append `tokens` (one chunk) and copy their logits [T, vocab] to `into`."""
+        assert self.n_cached == len(self.tokens)
+        engine, start, chunk = self.model.engine, self.n_cached, list(tokens)
+
+        def call() -> None:
+            into[:] = engine.evaluate(self._timeline, start, chunk, outputs="all")
+
+        compute_thread().run(call)
+        self.tokens += chunk
+        self.n_cached += len(chunk)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stream: int = 0,
+        stop: Stop | None = None,
+        progress: Progress | None = None,
+        ignore_stop: bool = False,
+    ) -> Iterator[int]:
+        """Append `prompt` and yield the ids of the answer, without the id that ends it.
+
+        `stop` is asked between calls; `progress` hears of the prompt's chunks; with `ignore_stop` only `max_tokens` and
+        the context end the answer. Afterwards `finish_reason` and `stats`
+        describe the answer. Leaving the loop early is fine: the session keeps what was yielded.
+        """
+        if isinstance(prompt, str):
+            new = self.model.tokenizer.encode(prompt) if self.tokens else self.model.encode_prompt(prompt)
+        else:
+            new = list(prompt)
+        if not self.tokens and not new:
+            raise UsageError("The prompt is empty.", "Give at least one token.")
+        self.check_room(len(new), len(self.tokens))
+        self.tokens += new
+        self.finish_reason = "interrupted"  # until it is known better
+        self.n_cached = min(self.n_cached, len(self.tokens) - 1)  # the last row's logits are needed
+        self.stats = Stats(n_prompt=len(self.tokens), n_reused=self.n_cached)
+        step = partial(self._step, sampling or Sampling(), stream, stop, progress)
+        return self._generate(step, max_tokens, frozenset() if ignore_stop else self.model.tokenizer.stop_ids)
+
+    def _generate(
+        self, step: Callable[[], int | None], max_tokens: int | None, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        stats = self.stats
+        while True:
+            started = time.perf_counter()
+            token = step()
+            elapsed = time.perf_counter() - started
+            if stats.first_token_s is None:
+                stats.prompt_s = elapsed
+            else:
+                stats.decode_s += elapsed
+            if token is None:
+                return
+            if stats.first_token_s is None:
+                stats.first_token_s = elapsed
+            self.tokens.append(token)
+            if token in stop_ids:
+                self.finish_reason = "stop"
+                return
+            stats.n_generated += 1
+            # The last drawn token needs no position of its own.
+            done = stats.n_generated == max_tokens or len(self.tokens) > self.model.ctx
+            if done:
+                self.finish_reason = "length"
+            yield token
+            if done:
+                return
+
+    def _step(self, sampling: Sampling, stream: int, stop: Stop | None, progress: Progress | None) -> int | None:
+        """Evaluate what the cache lacks, in chunks, and draw the next id; None when stopped before that."""
+        engine, timeline = self.model.engine, self._timeline
+        n_total = len(self.tokens)
+        n_at_first = self.n_cached
+        token = None
+        while self.n_cached < n_total:
+            if stop is not None and stop():
+                return None
+            start, end = self.n_cached, min(self.n_cached + self.model.n_rows, n_total)
+            chunk = self.tokens[start:end]
+
+            def call(start: int = start, chunk: list[int] = chunk, is_last: bool = end == n_total) -> int | None:
+                logits = engine.evaluate(timeline, start, chunk)
+                return draw(logits[-1], sampling, stream, n_total) if is_last else None
+
+            token = compute_thread().run(call)
+            self.n_cached = end
+            if progress is not None and n_total - n_at_first > 1:
+                progress(end - n_at_first, n_total - n_at_first)
+        return token
+
+    def close(self) -> None:
+        """Give the KV pages back."""
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _release(timeline: Timeline) -> None:
+    compute_thread().submit(timeline.release)
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def kv_bytes_per_position(config: Config) -> int:
+    return config.n_layers * 2 * config.n_kv_heads * config.head_dim * 2
+
+
+def default_ctx(config: Config) -> int:
+    """The smaller of 32k, the model's limit and what a quarter of free memory holds, in whole pages."""
+    fits = machine.free_memory_bytes() // 4 // kv_bytes_per_position(config) // PAGE * PAGE
+    return min(DEFAULT_CTX, config.n_ctx_train, max(PAGE, fits))
+
+
+def check_ctx(config: Config, ctx: int) -> int:
+    """`ctx`, if the model and this machine's memory allow it."""
+    if not 1 <= ctx <= config.n_ctx_train:
+        raise UsageError(
+            f"A context of {ctx:,} was asked for; the model allows 1 to {config.n_ctx_train:,}.", "Change --ctx."
+        )
+    needed, free = ctx * kv_bytes_per_position(config), machine.free_memory_bytes()
+    if needed > free:
+        most = free // kv_bytes_per_position(config) // PAGE * PAGE
+        raise ResourceError(
+            f"A context of {ctx:,} needs {needed:,} bytes of KV cache; {free:,} bytes of memory are free.",
+            f"Use --ctx {most} or less.",
+        )
+    return ctx
+
+
+def macs_per_token(config: Config) -> int:
+    """Multiply-adds of one token, attention over the context left out."""
+    heads = (config.n_heads + config.n_kv_heads) * 2 * config.head_dim
+    experts = config.n_experts + 3 * config.n_experts_used * config.n_ff
+    return config.n_embd * (config.n_layers * (heads + experts) + config.n_vocab)
+
+
+def chunk_rows(config: Config) -> int:
+    """Rows of one forward call: bounded, so that a stop is heard soon."""
+    return max(1, min(MAX_ROWS, int(MAX_CALL_MACS / macs_per_token(config))))

@@ -1,0 +1,70 @@
+"""What a model file holds, for `inspect` and the start line. Reads the header only, never a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from m2lite.storage.gguf_reader import GGUFArray, GGUFFile, open_gguf
+
+_SHOWN_ITEMS = 3
+
+
+def type_mix(gguf: GGUFFile) -> dict[str, float]:
+    """Block format -> share of the tensor bytes, the largest first."""
+    n_bytes: Counter[str] = Counter()
+    for tensor in gguf.tensors.values():
+        n_bytes[tensor.format.name] += tensor.n_bytes
+    total = sum(n_bytes.values()) or 1
+    return {name: n / total for name, n in n_bytes.most_common()}
+
+
+def format_bytes(n_bytes: float) -> str:
+    """In powers of 1000, three digits: 17.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def format_mix(mix: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in mix.items() if share >= 0.005)
+
+
+def describe_file(path: str) -> dict[str, Any]:
+    """Header, types, dimensions, tokenizer and template of the file, as plain values that JSON can hold."""
+    from m2lite.model.config import parse_config
+    from m2lite.text.template import load_template
+    from m2lite.text.tokenizer import load_tokenizer
+
+    with open_gguf(path) as gguf:
+        config = parse_config(gguf.metadata)
+        tokenizer = load_tokenizer(gguf)
+        template = load_template(gguf)
+        return {
+            "path": str(gguf.path),
+            "parts": [str(part) for part in gguf.parts],
+            "size_bytes": gguf.size_bytes,
+            "n_tensors": len(gguf.tensors),
+            "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
+            "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
+            "tokenizer": {
+                "n_vocab": tokenizer.n_vocab,
+                "bos_id": tokenizer.bos_id,
+                "eos_id": tokenizer.eos_id,
+                "stop_ids": sorted(tokenizer.stop_ids),
+                "n_control": len(tokenizer.control_strings),
+            },
+            "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
+            "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
+            "tensors": [
+                {"name": t.name, "type": t.format.name, "shape": list(t.shape), "n_bytes": t.n_bytes}
+                for t in gguf.tensors.values()
+            ],
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Arrays by their length only: a vocabulary is no metadata that anyone reads here."""
+    return f"array of {len(value):,} items" if isinstance(value, GGUFArray) else value

@@ -1,0 +1,83 @@
+"""SIGINT, SIGTERM and SIGHUP as a flag that is read between kernel calls. Knows no command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+_TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SECOND_WITHIN_S = 2.0
+
+
+class StopFlag:
+    """Set by the first signal; a second Ctrl-C within two seconds leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._at = 0.0
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def terminated(self) -> bool:
+        """Asked to end by the system, not to stop by the user."""
+        return self.signal in _TERMINATING
+
+    @property
+    def exit_code(self) -> int:
+        if self.signal is None:
+            return 0
+        return EXIT_TERMINATED if self.terminated else EXIT_INTERRUPTED
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal == signal.SIGINT and now - self._at < _SECOND_WITHIN_S:
+            raise KeyboardInterrupt
+        if self.signal not in _TERMINATING:
+            self.signal, self._at = number, now
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Inside, signals set the flag instead of raising. On a thread other than the main one, the flag stays unset."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    numbers = [signal.SIGINT, *_TERMINATING]
+    before: list[tuple[int, Any]] = [(number, signal.signal(number, flag.handle)) for number in numbers]
+    try:
+        yield flag
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def exit_on_terminate() -> None:
+    """SIGTERM and SIGHUP raise SystemExit(143), so that `finally` blocks restore the terminal."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_TERMINATED)
+
+    for number in _TERMINATING:
+        signal.signal(number, leave)
+
+
+def leave_now(code: int) -> NoReturn:
+    """End the process while a kernel or the compiler may still be running on the compute thread."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(code)

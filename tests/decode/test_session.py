@@ -1,0 +1,275 @@
+"""Model and Session on tiny files: the row, the cache behind it, stopping, limits."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinymodel
+from m2lite import ContextError, Model, ResourceError, Sampling, UsageError, machine
+from m2lite.decode import compute
+from m2lite.decode.session import Session, default_ctx, macs_per_token, n_common
+
+Opened = Callable[[str], Model]
+GREEDY = Sampling(temperature=0, seed=0)
+PROMPT = list(b"once upon a time there was a fox who lived in a wood")
+
+
+def fresh(model: Model, tokens: list[int], n: int, sampling: Sampling) -> list[int]:
+    with model.session() as session:
+        return list(session.generate(tokens, max_tokens=n, sampling=sampling, ignore_stop=True))
+
+
+def test_script_is_followed(opened: Opened) -> None:
+    model = opened("reply")
+    with model.session() as session:
+        text = model.tokenizer.decode(list(session.generate("say\n")))
+        assert text == "hm</think>Fine é"
+        assert session.finish_reason == "stop"
+        assert session.tokens[-1] == tinymodel.END  # it is part of the row, though not of the answer
+        assert session.stats.n_generated == len("hm") + 1 + len("Fine é".encode())
+
+
+def test_prefill_equals_single_steps(opened: Opened) -> None:
+    model = opened("random")
+    whole = model.logits(PROMPT)
+    assert whole.shape == (len(PROMPT), model.config.n_vocab)
+    with model.session() as session:
+        for t, token in enumerate(PROMPT):
+            one = np.empty((1, model.config.n_vocab), np.float32)
+            session.evaluate([token], into=one)
+            assert np.array_equal(one[0], whole[t]), t
+
+
+def test_chunks_change_nothing(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened("random")
+    sampling = Sampling(seed=5)
+    expected = fresh(model, PROMPT, 20, sampling)
+    for n_rows in (1, 7, 64):
+        monkeypatch.setattr(model, "n_rows", n_rows)
+        assert fresh(model, PROMPT, 20, sampling) == expected
+
+
+def test_threads_change_nothing(model_files: dict[str, Path], opened: Opened) -> None:
+    sampling = Sampling(seed=5)
+    expected = fresh(opened("random"), PROMPT, 20, sampling)
+    for threads in (1, 2):
+        with Model.open(model_files["random"], threads=threads, ctx=256) as model:
+            assert fresh(model, PROMPT, 20, sampling) == expected
+
+
+def test_a_second_prompt_continues(opened: Opened) -> None:
+    model = opened("random")
+    with model.session() as session:
+        first = list(session.generate(PROMPT, max_tokens=5, sampling=GREEDY, ignore_stop=True))
+        more = list(session.generate(b"and then", max_tokens=5, sampling=GREEDY, ignore_stop=True))
+        n_cached = session.n_cached
+    assert more == fresh(model, [*PROMPT, *first, *b"and then"], 5, GREEDY)
+    assert n_cached == len(PROMPT) + 5 + len(b"and then") + 4  # the last token needs no position yet
+
+
+def test_common_prefix_is_reused(opened: Opened) -> None:
+    model = opened("random")
+    other = [*PROMPT[:20], *b"another end"]
+    with model.session() as session:
+        list(session.generate(PROMPT, max_tokens=5, sampling=GREEDY, ignore_stop=True))
+        assert session.set_tokens(other) == 20
+        answer = list(session.generate((), max_tokens=5, sampling=GREEDY, ignore_stop=True))
+        assert session.stats.n_reused == 20
+        assert answer == fresh(model, other, 5, GREEDY)
+        # the same row again: its last token is evaluated once more, for the logits
+        session.set_tokens(other)
+        assert list(session.generate((), max_tokens=5, sampling=GREEDY, ignore_stop=True)) == answer
+        assert session.stats.n_reused == len(other) - 1
+
+
+def test_rewind_equals_fresh(opened: Opened) -> None:
+    model = opened("random")
+    with model.session() as session:
+        list(session.generate(PROMPT, max_tokens=30, sampling=GREEDY, ignore_stop=True))
+        session.rewind(10)
+        assert list(session.generate((), max_tokens=8, sampling=GREEDY, ignore_stop=True)) == fresh(
+            model, PROMPT[:10], 8, GREEDY
+        )
+
+
+def test_leaving_the_loop_keeps_what_was_yielded(opened: Opened) -> None:
+    model = opened("random")
+    with model.session() as session:
+        got = []
+        for token in session.generate(PROMPT, sampling=GREEDY, ignore_stop=True):
+            got.append(token)
+            if len(got) == 3:
+                break
+        assert session.finish_reason == "interrupted"
+        assert session.tokens == [*PROMPT, *got]
+        assert (
+            list(session.generate((), max_tokens=3, sampling=GREEDY, ignore_stop=True))
+            == fresh(model, PROMPT, 6, GREEDY)[3:]
+        )
+
+
+def test_sessions_do_not_disturb_each_other(opened: Opened) -> None:
+    model = opened("random")
+    others = list(b"quite another beginning")
+    expected = [fresh(model, PROMPT, 10, GREEDY), fresh(model, others, 10, GREEDY)]
+    with model.session() as a, model.session() as b:
+        both = zip(
+            a.generate(PROMPT, max_tokens=10, sampling=GREEDY, ignore_stop=True),
+            b.generate(others, max_tokens=10, sampling=GREEDY, ignore_stop=True),
+            strict=True,
+        )
+        assert [list(x) for x in zip(*both, strict=True)] == expected
+
+
+@pytest.mark.parametrize("n_rows", [1, 512])
+def test_stop_between_calls(opened: Opened, monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
+    model = opened("endless")
+    monkeypatch.setattr(model, "n_rows", n_rows)
+    with model.session() as session:
+        calls = 0
+
+        def stop() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls > 4
+
+        answer = list(session.generate("say\n", sampling=GREEDY, stop=stop))
+        assert session.finish_reason == "interrupted"
+        assert len(answer) == (1 if n_rows == 1 else 4)
+        # nothing is lost: going on gives what would have come
+        rest = list(session.generate((), max_tokens=4, sampling=GREEDY, ignore_stop=True))
+        assert answer + rest == fresh(model, list(b"say\n"), len(answer) + 4, GREEDY)
+
+
+def test_an_abandoned_call_leaves_nothing_behind(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a wait, as in a script without signal handling: the call ends later, unseen."""
+    model = opened("random")
+    with model.session() as session:
+        list(session.generate(PROMPT, max_tokens=3, sampling=GREEDY, ignore_stop=True))
+        real = compute.Job.result
+
+        def interrupted(job: compute.Job[object]) -> object:
+            real(job)  # by now the timeline has grown
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(compute.Job, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.generate((), max_tokens=3, sampling=GREEDY, ignore_stop=True))
+        monkeypatch.undo()
+        answer = list(session.generate((), max_tokens=3, sampling=GREEDY, ignore_stop=True))
+        assert answer == fresh(model, PROMPT, 6, GREEDY)[3:]
+
+
+def test_progress(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened("random")
+    monkeypatch.setattr(model, "n_rows", 20)
+    heard: list[tuple[int, int]] = []
+    with model.session() as session:
+        for _ in session.generate(PROMPT, max_tokens=3, progress=lambda *done: heard.append(done)):
+            pass
+    n = len(PROMPT)
+    assert heard == [(20, n), (40, n), (n, n)]
+
+
+def test_statistics(opened: Opened) -> None:
+    with opened("random").session() as session:
+        list(session.generate(PROMPT, max_tokens=10, sampling=Sampling(seed=1), ignore_stop=True))
+        stats = session.stats
+    assert (stats.n_prompt, stats.n_reused, stats.n_generated) == (len(PROMPT), 0, 10)
+    assert stats.first_token_s is not None and stats.first_token_s == stats.prompt_s > 0
+    assert stats.tokens_per_s == 9 / stats.decode_s
+    assert stats.prompt_tokens_per_s == len(PROMPT) / stats.prompt_s
+
+
+@pytest.mark.parametrize("n_prompt", [255, 256])
+def test_context_is_used_up(model_files: dict[str, Path], n_prompt: int) -> None:
+    """A prompt as long as the context leaves room for one token: it needs no position of its own."""
+    with Model.open(model_files["random"], ctx=256) as model, model.session() as session:
+        answer = list(session.generate([65] * n_prompt, ignore_stop=True))
+        assert len(answer) == 257 - n_prompt
+        assert session.finish_reason == "length"
+        assert session.n_free == 0
+
+
+def test_context_error(model_files: dict[str, Path]) -> None:
+    with Model.open(model_files["random"], ctx=256) as model, model.session() as session:
+        list(session.generate([65] * 200, max_tokens=1))
+        with pytest.raises(ContextError, match=r"needs 56 tokens; 55 are free of 256\. .*allows 4,096") as caught:
+            session.generate([66] * 56)
+        assert (caught.value.needed, caught.value.free, caught.value.limit) == (56, 55, 256)
+        assert session.tokens[:200] == [65] * 200 and len(session.tokens) == 201  # nothing was taken
+        with pytest.raises(ContextError):
+            session.set_tokens([1] * 257)
+        with pytest.raises(ContextError):
+            model.logits([1] * 257)
+
+
+def test_bad_calls(opened: Opened, model_files: dict[str, Path]) -> None:
+    model = opened("random")
+    with model.session() as session, pytest.raises(UsageError, match="empty"):
+        session.generate("")
+    with pytest.raises(UsageError, match=r"context of 9,999 was asked for; the model allows 1 to 4,096"):
+        Model.open(model_files["random"], ctx=9999)
+    with model.session() as session, pytest.raises(Exception, match="99999"):
+        list(session.generate([99_999], max_tokens=1))
+
+
+def test_default_context(opened: Opened, monkeypatch: pytest.MonkeyPatch, model_files: dict[str, Path]) -> None:
+    config = opened("random").config
+    assert default_ctx(config) == 4096  # the model's limit
+    per_position = 2 * 2 * 2 * 32 * 2
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 4 * 1000 * per_position)
+    assert default_ctx(config) == 960  # whole pages of a quarter
+    with pytest.raises(ResourceError, match=r"4,096 needs 1,048,576 bytes of KV cache; 1,024,000 bytes"):
+        monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1000 * 1024)
+        monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda _: 256)
+        Model.open(model_files["random"], ctx=4096)
+
+
+def test_pages_come_back(model_files: dict[str, Path]) -> None:
+    """Closed and forgotten sessions give their pages to the next: the pool holds one context."""
+    with Model.open(model_files["random"], ctx=128) as model:
+        for n in range(6):
+            session = model.session()
+            list(session.generate([65] * 120, max_tokens=1))
+            if n % 2:
+                session.close()
+            del session
+            gc.collect()
+
+
+def test_logits_of_several_threads(opened: Opened) -> None:
+    """Callers may be many; the compute thread is one."""
+    model = opened("random")
+    expected = model.logits(PROMPT)
+    got: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: got.append(model.logits(PROMPT))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4 and all(np.array_equal(g, expected) for g in got)
+
+
+def test_compute_thread_hands_errors_over() -> None:
+    with pytest.raises(ZeroDivisionError):
+        compute.compute_thread().run(lambda: 1 // 0)
+    assert compute.compute_thread().run(threading.current_thread).name == "m2lite-compute"
+    job = compute.compute_thread().submit(lambda: time.sleep(0.05))
+    assert compute.is_busy()
+    job.result()
+
+
+def test_small_functions(opened: Opened) -> None:
+    assert n_common([1, 2, 3], [1, 2, 4]) == 2
+    assert n_common([], [1]) == 0
+    assert n_common([1, 2], [1, 2, 3]) == 2
+    assert macs_per_token(opened("random").config) == 64 * (2 * ((4 + 2) * 2 * 32 + 8 + 3 * 2 * 32) + 272)
+    assert isinstance(opened("random").session(), Session)

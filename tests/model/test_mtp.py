@@ -1,0 +1,137 @@
+"""The bundled model and its prediction modules: against transformers and the training code, and drafting for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from m2lite.errors import BadModelError
+from m2lite.measure import draft_acceptance
+from m2lite.model.mtp import Mtp, bind_mtp, run_module, trunk_state
+from m2lite.storage.gguf_reader import open_gguf
+from m2lite.text.template import encode_chat, load_template
+from m2lite.text.tokenizer import load_tokenizer
+from tests.golden.compare import Agreement, compare
+from tests.golden.golden import DIRECTORY
+from tests.model.engine import Engine
+from tests.model.test_refused import rewrite
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = dict(np.load(DIRECTORY / "m2-tiny.npz"))
+
+
+@pytest.fixture(scope="module")
+def sidecar(bundled_model: Path) -> Path:
+    return bundled_model.with_name(f"mtp-{bundled_model.name}")
+
+
+def as_float32(source: Path, target: Path) -> Path:
+    """The same weights in a file of float32."""
+    reader = gguf.GGUFReader(source)
+    kinds = {t.name: t.tensor_type for t in reader.tensors}
+    f32 = gguf.GGMLQuantizationType.F32
+    return rewrite(source, target, {}, lambda name, v: gguf.quants.dequantize(v, kinds[name]), types=lambda _: f32)
+
+
+def open_pair(model: Path, sidecar: Path) -> tuple[Engine, Mtp]:
+    engine = Engine(model, n_positions=1024, n_rows=256, n_extra_layers=3)
+    return engine, bind_mtp(open_gguf(sidecar), engine.weights)
+
+
+def run_all(engine: Engine, mtp: Mtp, tokens: Sequence[int]) -> list[Agreement]:
+    """Trunk and modules, teacher-forced, against the golden logits."""
+    timeline = engine.pool.timeline()
+    found = [compare(GOLDEN["trunk"], engine.run(timeline, tokens))]
+    state = trunk_state(mtp, engine.buffers, len(tokens))
+    for k in range(3):
+        previous = np.concatenate([np.zeros_like(state[:1]), state[:-1]])
+        rows = engine.pool.rows_at(timeline, 0, np.asarray(tokens))
+        state, logits = run_module(mtp, k, engine.pool, engine.buffers, rows, previous)
+        found.append(compare(GOLDEN[f"mtp_{k + 1}"], logits))
+    return found
+
+
+def test_quantized_files_agree_with_transformers_and_the_training_code(bundled_model: Path, sidecar: Path) -> None:
+    engine, mtp = open_pair(bundled_model, sidecar)
+    for found in run_all(engine, mtp, GOLDEN["tokens"].tolist()):
+        assert found.mean_kl <= 1e-3, found
+
+
+def test_float32_files_agree_with_transformers_and_the_training_code(
+    bundled_model: Path, sidecar: Path, tmp_path: Path
+) -> None:
+    model, modules = as_float32(bundled_model, tmp_path / "m.gguf"), as_float32(sidecar, tmp_path / "mtp-m.gguf")
+    for found in run_all(*open_pair(model, modules), GOLDEN["tokens"].tolist()):
+        assert found.mean_kl <= 1e-5 and found.max_kl <= 1e-3 and found.top1 >= 0.995, found
+
+
+def test_modules_in_chunks_equal_modules_at_once(bundled_model: Path, sidecar: Path) -> None:
+    engine, mtp = open_pair(bundled_model, sidecar)
+    tokens = GOLDEN["tokens"].tolist()
+    timeline = engine.pool.timeline()
+    engine.run(timeline, tokens)
+    state = trunk_state(mtp, engine.buffers, len(tokens))
+    previous = np.concatenate([np.zeros_like(state[:1]), state[:-1]])
+
+    def run(cuts: list[int]) -> bytes:
+        parts = []
+        for first, last in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+            rows = engine.pool.rows_at(timeline, first, np.asarray(tokens[first:last]))
+            parts.append(run_module(mtp, 0, engine.pool, engine.buffers, rows, previous[first:last])[1].copy())
+        return np.concatenate(parts).tobytes()
+
+    assert run([]) == run([1, 2, 10, 31])
+
+
+def test_drafted_answers_equal_plain_ones_and_first_drafts_are_mostly_right(bundled_model: Path, sidecar: Path) -> None:
+    """Real greedy draft-and-verify decoding of the held-out prompts."""
+    engine, mtp = open_pair(bundled_model, sidecar)
+    tokenizer, template = load_tokenizer(engine.gguf), load_template(engine.gguf)
+    items = json.loads((ROOT / "models" / "m2-tiny" / "heldout_prompts.json").read_text())
+    prompts = [encode_chat(tokenizer, template, item["messages"]) for item in items]
+    found, answers = draft_acceptance(mtp, engine.pool, engine.buffers, prompts, tokenizer.stop_ids, 200)
+    for prompt, answer in list(zip(prompts, answers, strict=True))[::4]:
+        timeline, plain = engine.pool.timeline(), []
+        token = int(engine.run(timeline, prompt, "last")[0].argmax())
+        while len(plain) < len(answer):
+            plain.append(token)
+            token = int(engine.run(timeline, [token], "last")[0].argmax())
+        timeline.release()
+        assert plain == answer
+    assert engine.pool.n_free == 1024
+    assert found.rates[0] >= 0.75, found
+
+
+def test_modules_of_another_trunk_are_refused(bundled_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    engine = Engine(bundled_model, n_rows=8)
+    other = rewrite(sidecar, tmp_path / "mtp.gguf", {"m2lite.mtp.trunk": "0" * 64})
+    with pytest.raises(BadModelError, match="belong to trunk '0000"):
+        bind_mtp(open_gguf(other), engine.weights)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("minimax-m2.nextn_predict_layers", 0, "nextn_predict_layers is 0, expected 1 to 16"),
+        ("m2lite.mtp.concat", "hidden,embedding", r"m2lite\.mtp\.concat is 'hidden,embedding'"),
+        ("m2lite.mtp.hidden", "middle", r"m2lite\.mtp\.hidden is 'middle'"),
+    ],
+)
+def test_damaged_sidecars_are_refused(
+    bundled_model: Path, sidecar: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    engine = Engine(bundled_model, n_rows=8)
+    path = rewrite(sidecar, tmp_path / "mtp.gguf", {key: value})
+    with pytest.raises(BadModelError, match=message):
+        bind_mtp(open_gguf(path), engine.weights)
+
+
+def test_the_main_file_is_no_sidecar(bundled_model: Path) -> None:
+    engine = Engine(bundled_model, n_rows=8)
+    with pytest.raises(BadModelError, match="This is no MTP sidecar"):
+        bind_mtp(open_gguf(bundled_model), engine.weights)

@@ -1,0 +1,73 @@
+"""The option table: parsers, sources and their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from m2lite.errors import UsageError
+from m2lite.settings import OPTIONS, parse_count, resolve_settings
+
+NOWHERE = Path("/nonexistent/config.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0", 0), ("4096", 4096), ("32k", 32768), ("32K", 32768), ("1_000", 1000), ("4,096", 4096), (" 16G ", 16 << 30),
+     ("2m", 2 << 20), ("1KiB", 1024), ("1t", 1 << 40)],
+)  # fmt: skip
+def test_counts(text: str, value: int) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.5k", "1e3", "0x10", "12q", "²"])
+def test_bad_counts(text: str) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        parse_count(text)
+
+
+def test_order_of_sources(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('ctx = 1024\ntop_k = 7\ntemp = 0.25\nthink = "hide"\n')
+    settings = resolve_settings({"ctx": "4k", "temp": None}, {"M2LITE_CTX": "2k", "M2LITE_TOP_K": "9"}, config)
+    assert (settings.ctx, settings.top_k, settings.temp, settings.think) == (4096, 9, 0.25, "hide")
+    assert settings.origins["ctx"] == "--ctx"
+    assert settings.origins["top_k"] == "environment variable M2LITE_TOP_K"
+    assert settings.origins["temp"] == f"key temp in {config}"
+    assert settings.origins["top_p"] == "default"
+
+
+def test_defaults() -> None:
+    settings = resolve_settings({}, {}, NOWHERE)
+    assert (settings.temp, settings.top_k, settings.top_p, settings.min_p) == (1.0, 40, 0.95, 0.0)
+    assert settings.seed is None and settings.model is None
+    assert set(settings.origins) == set(OPTIONS)
+
+
+def test_an_empty_variable_is_none() -> None:
+    assert resolve_settings({}, {"M2LITE_CTX": ""}, NOWHERE).ctx is None
+
+
+@pytest.mark.parametrize("text", ["ctx = true", "ctx = [1]", "ctx = 1.5", "think = 'perhaps'", "seed = -1"])
+def test_bad_values_in_the_file(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(text)
+    with pytest.raises(UsageError, match=text.split()[0]):
+        resolve_settings({}, {}, config)
+
+
+@pytest.mark.parametrize("content", [b"ctx = ", b"\xff\xfe", b"speed = 3"])
+def test_bad_files(tmp_path: Path, content: bytes) -> None:
+    config = tmp_path / "config.toml"
+    config.write_bytes(content)
+    with pytest.raises(UsageError, match=r"config\.toml"):
+        resolve_settings({}, {}, config)
+    with pytest.raises(UsageError, match="cannot be read"):
+        resolve_settings({}, {}, tmp_path)
+
+
+def test_names_are_spelled_alike() -> None:
+    for name, option in OPTIONS.items():
+        assert option.env == f"M2LITE_{name.upper()}"
+        assert not option.flags or option.flags[0] == "--" + name.replace("_", "-")
