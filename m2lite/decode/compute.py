@@ -14,6 +14,10 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
+class Abandoned(Exception):
+    """Raised on the compute thread inside a job for whose result nobody waits any more."""
+
+
 class Job(Generic[T]):
     """A call that is queued, running or done."""
 
@@ -22,6 +26,7 @@ class Job(Generic[T]):
         self._done = threading.Event()
         self._value: T
         self._error: BaseException | None = None
+        self.abandoned = False
 
     def run(self) -> None:
         try:
@@ -31,8 +36,12 @@ class Job(Generic[T]):
         self._done.set()
 
     def result(self) -> T:
-        """Wait and return; a signal handler may raise out of the wait, and the job then runs on to its end."""
-        self._done.wait()
+        """Wait and return. A signal handler may raise out of the wait: the job then ends at its next check."""
+        try:
+            self._done.wait()
+        except BaseException:
+            self.abandoned = True
+            raise
         if self._error is not None:
             raise self._error
         return self._value
@@ -44,6 +53,7 @@ class ComputeThread:
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self._n_pending = 0
+        self._current: Job[Any] | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="m2lite-compute", daemon=True)
         self._thread.start()
@@ -65,10 +75,16 @@ class ComputeThread:
             return call()
         return self.submit(call).result()
 
+    def check(self) -> None:
+        """For long jobs, between kernels: raises Abandoned when nobody waits for the running job any more."""
+        if self._current is not None and self._current.abandoned:
+            raise Abandoned
+
     def _serve(self) -> None:
         while True:
-            job = self._jobs.get()
+            job = self._current = self._jobs.get()
             job.run()
+            self._current = None
             with self._lock:
                 self._n_pending -= 1
             del job

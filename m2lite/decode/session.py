@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # these import Numba
 DEFAULT_CTX = 32 * 1024
 PAGE = 64
 MAX_ROWS = 512  # of one forward call
-MAX_CALL_MACS = 50e9  # so that a call ends in well under half a second
+MAX_LAYER_MACS = 50e9  # of all rows in one layer: a stop is heard between layers, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
 Stop = Callable[[], bool]
@@ -62,6 +62,10 @@ class Stats:
     @property
     def tokens_per_s(self) -> float | None:
         return (self.n_generated - 1) / self.decode_s if self.n_generated > 1 and self.decode_s > 0 else None
+
+
+class Stopped(Exception):
+    """The caller's `stop` said so in the middle of a call."""
 
 
 class Engine:
@@ -95,15 +99,31 @@ class Engine:
         self._forward(one_layer, self.pool, self.buffers, rows)
         timeline.release()
 
-    def evaluate(self, timeline: Timeline, start: int, tokens: Sequence[int], outputs: str = "last") -> Any:
-        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call."""
+    def evaluate(
+        self,
+        timeline: Timeline,
+        start: int,
+        tokens: Sequence[int],
+        outputs: str = "last",
+        stop: Stop | None = None,
+    ) -> Any:
+        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
+
+        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before.
+        """
+
+        def check() -> None:
+            compute_thread().check()
+            if stop is not None and stop():
+                raise Stopped
+
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
         if timeline.length > start:
             timeline.rewind(start)
         assert timeline.length == start, (timeline.length, start)
         rows = self.pool.rows([(timeline, np.asarray(tokens, np.int64))])
-        return self._forward(self.weights, self.pool, self.buffers, rows, outputs=outputs)
+        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check)
 
 
 class Model:
@@ -283,9 +303,9 @@ class Session:
     ) -> Iterator[int]:
         """Append `prompt` and yield the ids of the answer, without the id that ends it.
 
-        `stop` is asked between calls; `progress` hears of the prompt's chunks; with `ignore_stop` only `max_tokens` and
-        the context end the answer. Afterwards `finish_reason` and `stats`
-        describe the answer. Leaving the loop early is fine: the session keeps what was yielded.
+        `stop` is asked between layers, on the compute thread; `progress` hears of the prompt's chunks; with
+        `ignore_stop` only `max_tokens` and the context end the answer. Afterwards `finish_reason` and `stats` describe
+        the answer. Leaving the loop early is fine: the session keeps what was yielded.
         """
         if isinstance(prompt, str):
             new = self.model.tokenizer.encode(prompt) if self.tokens else self.model.encode_prompt(prompt)
@@ -343,10 +363,13 @@ class Session:
             chunk = self.tokens[start:end]
 
             def call(start: int = start, chunk: list[int] = chunk, is_last: bool = end == n_total) -> int | None:
-                logits = engine.evaluate(timeline, start, chunk)
+                logits = engine.evaluate(timeline, start, chunk, stop=stop)
                 return draw(logits[-1], sampling, stream, n_total) if is_last else None
 
-            token = compute_thread().run(call)
+            try:
+                token = compute_thread().run(call)
+            except Stopped:
+                return None
             self.n_cached = end
             if progress is not None and n_total - n_at_first > 1:
                 progress(end - n_at_first, n_total - n_at_first)
@@ -398,13 +421,13 @@ def check_ctx(config: Config, ctx: int) -> int:
     return ctx
 
 
-def macs_per_token(config: Config) -> int:
-    """Multiply-adds of one token, attention over the context left out."""
+def layer_macs(config: Config) -> int:
+    """Multiply-adds of one token in one layer, attention over the context left out."""
     heads = (config.n_heads + config.n_kv_heads) * 2 * config.head_dim
     experts = config.n_experts + 3 * config.n_experts_used * config.n_ff
-    return config.n_embd * (config.n_layers * (heads + experts) + config.n_vocab)
+    return config.n_embd * (heads + experts)
 
 
 def chunk_rows(config: Config) -> int:
     """Rows of one forward call: bounded, so that a stop is heard soon."""
-    return max(1, min(MAX_ROWS, int(MAX_CALL_MACS / macs_per_token(config))))
+    return max(1, min(MAX_ROWS, int(MAX_LAYER_MACS / layer_macs(config))))

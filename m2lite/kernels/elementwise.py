@@ -239,8 +239,8 @@ def pack_groups_parallel(n_parts, panel, x, x_stride, rows, starts, n_groups, n_
 def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim):
     """Write k[t], v[t] (n_kv_heads * head_dim float32) as float16 into a slot of a page.
 
-    slots: int32 [n_rows]; pages: int64 [n_rows], addresses. A page holds, for one layer, K [n_kv_heads][64][head_dim] and
-    then V of the same shape.
+    slots: int32 [n_rows]; pages: int64 [n_rows], addresses. A page holds, for one layer, K [n_kv_heads][64][head_dim]
+    and then V of the same shape.
     """
     n = n_kv_heads * head_dim
     for t in range(n_rows):

@@ -175,7 +175,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, cursor, used, seen = state["step"], state["cursor"], state["used"], state["seen"]
     elif args.stage != "trunk":
-        cursor = 1_000_003  # another part of the data order
+        cursor = 1_000_003 * list(STAGES).index(args.stage)  # another part of the data order
     budget = args.minutes * 60
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))

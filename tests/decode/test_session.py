@@ -14,7 +14,7 @@ import pytest
 import tinymodel
 from m2lite import ContextError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
-from m2lite.decode.session import Session, default_ctx, macs_per_token, n_common
+from m2lite.decode.session import Session, default_ctx, layer_macs, n_common
 
 Opened = Callable[[str], Model]
 GREEDY = Sampling(temperature=0, seed=0)
@@ -129,7 +129,10 @@ def test_sessions_do_not_disturb_each_other(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("n_rows", [1, 512])
-def test_stop_between_calls(opened: Opened, monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
+@pytest.mark.parametrize("n_asked", [0, 1, 2, 3, 4, 8, 20])
+def test_stop_between_layers_and_calls(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, n_rows: int, n_asked: int
+) -> None:
     model = opened("endless")
     monkeypatch.setattr(model, "n_rows", n_rows)
     with model.session() as session:
@@ -138,11 +141,12 @@ def test_stop_between_calls(opened: Opened, monkeypatch: pytest.MonkeyPatch, n_r
         def stop() -> bool:
             nonlocal calls
             calls += 1
-            return calls > 4
+            return calls > n_asked
 
         answer = list(session.generate("say\n", sampling=GREEDY, stop=stop))
         assert session.finish_reason == "interrupted"
-        assert len(answer) == (1 if n_rows == 1 else 4)
+        assert calls == n_asked + 1  # heard at once: two layers, and between calls
+        assert len(answer) == max(0, n_asked // 3 - (3 if n_rows == 1 else 0))
         # nothing is lost: going on gives what would have come
         rest = list(session.generate((), max_tokens=4, sampling=GREEDY, ignore_stop=True))
         assert answer + rest == fresh(model, list(b"say\n"), len(answer) + 4, GREEDY)
@@ -271,5 +275,5 @@ def test_small_functions(opened: Opened) -> None:
     assert n_common([1, 2, 3], [1, 2, 4]) == 2
     assert n_common([], [1]) == 0
     assert n_common([1, 2], [1, 2, 3]) == 2
-    assert macs_per_token(opened("random").config) == 64 * (2 * ((4 + 2) * 2 * 32 + 8 + 3 * 2 * 32) + 272)
+    assert layer_macs(opened("random").config) == 64 * ((4 + 2) * 2 * 32 + 8 + 3 * 2 * 32)
     assert isinstance(opened("random").session(), Session)
