@@ -65,7 +65,7 @@ def draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0)
     if not math.isfinite(float(logits.max())):
         raise M2liteError(
             f"The model computed logits that are not finite at position {position}.",
-            "The weights are damaged or overflow; check the file with `m2lite inspect`.",
+            "The weights may be damaged: download or convert the file again.",
         )
     if sampling.temperature == 0:
         return int(np.argmax(logits))

@@ -29,6 +29,9 @@ from m2lite.model.config import Config
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
 
+_DAMAGED = "The weights may be damaged: download or convert the file again."
+
+
 class Buffers:
     """Scratch memory for up to `n_rows` rows per call; every shape is written behind its name."""
 
@@ -110,7 +113,7 @@ def forward(
             check()
         attention(c, layer, b, place, n, i * pool.layer_bytes)
         if not experts(c, layer, b, n):
-            raise M2liteError(f"NaN or infinity in layer {i}.", "The weights may be damaged: run `m2lite verify`.")
+            raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     logits = _head(weights, b, rows, outputs)
     for timeline, length in rows.lengths:
         timeline.length = length
@@ -220,5 +223,5 @@ def head(weights: Weights, b: Buffers, x: int, norm: Vector, n: int) -> npt.NDAr
     b.kernels.matmul(work, out, 4 * c.n_vocab, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
     logits = b.logits[:n]
     if not np.isfinite(logits).all():
-        raise M2liteError("NaN or infinity in the logits.", "The weights may be damaged: run `m2lite verify`.")
+        raise M2liteError("NaN or infinity in the logits.", _DAMAGED)
     return logits

@@ -30,7 +30,7 @@ from tokenizer import END, load_tokenizer, render_prompt
 STAGES = {  # start from, modules, muon lr, adam lr, decay from this share of the time on
     "trunk": (None, 1, 0.02, 0.004, 0.5),
     "mtp-frozen": ("trunk", 3, 0.012, 0.002, 0.3),
-    "joint": ("mtp-frozen", 3, 0.004, 0.0008, 0.1),
+    "joint": ("mtp-frozen", 3, 0.005, 0.001, 0.1),
 }
 
 
