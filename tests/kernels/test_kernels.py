@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -13,24 +10,8 @@ import pytest
 from llvmlite import ir
 
 from m2lite.kernels import emit, fast, jit, reference
+from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# form -> (a processor whose features lead to it, the host feature without which it cannot run here)
-FORMS = {"avxvnni": ("alderlake", "avxvnni"), "avx2": ("haswell", "avx2"), "portable": ("nehalem", "sse4.2")}
-
-
-def run_child(script: str, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kernels" / script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
 
 
 def test_every_kernel_has_a_twin() -> None:
@@ -45,10 +26,7 @@ def test_compiled_kernels_equal_their_twins() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_other_vector_forms_equal_the_twins(form: str) -> None:
-    processor, feature = FORMS[form]
-    if not llvm.get_host_cpu_features().get(feature):
-        pytest.skip(f"this processor has no {feature}, so the {form} form cannot run here")
-    done = run_child("cases.py", NUMBA_CPU_NAME=processor)
+    done = run_form(form, "kernels/cases.py")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith(f"{form}: 0 differences")
 
@@ -70,7 +48,7 @@ def test_neon_form_compiles_to_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_kernel_reads_or_writes_beyond_its_memory() -> None:
-    done = run_child("guards.py")
+    done = run_script("kernels/guards.py")
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout.strip() == "no stray access"
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from m2lite.kernels import jit, reference
+from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
+from tests.model.logits_hash import hash_logits
 
 
 @pytest.fixture(scope="module", params=["bundled", "random"])
@@ -95,3 +97,10 @@ def test_numpy_reference_gives_the_same_bits(engine: Engine, tokens: list[int], 
     timeline = slow.pool.timeline()
     assert same(slow.run(timeline, tokens[:66]), expected[:66])
     assert same(slow.run(timeline, tokens[66:68]), expected[66:68])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_vector_forms_do_not_matter(bundled_model: Path, form: str) -> None:
+    done = run_form(form, "model/logits_hash.py", bundled_model)
+    assert done.stdout.split() == [form, hash_logits(bundled_model)], done.stderr[-2000:]

@@ -1,0 +1,36 @@
+"""Child processes that are compiled for another processor, so that every vector form runs here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# form -> (a processor whose features lead to it, the host feature without which it cannot run here)
+FORMS = {"avxvnni": ("alderlake", "avxvnni"), "avx2": ("haswell", "avx2"), "portable": ("nehalem", "sse4.2")}
+
+
+def run_script(script: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script below tests/ with this checkout on its path."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def run_form(form: str, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a form; skips where this processor cannot run it."""
+    processor, feature = FORMS[form]
+    if not llvm.get_host_cpu_features().get(feature):
+        pytest.skip(f"this processor has no {feature}, so the {form} form cannot run here")
+    return run_script(script, *arguments, NUMBA_CPU_NAME=processor)
