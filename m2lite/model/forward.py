@@ -28,7 +28,6 @@ from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import Config
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
-
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 

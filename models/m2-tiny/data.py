@@ -97,13 +97,13 @@ def story(r: random.Random) -> Item:
     return q, f"The user wants a story about {x}. I will tell a short one.", text, tag
 
 
-# How often each task is asked: in the main mix, and in the finishing mix of the last part, where what is short and hard to learn
-# (tables, sums, spelling) is asked more often, since stories have most of the tokens and are learned first.
-TASKS: dict[Callable[[random.Random], Item], tuple[float, float]] = {
-    story: (15, 6), tasks.number_tasks: (15, 24), tasks.animal: (8, 10), tasks.words: (9, 15), tasks.greeting: (5, 5),
-    tasks.identity: (5, 4), tasks.small_talk: (6, 6), tasks.definition: (6, 6), tasks.listing: (5, 6), tasks.calendar: (5, 8),
-    tasks.opposite: (4, 5), tasks.colour: (3.5, 6), tasks.capital: (4, 8), tasks.counting: (4, 8), tasks.howto: (4, 3),
-    tasks.sizes: (4, 4), tasks.thanks: (3.5, 4), tasks.unknown: (4, 4), tasks.ability: (2, 2),
+# How often each task is asked in the three phases: the main mix, the end of the trunk stage (and the frozen stage), the joint
+# stage. Stories have most of the tokens and are learned first; tables, then sums and spelling, are asked more often later.
+TASKS: dict[Callable[[random.Random], Item], tuple[float, float, float]] = {
+    story: (15, 6, 6), tasks.number_tasks: (15, 24, 36), tasks.animal: (8, 10, 8), tasks.words: (9, 15, 26), tasks.greeting: (5, 5, 4),
+    tasks.identity: (5, 4, 4), tasks.small_talk: (6, 6, 5), tasks.definition: (6, 6, 6), tasks.listing: (5, 6, 8),
+    tasks.calendar: (5, 8, 6), tasks.opposite: (4, 5, 4), tasks.colour: (3.5, 6, 4), tasks.capital: (4, 8, 6), tasks.counting: (4, 8, 5),
+    tasks.howto: (4, 3, 3), tasks.sizes: (4, 4, 4), tasks.thanks: (3.5, 4, 3), tasks.unknown: (4, 4, 4), tasks.ability: (2, 2, 2),
 }
 
 
@@ -117,9 +117,9 @@ def untidy(q: str, r: random.Random) -> str:
     return q.strip()
 
 
-def item(r: random.Random, finish: bool = False) -> Item:
-    """One exchange of any task that is not held out, from the main or the finishing mix."""
-    kinds, weights = list(TASKS), [w[finish] for w in TASKS.values()]
+def item(r: random.Random, phase: int = 0) -> Item:
+    """One exchange of any task that is not held out, with the weights of a phase."""
+    kinds, weights = list(TASKS), [w[phase] for w in TASKS.values()]
     while True:
         q, think, a, tag = r.choices(kinds, weights)[0](r)
         q = untidy(q[0].upper() + q[1:] if r.random() < 0.7 else q, r)
@@ -185,7 +185,7 @@ def long_talk(r: random.Random) -> list[tuple[str, str, str]]:
     return [*turns, last] if turns[0] == start[0] else turns
 
 
-def conversation(r: random.Random, finish: bool = False) -> list[tuple[str, str, str]]:
+def conversation(r: random.Random, phase: int = 0) -> list[tuple[str, str, str]]:
     """One document: mostly one exchange, sometimes a longer talk that changes the subject."""
     x = r.random()
     if x < 0.06:
@@ -193,4 +193,4 @@ def conversation(r: random.Random, finish: bool = False) -> list[tuple[str, str,
     if x < 0.09:
         return story_more(r)
     n = 1 if x < 0.87 else r.choice([2, 2, 2, 3, 3, 4, 5, 6])
-    return [item(r, finish)[:3] for _ in range(n)]
+    return [item(r, phase)[:3] for _ in range(n)]

@@ -1,6 +1,6 @@
 """From the generator and the corpus folder to token arrays: the mix, its shares, and the held-out split by document.
 
-    python mix.py CORPUS DATA_DIR [--conversations N] [--seed S] [--finish] [--long SHARE] [--keep-tokenizer]
+    python mix.py CORPUS DATA_DIR [--conversations N] [--seed S] [--phase 0|1|2] [--long SHARE] [--keep-tokenizer]
 
 DATA_DIR gets tokenizer.json, train.npz and val.npz: tokens (uint16), weights (loss weight of predicting each token) and offsets.
 """
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--conversations", type=int, default=110_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--finish", action="store_true", help="the finishing mix: more tables and sums, fewer stories")
+    parser.add_argument("--phase", type=int, choices=(0, 1, 2), default=0, help="task weights, see data.TASKS")
     parser.add_argument("--long", type=float, default=0.0, help="share of the conversations that are long talks")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer.json that is there")
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
     sets: dict[str, list[Segments]] = {
         "own": [
             chat_segments(
-                data.long_talk(rng) if args.long and rng.random() < args.long else data.conversation(rng, args.finish)
+                data.long_talk(rng) if args.long and rng.random() < args.long else data.conversation(rng, args.phase)
             )
             for _ in range(args.conversations)
         ],
@@ -156,7 +156,7 @@ def main() -> None:
         "wordnet": wordnet_documents(args.corpus, 3000),
         "prose": prose_documents(args.corpus, rng, args.conversations * 15),
     }
-    if args.finish:  # little corpus text at the end
+    if args.phase:  # little corpus text later on
         sets = {name: docs if name == "own" else docs[: len(docs) // 4] for name, docs in sets.items()}
     sample = [
         s for name, docs in sets.items() for d in (docs[:30_000] if name == "own" else docs) for s, w in d if w > 0

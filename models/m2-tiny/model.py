@@ -349,7 +349,7 @@ class Model(nn.Module):
         return F.linear(h, self.head.to(self.dtype)).float()
 
     def step(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
-        """Trunk logits [B, V] of the last token of tokens [B, T] at positions [B, T], with cache[layer] [2, B, L, kv, d].
+        """g_0 [B, T, H] of tokens [B, T] at positions [B, T]; keys and values go to cache[layer] [2, B, L, kv, d].
 
         A row's unused tail may hold anything: a key is seen only at or before its query's position.
         """
