@@ -12,9 +12,9 @@ n_blocks: blocks of 32 weights per row; out is float32, out_stride in bytes. x i
   int8     40 bytes per row and block: 32 int8, float32 scale, int32 -8 x (sum of the int8)
   float32  128 bytes per row and block: 32 float32
 
-A panel holds its rows in groups of 8, 4, 2 and 1 (as many of each as fit, in that order); a group of T rows is laid
-out [block][T][bytes], so that one address register serves all of its rows. Rows t.. of a group begin at
-t * n_blocks * bytes, whatever the groups: a panel of one row is simply the row.
+A panel holds its rows in groups of up to 32 (only the last one is smaller); a group of T rows is laid out
+[block][T][bytes], so that a block's weights are unpacked once for the T rows. A group that begins with row t begins at
+t * n_blocks * bytes: a panel of one row is simply the row.
 
 Order of the sum, the same for every group size, tile and vector width:
   int8     one fma per block of 32, in block order: acc = fma(f32(exact integer dot), w scale * x scale, acc)
@@ -28,20 +28,34 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
 from m2lite.kernels import emit, simd
 from m2lite.kernels.jit import address_of, kernel, specialise
-from m2lite.kernels.simd import fma_rows, pack_get, prefetch, store_f32, store_sums, store_tile, zeros
+from m2lite.kernels.simd import (
+    fma,
+    load_f32,
+    pack_get,
+    prefetch,
+    scratch,
+    splat,
+    store_f32,
+    store_lanes,
+    tree_sum,
+    write_f32,
+)
 
+ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
 
 Vectors = list[ir.Value]
 
 
 STEP_BYTES = {"int8": 40, "float32": 128}  # of an activation panel, per row and block
+GROUP = 32  # rows of a panel that share one pass over a tile
 
 
 def panel_bytes(kind: str, n_rows: int, n: int) -> int:
@@ -130,33 +144,47 @@ WEIGHTS = {
 # --- tile kernels, built from the table ----------------------------------------------------------------------------
 
 
-def _step_of(form: WeightForm) -> Any:
-    """acc[t] = fma(integer dot of block b, scales, acc[t]) for all rows t of a pack."""
-    assert form.tile is not None
+TILE = simd.PackType(simd.i32x16, 9)  # 8 vectors of unsigned bytes; the 16 scales, as bits
+
+
+def _tile_of(form: WeightForm) -> Any:
+    """load_tile(w, stride) -> TILE: one block of 16 rows; row i's weights 4d..4d+3 in lane i of vector d."""
 
     @intrinsic
-    def step(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any) -> Any:
+    def load_tile(typingctx: Any, w: Any, stride: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            acc_value, w_value, stride_value, x_value = args
-            weights, w_scale = form.tile(builder, w_value, stride_value)
-            out = []
-            for t in range(acc.n):
-                at = t * STEP_BYTES["int8"]
-                dot = emit.splat(builder, emit.load(builder, x_value, emit.I32, at + 36))
-                if form.offset != 8:
-                    dot = builder.shl(dot, emit.const((form.offset // 8).bit_length() - 1))
-                for d, vector in enumerate(weights):
-                    four = emit.load(builder, x_value, emit.I32, at + 4 * d)
-                    dot = emit.dot4(builder, dot, vector, four, form.bits)
-                x_scale = emit.load(builder, x_value, emit.F32, at + 32)
-                scale = builder.fmul(w_scale, emit.splat(builder, x_scale))
-                value = builder.extract_value(acc_value, t)
-                out.append(emit.fma_values(builder, builder.sitofp(dot, emit.V_F32), scale, value))
-            return emit.pack_of(builder, out)
+            assert form.tile is not None
+            weights, scale = form.tile(builder, *args)
+            return emit.pack_of(builder, [*weights, builder.bitcast(scale, emit.V_I32)])
 
-        return acc(acc, types.int64, types.int64, types.int64), codegen
+        return TILE(types.int64, types.int64), codegen
 
-    return step
+    return load_tile
+
+
+def _dot_of(form: WeightForm) -> Any:
+    """dot_row(acc, tile, x) = fma(integer dot of the tile and 32 activations at x, scales, acc)."""
+
+    @intrinsic
+    def dot_row(typingctx: Any, acc: Any, tile: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            acc_value, tile_value, at = args
+            low = emit.splat(builder, emit.load(builder, at, emit.I32, 36))
+            if form.offset != 8:
+                low = builder.shl(low, emit.const((form.offset // 8).bit_length() - 1))
+            high = emit.const(0)  # two chains, since one would wait for its own last sum
+            for d in range(0, 8, 2):
+                first, second = (builder.extract_value(tile_value, d + i) for i in (0, 1))
+                low = emit.dot4(builder, low, first, emit.load(builder, at, emit.I32, 4 * d), form.bits)
+                high = emit.dot4(builder, high, second, emit.load(builder, at, emit.I32, 4 * d + 4), form.bits)
+            dot = builder.sitofp(builder.add(low, high), emit.V_F32)
+            w_scale = builder.bitcast(builder.extract_value(tile_value, 8), emit.V_F32)
+            x_scale = emit.splat(builder, emit.load(builder, at, emit.F32, 32))
+            return emit.fma_values(builder, dot, builder.fmul(w_scale, x_scale), acc_value)
+
+        return simd.f32x16(simd.f32x16, TILE, types.int64), codegen
+
+    return dot_row
 
 
 def unpack_of(name: str) -> Any:
@@ -174,47 +202,72 @@ def unpack_of(name: str) -> Any:
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-n_rows = step_bytes = x_bytes = 0
-step: Any = None
+step_bytes = 0
+load_tile: Any = None
+dot_row: Any = None
 unpack: Any = None
-rows_8: Any = None
-rows_4: Any = None
-rows_2: Any = None
-rows_1: Any = None
+one_row: Any = None
+many_rows: Any = None
+x_bytes = 0
 
 
-def _int8_rows(w, stride, n_store, n_blocks, x, out, out_stride):
-    acc = zeros(n_rows)
-    ahead = w + 16 * stride
+def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    acc, ahead = splat(ZERO), w + 16 * stride
     for b in range(n_blocks):
         for line in range(0, 16 * step_bytes, 64):
             prefetch(ahead + b * 16 * step_bytes + line)
-        acc = step(acc, w + b * step_bytes, stride, x + b * x_bytes)
-    store_tile(acc, n_store, out, out_stride)
+        acc = dot_row(acc, load_tile(w + b * step_bytes, stride), x + b * 40)
+    store_lanes(out, acc, n_store)
 
 
-def _float_rows(w, stride, n_store, n_blocks, x, out, out_stride):
+def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a block."""
+    sums, ahead = scratch(GROUP), w + 16 * stride
+    for t in range(n_x):
+        store_f32(sums + 64 * t, splat(ZERO))
+    for b in range(n_blocks):
+        for line in range(0, 16 * step_bytes, 64):
+            prefetch(ahead + b * 16 * step_bytes + line)
+        tile = load_tile(w + b * step_bytes, stride)
+        block = x + b * n_x * 40
+        for t in range(n_x):
+            store_f32(sums + 64 * t, dot_row(load_f32(sums + 64 * t), tile, block + 40 * t))
+    for t in range(n_x):
+        store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
+
+
+def _float32_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     for r in range(n_store):
-        acc = zeros(n_rows)
+        acc = splat(ZERO)
         for b in range(n_blocks):
-            acc = fma_rows(acc, unpack(w + r * stride + b * step_bytes), x + b * x_bytes)
-        store_sums(acc, out + 4 * r, out_stride)
+            values = unpack(w + r * stride + b * step_bytes)
+            acc = fma(pack_get(values, 0), load_f32(x + b * 128), acc)
+            acc = fma(pack_get(values, 1), load_f32(x + b * 128 + 64), acc)
+        write_f32(out + 4 * r, tree_sum(acc))
+
+
+def _float32_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    sums = scratch(GROUP)
+    for r in range(n_store):
+        for t in range(n_x):
+            store_f32(sums + 64 * t, splat(ZERO))
+        for b in range(n_blocks):
+            values = unpack(w + r * stride + b * step_bytes)
+            for t in range(n_x):
+                at = x + (b * n_x + t) * 128
+                acc = fma(pack_get(values, 0), load_f32(at), load_f32(sums + 64 * t))
+                store_f32(sums + 64 * t, fma(pack_get(values, 1), load_f32(at + 64), acc))
+        for t in range(n_x):
+            write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
 
 
 def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    t = 0
-    row = n_blocks * x_bytes
-    while n_x - t >= 8:
-        rows_8(w, stride, n_store, n_blocks, x + t * row, out + t * out_stride, out_stride)
-        t += 8
-    if n_x - t >= 4:
-        rows_4(w, stride, n_store, n_blocks, x + t * row, out + t * out_stride, out_stride)
-        t += 4
-    if n_x - t >= 2:
-        rows_2(w, stride, n_store, n_blocks, x + t * row, out + t * out_stride, out_stride)
-        t += 2
-    if n_x - t >= 1:
-        rows_1(w, stride, n_store, n_blocks, x + t * row, out + t * out_stride, out_stride)
+    for t in range(0, n_x, GROUP):
+        group, rows = x + t * n_blocks * x_bytes, min(GROUP, n_x - t)
+        if rows == 1:
+            one_row(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
+        else:
+            many_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
 
 
 def _unpack_row(w, n_blocks, out):
@@ -224,24 +277,21 @@ def _unpack_row(w, n_blocks, out):
         store_f32(out + b * 128 + 64, pack_get(values, 1))
 
 
-GROUPS = (8, 4, 2, 1)
-
-
 def _tile_function(name: str, kind: str) -> Any:
-    """The tile kernel of one format and kind of activations, with a compiled inner loop per group size."""
-    form, template = WEIGHTS[name], (_int8_rows if kind == "int8" else _float_rows)
-    inner = _step_of(form) if kind == "int8" else unpack_of(name)
-    rows = {}
-    for n in GROUPS:
-        names = {
-            "n_rows": n,
-            "step_bytes": form.step_bytes,
-            "x_bytes": n * STEP_BYTES[kind],
-            "step": inner,
-            "unpack": inner,
-        }
-        rows[f"rows_{n}"] = kernel(specialise(template, f"rows_{name}_{kind}_{n}", **names))
-    return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], **rows)
+    """The tile kernel of one format and kind of activations."""
+    form = WEIGHTS[name]
+    names: dict[str, Any] = {"step_bytes": form.step_bytes}
+    if kind == "int8":
+        names |= {"load_tile": _tile_of(form), "dot_row": _dot_of(form)}
+        one, many = _int8_one, _int8_many
+    else:
+        names |= {"unpack": unpack_of(name)}
+        one, many = _float32_one, _float32_many
+    inner = {
+        "one_row": kernel(specialise(one, f"one_row_{name}_{kind}", **names)),
+        "many_rows": kernel(specialise(many, f"many_rows_{name}_{kind}", **names)),
+    }
+    return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], **inner)
 
 
 def activation_kind(name: str, generic: bool = False) -> str:

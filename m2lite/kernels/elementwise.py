@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from m2lite.kernels.dot import GROUP
 from m2lite.kernels.jit import Split, kernel
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
@@ -150,27 +151,6 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
 
 
 @kernel
-def group_start(t, n_rows):
-    """First row of the group of 8, 4, 2 or 1 that holds row t of a panel of n_rows."""
-    start = n_rows // 8 * 8
-    if t < start:
-        return t // 8 * 8
-    for size in (4, 2, 1):
-        if n_rows - start >= size:
-            if t < start + size:
-                return start
-            start += size
-    return start
-
-
-@kernel
-def group_size(start, n_rows):
-    """Rows of the group that begins at row `start`."""
-    left = n_rows - start
-    return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-
-
-@kernel
 def pack_row_int8(panel, step, x, n_blocks):
     """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, -8 x sum; rounding to nearest even."""
     for b in range(n_blocks):
@@ -196,8 +176,8 @@ def pack_row_float(panel, step, x, n_blocks):
 @kernel
 def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
     """Row t of a panel of n_rows from the float32 row at x."""
-    start = group_start(t, n_rows)
-    size = group_size(start, n_rows)
+    start = t // GROUP * GROUP
+    size = min(GROUP, n_rows - start)
     if is_int8:
         pack_row_int8(panel + (start * n_blocks + t - start) * 40, size * 40, x, n_blocks)
     else:

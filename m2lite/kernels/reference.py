@@ -20,6 +20,7 @@ F = np.float32
 F32 = npt.NDArray[np.float32]
 PAGE = 64
 STEP_BYTES = {"int8": 40, "float32": 128}
+GROUP = 32
 
 
 def array_at(address: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -117,13 +118,8 @@ def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tu
 
 
 def groups_of(n_rows: int) -> list[tuple[int, int]]:
-    """(first row, size) of the groups of 8, 4, 2, 1 of a panel."""
-    out, start = [], 0
-    while start < n_rows:
-        size = next(g for g in (8, 4, 2, 1) if g <= n_rows - start)
-        out.append((start, size))
-        start += size
-    return out
+    """(first row, size) of the groups of a panel."""
+    return [(start, min(GROUP, n_rows - start)) for start in range(0, n_rows, GROUP)]
 
 
 def read_panel(kind: str, panel: int, n_rows: int, n_blocks: int) -> npt.NDArray[np.uint8]:

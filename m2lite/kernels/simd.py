@@ -305,7 +305,36 @@ def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, 
     return types.void(*([types.int64] * 9)), codegen
 
 
-# --- packs ------------------------------------------------------------------------------------------------------
+# --- memory and packs ---------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def scratch(typingctx: Any, n: Any) -> Any:
+    """The address of n float32 vectors on the stack of the calling kernel; n is a literal."""
+    count = n.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        area = cgutils.alloca_once(builder, ir.ArrayType(emit.V_F32, count))
+        area.align = 64
+        return builder.ptrtoint(area, emit.I64)
+
+    return types.int64(n), codegen
+
+
+@intrinsic
+def store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
+    """Write all 16 lanes to `address`, or lane 0 alone when n is 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at, vector, count = args
+        with builder.if_else(builder.icmp_signed("==", count, emit.I64(emit.LANES))) as (whole, single):
+            with whole:
+                emit.store(builder, vector, at)
+            with single:
+                emit.store(builder, builder.extract_element(vector, emit.I32(0)), at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -317,57 +346,6 @@ def zeros(typingctx: Any, n: Any) -> Any:
         return ir.Constant(ir.ArrayType(emit.V_F32, kind.n), None)
 
     return kind(n), codegen
-
-
-@intrinsic
-def store_tile(typingctx: Any, acc: Any, n_store: Any, out: Any, out_stride: Any) -> Any:
-    """Write vector t of `acc` to out + t * out_stride: all 16 lanes, or lane 0 alone when n_store is 1."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc_value, count, base, stride = args
-        vectors = [builder.extract_value(acc_value, t) for t in range(acc.n)]
-        targets = [builder.add(base, builder.mul(stride, emit.I64(t))) for t in range(acc.n)]
-        with builder.if_else(builder.icmp_signed("==", count, emit.I64(emit.LANES))) as (whole, single):
-            with whole:
-                for vector, target in zip(vectors, targets, strict=True):
-                    emit.store(builder, vector, target)
-            with single:
-                for vector, target in zip(vectors, targets, strict=True):
-                    emit.store(builder, builder.extract_element(vector, emit.I32(0)), target)
-        return context.get_dummy_value()
-
-    return types.void(acc, types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def fma_rows(typingctx: Any, acc: Any, w: Any, x: Any) -> Any:
-    """acc[t] += w[0] * x[t, 0:16], then w[1] * x[t, 16:32], ...; x: float32 [n rows, 16 * n vectors]."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc_value, weights, x_value = args
-        out = []
-        for t in range(acc.n):
-            vector = builder.extract_value(acc_value, t)
-            for i in range(w.n):
-                values = emit.load(builder, x_value, emit.V_F32, 4 * emit.LANES * (t * w.n + i))
-                vector = emit.fma_values(builder, builder.extract_value(weights, i), values, vector)
-            out.append(vector)
-        return emit.pack_of(builder, out)
-
-    return acc(acc, w, types.int64), codegen
-
-
-@intrinsic
-def store_sums(typingctx: Any, acc: Any, out: Any, out_stride: Any) -> Any:
-    """Write the tree sum of vector t of `acc` as one float32 to out + t * out_stride."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for t in range(acc.n):
-            total = emit.tree_of(builder, builder.extract_value(args[0], t))
-            emit.store(builder, total, builder.add(args[1], builder.mul(args[2], emit.I64(t))))
-        return context.get_dummy_value()
-
-    return types.void(acc, types.int64, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)

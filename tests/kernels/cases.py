@@ -68,7 +68,7 @@ def matmul_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
         for kind in kinds:
             for n_out, k, worst in ((64, 96, False), (16, 32, True), (1, 64, False), (5, 64, True), (37, 160, False)):
                 w = weights_of(rng, name, (n_out, k), worst and name.startswith("Q"))
-                for n_x in (1, 2, 3, 5, 8, 15):
+                for n_x in (1, 2, 3, 5, 8, 33):
                     x = rng.standard_normal((n_x, k)).astype(F)
                     if worst:
                         x = np.sign(x) * F(3.0)
