@@ -176,6 +176,8 @@ def open_model(settings: Settings) -> Model:
         f"loaded in {model.load_s:.1f} s",
     ]
     note(" · ".join(parts))
+    if model.engine.layer_advice:
+        note(f"warning: {model.engine.layer_advice}")
     if model.template.warning:
         note(f"warning: {model.template.warning}")
     return model

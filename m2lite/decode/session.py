@@ -75,6 +75,7 @@ class Engine:
         from m2lite.kernels import jit
 
         self.layer = jit.start(n_threads)
+        self.layer_advice = jit.layer_advice()
         self.n_threads = jit.n_threads()
 
         from m2lite.model.cache import KVPool

@@ -106,6 +106,13 @@ LAYER = os.environ.get("NUMBA_THREADING_LAYER") or _choose_layer()
 numba_config.THREADING_LAYER = LAYER
 
 
+def layer_advice() -> str | None:
+    """What to install where only the slow threading layer is there; None where a fast one is."""
+    if LAYER != "workqueue":
+        return None
+    return "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
+
+
 class _CompileListener(event.Listener):  # type: ignore[misc]
     """Calls back once, when Numba begins to compile something that its cache does not hold."""
 

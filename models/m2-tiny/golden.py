@@ -29,7 +29,7 @@ from model import Packed
 from tests.golden.compare import compare
 from tokenizer import load_tokenizer, render_prompt
 
-N_TOKENS = 40
+N_TOKENS = 28
 
 
 def dequantized(hf_dir: Path, files: list[Path], out: Path) -> None:

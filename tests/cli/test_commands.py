@@ -401,3 +401,12 @@ def test_reader_that_goes_away(command_env: dict[str, str], model_files: Models)
         errors = err.read().decode()
         assert process.wait(10) == 0
     assert "Traceback" not in errors and "Broken" not in errors
+
+
+def test_the_slow_threading_layer_is_said(run_m2lite: Run, model_files: dict[str, Path]) -> None:
+    arguments = ("generate", model_files["reply"], "-p", "x", "-n", "3", "--temp", "0")
+    done = run_m2lite(*arguments, env={"NUMBA_THREADING_LAYER": "workqueue"})
+    assert done.returncode == 0, done.stderr
+    assert "threads (workqueue)" in done.stderr
+    assert "install libgomp" in done.stderr
+    assert done.stdout == run_m2lite(*arguments).stdout
