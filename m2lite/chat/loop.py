@@ -32,7 +32,11 @@ def run_chat(model: Model, sampling: Sampling, system: str | None, max_tokens: i
     lines = _typed_lines() if sys.stdin.isatty() and sys.stdout.isatty() else _piped_lines()
     try:
         for line in lines:
-            code = chat.handle(line)
+            try:
+                code = chat.handle(line)
+            except KeyboardInterrupt:  # in the moments in which no answer is there to stop
+                _tell("— stopped before the answer began; the question is dropped")
+                continue
             if code:
                 return code
     except Leave:

@@ -245,7 +245,8 @@ def _serve() -> None:
             engine = engine or InProcess(source or "")
             reply = {"text": engine.render(context)}
         except RenderError as error:
-            reply = {"error": str(error), "raised": error.raised}
+            what = "it asked for too much memory" if "MemoryError" in str(error) else str(error)
+            reply = {"error": what, "raised": error.raised}
         except MemoryError:
             reply = {"error": "it asked for too much memory", "raised": False}
         _send(replies, json.dumps(reply).encode())
