@@ -14,8 +14,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import numpy as np
-
 from m2lite import Model
 from m2lite.decode.sampling import Sampling
 from m2lite.text.template import encode_chat
@@ -33,16 +31,13 @@ def llama_text(binary: Path, model: Path, prompt: str, n: int, threads: int) -> 
 
 def first_difference(model: Model, prompt: list[int], ours: list[int], theirs: str) -> tuple[int, float] | None:
     """(tokens that agree, nats between our choice and theirs in our logits); None when all of ours agree."""
-    stream, text = model.tokenizer.stream(), ""
+    other = model.tokenizer.encode(theirs, control=True)
     for i, token in enumerate(ours):
-        piece = stream.push(token)
-        if not theirs.startswith(text + piece):
-            rest = theirs[len(text) :]
+        if i >= len(other):
+            return i, float("inf")
+        if token != other[i]:
             logits = model.logits(prompt + ours[:i])[-1]
-            likely = [(t, model.tokenizer.decode([t])) for t in np.argsort(-logits)[:200].tolist()]
-            fits = [t for t, s in likely if s and rest.startswith(s)]
-            return i, float(logits[token] - logits[fits[0]]) if fits else float("inf")
-        text += piece
+            return i, float(logits[token] - logits[other[i]])
     return None
 
 

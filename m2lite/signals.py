@@ -18,6 +18,10 @@ _TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasat
 _SECOND_WITHIN_S = 2.0
 
 
+class SecondInterrupt(KeyboardInterrupt):
+    """Ctrl-C twice within two seconds: the user wants to leave, not only to stop."""
+
+
 class StopFlag:
     """Set by the first signal; a second Ctrl-C within two seconds leaves at once."""
 
@@ -42,7 +46,7 @@ class StopFlag:
     def handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self.signal == signal.SIGINT and now - self._at < _SECOND_WITHIN_S:
-            raise KeyboardInterrupt
+            raise SecondInterrupt
         if self.signal not in _TERMINATING:
             self.signal, self._at = number, now
 

@@ -16,7 +16,7 @@ from m2lite.decode.conversation import Conversation
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Model
 from m2lite.errors import M2liteError
-from m2lite.signals import StopFlag, stop_on_signals
+from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -34,6 +34,8 @@ def run_chat(model: Model, sampling: Sampling, system: str | None, max_tokens: i
         for line in lines:
             try:
                 code = chat.handle(line)
+            except SecondInterrupt:
+                raise
             except KeyboardInterrupt:  # in the moments in which no answer is there to stop
                 _tell("— stopped before the answer began; the question is dropped")
                 continue

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from m2lite.text.m2_template import SOURCE
 from model import Config, Model, Packed
 from tokenizer import BOS, END, PAD, UNK, load_tokenizer, render_prompt
 
-HERE = Path(__file__).parent
 GOLDEN_MESSAGES = [{"role": "user", "content": "Tell me a short story about a fox and a lantern."}]
 GOLDEN_REPLY = (
     "The user wants a story about a fox and a lantern. I will tell a short one.\n</think>\n\nOne day, a little fox was walking by "
@@ -104,14 +104,14 @@ def export(state: dict[str, Tensor], data: Path, out: Path) -> None:
     tokenizer = load_tokenizer(data)
     ids = {s: tokenizer.token_to_id(s) for s in (BOS, END, PAD, UNK)}
     save_file(tensors(state, config, n_mtp), out / "model.safetensors", {"format": "pt"})
-    write_json(out / "config.json", hf_config(config, ids, n_mtp))
+    write_json(out / "config.json", {**hf_config(config, ids, n_mtp), "model_name": "m2-tiny"})
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 40}
     write_json(
         out / "generation_config.json",
         {"bos_token_id": ids[BOS], "eos_token_id": ids[END], "pad_token_id": ids[PAD], **sampling},
     )
     shutil.copy(data / "tokenizer.json", out / "tokenizer.json")
-    shutil.copy(HERE / "chat_template.jinja", out / "chat_template.jinja")
+    (out / "chat_template.jinja").write_text(SOURCE)
     added = json.loads((data / "tokenizer.json").read_text())["added_tokens"]
     keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     write_json(out / "tokenizer_config.json", {

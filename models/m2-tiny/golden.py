@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MiniMaxM2ForCausalLM
 
-from export import GOLDEN_MESSAGES, GOLDEN_REPLY, load_exported
+from export import load_exported
 from m2lite.quant.checkpoint import open_checkpoint
 from m2lite.quant.config import parse_config
 from m2lite.quant.names import bind_tensors
@@ -29,7 +29,18 @@ from model import Packed
 from tests.golden.compare import compare
 from tokenizer import load_tokenizer, render_prompt
 
-N_TOKENS = 28
+# The model's own reply to a held-out prompt. Logits are kept of every seventh position: enough, and small in git.
+MESSAGES = [{"role": "user", "content": "Tell me a short story about a fox and a lantern."}]
+REPLY = (
+    "The user wants a story about a fox and a lantern. I will tell a short one.\n</think>\n\nOnce, a "
+    "brave fox named Lena lived in the forest. Lena was afraid of the dark. Every night she hid "
+    'under the blanket. One night she heard a small voice outside. "Help! I am lost!" It was a '
+    'bird. Lena was very scared. But she held a lantern tight and went out into the night. "Where '
+    'are you?" she called. Slowly she walked through the dark until she found the bird. "You came!" '
+    'said the bird. "Were you not afraid?" "I was," said Lena, "but you needed me." They walked '
+    "home together under the stars. After that night, the dark was not so bad any more.[e~["
+)
+EVERY = 7
 
 
 def dequantized(hf_dir: Path, files: list[Path], out: Path) -> None:
@@ -81,9 +92,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, default=Path("tests/golden/m2-tiny.npz"))
     args = parser.parse_args()
-    text = render_prompt(GOLDEN_MESSAGES) + GOLDEN_REPLY
-    ids = load_tokenizer(args.checkpoint).encode(text, add_special_tokens=False).ids[:N_TOKENS]
-    assert len(ids) == N_TOKENS
+    ids = load_tokenizer(args.checkpoint).encode(render_prompt(MESSAGES) + REPLY, add_special_tokens=False).ids
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "hf"
         dequantized(args.checkpoint, [args.model, args.model.with_name(f"mtp-{args.model.name}")], copy)
@@ -91,8 +100,8 @@ def main() -> None:
     print("trunk against the checkpoint:", compare(trunk_logits(args.checkpoint, ids), trunk))
     for k, (exact, found) in enumerate(zip(module_logits(args.checkpoint, ids), modules, strict=True), 1):
         print(f"module {k} against the checkpoint:", compare(exact, found))
-    arrays = {f"mtp_{k}": logits for k, logits in enumerate(modules, 1)}
-    np.savez_compressed(args.out, tokens=np.array(ids, np.int32), trunk=trunk, **arrays)
+    arrays = {f"mtp_{k}": logits[::EVERY] for k, logits in enumerate(modules, 1)}
+    np.savez_compressed(args.out, tokens=np.array(ids, np.int32), every=EVERY, trunk=trunk[::EVERY], **arrays)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -46,20 +47,23 @@ def open_pair(model: Path, sidecar: Path) -> tuple[Engine, Mtp]:
 def run_all(engine: Engine, mtp: Mtp, tokens: Sequence[int]) -> list[Agreement]:
     """Trunk and modules, teacher-forced, against the golden logits."""
     timeline = engine.pool.timeline()
-    found = [compare(GOLDEN["trunk"], engine.run(timeline, tokens))]
+    every = int(GOLDEN["every"])  # the golden file keeps the logits of every so many positions
+    found = [compare(GOLDEN["trunk"], engine.run(timeline, tokens)[::every])]
     state = trunk_state(mtp, engine.buffers, len(tokens))
     for k in range(3):
         previous = np.concatenate([np.zeros_like(state[:1]), state[:-1]])
         rows = engine.pool.rows_at(timeline, 0, np.asarray(tokens))
         state, logits = run_module(mtp, k, engine.pool, engine.buffers, rows, previous)
-        found.append(compare(GOLDEN[f"mtp_{k + 1}"], logits))
+        found.append(compare(GOLDEN[f"mtp_{k + 1}"], logits[::every]))
     return found
 
 
 def test_quantized_files_agree_with_transformers_and_the_training_code(bundled_model: Path, sidecar: Path) -> None:
-    engine, mtp = open_pair(bundled_model, sidecar)
-    for found in run_all(engine, mtp, GOLDEN["tokens"].tolist()):
-        assert found.mean_kl <= 1e-3, found
+    """Modules get twice the room: each takes the rounding of the one before it, and a draft is verified anyway."""
+    trunk, *modules = run_all(*open_pair(bundled_model, sidecar), GOLDEN["tokens"].tolist())
+    assert trunk.mean_kl <= 1e-3, trunk
+    for module in modules:
+        assert module.mean_kl <= 2e-3, module
 
 
 def test_float32_files_agree_with_transformers_and_the_training_code(
@@ -80,12 +84,12 @@ def test_modules_in_chunks_equal_modules_at_once(bundled_model: Path, sidecar: P
 
     def run(cuts: list[int]) -> bytes:
         parts = []
-        for first, last in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        for first, last in pairwise([0, *cuts, len(tokens)]):
             rows = engine.pool.rows_at(timeline, first, np.asarray(tokens[first:last]))
             parts.append(run_module(mtp, 0, engine.pool, engine.buffers, rows, previous[first:last])[1].copy())
         return np.concatenate(parts).tobytes()
 
-    assert run([]) == run([1, 2, 10, 31])
+    assert run([]) == run([1, 2, 10, 31, 64])
 
 
 def test_drafted_answers_equal_plain_ones_and_first_drafts_are_mostly_right(bundled_model: Path, sidecar: Path) -> None:
