@@ -117,7 +117,7 @@ class KVPool:
         index = np.concatenate(indices)
         first = np.repeat(np.array([t.first_position for t, _ in parts], np.int32), counts)
         positions = (index + first).astype(np.int32)
-        self._extend_angles(int(positions.max()) + 1)
+        self._extend_angles(self._check_position(int(positions.max())) + 1)
         return Rows(
             tokens=np.concatenate([ids for _, ids in parts]),
             positions=positions,
@@ -143,13 +143,27 @@ class KVPool:
             )
         return values.astype(np.int32)
 
+    def _check_position(self, position: int) -> int:
+        """`position`, if the model was made for it."""
+        limit = self.config.n_ctx_train
+        if position >= limit:
+            raise ContextError(
+                f"Position {position:,} is beyond the model's context of {limit:,}.",
+                "Use a shorter prompt.",
+                needed=position + 1,
+                free=0,
+                limit=limit,
+            )
+        return position
+
     def _extend_angles(self, n: int) -> None:
         """cos and sin up to position n, in transformers' float32 steps: angle = position x frequency, rounded."""
         if n <= self._n_angles:
             return
         half = self.config.rotary_dim // 2
         if n > len(self._angles):
-            grown = np.empty((max(n, 2 * len(self._angles), 1024), 2 * half), np.float32)
+            n_grown = min(max(n, 2 * len(self._angles), 1024), self.config.n_ctx_train)
+            grown = np.empty((n_grown, 2 * half), np.float32)
             grown[: self._n_angles] = self._angles[: self._n_angles]
             self._angles = grown
         exponents = (np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)).astype(np.float64)

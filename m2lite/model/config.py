@@ -78,6 +78,11 @@ def parse_config(metadata: Mapping[str, Any], n_extra_layers: int = 0, n_vocab: 
             f"general.architecture is {architecture!r}, expected {ARCHITECTURE!r}.",
             "m2lite runs MiniMax-M2 models only.",
         )
+    if "m2lite.mtp.trunk" in metadata and not n_extra_layers:
+        raise BadModelError(
+            "The file holds prediction modules only, not the model that they belong to.",
+            "Open the model: it has the same name without 'mtp-'.",
+        )
     _check_refused(metadata, n_extra_layers)
 
     def integer(name: str, low: int, high: int, default: int | None = None) -> int:

@@ -36,7 +36,7 @@ class Buffers:
 
     def __init__(self, config: Config, n_rows: int, kernels: ModuleType | None = None) -> None:
         c = config
-        self.config, self.n_rows = config, n_rows
+        self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.kernels = kernels or load_kernels()
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_pairs, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
@@ -47,7 +47,7 @@ class Buffers:
         self.k = self._new("k", (n_rows, c.n_kv), f32)
         self.v = self._new("v", (n_rows, c.n_kv), f32)
         self.attended = self._new("attended", (n_rows, c.n_q), f32)
-        self.attention_scores = self._new("attention_scores", (jit.n_threads(), 64), f32)
+        self.attention_scores = self._new("attention_scores", (self.n_threads, 64), f32)
         self.router_scores = self._new("router_scores", (n_rows, self.n_scores), f32)
         self.ids = self._new("ids", (n_rows, c.n_experts_used), i32)
         self.expert_weights = self._new("expert_weights", (n_rows, c.n_experts_used), f32)
@@ -61,7 +61,7 @@ class Buffers:
         self.expert_h = self._new("expert_h", (n_pairs, c.n_ff), f32)
         self.expert_out = self._new("expert_out", (n_pairs, c.n_embd), f32)
         self.tile_bytes = 2 * n_rows * 64  # a tile of gate and one of up, per thread
-        self.tiles = self._new("tiles", (jit.n_threads(), self.tile_bytes), np.uint8)
+        self.tiles = self._new("tiles", (self.n_threads, self.tile_bytes), np.uint8)
         widest = max(2 * c.n_embd, c.n_q)  # 2 n_embd: what a prediction module joins
         self.panels = {
             k: self._new(f"panel {k}", (panel_bytes(k, n_rows, widest),), np.uint8) for k in ("int8", "float32")
@@ -102,6 +102,7 @@ def forward(
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
     assert n <= b.n_rows, (n, b.n_rows)
+    assert jit.n_threads() <= b.n_threads, "the buffers hold scratch for fewer threads"
     embd = weights.token_embd
     k.embed_rows(
         weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.x, 4 * c.n_embd

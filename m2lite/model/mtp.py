@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, M2liteError
+from m2lite.kernels import jit
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
 from m2lite.model.forward import Buffers, Place, attention, experts, head, multiply, pack_rows
@@ -111,7 +112,7 @@ def run_module(
     """
     weights, module, b = mtp.trunk, mtp.modules[k], buffers
     c, n = weights.config, rows.n
-    assert n <= b.n_rows and previous.shape == (n, c.n_embd)
+    assert n <= b.n_rows and previous.shape == (n, c.n_embd) and jit.n_threads() <= b.n_threads
     embd = weights.token_embd
     b.kernels.embed_rows(
         weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.h, 4 * c.n_embd

@@ -75,3 +75,10 @@ def test_unknown_kv_type_and_empty_pool_are_refused(engine: Engine) -> None:
         KVPool(engine.config, 64, "q2")
     with pytest.raises(UsageError, match="0 positions"):
         KVPool(engine.config, 0)
+
+
+def test_positions_beyond_the_models_context_are_refused(engine: Engine) -> None:
+    limit = engine.config.n_ctx_train
+    assert engine.pool.rows([(engine.pool.timeline(limit - 1), np.asarray([1]))]).n == 1
+    with pytest.raises(ContextError, match="beyond the model's context of 4,096"):
+        engine.pool.rows([(engine.pool.timeline(limit), np.asarray([1]))])

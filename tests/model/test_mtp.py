@@ -139,3 +139,8 @@ def test_the_main_file_is_no_sidecar(bundled_model: Path) -> None:
     engine = Engine(bundled_model, n_rows=8)
     with pytest.raises(BadModelError, match="This is no MTP sidecar"):
         bind_mtp(open_gguf(bundled_model), engine.weights)
+
+
+def test_a_sidecar_is_no_model(sidecar: Path) -> None:
+    with pytest.raises(BadModelError, match="holds prediction modules only"):
+        Engine(sidecar, n_rows=8)
