@@ -109,17 +109,6 @@ def load_f16(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def load_bf16(typingctx: Any, address: Any) -> Any:
-    """16 bfloat16 at `address`, as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = builder.shl(builder.zext(emit.load(builder, args[0], emit.V_I16), emit.V_I32), emit.const(16))
-        return builder.bitcast(wide, emit.V_F32)
-
-    return f32x16(types.int64), codegen
-
-
-@intrinsic
 def store_f32(typingctx: Any, address: Any, value: Any) -> Any:
     """Write 16 float32 to `address`."""
 
@@ -275,7 +264,7 @@ def _scalar_access(name: str, kind: types.Type, llvm_type: ir.Type) -> tuple[Any
 
 read_f32, write_f32 = _scalar_access("f32", types.float32, emit.F32)
 read_i32, write_i32 = _scalar_access("i32", types.int32, emit.I32)
-read_i64, write_i64 = _scalar_access("i64", types.int64, emit.I64)
+read_i64, _ = _scalar_access("i64", types.int64, emit.I64)
 
 
 @intrinsic
