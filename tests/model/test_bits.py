@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tinymodel
 from m2lite.kernels import jit, reference
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
@@ -104,3 +105,22 @@ def test_numpy_reference_gives_the_same_bits(engine: Engine, tokens: list[int], 
 def test_vector_forms_do_not_matter(bundled_model: Path, form: str) -> None:
     done = run_form(form, "model/logits_hash.py", bundled_model)
     assert done.stdout.split() == [form, hash_logits(bundled_model)], done.stderr[-2000:]
+
+
+def test_odd_dimensions_equal_the_reference(tmp_path: Path) -> None:
+    """Nothing is a power of two or a multiple of 16 that need not be: 12 experts, heads of 48, 5 rotated pairs."""
+    shape = tinymodel.Shape(
+        n_layers=3,
+        n_embd=96,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=48,
+        rotary_dim=10,
+        n_experts=12,
+        n_experts_used=5,
+        n_ff=160,
+    )
+    path = tinymodel.write_model(tmp_path / "odd.gguf", shape=shape)
+    ids = [i * 31 % tinymodel.N_VOCAB for i in range(70)]
+    fast, slow = Engine(path), Engine(path, kernels=reference)
+    assert same(fast.logits(ids), slow.logits(ids))
