@@ -49,6 +49,7 @@ class Buffers:
         self.attended = self._new("attended", (n_rows, c.n_q), f32)
         self.attention_scores = self._new("attention_scores", (self.n_threads, 64), f32)
         self.router_scores = self._new("router_scores", (n_rows, self.n_scores), f32)
+        self._arrays["router_scores"][:] = 0  # the padding is computed with, though never used
         self.ids = self._new("ids", (n_rows, c.n_experts_used), i32)
         self.expert_weights = self._new("expert_weights", (n_rows, c.n_experts_used), f32)
         self.counts = self._new("counts", (c.n_experts,), i32)
