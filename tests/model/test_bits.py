@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 import tinymodel
-from m2lite.kernels import jit, reference
+from m2lite.kernels import fast, jit, reference
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import hash_logits
@@ -122,5 +123,16 @@ def test_odd_dimensions_equal_the_reference(tmp_path: Path) -> None:
     )
     path = tinymodel.write_model(tmp_path / "odd.gguf", shape=shape)
     ids = [i * 31 % tinymodel.N_VOCAB for i in range(70)]
-    fast, slow = Engine(path), Engine(path, kernels=reference)
-    assert same(fast.logits(ids), slow.logits(ids))
+    compiled, slow = Engine(path), Engine(path, kernels=reference)
+    assert same(compiled.logits(ids), slow.logits(ids))
+
+
+@pytest.mark.parametrize("kernels", [fast, reference])
+def test_scratch_memory_may_hold_anything(model_files: dict[str, Path], kernels: ModuleType) -> None:
+    """Buffers are not cleared: whatever they hold before a call, signalling NaN included, must not matter."""
+    expected = Engine(model_files["random"]).logits([1, 2, 3])
+    dirty = Engine(model_files["random"], n_rows=8, kernels=kernels)
+    for name in set(dirty.buffers._arrays) - {"pair_order", "router_scores"}:
+        dirty.buffers.array(name).reshape(-1).view(np.uint8).reshape(-1, 4)[:] = [0x01, 0x00, 0x80, 0x7F]
+    dirty.buffers.array("router_scores")[:, : dirty.config.n_experts] = np.nan
+    assert same(dirty.logits([1, 2, 3]), expected)
