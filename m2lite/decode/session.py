@@ -24,6 +24,7 @@ from m2lite.decode.compute import compute_thread
 from m2lite.decode.locate import locate_model
 from m2lite.decode.sampling import Sampling, draw
 from m2lite.errors import ContextError, ResourceError, UsageError
+from m2lite.model.cache import PAGE, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.text.template import Template, load_template
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
-PAGE = 64
 MAX_ROWS = 512  # of one forward call
 MAX_LAYER_MACS = 50e9  # of all rows in one layer: a stop is heard between layers, well under half a second
 
@@ -397,7 +397,7 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def kv_bytes_per_position(config: Config) -> int:
-    return config.n_layers * 2 * config.n_kv_heads * config.head_dim * 2
+    return config.n_layers * kv_layer_bytes(config)
 
 
 def default_ctx(config: Config) -> int:

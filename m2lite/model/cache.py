@@ -20,6 +20,11 @@ PAGE = 64
 KV_TYPES = ("f16",)
 
 
+def kv_layer_bytes(config: Config) -> int:
+    """K and V of one position in one layer, in float16."""
+    return 2 * config.n_kv * 2
+
+
 @dataclass(frozen=True)
 class Rows:
     """What one forward call computes: T tokens, each of one timeline at one position."""
@@ -49,7 +54,7 @@ class KVPool:
         self.config = config
         self.n_positions = n_positions
         self.n_pages = (n_positions + PAGE - 1) // PAGE
-        self.layer_bytes = 2 * config.n_kv * PAGE * 2
+        self.layer_bytes = PAGE * kv_layer_bytes(config)
         self.page_bytes = (config.n_layers + n_extra_layers) * self.layer_bytes
         self._memory = mmap.mmap(-1, self.n_pages * self.page_bytes)
         self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)

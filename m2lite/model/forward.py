@@ -129,7 +129,7 @@ class Place:
         self.positions = int(rows.positions.ctypes.data)
         self.indices = int(rows.indices.ctypes.data)
         self.slots = int(rows.slots.ctypes.data)
-        self.pages = rows.pages.copy()
+        self.pages = rows.pages
         self.tables = int(rows.tables.ctypes.data)
         self.n_attended = int(rows.indices.sum()) + rows.n
 
@@ -218,10 +218,7 @@ def head(weights: Weights, b: Buffers, x: int, norm: Vector, n: int) -> npt.NDAr
         b.logits = np.empty((n, c.n_vocab), np.float32)
     b.kernels.rms_norm(b.h, x, norm.address, n, c.n_embd, np.float32(c.rms_eps))
     pack_rows(b, b.h, c.n_embd, n, weights.output)
-    m = weights.output
-    work = n * m.n_out * m.n_in
-    panel, out = b.panels[m.kind], int(b.logits.ctypes.data)
-    b.kernels.matmul(work, out, 4 * c.n_vocab, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
+    multiply(b, int(b.logits.ctypes.data), 4 * c.n_vocab, weights.output, n)
     logits = b.logits[:n]
     if not np.isfinite(logits).all():
         raise M2liteError("NaN or infinity in the logits.", _DAMAGED)

@@ -31,7 +31,6 @@ class Matrix:
     tile: int
     kind: str
     format: str
-    n_bytes: int
 
     @property
     def n_blocks(self) -> int:
@@ -222,7 +221,6 @@ class TensorNames:
             tile=self.kernels.tile_address(fmt.name, kind),
             kind=kind,
             format=fmt.name,
-            n_bytes=info.n_bytes,
         )
 
     def fused_qkv(self, name: str) -> tuple[Matrix, Matrix, Matrix]:
