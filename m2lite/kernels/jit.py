@@ -30,7 +30,7 @@ from numba.core import config as numba_config
 from numba.core import event
 
 _SOURCES = ("jit.py", "simd.py", "emit.py", "dot.py", "matmul.py", "attention.py", "elementwise.py", "router.py")
-_KEPT_CACHES = 4
+_KEPT_CACHES = 8
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -68,6 +68,7 @@ def _choose_cache() -> Path:
     if _owned_private(root):
         path = root / _source_hash()
         if _owned_private(path):
+            os.utime(path)  # a directory's own time is that of its last new file: one in use must not look old
             old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
             for stale in old[:-_KEPT_CACHES]:
                 _remove_cache(stale)
