@@ -20,6 +20,7 @@ FLOORS = [
     ["model", "text"],
     ["decode", "describe"],
     ["chat", "bench", "measure", "doctor", "quant"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]
