@@ -75,6 +75,13 @@ def run_m2lite(command_env: dict[str, str]) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def compiled(run_m2lite: Run, model_files: dict[str, Path], bundled_model: Path) -> None:
+    """The kernels are in the cache, so that nothing more is said about compiling them."""
+    for model in (model_files["reply"], bundled_model):
+        assert run_m2lite("generate", model, "-p", "Hello", "-n", "1").returncode == 0
+
+
 @pytest.fixture
 def run_inline(command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """As `run_m2lite`, but in this process, which saves its start; without stdin and signals."""

@@ -73,6 +73,7 @@ def test_version(run_m2lite: Run) -> None:
 # --- generate
 
 
+@pytest.mark.usefixtures("compiled")
 def test_generate(run_m2lite: Run, model_files: Models) -> None:
     done = run_m2lite("generate", model_files["reply"], "-p", "Hello")
     assert (done.returncode, done.stdout) == (0, "Fine é\n")
@@ -82,6 +83,7 @@ def test_generate(run_m2lite: Run, model_files: Models) -> None:
     assert rest == ["thinking: hm"]
 
 
+@pytest.mark.usefixtures("compiled")
 def test_generate_plain_from_stdin(run_m2lite: Run, model_files: Models) -> None:
     done = run_m2lite("generate", model_files["reply"], "-p", "-", "--plain", "--seed", "1", stdin="Hällo")
     assert (done.returncode, done.stdout) == (0, "Fine é\n")
@@ -152,6 +154,7 @@ def test_tool_call_that_cannot_be_read_is_said(run_inline: Run, tmp_path: Path) 
     assert "warning: " in done.stderr
 
 
+@pytest.mark.usefixtures("compiled")
 def test_bundled_model(run_m2lite: Run, bundled_model: Path) -> None:
     """Without a name, m2-tiny answers, and its first token comes within two seconds of the start."""
     arguments = ("generate", "-p", "Hello", "--temp", "0", "-n", "1", "--no-template")
