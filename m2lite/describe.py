@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2lite.storage.gguf_reader import GGUFArray, GGUFFile, open_gguf
 
-_SHOWN_ITEMS = 3
+if TYPE_CHECKING:
+    from m2lite.text.tokenizer import Tokenizer
 
 
 def type_mix(gguf: GGUFFile) -> dict[str, float]:
@@ -17,6 +18,41 @@ def type_mix(gguf: GGUFFile) -> dict[str, float]:
         n_bytes[tensor.format.name] += tensor.n_bytes
     total = sum(n_bytes.values()) or 1
     return {name: n / total for name, n in n_bytes.most_common()}
+
+
+def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
+    """Per block format, the largest first: tensors, bytes, and whether it runs "fast" (as integers) or "generic"."""
+    from m2lite.kernels.dot import is_fast
+
+    n_tensors = Counter(tensor.format.name for tensor in gguf.tensors.values())
+    n_bytes = dict.fromkeys(n_tensors, 0)
+    for tensor in gguf.tensors.values():
+        n_bytes[tensor.format.name] += tensor.n_bytes
+    return [
+        {"type": name, "n_tensors": n_tensors[name], "n_bytes": size, "runs": "fast" if is_fast(name) else "generic"}
+        for name, size in sorted(n_bytes.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def size_table(gguf: GGUFFile) -> dict[str, int]:
+    """Where the bytes of all parts go; header, tensors and padding add up to the file."""
+    header = sum(part.n_bytes for part in gguf.headers)
+    tensors = sum(tensor.n_bytes for tensor in gguf.tensors.values())
+    padding = gguf.size_bytes - header - tensors
+    return {"file": gguf.size_bytes, "header": header, "tensors": tensors, "padding": padding}
+
+
+def tokenizer_checks(tokenizer: Tokenizer, n_vocab: int) -> list[dict[str, Any]]:
+    """What a chat needs of the tokenizer, each with whether it holds."""
+    text = "Hello, wörld! 你好 🙂 1234\n\tend"
+    marks = ("]~!b[", "]~b]", "[e~[")
+    checks = {
+        f"the vocabulary has as many tokens as the head has rows ({n_vocab})": tokenizer.n_vocab == n_vocab,
+        "the end token stops a reply": tokenizer.eos_id in tokenizer.stop_ids,
+        "the marks of M2's turns are control tokens": all(mark in tokenizer.control_strings for mark in marks),
+        "text in several scripts comes back as it was": tokenizer.decode(tokenizer.encode(text)) == text,
+    }
+    return [{"check": name, "ok": bool(ok)} for name, ok in checks.items()]
 
 
 def format_bytes(n_bytes: float) -> str:
@@ -47,6 +83,8 @@ def describe_file(path: str) -> dict[str, Any]:
             "parts": [str(part) for part in gguf.parts],
             "size_bytes": gguf.size_bytes,
             "n_tensors": len(gguf.tensors),
+            "sizes": size_table(gguf),
+            "types": type_table(gguf),
             "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
             "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
             "tokenizer": {
@@ -56,6 +94,7 @@ def describe_file(path: str) -> dict[str, Any]:
                 "stop_ids": sorted(tokenizer.stop_ids),
                 "n_control": len(tokenizer.control_strings),
             },
+            "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),
             "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
             "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
             "tensors": [

@@ -42,6 +42,10 @@ class Shape:
     rope_theta: float = 10_000.0
 
 
+# Every row is whole super-blocks of 256.
+WIDE = Shape(n_embd=512, n_heads=4, n_kv_heads=2, head_dim=128, rotary_dim=64, n_ff=256)
+
+
 def byte_letters() -> list[str]:
     """GPT-2's letter of every byte, in byte order, which is the order of ids here."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -76,8 +80,12 @@ def write_model(
     arch: str = "minimax-m2",
     template: str | None = SOURCE,
     metadata: Mapping[str, int | str | bool | float] | None = None,
+    formats: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model to `path` and return it. Without a script the weights are random."""
+    """Write a model to `path` and return it. Without a script the weights are random.
+
+    `formats` says the block format of tensors whose names end so ("attn_q.weight"), or of a kind ("exact", "experts").
+    """
     shape = shape or Shape()
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, arch, shape)
@@ -100,14 +108,36 @@ def write_model(
             values = np.zeros(dims, np.float32)
             for token, successor in script.items():
                 values[successor] += 8 * embed[token]
-        quant = {"norm": "F32", "exact": "F32", "dense": "Q8_0", "experts": "Q4_0"}[kind]
+        kinds = {"norm": "F32", "exact": "F32", "dense": "Q8_0", "experts": "Q4_0"} | dict(formats or {})
+        quant = next((q for end, q in kinds.items() if name.endswith("." + end)), kinds[kind])
+        if name.startswith(("token_embd", "output.")):
+            quant = kinds.get(name, quant)
         ggml_type = gguf.GGMLQuantizationType[quant]
-        writer.add_tensor(name, gguf.quants.quantize(values, ggml_type), raw_dtype=ggml_type)
+        try:
+            packed = gguf.quants.quantize(values, ggml_type)
+        except NotImplementedError:  # its encoder searches: any bytes will do
+            packed = random_blocks(random, quant, dims)
+        writer.add_tensor(name, packed, raw_dtype=ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Where a format's float16 scales lie, where they do not begin the block.
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_M": ()}
+SPREADS = {"Q6_K": 900, "IQ1_M": 4, "Q3_K": 60, "IQ4_XS": 900, "Q4_K": 200, "Q5_K": 400, "Q2_K": 12}
+
+
+def random_blocks(random: np.random.Generator, name: str, dims: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Random codes with scales that give weights of about dims[-1] ** -0.5."""
+    n_weights, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    raw = random.integers(0, 256, (*dims[:-1], dims[-1] // n_weights, n_bytes), np.uint8)
+    scale = np.float16(dims[-1] ** -0.5 / SPREADS.get(name, 80))
+    for at in HALVES.get(name, (0,)):
+        raw[..., at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+    return raw.reshape(*dims[:-1], -1)
 
 
 def _tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -16,6 +16,8 @@ A panel holds its rows in groups of up to 32 (only the last one is smaller); a g
 [block][T][bytes], so that a block's weights are unpacked once for the T rows. A group that begins with row t begins at
 t * n_blocks * bytes: a panel of one row is simply the row.
 
+A format without a tile of integers runs on float32 panels: "fast" is a format with one, the others are "generic".
+
 Order of the sum, the same for every group size, tile and vector width:
   int8     one fma per block of 32, in block order: acc = fma(f32(exact integer dot), w scale * x scale, acc)
   float32  16 virtual lanes, lane i takes weights i, i+16, i+32, ... one fma each; then a fixed tree over the lanes
@@ -34,6 +36,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from m2lite.kernels import emit, simd
+from m2lite.kernels import unpack as loops
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.simd import (
     fma,
@@ -47,6 +50,7 @@ from m2lite.kernels.simd import (
     tree_sum,
     write_f32,
 )
+from m2lite.storage.blocks import FORMATS
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
@@ -123,13 +127,17 @@ def _bf16_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
 
 @dataclass(frozen=True)
 class WeightForm:
-    """How kernels read one block format: bytes of 32 weights, unpack to float32, and the int8 tile where one exists."""
+    """How kernels read one block format: a step of it to float32, and the int8 tile where one exists.
+
+    `unpack` brings a step of 32 weights into registers; without it, kernels/unpack.py writes a whole block to scratch.
+    """
 
     step_bytes: int
-    unpack: Callable[[ir.IRBuilder, ir.Value], Vectors]
+    unpack: Callable[[ir.IRBuilder, ir.Value], Vectors] | None = None
     tile: Callable[[ir.IRBuilder, ir.Value, ir.Value], tuple[Vectors, ir.Value]] | None = None
     offset: int = 0  # added to the signed weights to make the tile's bytes unsigned
     bits: int = 8  # the tile's bytes stay below 2**bits
+    step: int = BLOCK  # weights
 
 
 WEIGHTS = {
@@ -138,7 +146,12 @@ WEIGHTS = {
     "F16": WeightForm(64, _f16_unpack),
     "BF16": WeightForm(64, _bf16_unpack),
     "F32": WeightForm(128, _f32_unpack),
-}
+} | {name: WeightForm(FORMATS[name].n_bytes, step=FORMATS[name].n_weights) for name in loops.NAMES}
+
+
+def is_fast(name: str) -> bool:
+    """Whether weights of format `name` are multiplied as integers; the others are unpacked to float32 first."""
+    return WEIGHTS[name].tile is not None
 
 
 # --- tile kernels, built from the table ----------------------------------------------------------------------------
@@ -194,6 +207,7 @@ def unpack_of(name: str) -> Any:
     @intrinsic
     def unpack(typingctx: Any, w: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            assert form.unpack is not None
             return emit.pack_of(builder, form.unpack(builder, args[0]))
 
         return simd.PackType(simd.f32x16, 2)(types.int64), codegen
@@ -208,7 +222,10 @@ dot_row: Any = None
 unpack: Any = None
 one_row: Any = None
 many_rows: Any = None
+unpack_block: Any = None
 x_bytes = 0
+step = 32
+n_vectors = 2
 
 
 def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
@@ -261,6 +278,36 @@ def _float32_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
             write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
 
 
+def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """As _float32_one; a step is a block of the format, which goes through scratch."""
+    values = scratch(n_vectors)
+    for r in range(n_store):
+        acc = splat(ZERO)
+        for s in range(n_blocks * 32 // step):
+            unpack_block(w + r * stride + s * step_bytes, values)
+            for i in range(n_vectors):
+                acc = fma(load_f32(values + 64 * i), load_f32(x + (s * n_vectors + i) * 64), acc)
+        write_f32(out + 4 * r, tree_sum(acc))
+
+
+def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """As _float32_many: a block is unpacked once for the n_x rows of a group."""
+    values, sums = scratch(n_vectors), scratch(GROUP)
+    for r in range(n_store):
+        for t in range(n_x):
+            store_f32(sums + 64 * t, splat(ZERO))
+        for s in range(n_blocks * 32 // step):
+            unpack_block(w + r * stride + s * step_bytes, values)
+            for t in range(n_x):
+                acc, at = load_f32(sums + 64 * t), x + (s * (n_vectors // 2) * n_x + t) * 128
+                for i in range(n_vectors // 2):
+                    acc = fma(load_f32(values + 128 * i), load_f32(at + 128 * n_x * i), acc)
+                    acc = fma(load_f32(values + 128 * i + 64), load_f32(at + 128 * n_x * i + 64), acc)
+                store_f32(sums + 64 * t, acc)
+        for t in range(n_x):
+            write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
+
+
 def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     for t in range(0, n_x, GROUP):
         group, rows = x + t * n_blocks * x_bytes, min(GROUP, n_x - t)
@@ -277,6 +324,18 @@ def _unpack_row(w, n_blocks, out):
         store_f32(out + b * 128 + 64, pack_get(values, 1))
 
 
+def _unpack_row_of_blocks(w, n_blocks, out):
+    for s in range(n_blocks * 32 // step):
+        unpack_block(w + s * step_bytes, out + 4 * s * step)
+
+
+def _names_of_blocks(name: str) -> dict[str, Any]:
+    """What the templates with `unpack_block` see."""
+    form = WEIGHTS[name]
+    names = {"step_bytes": form.step_bytes, "step": form.step, "n_vectors": form.step // 16}
+    return names | {"unpack_block": loops.block_function(name)}
+
+
 def _tile_function(name: str, kind: str) -> Any:
     """The tile kernel of one format and kind of activations."""
     form = WEIGHTS[name]
@@ -284,9 +343,12 @@ def _tile_function(name: str, kind: str) -> Any:
     if kind == "int8":
         names |= {"load_tile": _tile_of(form), "dot_row": _dot_of(form)}
         one, many = _int8_one, _int8_many
-    else:
+    elif form.unpack is not None:
         names |= {"unpack": unpack_of(name)}
         one, many = _float32_one, _float32_many
+    else:
+        names |= _names_of_blocks(name)
+        one, many = _blocks_one, _blocks_many
     inner = {
         "one_row": kernel(specialise(one, f"one_row_{name}_{kind}", **names)),
         "many_rows": kernel(specialise(many, f"many_rows_{name}_{kind}", **names)),
@@ -296,7 +358,7 @@ def _tile_function(name: str, kind: str) -> Any:
 
 def activation_kind(name: str, generic: bool = False) -> str:
     """ "int8" where the format has an integer tile, else "float32"; `generic` forces float32."""
-    return "float32" if generic or WEIGHTS[name].tile is None else "int8"
+    return "int8" if is_fast(name) and not generic else "float32"
 
 
 @cache
@@ -308,5 +370,9 @@ def tile_address(name: str, kind: str) -> int:
 @cache
 def unpack_address(name: str) -> int:
     """Compile unpack_row(w, n_blocks, out): one row of weights to float32, and return its address."""
-    names = {"unpack": unpack_of(name), "step_bytes": WEIGHTS[name].step_bytes}
-    return address_of(specialise(_unpack_row, f"unpack_{name}", **names), types.void(*([types.int64] * 3)))
+    form = WEIGHTS[name]
+    if form.unpack is None:
+        template, names = _unpack_row_of_blocks, _names_of_blocks(name)
+    else:
+        template, names = _unpack_row, {"unpack": unpack_of(name), "step_bytes": form.step_bytes}
+    return address_of(specialise(template, f"unpack_{name}", **names), types.void(*([types.int64] * 3)))

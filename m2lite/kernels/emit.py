@@ -85,6 +85,9 @@ def joined(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
     return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
 
 
+LANE_NUMBERS = ir.Constant(V_I32, list(range(LANES)))
+
+
 def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.Value]) -> ir.Value:
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
@@ -226,6 +229,27 @@ def load_tile(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, offset
         out.append(shuffle(low[pair], high[pair], (0, 1, 4, 5)))
         out.append(shuffle(low[pair], high[pair], (2, 3, 6, 7)))
     return out
+
+
+def look_up(builder: ir.IRBuilder, codes: ir.Value, values: list[int]) -> ir.Value:
+    """values[code] as float32 for codes below 16; one shuffle where the machine has one that takes indices."""
+    if FORM == "avx512vnni":
+        table = ir.Constant(V_F32, [float(v) for v in values])
+        return call_llvm(builder, "llvm.x86.avx512.permvar.sf.512", V_F32, [table, codes])
+    shuffle = {"avxvnni": "llvm.x86.ssse3.pshuf.b.128", "avx2": "llvm.x86.ssse3.pshuf.b.128"} | {
+        "neondot": "llvm.aarch64.neon.tbl1.v16i8"
+    }
+    kind = ir.VectorType(I8, LANES)
+    bytes_ = ir.Constant(kind, [v & 255 for v in values])
+    index = builder.trunc(codes, kind)
+    if FORM in shuffle:
+        found = call_llvm(builder, shuffle[FORM], kind, [bytes_, index])
+    else:
+        found = ir.Constant(kind, ir.Undefined)
+        for lane in range(LANES):
+            value = builder.extract_element(bytes_, builder.extract_element(index, I32(lane)))
+            found = builder.insert_element(found, value, I32(lane))
+    return builder.sitofp(builder.sext(found, V_I32), V_F32)
 
 
 def pack_of(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:

@@ -5,9 +5,11 @@ from m2lite.kernels.dot import tile_address, unpack_address
 from m2lite.kernels.elementwise import add_rows, append_kv, embed_rows, norm_rope, pack, pack_groups, rms_norm
 from m2lite.kernels.matmul import matmul
 from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
+from m2lite.kernels.squares import add_squares
 
 __all__ = [
     "add_rows",
+    "add_squares",
     "append_kv",
     "attend",
     "combine",

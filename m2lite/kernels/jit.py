@@ -29,7 +29,11 @@ import numba
 from numba.core import config as numba_config
 from numba.core import event
 
-_SOURCES = ("jit.py", "simd.py", "emit.py", "dot.py", "matmul.py", "attention.py", "elementwise.py", "router.py")
+# Every file whose text compiled code may depend on: kernels, and where they take constants from.
+_SOURCES = (
+    "kernels/*.py", "storage/blocks.py", "storage/iquants.py",
+    "quant/encode*.py", "quant/decode.py", "quant/lanes.py", "quant/search*.py",
+)  # fmt: skip
 _KEPT_CACHES = 8
 
 OPTIONS: dict[str, Any] = {
@@ -41,12 +45,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def source_files() -> list[Path]:
+    """What _SOURCES matches, in a fixed order."""
+    package = Path(__file__).parent.parent
+    return [path for pattern in _SOURCES for path in sorted(package.glob(pattern))]
+
+
 def _source_hash() -> str:
     """Numba's disk cache sees neither edits in other files nor its own flags: all of that names the directory."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
-        path = Path(__file__).with_name(name)
-        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    for path in source_files():
+        digest.update(path.name.encode() + path.read_bytes())
     environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and "CACHE" not in k}
     digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), numba.__version__, sys.version)).encode())
     return digest.hexdigest()[:16]

@@ -67,7 +67,7 @@ def exp32(x: F32) -> F32:
     p = fma32(c.C7, r, c.C6)
     for coefficient in (c.C5, c.C4, c.C3, c.C2, c.ONE, c.ONE):
         p = fma32(p, r, coefficient)
-    out = (p * np.exp2(n)).astype(F)
+    out = p * np.ldexp(F(1), n.astype(np.int32))  # np.exp2 is one bit off for some whole numbers
     return np.where(np.isnan(x), x, np.where(x < c.EXP_LOWEST, F(0), out)).astype(F)
 
 
@@ -365,3 +365,12 @@ def combine(x: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, 
     for j in range(n_used):
         total = fma32(w[:, j, None], outputs[pair[:, j]], total)
     array_at(x, np.float32, (n_rows, n))[:] += total
+
+
+# --- importance ----------------------------------------------------------------------------------------------------
+
+
+def add_squares(work: int, sums: npt.NDArray[np.float64], x: F32, rows: Any, starts: Any, active: Any) -> None:
+    for g, e in enumerate(active.tolist()):
+        for p in range(int(starts[g]), int(starts[g + 1])):
+            sums[e] += x[rows[p]].astype(np.float64) ** 2

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
-from m2lite.kernels.dot import BLOCK, STEP_BYTES, WEIGHTS, activation_kind
+from m2lite.kernels.dot import BLOCK, STEP_BYTES, activation_kind
 from m2lite.model.config import Config
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo
@@ -193,10 +193,6 @@ class TensorNames:
             raise BadModelError(
                 f"Tensor {name} has shape {list(info.shape)}, the metadata asks for {list(expected)}.",
                 "The file is damaged or not an M2.",
-            )
-        if info.format.name not in WEIGHTS:
-            raise BadModelError(
-                f"Tensor {name} is {info.format.name}, which cannot be run yet.", "Convert to another type."
             )
         self.left.discard(name)
         return info

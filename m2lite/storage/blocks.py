@@ -1,7 +1,8 @@
 """The block formats of weights, as one table; NumPy here is their definition. Knows bytes and numbers, not tensors.
 
-A new format is one row in `_TABLE` with its two functions. Packing is defined for finite numbers; a number that is not
-finite spoils its block (as it does in ggml), so whoever converts checks for it first.
+A new format is one row in `_TABLE` with its functions. `unpack` reads any bytes. `pack` exists where the bytes follow
+from the numbers by one formula; formats whose encoder searches have None here (see quant/encode.py). Packing is defined
+for finite numbers; others spoil their block or vanish (as they do in ggml), so whoever converts checks for them first.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
+from m2lite.storage import iquants, kquants
+from m2lite.storage.fields import Bytes, Floats, each, half_at, nibbles, quiet, words_at
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BlockFormat:
     n_weights: int
     n_bytes: int
     unpack: Callable[[Bytes], Floats]  # [..., n_bytes] -> [..., n_weights]
-    pack: Callable[[Floats], Bytes]  # [..., n_weights] -> [..., n_bytes]
+    pack: Callable[[Floats], Bytes] | None = None  # [..., n_weights] -> [..., n_bytes]
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, which must be whole blocks."""
@@ -47,6 +48,8 @@ def unpack_rows(fmt: BlockFormat, data: Bytes, shape: Sequence[int]) -> Floats:
 
 def pack_rows(fmt: BlockFormat, weights: Floats) -> Bytes:
     """uint8[..., row_bytes] = the last axis of `weights`, row by row."""
+    if fmt.pack is None:
+        raise ValueError(f"{fmt.name} has no defined packing: its encoders search for the bytes")
     *rows, n_weights = weights.shape
     row_bytes = fmt.row_bytes(n_weights)
     blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, fmt.n_weights)
@@ -133,12 +136,150 @@ def _pack_q8_0(weights: Floats) -> Bytes:
     return np.concatenate([scale, q.view(np.uint8)], axis=-1)
 
 
+def _to_4_bits(q: Bytes) -> Bytes:
+    """[..., 16]: the low 4 bits of weights j and j + 16 in byte j."""
+    return (q[..., :16] & np.uint8(15)) | (q[..., 16:] << np.uint8(4))
+
+
+def _fifth_bits(q: Bytes) -> Bytes:
+    """[..., 4]: bit 4 of 32 numbers, as bits of a little-endian word."""
+    return np.packbits(q >> np.uint8(4), axis=-1, bitorder="little")
+
+
+def _five_bits(blocks: Bytes, at: int) -> Bytes:
+    """[..., 32]: a word of fifth bits, then 16 bytes of nibbles, from byte `at` on."""
+    low = nibbles(blocks[..., at + 4 :]).reshape(*blocks.shape[:-1], 32)
+    return low | (each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4))
+
+
+def _from_range(weights: Floats, largest: int) -> tuple[Bytes, Bytes]:
+    """d, m as float16 [..., 4 bytes] and q [..., 32] for w = d q + m, q = 0 ... `largest`: m is the least weight."""
+    low = weights.min(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        d = (weights.max(axis=-1, keepdims=True) - low) / np.float32(largest)
+        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
+        q = _whole_numbers((weights - low) * inverse + np.float32(0.5)).clip(0, largest).astype(np.uint8)
+        return _bytes_of(np.concatenate([d, low], axis=-1).astype("<f2")), q
+
+
+@quiet
+def _unpack_q4_1(blocks: Bytes) -> Floats:
+    """w = d q + m; d and m are f16, nibbles as in Q4_0."""
+    q = nibbles(blocks[..., 4:]).reshape(*blocks.shape[:-1], 32)
+    return half_at(blocks, 0) * q.astype(np.float32) + half_at(blocks, 2)
+
+
+def _pack_q4_1(weights: Floats) -> Bytes:
+    scales, q = _from_range(weights, 15)
+    return np.concatenate([scales, _to_4_bits(q)], axis=-1)
+
+
+@quiet
+def _unpack_q5_0(blocks: Bytes) -> Floats:
+    """w = d (q - 16); d is f16, then the fifth bits, then nibbles as in Q4_0."""
+    return half_at(blocks, 0) * (_five_bits(blocks, 2).astype(np.int8) - np.int8(16)).astype(np.float32)
+
+
+def _pack_q5_0(weights: Floats) -> Bytes:
+    """The weight of largest magnitude becomes -16 exactly, as it becomes -8 in Q4_0."""
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
+    with np.errstate(all="ignore"):
+        d = largest / np.float32(-16)
+        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
+        q = _whole_numbers(weights * inverse + np.float32(16.5)).clip(0, 31).astype(np.uint8)
+        scale = _bytes_of(d.astype("<f2"))
+    return np.concatenate([scale, _fifth_bits(q), _to_4_bits(q)], axis=-1)
+
+
+@quiet
+def _unpack_q5_1(blocks: Bytes) -> Floats:
+    """w = d q + m; d and m are f16, then the fifth bits, then nibbles."""
+    return half_at(blocks, 0) * _five_bits(blocks, 4).astype(np.float32) + half_at(blocks, 2)
+
+
+def _pack_q5_1(weights: Floats) -> Bytes:
+    scales, q = _from_range(weights, 31)
+    return np.concatenate([scales, _fifth_bits(q), _to_4_bits(q)], axis=-1)
+
+
+# Twice the values of a 4-bit float (E2M1): the scales below are halved to make up for it.
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def power_of_two(exponent: Bytes) -> Floats:
+    """Half of 2**(e - 127), exact down to its two denormals."""
+    e = exponent.astype(np.uint32)
+    normal = (e - np.uint32(1)) << np.uint32(23)
+    return np.where(e < 2, np.uint32(0x00200000) << (e & np.uint32(1)), normal).view(np.float32)
+
+
+@quiet
+def _unpack_mxfp4(blocks: Bytes) -> Floats:
+    """w = d value; d is a power of two in one byte, nibbles as in Q4_0."""
+    codes = nibbles(blocks[..., 1:]).reshape(*blocks.shape[:-1], 32)
+    return power_of_two(blocks[..., :1]) * E2M1_DOUBLED[codes].astype(np.float32)
+
+
+def _pack_mxfp4(weights: Floats) -> Bytes:
+    """e = floor(log2 max |w|) - 2 + 127 (modulo 256: the bytes that gguf and ggml write for |w| < 2**-125), then the
+    nearest value, the lowest code among equals. log2 is rounded to float32 once, so next to a power it may round up.
+    """
+    largest = np.abs(weights).max(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        exact = np.log2(np.where(largest > 0, largest, np.float32(1)).astype(np.float64)).astype(np.float32)
+        e = np.where(largest > 0, _whole_numbers(np.floor(exact)) + 125, 0).astype(np.uint8)
+        values = power_of_two(e) * E2M1_DOUBLED.astype(np.float32)
+        q = np.abs(values[..., None, :] - weights[..., None]).argmin(axis=-1).astype(np.uint8)
+    return np.concatenate([e, _to_4_bits(q)], axis=-1)
+
+
+def _ue4m3() -> Floats:
+    """[256]: half of an unsigned E4M3 number; the sign bit does not count, 0x7f is 0."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, (code & 7).astype(np.float32)
+    normal = np.ldexp(np.float32(1) + mantissa / np.float32(8), exponent - 8)
+    values = np.where(exponent == 0, np.ldexp(mantissa, -10), normal).astype(np.float32)
+    values[0x7F] = 0
+    return values
+
+
+UE4M3 = _ue4m3()
+
+
+def _unpack_nvfp4(blocks: Bytes) -> Floats:
+    """4 x 16 weights: four scales, then 8 bytes for each: low nibbles are weights 0-7, high nibbles 8-15."""
+    lead = blocks.shape[:-1]
+    codes = nibbles(blocks[..., 4:].reshape(*lead, 4, 8)).reshape(*lead, 4, 16)
+    return (UE4M3[blocks[..., :4]][..., None] * E2M1_DOUBLED[codes].astype(np.float32)).reshape(*lead, 64)
+
+
 _TABLE = (
     BlockFormat("F32", 0, 1, 4, _unpack_f32, _pack_f32),
     BlockFormat("F16", 1, 1, 2, _unpack_f16, _pack_f16),
     BlockFormat("BF16", 30, 1, 2, _unpack_bf16, _pack_bf16),
     BlockFormat("Q4_0", 2, 32, 18, _unpack_q4_0, _pack_q4_0),
+    BlockFormat("Q4_1", 3, 32, 20, _unpack_q4_1, _pack_q4_1),
+    BlockFormat("Q5_0", 6, 32, 22, _unpack_q5_0, _pack_q5_0),
+    BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, _pack_q5_1),
     BlockFormat("Q8_0", 8, 32, 34, _unpack_q8_0, _pack_q8_0),
+    BlockFormat("Q2_K", 10, 256, 84, kquants.unpack_q2_k),
+    BlockFormat("Q3_K", 11, 256, 110, kquants.unpack_q3_k),
+    BlockFormat("Q4_K", 12, 256, 144, kquants.unpack_q4_k),
+    BlockFormat("Q5_K", 13, 256, 176, kquants.unpack_q5_k),
+    BlockFormat("Q6_K", 14, 256, 210, kquants.unpack_q6_k),
+    BlockFormat("IQ2_XXS", 16, 256, 66, iquants.unpack_iq2_xxs),
+    BlockFormat("IQ2_XS", 17, 256, 74, iquants.unpack_iq2_xs),
+    BlockFormat("IQ2_S", 22, 256, 82, iquants.unpack_iq2_s),
+    BlockFormat("IQ3_XXS", 18, 256, 98, iquants.unpack_iq3_xxs),
+    BlockFormat("IQ3_S", 21, 256, 110, iquants.unpack_iq3_s),
+    BlockFormat("IQ1_S", 19, 256, 50, iquants.unpack_iq1_s),
+    BlockFormat("IQ1_M", 29, 256, 56, iquants.unpack_iq1_m),
+    BlockFormat("IQ4_NL", 20, 32, 18, iquants.unpack_iq4_nl),
+    BlockFormat("IQ4_XS", 23, 256, 136, iquants.unpack_iq4_xs),
+    BlockFormat("TQ1_0", 34, 256, 54, iquants.unpack_tq1_0),
+    BlockFormat("TQ2_0", 35, 256, 66, iquants.unpack_tq2_0),
+    BlockFormat("MXFP4", 39, 32, 17, _unpack_mxfp4, _pack_mxfp4),
+    BlockFormat("NVFP4", 40, 64, 36, _unpack_nvfp4),
 )
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in _TABLE})
 BY_TYPE: Mapping[int, BlockFormat] = MappingProxyType({fmt.ggml_type: fmt for fmt in _TABLE})

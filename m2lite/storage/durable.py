@@ -7,11 +7,12 @@ A name appears only when the file behind it is complete and on disk. Every call 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,7 @@ Buffer = bytes | bytearray | memoryview
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_BLOCK_BYTES = 4096  # what a new name needs at least
 _MAX_WRITE_BYTES = 1 << 30  # Linux writes at most 2 GiB at once, macOS refuses more
 
 
@@ -33,19 +35,32 @@ class FileOps:
     pwrite = staticmethod(os.pwrite)
     truncate = staticmethod(os.ftruncate)
     fsync = staticmethod(os.fsync)
+    fdatasync = staticmethod(getattr(os, "fdatasync", os.fsync))  # macOS has only the former
     close = staticmethod(os.close)
     replace = staticmethod(os.replace)
     unlink = staticmethod(os.unlink)
 
     @staticmethod
     def allocate(fd: int, n_bytes: int) -> None:
-        """Reserve the blocks, where the system can; else only set the length."""
-        try:
-            os.posix_fallocate(fd, 0, n_bytes)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
-                raise
+        """Reserve the blocks, where the file system can; else only set the length.
+
+        Not posix_fallocate: where the file system cannot, that writes to every block, for hours at 130 GB.
+        """
+        while (code := _fallocate(fd, n_bytes)) == errno.EINTR:
+            pass
+        if code in _UNSUPPORTED:
             os.ftruncate(fd, n_bytes)
+        elif code:
+            raise OSError(code, os.strerror(code))
+
+
+def _fallocate(fd: int, n_bytes: int) -> int:
+    """Linux's own call, which the os module lacks: 0 or the number of the error."""
+    library = ctypes.CDLL(None, use_errno=True)
+    reserve = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if reserve is None:
+        return errno.ENOSYS
+    return ctypes.get_errno() if reserve(fd, 0, ctypes.c_int64(0), ctypes.c_int64(n_bytes)) else 0
 
 
 fsops = FileOps()
@@ -100,34 +115,93 @@ def append_line(path: StrPath, line: str | bytes) -> None:
             _sync_directory(path.parent)
 
 
+class LineLog:
+    """Whole lines of a file, each durable before `append` returns; locked, so that a file has one writer.
+
+    What a crash left of a last line is dropped. `remove` while the lock is held ends it.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
+        with _disk_errors(self.path, _BLOCK_BYTES):
+            self._fd: int | None = _open_locked(self.path, 0o600)
+            data = _read_all(self._fd)
+        self._size = data.rfind(b"\n") + 1
+        self.lines: list[bytes] = data[: self._size].splitlines()
+
+    def append(self, lines: Sequence[str]) -> None:
+        """All of the lines are on disk; or after an error none counts."""
+        fd = _known(self._fd, self.path)
+        data = b"".join(line.encode() + b"\n" for line in lines)
+        assert data.count(b"\n") == len(lines)
+        with _disk_errors(self.path, len(data)):
+            fsops.truncate(fd, self._size)  # a torn line, of a crash or of an append that failed
+            _write_all(fd, data, self._size)
+            fsops.fsync(fd)
+            if not self._size:
+                _sync_directory(self.path.parent)
+        self._size += len(data)
+        self.lines += data.splitlines()
+
+    def clear(self) -> None:
+        """No line is left, on disk too."""
+        fd = _known(self._fd, self.path)
+        with _disk_errors(self.path, 0):
+            fsops.truncate(fd, 0)
+            fsops.fsync(fd)
+        self._size = 0
+        self.lines = []
+
+    def remove(self) -> None:
+        try:
+            if self._fd is not None:
+                with _disk_errors(self.path, 0):
+                    fsops.unlink(self.path)
+        finally:
+            with contextlib.suppress(M2liteError):  # nobody misses what a file that is gone has lost
+                self.close()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            with _disk_errors(self.path, 0):
+                fsops.close(fd)
+
+
 class PartFile:
     """A large file, written by offset under the name PATH.part, that gets its own name when it is complete.
 
-    The space is reserved first. Leaving a `with` block early, or `close`, keeps the part (its owner is gone, so the
-    next `PartFile` of that name starts it anew); `discard` removes it. It is locked against a second writer. A file of
-    the final name is an error, or with `replaces` stays whole until `finish` puts the new one in its place.
+    The space is reserved first. Leaving a `with` block early, or `close`, keeps the part: the next `PartFile` of that
+    name starts it anew, or with `resume` takes it as it is if it has the right size (`resumed` tells). `discard`
+    removes it. It is locked against a second writer. A file of the final name is an error, or with `replaces` stays
+    whole until `publish` puts the new one in its place.
     """
 
-    def __init__(self, path: StrPath, n_bytes: int, *, replaces: bool = False) -> None:
+    def __init__(self, path: StrPath, n_bytes: int, *, replaces: bool = False, resume: bool = False) -> None:
         self.path = Path(path)
-        self.part_path = self.path.with_name(self.path.name + ".part")
+        self.part_path = part_path(self.path)
         self.n_bytes = n_bytes
         self._is_named = False
         if not replaces and os.path.lexists(self.path):
             raise UsageError(f"{self.path}: exists already.", "Choose another name, or remove it first.")
         with _disk_errors(self.path, n_bytes):
-            self._fd: int | None = self._open_locked()
+            self._fd: int | None = _open_locked(self.part_path, 0o666)
+            self.resumed = resume and os.fstat(self._fd).st_size == n_bytes
             try:
-                fsops.truncate(self._fd, 0)
-                free = free_bytes(self.path.parent)
-                if free < n_bytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if n_bytes:
-                    fsops.allocate(self._fd, n_bytes)
+                if not self.resumed:
+                    self._reserve()
             except BaseException:
                 with contextlib.suppress(M2liteError):
                     self.discard()
                 raise
+
+    def _reserve(self) -> None:
+        fd = self._open_fd()
+        fsops.truncate(fd, 0)
+        if free_bytes(self.path.parent) < self.n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.n_bytes:
+            fsops.allocate(fd, self.n_bytes)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Bytes `offset` and on; within `n_bytes`."""
@@ -136,22 +210,43 @@ class PartFile:
         with _disk_errors(self.path, self.n_bytes):
             _write_all(self._open_fd(), data, offset)
 
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes that stand there, from the disk if they were synced and released."""
+        with _disk_errors(self.path, self.n_bytes):
+            while into:
+                n_bytes = os.preadv(self._open_fd(), [into], offset)
+                if not n_bytes:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                offset, into = offset + n_bytes, into[n_bytes:]
+
+    def release(self, offset: int, n_bytes: int) -> None:
+        """Begin to write these bytes out, and give up the memory of those that are on disk."""
+        advise(self._open_fd(), offset, n_bytes, "DONTNEED")
+
     def sync(self) -> None:
         """What was written so far is on disk."""
         with _disk_errors(self.path, self.n_bytes):
-            fsops.fsync(self._open_fd())
+            fsops.fdatasync(self._open_fd())
 
-    def finish(self, magic: Buffer = b"") -> None:
-        """All is on disk and has its name. `magic` goes to offset 0 last, when everything else is safe."""
-        self.sync()
+    def complete(self, magic: Buffer = b"") -> None:
+        """All is on disk. `magic` goes to offset 0 last, when everything else is safe."""
+        self._sync_all()
         if magic:
             self.write(0, magic)
-            self.sync()
+            self._sync_all()
+
+    def publish(self) -> None:
+        """The complete file has its name."""
         with _disk_errors(self.path, self.n_bytes):
             fsops.replace(self.part_path, self.path)
             self._is_named = True
             _sync_directory(self.path.parent)
         self.close()
+
+    def finish(self, magic: Buffer = b"") -> None:
+        """All is on disk and has its name."""
+        self.complete(magic)
+        self.publish()
 
     def close(self) -> None:
         """Idempotent; what is not finished stays as PATH.part."""
@@ -169,33 +264,75 @@ class PartFile:
         finally:
             self.close()
 
-    def _open_locked(self) -> int:
-        while True:
-            fd = fsops.open(self.part_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno == errno.EWOULDBLOCK:
-                    os.close(fd)
-                    raise UsageError(
-                        f"{self.part_path}: another process is writing this file.", "Wait until it is done."
-                    ) from None
-            # The former owner may have given the file its final name between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), self.part_path.stat()):
-                    return fd
-            os.close(fd)
+    def _sync_all(self) -> None:
+        with _disk_errors(self.path, self.n_bytes):
+            fsops.fsync(self._open_fd())
 
     def _open_fd(self) -> int:
-        if self._fd is None:
-            raise ValueError(f"{self.part_path} is closed")
-        return self._fd
+        return _known(self._fd, self.part_path)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def part_path(path: Path) -> Path:
+    """Under which name a large file grows."""
+    return path.with_name(path.name + ".part")
+
+
+def advise(fd: int, offset: int, n_bytes: int, what: str) -> None:
+    """Tell the page cache what comes ("WILLNEED") or is done with ("DONTNEED"); only speed and memory depend on it."""
+    advice = getattr(os, f"POSIX_FADV_{what}", None)
+    if advice is not None and n_bytes:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, n_bytes, advice)
+
+
+def _open_locked(path: Path, mode: int) -> int:
+    """The file that has this name, opened or created, under an exclusive lock."""
+    while True:
+        fd = fsops.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                owner = _lock_owner(fd)
+                os.close(fd)
+                raise UsageError(f"{path}: in use by {owner}.", "Wait until it is done.") from None
+        # The former owner may have renamed or removed the file between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        os.close(fd)
+
+
+def _lock_owner(fd: int) -> str:
+    """Who holds the lock, as Linux lists it: `1: FLOCK ADVISORY WRITE pid major:minor:inode 0 EOF`."""
+    status = os.fstat(fd)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if "->" not in fields and len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == place:
+                if int(fields[4]) > 0:  # 0 or -1: a process outside of this container
+                    return f"pid {fields[4]}"
+    return "another process"
+
+
+def _known(fd: int | None, path: Path) -> int:
+    if fd is None:
+        raise ValueError(f"{path} is closed")
+    return fd
+
+
+def _read_all(fd: int) -> bytes:
+    chunks: list[bytes] = []
+    while chunk := os.pread(fd, 1 << 20, sum(map(len, chunks))):
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def _write_all(fd: int, data: Buffer, offset: int | None = None) -> None:

@@ -35,6 +35,8 @@ _VERSIONS = (2, 3)  # the same bytes; 3 added big-endian files
 _DEFAULT_ALIGNMENT = 32
 _ALIGNMENTS = tuple(1 << shift for shift in range(3, 17))
 KEY_ALIGNMENT = "general.alignment"
+KEY_TENSOR_HASHES = "m2lite.tensor_xxh64"  # one xxh64 per tensor, in the order of the table
+KEY_HEADER_HASH = "m2lite.header_xxh64"  # of the header with these eight bytes zero
 _KEY_TEMPLATE = "tokenizer.chat_template"
 
 _ASK_AGAIN = "Download or convert it again."
@@ -55,7 +57,7 @@ class ValueType:
 
 
 _STRING, _ARRAY = ValueType("STRING", "", str), ValueType("ARRAY", "", None)
-_VALUE_TYPES = (
+VALUE_TYPES = (
     ValueType("UINT8", "B", int),
     ValueType("INT8", "b", int),
     ValueType("UINT16", "H", int),
@@ -186,12 +188,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What one file says of itself."""
+    """What one file says of itself. `spans` are the bytes of each key's type and value, `n_bytes` the header's own."""
 
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
     alignment: int
+    spans: dict[str, tuple[int, int]]
+    n_bytes: int
 
 
 class _Cursor:
@@ -225,10 +229,10 @@ class _Cursor:
         return cast("int | float", number)
 
     def u32(self, what: str) -> int:
-        return cast("int", self.number(_VALUE_TYPES[4], what))
+        return cast("int", self.number(VALUE_TYPES[4], what))
 
     def u64(self, what: str) -> int:
-        return cast("int", self.number(_VALUE_TYPES[10], what))
+        return cast("int", self.number(VALUE_TYPES[10], what))
 
     def string(self, what: str, limit: int) -> bytes:
         start = self.position
@@ -289,9 +293,9 @@ def _parse_value(cursor: _Cursor, key: str) -> Value:
 def _parse_type(cursor: _Cursor, what: str) -> ValueType:
     start = cursor.position
     number = cursor.u32(f"type of {what}")
-    if number >= len(_VALUE_TYPES):
-        raise cursor.error(f"{what} has value type {number} at byte {start}, known are 0 to {len(_VALUE_TYPES) - 1}")
-    return _VALUE_TYPES[number]
+    if number >= len(VALUE_TYPES):
+        raise cursor.error(f"{what} has value type {number} at byte {start}, known are 0 to {len(VALUE_TYPES) - 1}")
+    return VALUE_TYPES[number]
 
 
 def _parse_array(cursor: _Cursor, key: str, what: str) -> GGUFArray:
@@ -310,8 +314,9 @@ def _parse_array(cursor: _Cursor, key: str, what: str) -> GGUFArray:
     return GGUFArray(key, item_type, n_items, start, cursor.position - start, cursor.path, cursor.data)
 
 
-def _parse_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Value]:
+def _parse_metadata(cursor: _Cursor, n_keys: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
     metadata: dict[str, Value] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(n_keys):
         start = cursor.position
         key = cursor.name(f"metadata key {index} of {n_keys}", _MAX_KEY_BYTES)
@@ -319,15 +324,16 @@ def _parse_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Value]:
             raise cursor.error(f"key '{_printable(key)}' appears a second time at byte {start}")
         start = cursor.position
         metadata[key] = _parse_value(cursor, key)
+        spans[key] = start, cursor.position
         if key == KEY_ALIGNMENT and (found := cursor.data[start : start + 4]) != b"\x04\0\0\0":
-            name = _VALUE_TYPES[int.from_bytes(found, "little")].name
+            name = VALUE_TYPES[int.from_bytes(found, "little")].name
             raise cursor.error(f"key '{key}' is a {name} at byte {start}, expected UINT32")
     alignment = metadata.get(KEY_ALIGNMENT, _DEFAULT_ALIGNMENT)
     if alignment not in _ALIGNMENTS:
         raise cursor.error(
             f"key '{KEY_ALIGNMENT}' is {alignment}, expected a power of two from {_ALIGNMENTS[0]} to {_ALIGNMENTS[-1]}"
         )
-    return metadata
+    return metadata, spans
 
 
 @dataclass(frozen=True)
@@ -413,10 +419,11 @@ def parse_header(data: mmap.mmap | bytes, path: str = "file", part: int = 0) -> 
     for found, limit, what in ((n_tensors, _MAX_TENSORS, "tensors"), (n_keys, _MAX_KEYS, "metadata keys")):
         if found > limit:
             raise cursor.error(f"claims {found} {what}, at most {limit} are allowed")
-    metadata = _parse_metadata(cursor, n_keys)
+    metadata, spans = _parse_metadata(cursor, n_keys)
     alignment = cast("int", metadata.get(KEY_ALIGNMENT, _DEFAULT_ALIGNMENT))
     entries = [_parse_entry(cursor, index, n_tensors) for index in range(n_tensors)]
-    return Header(version, metadata, _place(cursor, entries, alignment, part), alignment)
+    n_bytes = cursor.position
+    return Header(version, metadata, _place(cursor, entries, alignment, part), alignment, spans, n_bytes)
 
 
 def check_magic(start: bytes, size: int, path: str) -> None:

@@ -19,7 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.errors import BadModelError, ResourceError
-from m2lite.storage.gguf_header import KEY_ALIGNMENT, GGUFArray, Item, TensorInfo, Value, check_magic, parse_header
+from m2lite.storage.durable import advise
+from m2lite.storage.gguf_header import (
+    KEY_ALIGNMENT,
+    KEY_HEADER_HASH,
+    GGUFArray,
+    Header,
+    Item,
+    TensorInfo,
+    Value,
+    check_magic,
+    parse_header,
+)
 
 __all__ = ["GGUFArray", "GGUFFile", "TensorInfo", "open_gguf"]
 
@@ -113,7 +124,10 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: tensor for part in parts for name, tensor in part.header.tensors.items()}
         )
-        self.size_bytes = sum(part.state[2] for part in parts)
+        self.headers: tuple[Header, ...] = tuple(part.header for part in parts)
+        self.sizes: tuple[int, ...] = tuple(part.state[2] for part in parts)
+        self.mtimes_ns: tuple[int, ...] = tuple(part.state[3] for part in parts)
+        self.size_bytes = sum(self.sizes)
 
     def array(self, key: str, kind: type[Item], type_name: str | None = None) -> list[Item]:
         """The items of the array `key`, which must be of this kind: see `GGUFArray.items`."""
@@ -130,6 +144,30 @@ class GGUFFile:
         """uint8[n_bytes] = the tensor's bytes in the mapping, read-only."""
         tensor = self.tensors[name]
         return self._open_parts()[tensor.part].bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def raw_value(self, key: str) -> bytes:
+        """A key's type and value as they are in the first file."""
+        start, end = self.headers[0].spans[key]
+        return bytes(self._open_parts()[0].data[start:end])
+
+    def read(self, part: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+        """Bytes of one file, read instead of mapped: an error of the disk is an error here, not a signal."""
+        into = np.empty(n_bytes, np.uint8)
+        rest, file = into.data, self._open_parts()[part]
+        while rest:
+            try:
+                done = os.preadv(file.fd, [rest], offset)
+            except OSError as error:
+                what = f"{file.path}: cannot be read at byte {offset}: {error.strerror}."
+                raise BadModelError(what, "Check the disk.") from error
+            if not done:
+                raise BadModelError(f"{file.path}: ends at byte {offset}, {len(rest)} bytes early.", _ALL_PARTS)
+            offset, rest = offset + done, rest[done:]
+        return into
+
+    def advise(self, part: int, offset: int, n_bytes: int, what: str) -> None:
+        """What comes or is done with, for the page cache: see `durable.advise`."""
+        advise(self._open_parts()[part].fd, offset, n_bytes, what)
 
     def address(self, name: str) -> int:
         """Where the tensor's first byte is mapped."""
@@ -199,7 +237,7 @@ def _check_part(first: _Part, part: _Part, index: int) -> None:
         raise BadModelError(f"{part.path}: claims to be part {number + 1}, expected part {index + 1}.", _ALL_PARTS)
     for key, value in part.header.metadata.items():
         expected = first.header.metadata.get(key, value)
-        if key in (_KEY_SPLIT_NO, KEY_ALIGNMENT) or isinstance(value, GGUFArray):
+        if key in (_KEY_SPLIT_NO, KEY_ALIGNMENT, KEY_HEADER_HASH) or isinstance(value, GGUFArray):
             continue
         if expected != value:
             raise BadModelError(

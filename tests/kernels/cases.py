@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,10 @@ from m2lite.storage.blocks import FORMATS
 
 F = np.float32
 SMALL, PARALLEL = 0, 10**9  # `work` that takes the serial and the parallel form
+
+# The formats of the fast ring: those with a tile, those of one weight, and of the others one of each kind.
+FEW = ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q5_1", "Q4_K", "IQ2_XS", "IQ4_XS")
+ALL = tuple(dot.WEIGHTS)
 
 
 class Arena:
@@ -27,6 +32,13 @@ class Arena:
         return int(self.arrays[name].ctypes.data)
 
 
+# Where the float16 scales of a block lie, where it does not begin with its only one; MXFP4 and NVFP4 have none.
+HALVES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": (),
+}  # fmt: skip
+
+
 def weights_of(
     rng: np.random.Generator, name: str, shape: tuple[int, ...], worst: bool = False
 ) -> np.ndarray[Any, Any]:
@@ -34,14 +46,20 @@ def weights_of(
     fmt = FORMATS[name]
     n_blocks = shape[-1] // fmt.n_weights
     if name in ("F32", "F16", "BF16"):
+        assert fmt.pack is not None
         return fmt.pack(rng.standard_normal((*shape[:-1], n_blocks, fmt.n_weights)).astype(F)).reshape(*shape[:-1], -1)
     raw = rng.integers(0, 256, (*shape[:-1], n_blocks, fmt.n_bytes), dtype=np.uint8)
     if worst:
         raw[...] = rng.choice(np.array([0x00, 0xFF, 0x80, 0x7F], np.uint8), raw.shape)
-    scales = (rng.standard_normal((*shape[:-1], n_blocks)) * 0.02).astype(np.float16)
-    if worst:
-        scales[..., 0] = [6.1e-5, 5.96e-8, -65504.0, 0.0][n_blocks % 4]
-    raw[..., :2] = scales[..., None].view(np.uint8)
+    for at in HALVES.get(name, (0,)):
+        scales = (rng.standard_normal((*shape[:-1], n_blocks)) * 0.02).astype(np.float16)
+        if worst:
+            scales[..., 0] = [6.1e-5, 5.96e-8, -65504.0, 0.0][n_blocks % 4]
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    if name == "MXFP4":
+        raw[..., 0] = rng.integers(110, 130, raw.shape[:-1], np.uint8)
+    if name == "IQ1_M":  # the float16 lies in the top nibbles of four words: below 2, so no infinity
+        raw[..., 55] &= 0xBF
     return raw.reshape(*shape[:-1], -1)
 
 
@@ -61,14 +79,22 @@ def both(name: str, arena: Arena, outputs: tuple[str, ...], *args: Any) -> Itera
         yield sides[0][0].arrays[output], sides[1][0].arrays[output], f"{name}: {output}"
 
 
-def matmul_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+def shapes_of(name: str) -> Iterator[tuple[int, int, bool]]:
+    """(rows, width, worst): few rows and many, even and odd numbers of blocks."""
+    unit = dot.WEIGHTS[name].step
+    if unit == 32:
+        yield from ((64, 96, False), (16, 32, True), (1, 64, False), (5, 64, True), (37, 160, False))
+    else:
+        yield from ((37, 2 * unit, False), (16, unit, True), (3, 3 * unit, True))
+
+
+def matmul_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(1)
-    for name in dot.WEIGHTS:
-        kinds = ["float32"] if dot.WEIGHTS[name].tile is None else ["int8", "float32"]
-        for kind in kinds:
-            for n_out, k, worst in ((64, 96, False), (16, 32, True), (1, 64, False), (5, 64, True), (37, 160, False)):
-                w = weights_of(rng, name, (n_out, k), worst and name.startswith("Q"))
-                for n_x in (1, 2, 3, 5, 8, 33):
+    for name in formats:
+        for kind in sorted({"float32", dot.activation_kind(name)}):
+            for n_out, k, worst in shapes_of(name):
+                w = weights_of(rng, name, (n_out, k), worst)
+                for n_x in (1, 2, 3, 5, 8, 33) if dot.WEIGHTS[name].step == 32 else (1, 2, 33):
                     x = rng.standard_normal((n_x, k)).astype(F)
                     if worst:
                         x = np.sign(x) * F(3.0)
@@ -79,14 +105,17 @@ def matmul_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
                     yield from both("pack", arena, ("panel",), work, "@panel", "@x", 4 * k, n_x, k // 32, is_int8)
                     reference.pack(0, arena["panel"], arena["x"], 4 * k, n_x, k // 32, is_int8)
                     args = ("@out", 4 * n_out, (name, kind), "@w", w.shape[-1], n_out, k // 32, "@panel", n_x)
-                    yield from both("matmul", arena, ("out",), work, *args)
+                    for mine, theirs, what in both("matmul", arena, ("out",), work, *args):
+                        yield mine, theirs, f"{name} {what}"
 
 
-def expert_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(2)
-    for gate, up, down in (("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16")):
-        for n_rows, n_experts, n_used in ((1, 16, 4), (3, 12, 2), (21, 32, 8), (2, 45, 1)):
-            n, n_ff = 64, 96
+    mixed = [("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16"), ("Q4_K", "Q4_0", "IQ4_XS")]
+    for gate, up, down in mixed + [(name, name, name) for name in formats if name not in FEW]:
+        n, n_ff = (64, 96) if {dot.WEIGHTS[name].step for name in (gate, up, down)} == {32} else (256, 512)
+        sizes = ((1, 16, 4), (3, 12, 2), (21, 32, 8), (2, 45, 1))
+        for n_rows, n_experts, n_used in sizes if (gate, up, down) in mixed else sizes[1:2]:
             n_padded = (n_experts + 15) // 16 * 16
             scores, bias = rng.standard_normal((n_rows, n_padded)).astype(F), rng.standard_normal(n_padded).astype(F)
             pairs = n_rows * n_used
@@ -129,7 +158,7 @@ def expert_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
             yield from both("combine", arena, ("x",), "@x", "@y", "@slots", "@weights", n_rows, n_used, n)
 
 
-def row_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+def row_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(3)
     for n_rows, n_heads, n_kv, head_dim, rotary in (
         (1, 4, 2, 32, 16),
@@ -144,11 +173,9 @@ def row_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
             angles=rng.uniform(-1, 1, (200, rotary)).astype(F), positions=rng.integers(0, 200, n_rows).astype(np.int32),
             tokens=rng.integers(0, 50, n_rows).astype(np.int32),
         )  # fmt: skip
-        for name in dot.WEIGHTS:
-            arena.arrays["w"] = (
-                weights_of(rng, name, (50, n // 32 * 32)) if n >= 32 else weights_of(rng, name, (50, 32))
-            )
-            width = max(32, n // 32 * 32)
+        for name in formats:
+            width = max(1, n // dot.WEIGHTS[name].step) * dot.WEIGHTS[name].step
+            arena.arrays["w"] = weights_of(rng, name, (50, width))
             arena.arrays["rows"] = np.zeros((n_rows, width), F)
             embed = ((name,), "@w", arena.arrays["w"].shape[-1], width // 32, "@tokens", n_rows, "@rows", 4 * width)
             yield from both("embed_rows", arena, ("rows",), *embed)
@@ -194,20 +221,20 @@ def row_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
         yield from both("attend", arena, ("out",), work, *attend)
 
 
-def all_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
-    yield from matmul_cases(work)
-    yield from expert_cases(work)
-    yield from row_cases(work)
+def all_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+    yield from matmul_cases(work, formats)
+    yield from expert_cases(work, formats)
+    yield from row_cases(work, formats)
 
 
-def differences() -> list[str]:
+def differences(formats: tuple[str, ...] = FEW) -> list[str]:
     """What differs between the compiled kernels and their twins, serial and parallel; empty when all bits agree."""
     from m2lite.kernels import jit
 
     jit.start(2)
     out = []
     for work in (SMALL, PARALLEL):
-        for mine, theirs, what in all_cases(work):
+        for mine, theirs, what in all_cases(work, formats):
             a, b = np.atleast_1d(mine), np.atleast_1d(theirs)
             if a.tobytes() != b.tobytes():
                 out.append(f"{what} (work {work}): {np.sum(a != b)} of {a.size} differ")
@@ -217,7 +244,7 @@ def differences() -> list[str]:
 if __name__ == "__main__":
     from m2lite.kernels import emit
 
-    found = differences()
+    found = differences(ALL if "all" in sys.argv else FEW)
     print(f"{emit.FORM}: {len(found)} differences")
     print("\n".join(found[:20]))
     raise SystemExit(bool(found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,11 @@ def guarded(values: np.ndarray[Any, Any], at_end: bool) -> int:
     return start
 
 
-def run_products(rng: np.random.Generator, at_end: bool) -> None:
-    for name in dot.WEIGHTS:
+def run_products(rng: np.random.Generator, at_end: bool, formats: tuple[str, ...]) -> None:
+    for name in formats:
+        k = 3 * dot.WEIGHTS[name].step
         for kind in {"float32", dot.activation_kind(name)}:
             for n_out in (48, 37, 5):
-                k = 96
                 w = cases.weights_of(rng, name, (n_out, k))
                 for n_x in (1, 2, 7, 8):
                     x = guarded(rng.standard_normal((n_x, k)).astype(np.float32), at_end)
@@ -48,6 +49,11 @@ def run_products(rng: np.random.Generator, at_end: bool) -> None:
                     tile = fast.tile_address(name, kind)
                     fast.matmul(0, out, 4 * n_out, tile, address, w.shape[-1], n_out, k // 32, panel, n_x)
                 _keep.clear()
+        w = cases.weights_of(rng, name, (2, k))
+        rows, tokens = (guarded(v, at_end) for v in (np.zeros((2, k), np.float32), np.arange(2, dtype=np.int32)))
+        unpack = fast.unpack_address(name)
+        fast.embed_rows(unpack, guarded(w, at_end), w.shape[-1], k // 32, tokens, 2, rows, 4 * k)
+        _keep.clear()
 
 
 def run_attention(rng: np.random.Generator, at_end: bool) -> None:
@@ -115,7 +121,7 @@ def run_experts(rng: np.random.Generator, at_end: bool) -> None:
 if __name__ == "__main__":
     generator = np.random.default_rng(4)
     for end in (True, False):
-        run_products(generator, end)
+        run_products(generator, end, cases.ALL if "all" in sys.argv else cases.FEW)
         run_attention(generator, end)
         run_experts(generator, end)
     print("no stray access")

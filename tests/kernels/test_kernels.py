@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from m2lite.kernels import emit, fast, jit, reference
+from m2lite.kernels import dot, emit, fast, jit, reference
+from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -24,9 +26,22 @@ def test_compiled_kernels_equal_their_twins() -> None:
 
 
 @pytest.mark.slow
+def test_compiled_kernels_equal_their_twins_in_every_format() -> None:
+    assert cases.differences(cases.ALL) == []
+
+
+def test_every_format_runs() -> None:
+    assert set(dot.WEIGHTS) == set(FORMATS)
+    assert {name for name in FORMATS if dot.is_fast(name)} == {"Q4_0", "Q8_0"}
+    for name, fmt in FORMATS.items():
+        form = dot.WEIGHTS[name]
+        assert form.step % fmt.n_weights == 0 and form.step_bytes == fmt.row_bytes(form.step)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_other_vector_forms_equal_the_twins(form: str) -> None:
-    done = run_form(form, "kernels/cases.py")
+    done = run_form(form, "kernels/cases.py", *(["all"] if form == "avx2" else []))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith(f"{form}: 0 differences")
 
@@ -48,7 +63,16 @@ def test_neon_form_compiles_to_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_kernel_reads_or_writes_beyond_its_memory() -> None:
-    done = run_script("kernels/guards.py")
+    check_guards()
+
+
+@pytest.mark.slow
+def test_no_unpacker_reads_beyond_its_block() -> None:
+    check_guards("all")
+
+
+def check_guards(*arguments: str) -> None:
+    done = run_script("kernels/guards.py", *arguments)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout.strip() == "no stray access"
 
@@ -101,6 +125,20 @@ def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> Non
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     assert not jit._owned_private(open_to_all)
+
+
+def test_kernel_cache_knows_every_file_with_kernels() -> None:
+    """An edit in a file that no hash covers would leave compiled code behind that is no longer there in the source."""
+    package = Path(jit.__file__).parent.parent
+    with_kernels = {
+        path
+        for path in package.glob("**/*.py")
+        if re.search(
+            r"^from m2lite\.kernels\.(jit|simd) import [^#]*\b(kernel|intrinsic|fma)\b", path.read_text(), re.M
+        )
+    }
+    assert len(with_kernels) > 5
+    assert with_kernels <= set(jit.source_files())
 
 
 def test_exp_is_accurate() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from m2lite.errors import BadModelError
-from m2lite.storage.blocks import TYPE_NAMES
+from m2lite.storage.blocks import FORMATS, TYPE_NAMES
 from m2lite.storage.gguf_header import GGUFArray, parse_header
 from m2lite.storage.gguf_reader import open_gguf
 
@@ -274,7 +274,7 @@ def test_alignment_types(raw: RawGGUF) -> None:
         ((1,), 0, 2**32 - 1, "tensor 't' has 4294967295 dimensions"),
         ((33,), 2, None, "tensor 't' has rows of 33 weights, which are not whole Q4_0 blocks of 32"),
         ((16, 2), 8, None, "tensor 't' has rows of 16 weights, which are not whole Q8_0 blocks of 32"),
-        ((256,), 12, None, "tensor 't' is stored as Q4_K, which is not supported yet; supported are F32, F16, BF16"),
+        ((256,), 9, None, "tensor 't' is stored as Q8_1, which is not supported yet; supported are F32, F16, BF16"),
         ((256,), 43, None, r"tensor 't' has unknown type 43 at byte \d+"),
         ((256,), 2**32 - 1, None, "tensor 't' has unknown type 4294967295"),
     ],
@@ -290,7 +290,7 @@ def test_every_unsupported_type_is_named(raw: RawGGUF) -> None:
     for ggml_type, name in TYPE_NAMES.items():
         raw.tensors, raw.data = [], bytes(2000)
         raw.tensor("t", (256,), ggml_type)
-        if name in ("F32", "F16", "BF16", "Q4_0", "Q8_0"):
+        if name in FORMATS:
             assert parse_header(raw.build()).tensors["t"].format.name == name
         else:
             with refused(f"stored as {name}, which is not supported yet"):

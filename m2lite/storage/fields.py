@@ -1,0 +1,51 @@
+"""Fields of packed blocks as arrays: scales, nibbles, bits. Knows no format. The last axis is always the block's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Words = NDArray[np.uint32]
+
+
+def quiet(unpack: Callable[[Bytes], Floats]) -> Callable[[Bytes], Floats]:
+    """Without warnings: a block may hold any bytes, so a scale may be infinite or NaN."""
+
+    @wraps(unpack)
+    def wrapped(blocks: Bytes) -> Floats:
+        with np.errstate(all="ignore"):
+            return unpack(blocks)
+
+    return wrapped
+
+
+def half_at(blocks: Bytes, at: int) -> Floats:
+    """[..., 1]: the float16 in bytes `at` and `at + 1`."""
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2").astype(np.float32)
+
+
+def words_at(blocks: Bytes, at: int, n: int, n_bytes: int = 4) -> Words:
+    """[..., n]: n unsigned integers of `n_bytes` bytes, from byte `at` on."""
+    return np.ascontiguousarray(blocks[..., at : at + n * n_bytes]).view(f"<u{n_bytes}").astype(np.uint32)
+
+
+def spread(values: NDArray[np.unsignedinteger], shifts: Sequence[int], n_bits: int) -> Bytes:
+    """[..., len(shifts), n]: `n_bits` bits of every one of n values, once for each shift."""
+    moved = values[..., None, :] >> np.array(shifts, values.dtype)[:, None]
+    return (moved & values.dtype.type((1 << n_bits) - 1)).astype(np.uint8)
+
+
+def each(values: NDArray[np.unsignedinteger], shifts: Sequence[int], n_bits: int) -> Words:
+    """[..., n * len(shifts)]: as `spread`, but all the shifts of one value stand side by side."""
+    moved = values[..., None].astype(np.uint32) >> np.array(shifts, np.uint32)
+    return (moved & np.uint32((1 << n_bits) - 1)).reshape(*values.shape[:-1], -1)
+
+
+def nibbles(values: Bytes) -> Bytes:
+    """[..., 2, n]: the low halves of n bytes, then the high halves."""
+    return spread(values, (0, 4), 4)

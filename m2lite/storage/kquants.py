@@ -1,0 +1,87 @@
+"""The K formats: super-blocks of 256 weights with a scale per 16 or 32. NumPy, from bytes to numbers only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from m2lite.storage.fields import Bytes, Floats, half_at, nibbles, quiet, spread
+
+F = np.float32
+
+
+@quiet
+def unpack_q2_k(blocks: Bytes) -> Floats:
+    """84 bytes: 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin. w = (d s) q - (dmin m)."""
+    scale = half_at(blocks, 80) * (blocks[..., :16] & np.uint8(15)).astype(F)
+    low = half_at(blocks, 82) * (blocks[..., :16] >> np.uint8(4)).astype(F)
+    packed = blocks[..., 16:80].reshape(*blocks.shape[:-1], 2, 32)
+    q = spread(packed, (0, 2, 4, 6), 2).reshape(*blocks.shape[:-1], 16, 16).astype(F)
+    return (scale[..., None] * q - low[..., None]).reshape(*blocks.shape[:-1], 256)
+
+
+def six_bit_scales(packed: Bytes) -> Bytes:
+    """[..., 16] from the 12 bytes of Q3_K: low 4 bits in bytes 0-7 (low halves first), high 2 bits in bytes 8-11."""
+    lead = packed.shape[:-1]
+    low = nibbles(packed[..., :8]).reshape(*lead, 16)
+    high = spread(packed[..., 8:], (0, 2, 4, 6), 2).reshape(*lead, 16)
+    return low | (high << np.uint8(4))
+
+
+@quiet
+def unpack_q3_k(blocks: Bytes) -> Floats:
+    """110 bytes: 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d. w = d (s - 32) (q + 4 h - 4)."""
+    lead = blocks.shape[:-1]
+    low = spread(blocks[..., 32:96].reshape(*lead, 2, 32), (0, 2, 4, 6), 2).reshape(*lead, 16, 16)
+    high = spread(blocks[..., :32], range(8), 1).reshape(*lead, 16, 16)
+    q = (low | (high << np.uint8(2))).astype(np.int8) - np.int8(4)
+    scale = six_bit_scales(blocks[..., 96:108]).astype(np.int8) - np.int8(32)
+    d = half_at(blocks, 108) * scale.astype(F)
+    return (d[..., None] * q.astype(F)).reshape(*lead, 256)
+
+
+def scales_and_mins(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """[..., 8] and [..., 8] of 6 bits from the 12 bytes of Q4_K and Q5_K.
+
+    Scales 0-3 and mins 0-3 are the low 6 bits of bytes 0-3 and 4-7; those of 4-7 are the nibbles of bytes 8-11 with
+    the top 2 bits of bytes 0-3 and 4-7 above them.
+    """
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    six, top = np.uint8(63), np.uint8(0x30)
+    scales = np.concatenate([first & six, (third & np.uint8(15)) | ((first >> np.uint8(2)) & top)], axis=-1)
+    mins = np.concatenate([second & six, (third >> np.uint8(4)) | ((second >> np.uint8(2)) & top)], axis=-1)
+    return scales, mins
+
+
+def _with_minimum(blocks: Bytes, q: Bytes) -> Floats:
+    """w = (d s) q - (dmin m) for q [..., 8, 32]; d, dmin and the 12 bytes of scales begin the block."""
+    scales, mins = scales_and_mins(blocks[..., 4:16])
+    d = half_at(blocks, 0) * scales.astype(F)
+    low = half_at(blocks, 2) * mins.astype(F)
+    return (d[..., None] * q.astype(F) - low[..., None]).reshape(*blocks.shape[:-1], 256)
+
+
+@quiet
+def unpack_q4_k(blocks: Bytes) -> Floats:
+    """144 bytes: d, dmin, 12 bytes of scales and mins, 4 x 32 bytes whose nibbles are two groups of 32."""
+    lead = blocks.shape[:-1]
+    return _with_minimum(blocks, nibbles(blocks[..., 16:].reshape(*lead, 4, 32)).reshape(*lead, 8, 32))
+
+
+@quiet
+def unpack_q5_k(blocks: Bytes) -> Floats:
+    """176 bytes: as Q4_K, with 32 bytes of fifth bits (bit g belongs to group g) before the nibbles."""
+    lead = blocks.shape[:-1]
+    low = nibbles(blocks[..., 48:].reshape(*lead, 4, 32)).reshape(*lead, 8, 32)
+    return _with_minimum(blocks, low | (spread(blocks[..., 16:48], range(8), 1) << np.uint8(4)))
+
+
+@quiet
+def unpack_q6_k(blocks: Bytes) -> Floats:
+    """210 bytes: 128 x two low nibbles, 64 x four high pairs, 16 int8 scales, d. w = d s (q - 32)."""
+    lead = blocks.shape[:-1]
+    low = nibbles(blocks[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 8, 32)
+    high = spread(blocks[..., 128:192].reshape(*lead, 2, 32), (0, 2, 4, 6), 2).reshape(*lead, 8, 32)
+    q = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
+    scale = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+    d = half_at(blocks, 208) * scale.astype(F)
+    return (d[..., None] * q.reshape(*lead, 16, 16).astype(F)).reshape(*lead, 256)
