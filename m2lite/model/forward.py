@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,16 @@ from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 
+class Tap(Protocol):
+    """Sees the input of every product with a matrix, float32 and before it is packed; reads it, changes nothing."""
+
+    def dense(self, matrices: tuple[Matrix, ...], x: int, n_in: int, n: int) -> None:
+        """x [n, n_in] is about to be multiplied with each of the matrices."""
+
+    def experts(self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, n_groups: int) -> None:
+        """So is x[rows[p]] with expert active[g] of each stack, for the pairs p from starts[g] to starts[g + 1]."""
+
+
 class Buffers:
     """Scratch memory for up to `n_rows` rows per call; every shape is written behind its name."""
 
@@ -38,6 +48,7 @@ class Buffers:
         c = config
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.kernels = kernels or load_kernels()
+        self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_pairs, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
         self._arrays: dict[str, npt.NDArray[Any]] = {}
@@ -138,6 +149,19 @@ def pack_rows(b: Buffers, x: int, n_in: int, n: int, *matrices: Matrix) -> None:
     """Activation panels of x [n, n_in] in every kind that the matrices read."""
     for kind in {m.kind for m in matrices}:
         b.kernels.pack(4 * n * n_in, b.panels[kind], x, 4 * n_in, n, n_in // 32, int(kind == "int8"))
+    if b.tap is not None:
+        b.tap.dense(matrices, x, n_in, n)
+
+
+def pack_pairs(b: Buffers, x: int, n_in: int, rows: int, n_pairs: int, n_groups: int, *stacks: Matrix) -> None:
+    """Activation panels of x[rows[p]] for every (row, expert) pair p in every kind that the stacked matrices read."""
+    for kind in {m.kind for m in stacks}:
+        b.kernels.pack_groups(
+            4 * n_pairs * n_in, b.pair_panels[kind], x, 4 * n_in, rows, b.starts, n_groups, n_in // 32,
+            int(kind == "int8"),
+        )  # fmt: skip
+    if b.tap is not None:
+        b.tap.experts(stacks, x, n_in, rows, n_groups)
 
 
 def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
@@ -180,20 +204,13 @@ def experts(c: Config, layer: Layer, b: Buffers, n: int) -> bool:
     n_bad = k.route(b.router_scores, bias, n, c.n_experts, b.n_scores, n_used, b.ids, b.expert_weights)
     n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
     n_pairs = n * n_used
-    for kind in {gate.kind, up.kind}:
-        k.pack_groups(
-            4 * n_pairs * c.n_embd, b.pair_panels[kind], b.h, 4 * c.n_embd, b.pair_rows, b.starts, n_active,
-            c.n_embd // 32, int(kind == "int8"),
-        )  # fmt: skip
+    pack_pairs(b, b.h, c.n_embd, b.pair_rows, n_pairs, n_active, gate, up)
     k.experts_up(
         2 * n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
         up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes, b.pair_panels[up.kind],
         up.panel_row_bytes, b.active, b.starts, n_active, b.tiles, b.tile_bytes,
     )  # fmt: skip
-    k.pack_groups(
-        4 * n_pairs * c.n_ff, b.pair_panels[down.kind], b.expert_h, 4 * c.n_ff, b.pair_order, b.starts, n_active,
-        c.n_ff // 32, down.is_int8,
-    )  # fmt: skip
+    pack_pairs(b, b.expert_h, c.n_ff, b.pair_order, n_pairs, n_active, down)
     k.experts_down(
         n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd, down.n_blocks,
         b.pair_panels[down.kind], down.panel_row_bytes, b.active, b.starts, n_active,

@@ -1,4 +1,4 @@
-"""Measurements on a running model: how many of the prediction modules' drafts the model accepts. Prints nothing."""
+"""How many of the prediction modules' drafts the model accepts, in real draft-and-verify answers. Prints nothing."""
 
 from __future__ import annotations
 
