@@ -1,0 +1,175 @@
+"""Bytes of a checkpoint -> float32 rows, FP8 block scales applied, on all threads. Knows no tensor and no file."""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated, misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import prange
+
+from m2lite.kernels.jit import Split, kernel, n_threads, specialise
+from m2lite.kernels.simd import load_f16, load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
+from m2lite.quant.lanes import (
+    bits_of,
+    from_bits,
+    from_half_bits,
+    load_first_u8,
+    load_u8,
+    load_u16,
+    store_i32,
+    where,
+)
+
+F32 = npt.NDArray[np.float32]
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+LANES = 16
+INFINITY_BITS = 0x7F800000
+NAN_BITS = 0x7FC00000
+E4M3_NAN = 0x7F
+HALF_TO_E4M3 = np.float32(256.0)  # an f16's exponent is biased by 15, an E4M3's by 7
+
+
+@kernel
+def from_e4m3(code):
+    """The values of float8_e4m3fn, exactly: as f16 bits they are 2**8 too small; 0x7F and 0xFF are NaN."""
+    size = code & 0x7F
+    value = from_half_bits((size << 7) | ((code & 0x80) << 8)) * HALF_TO_E4M3
+    return where(size == E4M3_NAN, from_bits(size * 0 + NAN_BITS), value)
+
+
+@kernel
+def load_bf16(at):
+    """16 values of bfloat16: the upper half of a float32."""
+    return from_bits(load_u16(at) << 16)
+
+
+@kernel
+def larger_bits(a, v):
+    """The larger of a and |v| as bits: infinity and NaN are above all numbers."""
+    bits = bits_of(v) & 0x7FFFFFFF
+    return where(bits > a, bits, a)
+
+
+@kernel
+def write_flag(flag, worst):
+    """flag = 1 if no lane of `worst` is infinity or NaN."""
+    area = scratch(1)
+    store_i32(area, where(worst < INFINITY_BITS, worst * 0, worst * 0 + 1))
+    bad = np.int32(0)
+    for lane in range(LANES):
+        bad |= read_i32(area + 4 * lane)
+    write_i32(flag, np.int32(1) - bad)
+
+
+# Names that `specialise` fills in: the templates below see them as globals.
+item_bytes, load, part_of = 1, None, None
+
+
+def _part(part, n_parts, raw, n, out, flags):
+    """out[i] = raw[i] for the first n // 16 * 16 elements; flags[part] = 1 if those of the part are finite."""
+    n_vectors = n // LANES
+    worst = bits_of(splat(np.float32(0.0)))
+    for i in range(part * n_vectors // n_parts, (part + 1) * n_vectors // n_parts):
+        v = load(raw + LANES * item_bytes * i)
+        worst = larger_bits(worst, v)
+        store_f32(out + 64 * i, v)
+    write_flag(flags + 4 * part, worst)
+
+
+def _parallel(n_parts, raw, n, out, flags):
+    for part in prange(n_parts):
+        part_of(part, n_parts, raw, n, out, flags)
+
+
+def _decoder(name: str, load: Any) -> Split:
+    part = kernel(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name]))
+    return Split(part, kernel(specialise(_parallel, f"decode_{name}_parallel", part_of=part), parallel=True))
+
+
+_PLAIN = {"F32": _decoder("F32", load_f32), "F16": _decoder("F16", load_f16), "BF16": _decoder("BF16", load_bf16)}
+
+
+@kernel
+def _scaled_part(part, n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags):
+    """out[r, c] = e4m3(raw[r, c]) * scale[(first_row + r) // block_rows, c // block_columns]."""
+    worst = bits_of(splat(np.float32(0.0)))
+    rest = scratch(1)
+    for r in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+        row_scales = scale + 4 * n_scales * ((first_row + r) // block_rows)
+        for block in range(n_scales):
+            factor = read_f32(row_scales + 4 * block)
+            begin, end = block * block_columns, min(width, (block + 1) * block_columns)
+            whole = begin + (end - begin) // LANES * LANES
+            for c in range(begin, whole, LANES):
+                v = from_e4m3(load_u8(raw + r * width + c)) * factor
+                worst = larger_bits(worst, v)
+                store_f32(out + 4 * (r * width + c), v)
+            if whole < end:
+                v = from_e4m3(load_first_u8(raw + r * width + whole, end - whole)) * factor
+                worst = larger_bits(worst, v)
+                store_f32(rest, v)
+                for c in range(end - whole):
+                    write_f32(out + 4 * (r * width + whole + c), read_f32(rest + 4 * c))
+    write_flag(flags + 4 * part, worst)
+
+
+@kernel(parallel=True)
+def _scaled_parallel(n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags):
+    for part in prange(n_parts):
+        _scaled_part(
+            part, n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags
+        )
+
+
+_scaled = Split(_scaled_part, _scaled_parallel)
+
+
+def decode_rows(
+    raw: npt.NDArray[np.uint8],
+    dtype: str,
+    n_rows: int,
+    width: int,
+    scale: F32 | None = None,
+    block: tuple[int, int] = (128, 128),
+    first_row: int = 0,
+    out: F32 | None = None,
+) -> tuple[F32, bool]:
+    """float32[n_rows, width] of the rows that begin at row `first_row` of a matrix, and whether all are finite.
+
+    scale: float32[block rows, block columns] of the whole matrix, for F8_E4M3.
+    """
+    n = n_rows * width
+    assert raw.dtype == np.uint8 and raw.size == n * ITEM_BYTES[dtype] and raw.flags.c_contiguous
+    if out is None:
+        out = np.empty((n_rows, width), np.float32)
+    assert out.shape == (n_rows, width) and out.dtype == np.float32 and out.flags.c_contiguous
+    flags = np.ones(n_threads(), np.int32)
+    if dtype != "F8_E4M3":
+        _PLAIN[dtype](4 * n, raw.ctypes.data, n, out.ctypes.data, flags.ctypes.data)
+        tail_finite = _decode_tail(raw, dtype, n, out.reshape(-1))
+        return out, tail_finite and bool(flags.all())
+    scale = np.ones((1, 1), np.float32) if scale is None else np.ascontiguousarray(scale, np.float32)
+    block_rows, block_columns = block if scale.size > 1 else (max(1, first_row + n_rows), max(1, width))
+    assert scale.shape[1] == max(1, -(-width // block_columns)) and first_row + n_rows <= scale.shape[0] * block_rows
+    _scaled(
+        4 * n, raw.ctypes.data, scale.ctypes.data, scale.shape[1], block_rows, block_columns, first_row, n_rows, width,
+        out.ctypes.data, flags.ctypes.data,
+    )  # fmt: skip
+    return out, bool(flags.all())
+
+
+def _decode_tail(raw: npt.NDArray[np.uint8], dtype: str, n: int, out: F32) -> bool:
+    """The last elements that fill no vector, through one that is filled with zeros."""
+    begin = n // LANES * LANES
+    if begin == n:
+        return True
+    item = ITEM_BYTES[dtype]
+    padded = np.zeros(LANES * item, np.uint8)
+    padded[: (n - begin) * item] = raw.reshape(-1)[begin * item :]
+    values, flags = np.empty(LANES, np.float32), np.ones(1, np.int32)
+    _PLAIN[dtype].part(0, 1, padded.ctypes.data, LANES, values.ctypes.data, flags.ctypes.data)
+    out[begin:] = values[: n - begin]
+    return bool(flags[0])
