@@ -111,6 +111,9 @@ MTP_LAYOUTS = (
     ),
 )  # fmt: skip
 
+# What a prediction module has beside its layer, and the role of each.
+MTP_TENSORS = {"eh_proj": "mtp_projection", "enorm": "norm", "hnorm": "norm", "shared_head_norm": "norm"}
+
 # Buffers that some savers write and nobody reads.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -238,15 +241,15 @@ def _bind_module(
     inner = next((p for p in layout.layer if prefix + p + marker in checkpoint.tensors), layout.layer[0])
     for binding in _bind_layer(checkpoint, config, block, prefix + inner):
         yield replace(binding, mtp=True)
-    for gguf, source, shape, role in (
-        ("eh_proj", layout.eh_proj, "embd 2embd", "mtp_projection"),
-        ("enorm", layout.enorm, "embd", "norm"),
-        ("hnorm", layout.hnorm, "embd", "norm"),
-        ("shared_head_norm", layout.norm, "embd", "norm"),
+    for gguf, source, shape in (
+        ("eh_proj", layout.eh_proj, "embd 2embd"),
+        ("enorm", layout.enorm, "embd"),
+        ("hnorm", layout.hnorm, "embd"),
+        ("shared_head_norm", layout.norm, "embd"),
     ):
         if source is None:
             continue
-        entry = _entry(f"nextn.{gguf}.weight", shape, role, prefix + source)
+        entry = _entry(f"nextn.{gguf}.weight", shape, MTP_TENSORS[gguf], prefix + source)
         binding = _bind(checkpoint, config, entry, f"blk.{block}.", "")
         yield replace(binding, mtp=True, swap=layout.swap and gguf == "eh_proj")
 
@@ -284,3 +287,20 @@ ROLES: Mapping[str, str] = {
     "router": "router",
     "bias": "selection bias",
 }
+EXACT_ROLES = ("norm", "router", "bias")  # tiny, and what rounding them does is out of proportion: F32 in every file
+
+_OF_TRUNK = {entry.gguf: entry.role for entry in TRUNK}
+_OF_LAYER = {entry.gguf: entry.role for entry in LAYER} | {
+    "attn_qkv.weight": "attention",  # q, k and v in one, as some published files have them
+    **{f"nextn.{gguf}.weight": role for gguf, role in MTP_TENSORS.items()},
+}
+_BLOCK = re.compile(r"blk\.(?:0|[1-9][0-9]{0,3})\.(.+)")
+
+
+def role_of(gguf_name: str) -> str:
+    """What a tensor of a finished GGUF is for; BadModelError for one that no M2 has."""
+    block = _BLOCK.fullmatch(gguf_name)
+    role = _OF_LAYER.get(block[1]) if block else _OF_TRUNK.get(gguf_name)
+    if role is None:
+        raise BadModelError(f"Tensor {gguf_name!r} has no place in an M2.", "Only MiniMax-M2 files can be quantized.")
+    return role

@@ -1,4 +1,7 @@
-"""tokenizer.json and its neighbours -> the tokenizer.* and general.sampling.* keys of a GGUF. Touches no weights."""
+"""The tokenizer's files and their neighbours -> the tokenizer.* and general.sampling.* keys. Touches no weights.
+
+tokenizer.json (byte-level BPE, as M2 has it) counts; tokenizer.model (SentencePiece) only where there is none.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any, NamedTuple
 from m2lite.errors import BadModelError
 from m2lite.quant.checkpoint import load_json
 from m2lite.quant.header import Key, array, boolean, float32, int32, string, uint32
+from m2lite.quant.pieces import MODEL_NAME, load_pieces
+from m2lite.quant.safetensors import check_impostor
 
 # The one pre-tokenizer that `tokenizer.ggml.pre = minimax-m2` stands for (o200k), as tokenizer.json spells it.
 PATTERN = (
@@ -19,6 +24,7 @@ PATTERN = (
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 MAX_TEMPLATE_BYTES = 1 << 20
+JSON_NAME = "tokenizer.json"
 
 # role: (its key in tokenizer_config.json, the key in the GGUF, M2's own string where the configs are silent)
 SPECIAL = {
@@ -44,20 +50,41 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_keys(directory: Path, n_vocab: int) -> list[Key]:
     """Every key that the text of a model needs, in a fixed order."""
-    tokenizer = load_json(directory, "tokenizer.json")
     settings = load_json(directory, "tokenizer_config.json", optional=True)
-    vocabulary = parse_vocabulary(tokenizer, n_vocab)
-    keys = [
+    has_pieces = not (directory / JSON_NAME).exists() and (directory / MODEL_NAME).exists()
+    keys = (_piece_keys if has_pieces else _bpe_keys)(directory, settings, n_vocab)
+    template = _load_template(directory, settings)
+    return [*keys, string("tokenizer.chat_template", template)] if template else keys
+
+
+def _bpe_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> list[Key]:
+    vocabulary = parse_vocabulary(load_json(directory, JSON_NAME), n_vocab)
+    return [
         string("tokenizer.ggml.model", "gpt2"),
         string("tokenizer.ggml.pre", "minimax-m2"),
         array("tokenizer.ggml.tokens", vocabulary.tokens),
         array("tokenizer.ggml.token_type", vocabulary.types),
         array("tokenizer.ggml.merges", vocabulary.merges),
-        *_special_keys(vocabulary, settings),
+        *_special_keys(vocabulary.tokens, settings, JSON_NAME, {}),
         boolean("tokenizer.ggml.add_bos_token", False),  # the chat template writes it: never two
     ]
-    template = _load_template(directory, settings)
-    return [*keys, string("tokenizer.chat_template", template)] if template else keys
+
+
+def _piece_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> list[Key]:
+    pieces = load_pieces(directory, settings, n_vocab)
+    keys = [
+        string("tokenizer.ggml.model", "llama"),
+        string("tokenizer.ggml.pre", "default"),
+        array("tokenizer.ggml.tokens", pieces.tokens),
+        Key("tokenizer.ggml.scores", pieces.scores, "ARRAY"),
+        array("tokenizer.ggml.token_type", pieces.types),
+        *_special_keys(pieces.tokens, settings, MODEL_NAME, pieces.special),
+        boolean("tokenizer.ggml.add_space_prefix", pieces.space_prefix),
+    ]
+    for name in ("add_bos_token", "add_eos_token"):
+        if isinstance(settings.get(name), bool):
+            keys.append(boolean(f"tokenizer.ggml.{name}", settings[name]))
+    return keys
 
 
 def sampling_keys(directory: Path) -> list[Key]:
@@ -143,19 +170,24 @@ def _check_pre_tokenizer(pre_tokenizer: Any) -> None:
         raise _bad(f"its pre-tokenizer splits by {patterns!r}, not by M2's pattern")
 
 
-def _special_keys(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> list[Key]:
-    ids = {text: token_id for token_id, text in enumerate(vocabulary.tokens)}
+def _special_keys(
+    tokens: list[str], settings: Mapping[str, Any], source: str, defaults: Mapping[str, int]
+) -> list[Key]:
+    """What tokenizer_config.json names, or M2's own strings, or what the tokenizer itself says."""
+    ids = {text: token_id for token_id, text in enumerate(tokens)}
     keys = []
-    for source, target, own in SPECIAL.values():
-        named = settings.get(source)
+    for role, (setting, target, own) in SPECIAL.items():
+        named = settings.get(setting)
         text = named.get("content") if isinstance(named, dict) else named
+        if text is not None and not isinstance(text, str):
+            raise _bad_setting(setting, f"{text!r}, not a token")
         if text is not None and text not in ids:
             raise BadModelError(
-                f"tokenizer_config.json: {source} {text!r} is not in tokenizer.json.", "Use a matching pair."
+                f"tokenizer_config.json: {setting} {text!r} is not in {source}.", "Use a matching pair."
             )
-        text = own if text is None else text
-        if text in ids:
-            keys.append(uint32(target, ids[text]))
+        token_id = ids.get(own if text is None else text, defaults.get(role))
+        if token_id is not None:
+            keys.append(uint32(target, token_id))
     return keys
 
 
@@ -167,11 +199,21 @@ def _load_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
             raise BadModelError(
                 f"{path.name} has {len(data)} bytes, at most {MAX_TEMPLATE_BYTES} are allowed.", "Check it."
             )
+        check_impostor(path, data)
         try:
             return data.decode()
         except UnicodeDecodeError as error:
             raise BadModelError(f"{path.name} is not UTF-8: {error}.", "Check that it is the template.") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones: the default is the one that everybody uses
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+        found = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        if not isinstance(found.get("default"), str):
+            raise _bad_setting("chat_template", f"a list without a template named default, of {list(found)}")
+        template = found["default"]
+    if template is not None and not isinstance(template, str):
+        raise _bad_setting("chat_template", f"{template!r}, not a text")
+    return template
+
+
+def _bad_setting(key: str, found: str) -> BadModelError:
+    return BadModelError(f"tokenizer_config.json: {key} is {found}.", "Check that file.")

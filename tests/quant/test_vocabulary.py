@@ -112,6 +112,30 @@ def test_what_is_not_m2s_tokenizer_is_refused(change: Callable[[dict[str, Any]],
     assert str(caught.value).startswith("tokenizer.json: ") and words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"chat_template": [{"name": "tool_use", "template": "x"}]}, "a list without a template named default"),
+        ({"chat_template": [1, {"name": "default", "template": 5}]}, "a list without a template named default"),
+        ({"chat_template": 7}, "chat_template is 7, not a text"),
+        ({"eos_token": ["x"]}, "eos_token is ['x'], not a token"),
+        ({"bos_token": {"content": 7}}, "bos_token is 7, not a token"),
+    ],
+)
+def test_settings_of_another_form_are_refused(texts: Path, settings: dict[str, Any], words: str) -> None:
+    (texts / "chat_template.jinja").unlink()
+    (texts / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadModelError) as caught:
+        keys(texts)
+    assert str(caught.value).startswith("tokenizer_config.json: ") and words in str(caught.value)
+
+
+def test_a_template_that_was_not_downloaded_is_refused(texts: Path) -> None:
+    (texts / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(BadModelError, match=r"chat_template.jinja is a Git LFS pointer"):
+        keys(texts)
+
+
 def test_files_that_do_not_fit_together_are_refused(texts: Path) -> None:
     (texts / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     with pytest.raises(BadModelError, match=r"eos_token '</s>' is not in tokenizer\.json"):
