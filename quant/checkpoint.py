@@ -7,19 +7,23 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, UsageError
-from m2lite.quant.safetensors import Shard, SourceTensor
+from m2lite.quant.decode import decode_rows
+from m2lite.quant.journal import SourceFile
+from m2lite.quant.safetensors import Shard, SourceTensor, check_impostor
+from m2lite.storage.hub import find_snapshot
 
 F32 = npt.NDArray[np.float32]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+BESIDE = ("*.json", "*.jinja", "tokenizer.model")
 MAX_JSON_BYTES = 256 * 2**20
 SCALE_SUFFIX = "_scale_inv"
 
@@ -36,17 +40,25 @@ def _e4m3_table() -> F32:
 E4M3 = _e4m3_table()
 
 
-def _from_bf16(raw: npt.NDArray[np.uint8]) -> F32:
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # those of quant/decode.py; only the last needs a second tensor, its scales
 
 
-# dtype -> decoder of its bytes. Only F8_E4M3 needs a second tensor, its block scales.
-DECODERS: Mapping[str, Callable[[npt.NDArray[np.uint8]], F32]] = {
+# How block scales may be stored, and their values.
+SCALE_DTYPES: Mapping[str, Callable[[npt.NDArray[np.uint8]], F32]] = {
     "F32": lambda raw: raw.view("<f4").astype(np.float32, copy=False),
     "F16": lambda raw: raw.view("<f2").astype(np.float32),
-    "BF16": _from_bf16,
-    "F8_E4M3": lambda raw: E4M3[raw],
+    "BF16": lambda raw: (raw.view("<u2").astype(np.uint32) << 16).view(np.float32),
 }
+
+
+class Rows(NamedTuple):
+    """Rows of one matrix of a tensor, as they are in the file, and the block scales of that matrix."""
+
+    name: str
+    first_row: int
+    n_rows: int
+    raw: npt.NDArray[np.uint8]
+    scale: F32 | None
 
 
 class Checkpoint:
@@ -71,34 +83,57 @@ class Checkpoint:
 
     def read(self, name: str, matrix: int = 0, first_row: int = 0, n_rows: int | None = None) -> F32:
         """Rows of one matrix of a tensor seen as [matrices, rows, columns], in float32 with FP8 scales applied."""
+        count = matrices(self.tensors[name].shape)[1] - first_row if n_rows is None else n_rows
+        return self.decode(self.fetch(name, matrix, first_row, count))
+
+    def fetch(self, name: str, matrix: int, first_row: int, n_rows: int) -> Rows:
+        """The part of `read` that waits for the disk; the page cache is not left full of it."""
         tensor = self.tensors[name]
-        n_matrices, height, width = matrices(tensor.shape)
-        n_rows = height - first_row if n_rows is None else n_rows
-        assert 0 <= matrix < n_matrices and 0 <= first_row <= first_row + n_rows <= height
-        if tensor.dtype not in DECODERS:
+        if tensor.dtype not in DTYPES:
             raise BadModelError(
-                f"Tensor {name!r} has dtype {tensor.dtype}; {', '.join(DECODERS)} can be converted.",
+                f"Tensor {name!r} has dtype {tensor.dtype}; {', '.join(DTYPES)} can be converted.",
                 "Use a checkpoint in one of those.",
             )
-        row_bytes = tensor.n_bytes // max(1, n_matrices * height)
-        raw = self._home[name].read(tensor.offset + (matrix * height + first_row) * row_bytes, n_rows * row_bytes)
-        values = DECODERS[tensor.dtype](raw).reshape(n_rows, width)
-        if tensor.dtype == "F8_E4M3":
-            self._apply_scale(name, values, matrix, first_row)
-        if not np.isfinite(values).all():
+        shard, offset, n_bytes = self._range(name, matrix, first_row, n_rows)
+        raw = shard.read(offset, n_bytes)
+        shard.advise(offset, n_bytes, "DONTNEED")
+        scale = self._scale(name)[matrix] if tensor.dtype == "F8_E4M3" else None
+        return Rows(name, first_row, n_rows, raw, scale)
+
+    def announce(self, name: str, matrix: int, first_row: int, n_rows: int) -> None:
+        """These rows will be fetched soon."""
+        shard, offset, n_bytes = self._range(name, matrix, first_row, n_rows)
+        shard.advise(offset, n_bytes, "WILLNEED")
+        scale_name = name + SCALE_SUFFIX
+        if first_row == 0 and scale_name in self.tensors:
+            scale = self.tensors[scale_name]
+            self._home[scale_name].advise(scale.offset, scale.n_bytes, "WILLNEED")
+
+    def decode(self, rows: Rows) -> F32:
+        """float32[rows, columns]: W[r, c] = fp8[r, c] * scale[r // 128, c // 128], edges ragged.
+
+        Despite the name "inv" the scale is multiplied. A kernel: only on the thread that calls kernels.
+        """
+        tensor = self.tensors[rows.name]
+        width = matrices(tensor.shape)[2]
+        values, is_finite = decode_rows(
+            rows.raw, tensor.dtype, rows.n_rows, width, rows.scale, self._block, rows.first_row
+        )
+        if not is_finite:
             raise BadModelError(
-                f"Tensor {name!r} holds NaN or infinity within rows {first_row} to {first_row + n_rows - 1}.",
+                f"Tensor {rows.name!r} holds NaN or infinity within rows {rows.first_row} to "
+                f"{rows.first_row + rows.n_rows - 1}.",
                 "The checkpoint is damaged: download that shard again.",
             )
         return values
 
-    def _apply_scale(self, name: str, values: F32, matrix: int, first_row: int) -> None:
-        """W[r, c] = fp8[r, c] * scale[r // 128, c // 128], edges ragged; despite the name "inv" it is multiplied."""
-        block_rows, block_cols = self._block
-        scale = self._scale(name)[matrix]
-        rows = scale[(first_row + np.arange(values.shape[0])) // block_rows]
-        for column in range(scale.shape[1]):
-            values[:, column * block_cols : (column + 1) * block_cols] *= rows[:, column, None]
+    def _range(self, name: str, matrix: int, first_row: int, n_rows: int) -> tuple[Shard, int, int]:
+        """Where these rows lie: shard, offset, bytes."""
+        tensor = self.tensors[name]
+        n_matrices, height, _ = matrices(tensor.shape)
+        assert 0 <= matrix < n_matrices and 0 <= first_row <= first_row + n_rows <= height
+        row_bytes = tensor.n_bytes // max(1, n_matrices * height)
+        return self._home[name], tensor.offset + (matrix * height + first_row) * row_bytes, n_rows * row_bytes
 
     def _scale(self, name: str) -> F32:
         """The block scales of an FP8 tensor, [matrices, block rows, block columns], checked once."""
@@ -115,15 +150,33 @@ class Checkpoint:
                     "Check weight_block_size in config.json.",
                 )
             self._scales.clear()  # tensors are read one after another: the last one's scales are enough
-            self._scales[name] = np.stack([self.read(scale_name, matrix) for matrix in range(n_matrices)])
+            self._scales[name] = np.stack([self._read_scale(scale_name, matrix) for matrix in range(n_matrices)])
         return self._scales[name]
+
+    def _read_scale(self, name: str, matrix: int) -> F32:
+        """A small matrix in plain NumPy: this is called beside the thread of the kernels."""
+        tensor = self.tensors[name]
+        _, height, width = matrices(tensor.shape)
+        shard, offset, n_bytes = self._range(name, matrix, 0, height)
+        if tensor.dtype not in SCALE_DTYPES:
+            raise BadModelError(f"Tensor {name!r} has dtype {tensor.dtype}.", f"Known are {', '.join(SCALE_DTYPES)}.")
+        scale = SCALE_DTYPES[tensor.dtype](shard.read(offset, n_bytes)).reshape(height, width)
+        if not np.isfinite(scale).all():
+            raise BadModelError(f"Tensor {name!r} holds NaN or infinity.", "Download that shard again.")
+        return scale
 
     def check_unchanged(self) -> None:
         for shard in self._shards:
             shard.check_unchanged()
 
+    def identify(self) -> list[SourceFile]:
+        """The shards, for the journal of a job."""
+        return [shard.identify() for shard in self._shards]
+
     def paths(self) -> list[Path]:
-        return [shard.path for shard in self._shards]
+        """Shards first, then the other files of the directory that may be read."""
+        beside = (path for pattern in BESIDE for path in sorted(self.path.glob(pattern)))
+        return [*(shard.path for shard in self._shards), *beside]
 
     def close(self) -> None:
         for shard in self._shards:
@@ -146,7 +199,7 @@ def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory with config.json and model.safetensors, or shards and their index."""
-    directory = Path(path)
+    directory = find_snapshot(path)
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory.", "Give the directory of a Hugging Face checkpoint.")
     config = load_json(directory, "config.json")
@@ -172,6 +225,7 @@ def load_json(directory: Path, name: str, *, optional: bool = False) -> dict[str
             text = file.read(MAX_JSON_BYTES + 1)
         if len(text) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        check_impostor(path, text)
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("not an object")

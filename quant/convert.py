@@ -1,60 +1,48 @@
-"""The job `convert`: plan, write tensor after tensor, publish. One pass over the checkpoint, a few MB of memory."""
+"""The job `convert`: a Hugging Face checkpoint as GGUF. Planned here, carried out by job.py."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.errors import M2liteError, ResourceError, UsageError
-from m2lite.quant.checkpoint import Checkpoint, open_checkpoint
+from m2lite.quant import options as options_module
+from m2lite.quant.checkpoint import Checkpoint, Rows, open_checkpoint
 from m2lite.quant.config import SourceConfig, parse_config
-from m2lite.quant.encode import encode_rows
-from m2lite.quant.header import Header, Key, boolean, build_header, float32, string, uint32
+from m2lite.quant.header import Key, Slot, boolean, float32, string, uint32
+from m2lite.quant.imatrix import Importance
+from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
 from m2lite.quant.names import Binding, Mtp, bind_tensors
-from m2lite.quant.recipes import Recipe, choose_format, find_recipe
+from m2lite.quant.options import (
+    Conversion,
+    JobPlan,
+    Options,
+    Overrides,
+    check_output,
+    choose_all,
+    describe,
+    encode_slot,
+    importance_keys,
+    load_importance,
+)
+from m2lite.quant.recipes import Recipe, find_recipe
+from m2lite.quant.split import Planned, plan_files
+from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
-from m2lite.storage import durable
-from m2lite.storage.durable import free_bytes
 from m2lite.storage.identity import hash_trunk, trunk_sizes
 
+__all__ = ["ARCHITECTURE", "BoundTensor", "Conversion", "architecture_keys", "convert", "general_keys", "plan_convert"]
+
 ARCHITECTURE = "minimax-m2"
-CHUNK_WEIGHTS = 1 << 18  # weights at a time: 1 MB of float32, so that the encoders work within the cache
 GATING_SIGMOID = 2
-MAGIC = b"GGUF"
 MTP_CONCAT = "embedding,hidden"
-
-
-class Progress(Protocol):
-    """Called after every chunk: the tensor being written, bytes written so far and in all (both files together)."""
-
-    def __call__(self, tensor: str, done_bytes: int, total_bytes: int, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was written."""
-
-    path: Path
-    size_bytes: int
-    n_tensors: int
-    mtp_path: Path | None
-    mtp_size_bytes: int
-    n_mtp_modules: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One output file: its header with every offset, and the source of every tensor."""
-
-    path: Path
-    header: Header
-    bindings: tuple[Binding, ...]
+SPLIT_END = re.compile(r"-[0-9]{5}-of-[0-9]{5}(?=\.gguf$)")
 
 
 def convert(
@@ -63,71 +51,105 @@ def convert(
     type_name: str,
     *,
     mtp: bool = True,
-    overwrite: bool = False,
     name: str | None = None,
     alignment: int | None = None,
+    overrides: Overrides = (),
+    target_bytes: int | None = None,
+    imatrix: str | Path | None = None,
+    split_max_bytes: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a Hugging Face checkpoint to a GGUF; prediction modules go to mtp-<out name> beside it.
 
-    The same checkpoint, type, name and alignment give the same bytes. `out_path` appears last, and only complete.
-    `mtp=False` leaves prediction modules out.
+    The same checkpoint and options give the same bytes. The output's name appears last, and only when all is complete.
+    A run that was interrupted is taken up where it stopped, or with `restart` begun anew. `mtp=False` leaves prediction
+    modules out, `verify=False` does not read back what was written, `dry_run` writes nothing.
     """
-    recipe = find_recipe(type_name)
+    with plan_convert(
+        hf_dir, out_path, type_name, mtp=mtp, name=name, alignment=alignment, overrides=overrides,
+        target_bytes=target_bytes, imatrix=imatrix, split_max_bytes=split_max_bytes,
+    ) as plan:  # fmt: skip
+        if dry_run:
+            return plan.result
+        resumed = run_job(
+            plan.job, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress
+        )
+    return replace(plan.result, resumed_bytes=resumed)
+
+
+@contextmanager
+def plan_convert(
+    hf_dir: str | Path,
+    out_path: str | Path,
+    type_name: str,
+    *,
+    mtp: bool = True,
+    name: str | None = None,
+    alignment: int | None = None,
+    overrides: Overrides = (),
+    target_bytes: int | None = None,
+    imatrix: str | Path | None = None,
+    split_max_bytes: int | None = None,
+) -> Iterator[JobPlan]:
+    """What `convert` would do. Nothing is written; the checkpoint is open within the `with` block."""
+    recipe = find_recipe(type_name)  # what can be refused without reading is refused first
     out = Path(out_path)
-    _check_output(out)
+    check_output(out)
+    options = Options(
+        recipe=recipe, mtp=mtp, name=name, alignment=alignment, overrides=tuple(overrides), target_bytes=target_bytes,
+        split_max_bytes=split_max_bytes, imatrix=Path(imatrix) if imatrix else None,
+        importance=load_importance(imatrix),
+    )  # fmt: skip
     with open_checkpoint(hf_dir) as checkpoint:
-        config = parse_config(checkpoint.config)
-        bindings = bind_tensors(checkpoint, config)
-        modules = bindings.mtp if mtp else None
-        main = _plan_main(out, checkpoint, config, recipe, bindings.trunk, name, alignment)
-        plans = [main]
-        if modules is not None:
-            identity = _identify(checkpoint, config, bindings.trunk)
-            # The sidecar goes first: when the model's name appears, everything is there.
-            plans.insert(0, _plan_sidecar(sidecar_path(out), config, recipe, modules, identity, name, alignment))
-        _check_targets(checkpoint, [plan.path for plan in plans], overwrite)
-        _check_disk(plans)
-        _write_all(checkpoint, plans, progress)
-    sidecar = plans[0] if modules is not None else None
-    return Conversion(
-        out,
-        main.header.size_bytes,
-        len(main.bindings),
-        sidecar.path if sidecar else None,
-        sidecar.header.size_bytes if sidecar else 0,
-        modules.n_modules if modules else 0,
-    )
+        yield _plan(checkpoint, out, options)
+
+
+def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
+    config = parse_config(checkpoint.config)
+    bindings = bind_tensors(checkpoint, config)
+    modules = bindings.mtp if options.mtp else None
+    bound = (*bindings.trunk, *(modules.bindings if modules else ()))
+    keys = _main_keys(checkpoint, config, options)
+    choices, alignment = choose_all(options, bound, ARCHITECTURE, keys)
+
+    def place(found: tuple[Binding, ...]) -> list[Planned]:
+        sources = (BoundTensor(checkpoint, binding, options.importance) for binding in found)
+        return [Planned(b.name, b.shape, choices[b.name].block_format, s) for b, s in zip(found, sources, strict=True)]
+
+    model = plan_files(out, ARCHITECTURE, keys, place(bindings.trunk), alignment, options.split_max_bytes)
+    sidecar: tuple[Output, ...] = ()
+    if modules is not None:
+        identity = _identify(checkpoint, config, bindings.trunk)
+        keys = _sidecar_keys(config, options, modules, identity)
+        sidecar = plan_files(sidecar_path(out), ARCHITECTURE, keys, place(modules.bindings), options.alignment)
+    job = Job((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
+    return JobPlan(job, options, bound, choices, describe(model, sidecar, modules.n_modules if modules else 0))
 
 
 def sidecar_path(model: Path) -> Path:
-    """Where the prediction modules of a model file lie."""
-    return model.with_name(f"mtp-{model.name}")
+    """Where the prediction modules of a model file lie; of a split, beside the name without numbers."""
+    return model.with_name(f"mtp-{SPLIT_END.sub('', model.name)}")
 
 
-def _plan_main(
-    path: Path,
-    checkpoint: Checkpoint,
-    config: SourceConfig,
-    recipe: Recipe,
-    bindings: tuple[Binding, ...],
-    name: str | None,
-    alignment: int | None,
-) -> _Plan:
-    keys = [
-        *general_keys(recipe, name or _model_name(checkpoint)),
+def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options) -> list[Key]:
+    return [
+        *general_keys(options.recipe, options.name or _model_name(checkpoint)),
+        *importance_keys(options),
         *sampling_keys(checkpoint.path),
         *architecture_keys(config, config.n_layers),
         *vocabulary_keys(checkpoint.path, config.n_vocab),
     ]
-    return _Plan(path, _build_header(recipe, keys, bindings, alignment), bindings)
 
 
-def _plan_sidecar(
-    path: Path, config: SourceConfig, recipe: Recipe, mtp: Mtp, identity: str, name: str | None, alignment: int | None
-) -> _Plan:
-    keys = [
-        *general_keys(recipe, f"{name or 'MiniMax-M2'} MTP"),
+def _sidecar_keys(config: SourceConfig, options: Options, mtp: Mtp, identity: str) -> list[Key]:
+    return [
+        *general_keys(options.recipe, f"{options.name or 'MiniMax-M2'} MTP"),
+        *importance_keys(options),
         *architecture_keys(config, config.n_layers + mtp.n_modules),
         uint32(f"{ARCHITECTURE}.vocab_size", config.n_vocab),
         uint32(f"{ARCHITECTURE}.nextn_predict_layers", mtp.n_modules),
@@ -137,12 +159,6 @@ def _plan_sidecar(
         boolean("m2lite.mtp.shared_norm", mtp.shared_norm),
         string("m2lite.mtp.trunk", identity),
     ]
-    return _Plan(path, _build_header(recipe, keys, mtp.bindings, alignment), mtp.bindings)
-
-
-def _build_header(recipe: Recipe, keys: list[Key], bindings: tuple[Binding, ...], alignment: int | None) -> Header:
-    tensors = [(binding.name, binding.shape, choose_format(recipe, binding)) for binding in bindings]
-    return build_header(ARCHITECTURE, keys, tensors, alignment)
 
 
 def _model_name(checkpoint: Checkpoint) -> str:
@@ -199,85 +215,40 @@ def _identify(checkpoint: Checkpoint, config: SourceConfig, bindings: tuple[Bind
     return hash_trunk(trunk_sizes(ARCHITECTURE, metadata), config.n_layers, read_row)
 
 
-def _check_output(out: Path) -> None:
-    if out.suffix != ".gguf":
-        raise UsageError(f"The output {out.name!r} does not end in .gguf.", "Name it so: programs go by that.")
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a directory" if out.is_dir() else f"has no directory {out.parent} to lie in"
-        raise UsageError(f"The output {out} {what}.", "Give the path of a file.")
+@dataclass(frozen=True)
+class BoundTensor:
+    """One tensor of the output, made of rows of the checkpoint."""
 
+    checkpoint: Checkpoint
+    binding: Binding
+    importance: Importance | None
 
-def _check_targets(checkpoint: Checkpoint, targets: Sequence[Path], overwrite: bool) -> None:
-    """No output is an input under another name (link, hard link), and none is overwritten without being asked."""
-    sources = [path for path in [*checkpoint.paths(), *checkpoint.path.glob("*.json")] if path.exists()]
-    for target in targets:
-        if not target.exists():
-            continue
-        if any(target.samefile(source) for source in sources):
-            raise UsageError(f"The output {target} is a file of the checkpoint itself.", "Choose another name.")
-        if target.is_dir() or not overwrite:
-            raise UsageError(f"The output {target} exists already.", "Choose another name, or allow to overwrite it.")
+    def chunks(self, slot: Slot) -> Iterator[Chunk]:
+        """Pieces are whole matrices, so no chunk reaches into two experts."""
+        row_bytes = slot.block_format.row_bytes(slot.shape[-1])
+        step = max(1, options_module.CHUNK_WEIGHTS // slot.shape[-1])
+        offset = 0
+        if not self.binding.pieces:
+            yield Chunk(0, slot.n_bytes, lambda: None, lambda: None, lambda nothing: self._zeros(slot))
+        for matrix, piece in enumerate(self.binding.pieces):
+            for first in range(0, piece.n_rows, step):
+                rows = (piece.source, piece.matrix, piece.first_row + first, min(step, piece.n_rows - first))
+                n_bytes = rows[-1] * row_bytes
+                yield Chunk(
+                    offset,
+                    n_bytes,
+                    partial(self.checkpoint.announce, *rows),
+                    partial(self.checkpoint.fetch, *rows),
+                    partial(self._encode, slot, matrix),
+                )
+                offset += n_bytes
+        assert offset == slot.n_bytes or not self.binding.pieces
 
+    def _encode(self, slot: Slot, matrix: int, fetched: Rows) -> Bytes:
+        rows = self.checkpoint.decode(fetched)
+        if self.binding.swap:
+            rows = np.roll(rows, rows.shape[1] // 2, axis=1)
+        return encode_slot(slot, rows, self.importance, matrix)
 
-def _check_disk(plans: Sequence[_Plan]) -> None:
-    needed = sum(plan.header.size_bytes for plan in plans)
-    directory = plans[0].path.parent
-    free = free_bytes(directory)
-    if free < needed:
-        raise ResourceError(
-            f"The output takes {needed:,} bytes, {directory} has {free:,} free.", "Make room, or choose another disk."
-        )
-
-
-def _write_all(checkpoint: Checkpoint, plans: Sequence[_Plan], progress: Progress | None) -> None:
-    """Bodies by offset, headers without magic, and only when all of that is written the magic and the names."""
-    total = sum(slot.n_bytes for plan in plans for slot in plan.header.slots)
-    done = 0
-
-    def report(tensor: str, n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(tensor, done, total)
-
-    parts: list[durable.PartFile] = []
-    try:
-        for plan in plans:
-            parts.append(durable.PartFile(plan.path, plan.header.size_bytes, replaces=plan.path.exists()))
-        for plan, part in zip(plans, parts, strict=True):
-            _write_bodies(checkpoint, plan, part, report)
-            part.write(len(MAGIC), plan.header.data[len(MAGIC) :])
-        checkpoint.check_unchanged()
-        for part in parts:
-            part.finish(MAGIC)
-    except BaseException:
-        for part in parts:
-            with contextlib.suppress(M2liteError):  # the first error is the one to tell
-                part.discard()
-        raise
-
-
-def _write_bodies(
-    checkpoint: Checkpoint, plan: _Plan, part: durable.PartFile, report: Callable[[str, int], None]
-) -> None:
-    for slot, binding in zip(plan.header.slots, plan.bindings, strict=True):
-        offset = slot.offset
-        for rows in _read_rows(checkpoint, binding):
-            data = encode_rows(slot.block_format, rows, slot.name)
-            part.write(offset, data.reshape(-1).data)
-            offset += data.nbytes
-            report(slot.name, data.nbytes)
-        assert offset == slot.offset + slot.n_bytes
-
-
-def _read_rows(checkpoint: Checkpoint, binding: Binding) -> Iterator[npt.NDArray[np.float32]]:
-    """The rows of a tensor in order, some at a time."""
-    width = binding.shape[-1]
-    if not binding.pieces:
-        yield np.zeros((1, width), np.float32)
-    step = max(1, CHUNK_WEIGHTS // width)
-    for piece in binding.pieces:
-        for first in range(0, piece.n_rows, step):
-            count = min(step, piece.n_rows - first)
-            rows = checkpoint.read(piece.source, piece.matrix, piece.first_row + first, count)
-            yield np.roll(rows, width // 2, axis=1) if binding.swap else rows
+    def _zeros(self, slot: Slot) -> Bytes:
+        return encode_slot(slot, np.zeros((1, slot.shape[-1]), np.float32), None, 0)

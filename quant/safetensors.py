@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
+from m2lite.quant.journal import SourceChanged, SourceFile
+from m2lite.storage.durable import advise
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSOR_DIMS = 8
@@ -30,6 +33,13 @@ IMPOSTORS = (
     (re.compile(rb"\s*version https://git-lfs", re.I), "a Git LFS pointer", "Run `git lfs pull` in that directory."),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.I), "a web page", "Download the file again; a login may be needed."),
 )
+
+
+def check_impostor(path: Path, start: bytes, more: str = "") -> None:
+    """Says so where a file begins like what a failed download leaves."""
+    for pattern, what, todo in IMPOSTORS:
+        if pattern.match(start):
+            raise BadModelError(f"{path.name} is {what}{more}.", todo)
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Shard:
         self._fd = _open_regular(path)
         try:
             self._stat = os.fstat(self._fd)
-            self.tensors = _parse_header(path, self._fd, self._stat.st_size)
+            self.tensors, self._sha = _parse_header(path, self._fd, self._stat.st_size)
         except BaseException:
             os.close(self._fd)
             raise
@@ -62,7 +72,11 @@ class Shard:
         view = buffer.data
         done = 0
         while done < n_bytes:
-            got = os.preadv(self._fd, [view[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                what = f"{self.path.name} cannot be read at byte {offset + done}: {error.strerror}."
+                raise BadModelError(what, "Check the disk, and the file with it.") from error
             if got == 0:
                 raise BadModelError(
                     f"{self.path.name} ends at byte {offset + done}, {n_bytes - done} bytes early.",
@@ -71,10 +85,17 @@ class Shard:
             done += got
         return buffer
 
+    def advise(self, offset: int, n_bytes: int, what: str) -> None:
+        """What comes or is done with, for the page cache: see `durable.advise`."""
+        advise(self._fd, offset, n_bytes, what)
+
+    def identify(self) -> SourceFile:
+        return SourceFile(self.path.name, self._stat.st_size, self._stat.st_mtime_ns, self._sha)
+
     def check_unchanged(self) -> None:
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise BadModelError(f"{self.path.name} changed while it was read.", "Convert again when nobody writes it.")
+            raise SourceChanged(f"{self.path.name} changed while it was read.", "Convert again when nobody writes it.")
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -94,12 +115,13 @@ def _open_regular(path: Path) -> int:
         raise BadModelError(f"{path} cannot be opened: {error.strerror}.", "Check its permissions.") from None
 
 
-def _parse_header(path: Path, fd: int, size: int) -> dict[str, SourceTensor]:
-    """The tensor table; strict as the safetensors library is: no hole, no overlap, nothing behind the end."""
+def _parse_header(path: Path, fd: int, size: int) -> tuple[dict[str, SourceTensor], str]:
+    """The tensor table and the header's sha256.
+
+    Strict as the safetensors library is: no hole, no overlap, nothing behind the end.
+    """
     start = os.pread(fd, 512, 0)
-    for pattern, what, todo in IMPOSTORS:
-        if pattern.match(start):
-            raise BadModelError(f"{path.name} is {what}, not weights ({size} bytes).", todo)
+    check_impostor(path, start, f", not weights ({size} bytes)")
     header_bytes = int.from_bytes(start[:8], "little")
     if size < 10 or header_bytes > MAX_HEADER_BYTES or start[8:9] != b"{":
         raise BadModelError(f"{path.name} is not a safetensors file ({size} bytes).", "Download it again.")
@@ -108,14 +130,15 @@ def _parse_header(path: Path, fd: int, size: int) -> dict[str, SourceTensor]:
         raise BadModelError(
             f"{path.name} is {data_start - size} bytes short within its header.", "The download may be incomplete."
         )
+    text = os.pread(fd, header_bytes, 8)
     try:
-        header = json.loads(os.pread(fd, header_bytes, 8), object_pairs_hook=_refuse_duplicates)
+        header = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise BadModelError(f"The header of {path.name} is damaged: {error}.", "Download it again.") from None
     header.pop("__metadata__", None)
     tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
     _check_ranges(path, list(tensors.values()), data_start, size)
-    return tensors
+    return tensors, hashlib.sha256(text).hexdigest()
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

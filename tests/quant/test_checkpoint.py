@@ -114,7 +114,9 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 def test_shards_are_one_table(sharded: Path) -> None:
     with open_checkpoint(sharded) as checkpoint:
         assert sorted(checkpoint.tensors) == ["a", "b", "c", "d"]
-        assert [path.name for path in checkpoint.paths()] == [FIRST, SECOND]
+        found = [path.name for path in checkpoint.paths()]
+        assert found[:2] == [FIRST, SECOND] and "config.json" in found and INDEX_NAME in found
+        assert [file.name for file in checkpoint.identify()] == [FIRST, SECOND]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -155,4 +156,16 @@ def test_a_file_that_shrinks_or_changes_is_noticed(good: Path) -> None:
         shard.read(shard.tensors["b"].offset, shard.tensors["b"].n_bytes)
     with pytest.raises(BadModelError, match="changed while it was read"):
         shard.check_unchanged()
+    shard.close()
+
+
+def test_an_error_of_the_disk_names_file_and_byte(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    shard = Shard(good)
+    offset = shard.tensors["b"].offset
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(BadModelError, match=rf"model\.safetensors cannot be read at byte {offset}: Input/output error"):
+        shard.read(offset, 4)
     shard.close()

@@ -12,7 +12,7 @@ import pytest
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 from m2lite.storage import durable
-from m2lite.storage.durable import PartFile, append_line, atomic_write
+from m2lite.storage.durable import LineLog, PartFile, append_line, atomic_write
 
 OLD, NEW = b"old" * 50, b"new!" * 100
 
@@ -222,7 +222,7 @@ def test_part_file_starts_anew_and_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "a"
     (tmp_path / "a.part").write_bytes(b"stale" * 100)
     with PartFile(path, 8) as file:
-        with pytest.raises(UsageError, match="another process is writing this file"):
+        with pytest.raises(UsageError, match=rf"a\.part: in use by pid {os.getpid()}\. Wait"):
             PartFile(path, 8)
         assert file.part_path.read_bytes() == bytes(8)
         file.discard()
@@ -245,13 +245,82 @@ def test_part_file_that_is_finished_between_open_and_lock(tmp_path: Path, monkey
     assert path.read_bytes() == b"done"
 
 
-def test_space_is_reserved_even_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "unsupported")
+def test_line_log_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    batches = [["one"], ["two", "x" * 200], ["four"]]
+    lines = [line.encode() for batch in batches for line in batch]
 
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    with PartFile(tmp_path / "a", 100) as file:
-        assert file.part_path.stat().st_size == 100
-    monkeypatch.delattr(os, "posix_fallocate")
+    def job() -> None:
+        path.unlink(missing_ok=True)
+        log = LineLog(path)
+        try:
+            for batch in batches:
+                log.append(batch)
+        finally:
+            log.close()
+
+    def check(succeeded: bool, died: bool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "fsops", durable.FileOps())
+            log = LineLog(path)  # whole lines, and what is appended stands on a line of its own
+            assert log.lines == lines[: len(log.lines)] and (len(log.lines) == 4 or not succeeded)
+            log.append(["next"])
+            log.close()
+            assert path.read_bytes().splitlines() == [*log.lines[:-1], b"next"]
+
+    until_it_succeeds(monkeypatch, job, check, n_at_least=8)
+
+
+def test_line_log_details(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntwo\nto")
+    log = LineLog(path)
+    assert log.lines == [b"one", b"two"] and path.read_bytes().endswith(b"to")
+    with pytest.raises(UsageError, match=rf"log: in use by pid {os.getpid()}\. Wait until it is done"):
+        LineLog(path)
+    log.append(["three"])
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
+    log.clear()
+    assert path.read_bytes() == b"" and log.lines == []
+    log.append(["größe"])
+    log.remove()
+    log.close()
+    assert not path.exists()
+    with pytest.raises(ValueError, match="closed"):
+        log.append(["x"])
+    with pytest.raises(M2liteError, match="cannot be written: No such file or directory"):
+        LineLog(tmp_path / "none" / "log")
+
+
+def test_a_part_is_resumed_only_when_told_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with PartFile(path, 8) as file:
+        file.write(2, b"half")
+        file.sync()
+        file.release(2, 4)
+        assert not file.resumed
+    with PartFile(path, 8, resume=True) as file:
+        found = bytearray(8)
+        file.read(0, memoryview(found))
+        assert file.resumed and found == b"\0\0half\0\0"
+        with pytest.raises(M2liteError, match="the file has become shorter"):
+            file.read(4, memoryview(bytearray(8)))
+    with PartFile(path, 9, resume=True) as file:
+        assert not file.resumed and file.part_path.read_bytes() == bytes(9)
+        file.complete(b"done")
+        assert file.part_path.read_bytes()[:4] == b"done" and not path.exists()
+        file.publish()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_space_is_reserved_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PartFile(tmp_path / "a", 1 << 20) as file:
+        assert file.part_path.stat().st_blocks * 512 >= 1 << 20
+    codes = [errno.EINTR, errno.EOPNOTSUPP]
+    monkeypatch.setattr(durable, "_fallocate", lambda fd, n_bytes: codes.pop(0))
     with PartFile(tmp_path / "b", 100) as file:
-        assert file.part_path.stat().st_size == 100
+        assert file.part_path.stat().st_size == 100 and not codes
+    codes = [errno.ENOSPC]
+    with pytest.raises(ResourceError, match="no room: 100 bytes are needed"):
+        PartFile(tmp_path / "c", 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.part", "b.part"]

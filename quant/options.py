@@ -1,0 +1,156 @@
+"""What a job was asked for, and what comes of it: the common part of convert and quantize. Reads no model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Parallel regions are far apart here: their threads must not spin meanwhile on the cores that read and write, which
+# took twice the time. Set before the threading layer is loaded, or it is too late.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from m2lite.errors import UsageError
+from m2lite.quant.encode import can_encode, encode_rows, uses_importance
+from m2lite.quant.header import Key, Slot, build_header, choose_alignment, string, tensor_bytes, uint32
+from m2lite.quant.imatrix import Importance, read_imatrix
+from m2lite.quant.job import Job, Output
+from m2lite.quant.recipes import Choice, Recipe, choose_formats
+from m2lite.quant.recipes import Planned as Wanted
+from m2lite.quant.stream import Bytes
+
+F32 = npt.NDArray[np.float32]
+Overrides = Sequence[tuple[re.Pattern[str], str]]
+
+CHUNK_WEIGHTS = 1 << 20  # weights at a time: 4 MB of float32, so that the encoders work within the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything that shapes the bytes of the output, but the input itself."""
+
+    recipe: Recipe
+    mtp: bool = True
+    name: str | None = None
+    alignment: int | None = None
+    overrides: Overrides = ()
+    target_bytes: int | None = None
+    split_max_bytes: int | None = None
+    imatrix: Path | None = None
+    importance: Importance | None = None  # what `imatrix` holds
+    allow_requantize: bool = False
+
+    def words(self, tool: str) -> dict[str, Any]:
+        """For the journal: plain values that compare."""
+        return {
+            "command": tool,
+            "type": self.recipe.name,
+            "mtp": self.mtp,
+            "name": self.name,
+            "alignment": self.alignment,
+            "tensor_type": [f"{pattern.pattern}={kind}" for pattern, kind in self.overrides],
+            "target_bytes": self.target_bytes,
+            "split_max_bytes": self.split_max_bytes,
+            "imatrix": self.importance.digest if self.importance else None,
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written; of a split `path` is the first part, and `size_bytes` counts all."""
+
+    path: Path
+    size_bytes: int
+    n_tensors: int
+    mtp_path: Path | None
+    mtp_size_bytes: int
+    n_mtp_modules: int
+    paths: tuple[Path, ...] = ()  # every file
+    resumed_bytes: int = 0  # that an interrupted run had done
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A job and what it is about, before a byte is written."""
+
+    job: Job
+    options: Options
+    tensors: tuple[Wanted, ...]  # of all files
+    choices: dict[str, Choice]
+    result: Conversion
+
+
+def check_output(out: Path) -> None:
+    if out.suffix != ".gguf":
+        raise UsageError(f"The output {out.name!r} does not end in .gguf.", "Name it so: programs go by that.")
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a directory" if out.is_dir() else f"has no directory {out.parent} to lie in"
+        raise UsageError(f"The output {out} {what}.", "Give the path of a file.")
+
+
+def load_importance(path: str | Path | None) -> Importance | None:
+    return None if path is None else read_imatrix(path)
+
+
+def importance_keys(options: Options) -> list[Key]:
+    """What llama-quantize notes of an importance matrix; never a directory, which would change the bytes."""
+    importance = options.importance
+    if importance is None or options.imatrix is None:
+        return []
+    return [
+        string("quantize.imatrix.file", options.imatrix.name),
+        *(string("quantize.imatrix.dataset", Path(dataset).name) for dataset in importance.datasets[:1]),
+        uint32("quantize.imatrix.entries_count", len(importance.entries)),
+        uint32("quantize.imatrix.chunks_count", importance.n_chunks),
+    ]
+
+
+def choose_all(
+    options: Options, tensors: Sequence[Wanted], architecture: str, main_keys: Sequence[Key]
+) -> tuple[dict[str, Choice], int | None]:
+    """The format of every tensor, and the main file's alignment where a target size needs to know it.
+
+    The target is the whole file's: its header comes off first.
+    """
+    if options.importance is not None:
+        options.importance.check(tensors)
+    has_importance = options.importance is not None
+    alignment, target = options.alignment, options.target_bytes
+    choices = choose_formats(options.recipe, tensors, options.overrides, has_importance)
+    if target is not None:
+        main = [tensor for tensor in tensors if not tensor.mtp]
+        table = [(tensor.name, tensor.shape, choices[tensor.name].block_format) for tensor in main]
+        alignment = alignment or choose_alignment(
+            [tensor_bytes(block_format, shape) for _, shape, block_format in table]
+        )
+        header = build_header(architecture, main_keys, table, alignment, hashed=True)
+        left = target - header.slots[0].offset
+        choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, left, alignment)
+    assert all(can_encode(choice.block_format.name) for choice in choices.values())
+    return choices, alignment
+
+
+def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: int) -> Bytes:
+    """Rows of one matrix of a tensor in its slot's format."""
+    row = None
+    if importance is not None and uses_importance(slot.block_format.name):
+        row = importance.row(slot.name, matrix, slot.shape[-1])
+    return encode_rows(slot.block_format, rows, slot.name, row).reshape(-1)
+
+
+def describe(model: Sequence[Output], sidecar: Sequence[Output], n_modules: int) -> Conversion:
+    return Conversion(
+        model[0].path,
+        sum(output.header.size_bytes for output in model),
+        sum(len(output.tensors) for output in model),
+        sidecar[0].path if sidecar else None,
+        sum(output.header.size_bytes for output in sidecar),
+        n_modules,
+        tuple(output.path for output in (*model, *sidecar)),
+    )
