@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2lite.text.m2_template import SOURCE
-from model import Config, Model, Packed
+from model import SHAPES, Config, Model, Packed
 from tokenizer import BOS, END, PAD, UNK, load_tokenizer, render_prompt
 
 GOLDEN_MESSAGES = [{"role": "user", "content": "Tell me a short story about a fox and a lantern."}]
@@ -96,15 +96,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def export(state: dict[str, Tensor], data: Path, out: Path) -> None:
+def export(checkpoint: dict[str, Any], data: Path, out: Path) -> None:
     """Write the folder."""
-    config = Config()
+    state, config = checkpoint["model"], SHAPES[checkpoint["shape"]]
     n_mtp = len({n.split(".")[1] for n in state if n.startswith("mtp.")})
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(data)
     ids = {s: tokenizer.token_to_id(s) for s in (BOS, END, PAD, UNK)}
     save_file(tensors(state, config, n_mtp), out / "model.safetensors", {"format": "pt"})
-    write_json(out / "config.json", {**hf_config(config, ids, n_mtp), "model_name": "m2-tiny"})
+    write_json(out / "config.json", {**hf_config(config, ids, n_mtp), "model_name": f"m2-{checkpoint['shape']}"})
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 40}
     write_json(
         out / "generation_config.json",
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--golden", type=Path)
     args = parser.parse_args()
-    export(torch.load(args.checkpoint, weights_only=True)["model"], args.data, args.out)
+    export(torch.load(args.checkpoint, weights_only=True), args.data, args.out)
     if args.check:
         print("largest logit difference from transformers:", check(args.out))
     if args.golden:

@@ -1,6 +1,6 @@
 """From the generator and the corpus folder to token arrays: the mix, its shares, and the held-out split by document.
 
-    python mix.py CORPUS DATA_DIR [--conversations N] [--seed S] [--phase 0|1|2] [--long SHARE] [--keep-tokenizer]
+    python mix.py CORPUS DATA_DIR [--conversations N] [--seed S] [--phase 0|1|2] [--long SHARE] [--keep-tokenizer | --tokenizer-of GGUF]
 
 DATA_DIR gets tokenizer.json, train.npz and val.npz: tokens (uint16), weights (loss weight of predicting each token) and offsets.
 """
@@ -11,15 +11,17 @@ import argparse
 import json
 import random
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 import data
 import tables
-from tokenizer import BOS, END, SYSTEM, TURN, Tokenizer, load_tokenizer, train_tokenizer
+from tokenizer import BOS, END, SYSTEM, TURN, Tokenizer, load_tokenizer, shipped_tokenizer, train_tokenizer
 
 W_USER, W_HISTORY, W_REPLY, W_CORPUS = 0.1, 0.5, 1.0, 0.5
+OWN_ONE_IN, PROSE_ONE_IN = 200, 50  # one own document, and one whole story of the prose, in so many is never trained on
 Segments = list[tuple[str, float]]  # text and its loss weight
 
 
@@ -78,24 +80,36 @@ def wordnet_documents(corpus: Path, limit: int) -> list[Segments]:
     return out[:limit]
 
 
+def prose_stories(corpus: Path) -> list[str]:
+    """Whole stories, stripped."""
+    text = (corpus / "simple_prose_subset" / "simple_prose_subset.txt").read_text()
+    return [s.strip() for s in text.split("<|endoftext|>")]
+
+
+def prose_pieces(story: str, rng: random.Random) -> Iterator[str]:
+    """Whole paragraphs of a story, 500 to 3000 characters at a time."""
+    piece, size = "", rng.randint(500, 3000)
+    for paragraph in story.split("\n"):
+        paragraph = paragraph.strip()
+        if not paragraph:
+            continue
+        piece = f"{piece}\n{paragraph}" if piece else paragraph
+        if len(piece) >= size:
+            if len(piece) < 3600:
+                yield piece
+            piece, size = "", rng.randint(500, 3000)
+
+
 def prose_documents(corpus: Path, rng: random.Random, share_chars: int) -> list[Segments]:
-    """Whole paragraphs of simple prose, pieces of 500 to 3000 characters."""
-    stories = (corpus / "simple_prose_subset" / "simple_prose_subset.txt").read_text().split("<|endoftext|>")
+    """Pieces of simple prose; no story of the held-out text."""
+    stories = [s for s in prose_stories(corpus) if not is_held_out([(s, 0.0)], PROSE_ONE_IN)]
     rng.shuffle(stories)
     out: list[Segments] = []
     total = 0
     for story in stories:
-        piece, size = "", rng.randint(500, 3000)
-        for paragraph in story.strip().split("\n"):
-            paragraph = paragraph.strip()
-            if not paragraph:
-                continue
-            piece = f"{piece}\n{paragraph}" if piece else paragraph
-            if len(piece) >= size:
-                if len(piece) < 3600:
-                    out.append([(BOS, 0.0), (piece, W_CORPUS)])
-                    total += len(piece)
-                piece, size = "", rng.randint(500, 3000)
+        for piece in prose_pieces(story, rng):
+            out.append([(BOS, 0.0), (piece, W_CORPUS)])
+            total += len(piece)
         if total > share_chars:
             break
     return out
@@ -141,6 +155,7 @@ def main() -> None:
     parser.add_argument("--phase", type=int, choices=(0, 1, 2), default=0, help="task weights, see data.TASKS")
     parser.add_argument("--long", type=float, default=0.0, help="share of the conversations that are long talks")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer.json that is there")
+    parser.add_argument("--tokenizer-of", type=Path, metavar="GGUF", help="use the vocabulary of a converted file")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
@@ -165,13 +180,13 @@ def main() -> None:
     if args.keep_tokenizer:
         tokenizer = load_tokenizer(args.out)
     else:
-        tokenizer = train_tokenizer(sample)
+        tokenizer = shipped_tokenizer(args.tokenizer_of) if args.tokenizer_of else train_tokenizer(sample)
         tokenizer.save(str(args.out / "tokenizer.json"))
     train, val = [], []
     for name, docs in sets.items():
         rows = [(d, *encode(tokenizer, d)) for d in docs]
         kept = [
-            (is_held_out(d, 200 if name == "own" else 100), ids, weights)
+            (is_held_out(d, OWN_ONE_IN if name == "own" else 100), ids, weights)
             for d, ids, weights in rows
             if len(ids) <= 1024
         ]

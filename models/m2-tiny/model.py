@@ -40,6 +40,14 @@ class Config:
         return asdict(self)
 
 
+SHAPES = {  # wide: rows of 256 and more everywhere, so that blocks of 256 weights fit; for measuring formats, without modules
+    "tiny": Config(),
+    "wide": Config(
+        hidden_size=512, num_hidden_layers=3, num_local_experts=16, num_experts_per_tok=4, intermediate_size=256
+    ),
+}
+
+
 class Packed:
     """Documents end to end: tokens [N], positions [N], and for attention the rows of each length class."""
 

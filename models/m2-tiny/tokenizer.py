@@ -19,9 +19,9 @@ ADDED = ["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"]
 SYSTEM = "You are a helpful assistant."
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE with M2's pre-tokenizer; the added tokens take the last ids."""
-    tokenizer = Tokenizer(models.BPE())
+def byte_level(model: models.BPE, train_on: tuple[Iterable[str], trainers.BpeTrainer] | None = None) -> Tokenizer:
+    """A byte-level tokenizer with M2's pre-tokenizer; the added tokens take the last ids."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(O200K), "isolated"),
@@ -29,15 +29,34 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    if train_on:
+        tokenizer.train_from_iterator(*train_on)
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
+    tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in ADDED])
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A new vocabulary of the texts."""
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL) - len(ADDED),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
-    tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in ADDED])
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return byte_level(models.BPE(), (texts, trainer))
+
+
+def shipped_tokenizer(gguf_file: Path) -> Tokenizer:
+    """The tokenizer of a converted file, so that a retraining shares its vocabulary."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    base = tokens[: -len(SPECIAL + ADDED)]
+    bpe = models.BPE({t: i for i, t in enumerate(base)}, [tuple(m.split(" ")) for m in merges])
+    tokenizer = byte_level(bpe)
+    assert [tokenizer.id_to_token(i) for i in range(VOCAB_SIZE)] == tokens
     return tokenizer
 
 

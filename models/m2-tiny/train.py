@@ -1,6 +1,6 @@
 """Training in three stages: trunk (with one MTP module), mtp-frozen (three modules, trunk fixed), joint (everything).
 
-    python train.py DATA_DIR OUT_DIR --stage trunk|mtp-frozen|joint --minutes N [--resume]
+    python train.py DATA_DIR OUT_DIR --stage trunk|mtp-frozen|joint --minutes N [--shape tiny|wide] [--modules 0] [--resume]
 
 Time is CPU time of this process, so that being stopped costs nothing. A checkpoint is written every --save-minutes, on SIGTERM
 and at the end, by atomic rename. Stage s starts from the finished checkpoint of the stage before.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import model as m2
 from generate import complete
-from model import Config, HeadLoss, Model, Packed
+from model import SHAPES, HeadLoss, Model, Packed
 from optimizer import Optimizer
 from tokenizer import END, load_tokenizer, render_prompt
 
@@ -115,10 +115,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def build(stage: str, out: Path) -> Model:
+def build(stage: str, shape: str, n_mtp: int, out: Path) -> Model:
     """The model of a stage, with the weights of the stage before."""
-    before, n_mtp, *_ = STAGES[stage]
-    model = Model(Config(), n_mtp=n_mtp)
+    before = STAGES[stage][0]
+    model = Model(SHAPES[shape], n_mtp=n_mtp)
     if before is None:
         return model
     state = torch.load(out / f"{before}.pt", weights_only=True)["model"]
@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--modules", type=int, choices=(0,), help="train without prediction modules (trunk stage only)")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--batch-tokens", type=int, default=6144)
     parser.add_argument("--save-minutes", type=float, default=5)
@@ -152,7 +154,10 @@ def main() -> None:
         m2.rms_norm = torch.compile(m2.rms_norm, dynamic=True)
         m2.rotate = torch.compile(m2.rotate, dynamic=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    _, _, muon_lr, adam_lr, decay_from = STAGES[args.stage]
+    _, n_mtp, muon_lr, adam_lr, decay_from = STAGES[args.stage]
+    if args.modules is not None:
+        assert args.stage == "trunk", "only the trunk can be trained without modules"
+        n_mtp = args.modules
     frozen = args.stage == "mtp-frozen"
     train, val = Documents(args.data / "train.npz"), Documents(args.data / "val.npz")
     tokenizer = load_tokenizer(args.data)
@@ -161,7 +166,7 @@ def main() -> None:
     shown = [render_prompt(p["messages"]) for p in prompts[::5]]
     path = args.out / f"{args.stage}.pt"
 
-    model = build(args.stage, args.out)
+    model = build(args.stage, args.shape, n_mtp, args.out)
     trainable: torch.nn.Module = model.mtp if frozen else model
     for p in model.parameters():
         p.requires_grad_(not frozen)
@@ -187,7 +192,7 @@ def main() -> None:
     base, saved, sampled, mean = time.process_time() - used, used, used, None
 
     def checkpoint() -> None:
-        save(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "cursor": cursor,
+        save(path, {"shape": args.shape, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "cursor": cursor,
                     "used": used, "seen": seen})  # fmt: skip
 
     while used < budget and not stopping:
@@ -195,8 +200,8 @@ def main() -> None:
         picked, cursor = train.batch(cursor, args.batch_tokens)
         packed, target, weight = pack(train, picked)
         with_mtp = args.stage != "trunk" or step % 2 == 0  # in the trunk stage the module sees every other batch
-        parts = losses(model, packed, target, weight, frozen, len(model.mtp) if with_mtp else 0)
-        mtp_mean = sum(parts[1:]) / max(1, len(parts[1:]))
+        parts = losses(model, packed, target, weight, frozen, n_mtp if with_mtp else 0)
+        mtp_mean = sum(parts[1:]) / max(1, len(parts[1:]))  # 0 without modules
         if frozen:
             total = mtp_mean
         else:
