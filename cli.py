@@ -22,14 +22,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# As --help lists them.
 COMMANDS = (
-    talk.chat,
-    talk.generate,
-    files.convert,
-    files.inspect_,
-    measures.bench,
-    measures.doctor,
-)  # as --help lists them
+    talk.chat, talk.generate, files.convert, files.quantize, files.imatrix, files.verify, files.inspect_,
+    measures.bench, measures.perplexity, measures.doctor,
+)  # fmt: skip
 for _run in COMMANDS:
     app.command(_run.__name__.rstrip("_"))(_run)
 

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from m2lite.errors import M2liteError
 from m2lite.quant.config import SourceConfig
-from m2lite.quant.convert import ARCHITECTURE, MAGIC, architecture_keys, general_keys
-from m2lite.quant.header import Key, Slot, array, boolean, build_header, string, uint32
+from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys
+from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
 from m2lite.quant.names import LAYER, TRUNK, Entry
 from m2lite.quant.recipes import find_recipe
 from m2lite.storage import durable
@@ -41,6 +41,11 @@ SPECIAL = {"bos": 34, "eos": 20, "unknown": 21, "padding": 0}
 
 # Standard deviation of the weights by role, times 1 / sqrt(inputs): what keeps a random network's activations near 1.
 GAIN = {"attention": 1.0, "experts": 1.0, "head": 2.6, "router": 1.0}
+# The format of each role, all others F32: of two formats only, since blocks are drawn at random, not encoded.
+FORMATS_OF = {
+    "q4_0": {"embedding": "Q8_0", "head": "Q8_0", "attention": "Q4_0", "experts": "Q4_0"},
+    "q8_0": dict.fromkeys(("embedding", "head", "attention", "experts"), "Q8_0"),
+}
 RMS_OF_RANDOM_BLOCK = {"Q4_0": 4.6, "Q8_0": 73.6}  # of the integers of a block whose bytes are uniform
 
 
@@ -138,7 +143,7 @@ def fill(chunk: Chunk) -> Bytes:
 
 def write_slice(out: Path, config: SourceConfig, type_name: str) -> int:
     """Writes the file and returns its size."""
-    formats = find_recipe(type_name).formats
+    formats = FORMATS_OF[type_name]
     entries = list(slice_entries(config.n_layers))
     dims = config.dims()
     tensors = [(name, tuple(dims[w] for w in e.shape), FORMATS[formats.get(e.role, "F32")]) for name, e in entries]

@@ -2,8 +2,8 @@
 
 python benchmarks/quality_table.py F32.gguf TEXT [--types LIST] [--imatrix FILE] [--llama BIN_DIR]
 
-Every file is measured against F32.gguf on TEXT in chunks of 512 tokens by `m2lite perplexity`; with --llama, the
-directory of llama.cpp's programs, llama-quantize makes the same types, and llama-perplexity reads both files. Prints Markdown.
+Every file is measured against F32.gguf on TEXT in chunks of 512 tokens by `m2lite perplexity`; with --llama BIN_DIR,
+llama-quantize makes the same types, and llama-perplexity reads both files. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ FLOORS = [
 ]
 FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
-QUANT_MAY = ("quant", "errors", "storage", "kernels.jit", "kernels.simd", "text.tokenizer")
+QUANT_MAY = ("quant", "errors", "storage", "kernels.jit", "kernels.simd", "kernels.emit", "text.tokenizer")
 
 
 def python_files() -> list[Path]:

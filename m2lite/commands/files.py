@@ -1,35 +1,284 @@
-"""Commands that make and check model files: `convert`, `inspect`."""
+"""Commands that make and check model files: `convert`, `quantize`, `imatrix`, `verify`, `inspect`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import ProgressLine, command, print_json
-from m2lite.settings import Settings
+from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
+from m2lite.errors import UsageError
+from m2lite.settings import Settings, parse_positive
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from m2lite.quant.options import Conversion, JobPlan
+    from m2lite.quant.verify import Report
+
+_Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.gguf", help="File to write")]
+_Type = Annotated[
+    str, typer.Option("--type", metavar="TYPE", help="m2-int4, q4_0, q4_k_m, iq4_xs, q8_0, bf16, f32, ...")
+]
+_TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", metavar="REGEX=TYPE", help="Another type for the tensors that match; may be repeated"
+    ),
+]
+_TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (of 2**30 bytes)"),
+]
+_Imatrix = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
+]
+_SplitSize = Annotated[
+    str | None, typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this size, e.g. 48g")
+]
+_Alignment = Annotated[
+    str | None,
+    typer.Option("--alignment", metavar="BYTES", help="Of tensors in the file: 4096 (pages) or 32 [default: 4096]"),
+]
+_Name = Annotated[str | None, typer.Option("--name", metavar="TEXT", help="The model's name within the file")]
+_Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="Prediction modules go to mtp-OUT.gguf")]
+_Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Read back what was written before it gets its name")
+]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")]
+_Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin anew")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
 
 
-@command()
+@command("threads")
 def convert(
     settings: Settings,
     *,
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Directory with config.json and safetensors")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.gguf", help="File to write")],
-    type_name: Annotated[str, typer.Option("--type", metavar="TYPE", help="q4_0, q8_0, f16, bf16 or f32")] = "q4_0",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")] = False,
+    out: _Out,
+    type_name: _Type = "m2-int4",
+    dry_run: _DryRun = False,
+    tensor_type: _TensorType = None,
+    target_size: _TargetSize = None,
+    imatrix: _Imatrix = None,
+    split_max_size: _SplitSize = None,
+    alignment: _Alignment = None,
+    name: _Name = None,
+    mtp: _Mtp = True,
+    verify: _Verify = True,
+    overwrite: _Overwrite = False,
+    restart: _Restart = False,
+    as_json: _Json = False,
 ) -> None:
-    """Hugging Face safetensors to GGUF; prediction modules go to mtp-OUT.gguf beside it."""
-    from m2lite.describe import format_bytes
-    from m2lite.quant.convert import convert as run_convert
+    """Hugging Face safetensors to GGUF in one pass. Interrupted, it goes on when it is run again."""
+    from m2lite.quant import convert as job
 
-    progress = ProgressLine()
-    result = run_convert(hf_dir, out, type_name, overwrite=overwrite, progress=progress)
-    progress.end()
-    print(f"{result.path}: {format_bytes(result.size_bytes)}, {result.n_tensors} tensors")
-    if result.mtp_path is not None:
-        print(f"{result.mtp_path}: {format_bytes(result.mtp_size_bytes)}, {result.n_mtp_modules} prediction modules")
+    announce_compiling()
+    shape = _shape(type_name, tensor_type, target_size, imatrix, split_max_size, alignment, name) | {"mtp": mtp}
+    if dry_run:
+        _show_plan(job.plan_convert(hf_dir, out, **shape), as_json)
+        return
+    run: dict[str, Any] = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    with Progress() as progress:
+        made = job.convert(hf_dir, out, **shape, **run, progress=progress)
+    _show_made(made, as_json)
+
+
+@command("threads")
+def quantize(
+    settings: Settings,
+    *,
+    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="GGUF file, best F32, F16 or BF16")],
+    out: _Out,
+    type_name: _Type = "m2-int4",
+    dry_run: _DryRun = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize what is quantized already: loses quality twice")
+    ] = False,
+    tensor_type: _TensorType = None,
+    target_size: _TargetSize = None,
+    imatrix: _Imatrix = None,
+    split_max_size: _SplitSize = None,
+    alignment: _Alignment = None,
+    name: _Name = None,
+    mtp: _Mtp = True,
+    verify: _Verify = True,
+    overwrite: _Overwrite = False,
+    restart: _Restart = False,
+    as_json: _Json = False,
+) -> None:
+    """GGUF to GGUF of another type. Interrupted, it goes on when it is run again."""
+    from m2lite.quant import quantize as job
+
+    announce_compiling()
+    shape = _shape(type_name, tensor_type, target_size, imatrix, split_max_size, alignment, name)
+    shape |= {"mtp": mtp, "allow_requantize": allow_requantize}
+    if dry_run:
+        _show_plan(job.plan_quantize(source, out, **shape), as_json)
+        return
+    run: dict[str, Any] = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    with Progress() as progress:
+        made = job.quantize(source, out, **shape, **run, progress=progress)
+    _show_made(made, as_json)
+
+
+def _shape(
+    type_name: str,
+    tensor_type: list[str] | None,
+    target_size: str | None,
+    imatrix: Path | None,
+    split_max_size: str | None,
+    alignment: str | None,
+    name: str | None,
+) -> dict[str, Any]:
+    """What decides the bytes of the output, parsed: a mistake is told before anything is opened."""
+    from m2lite.quant.recipes import parse_overrides
+
+    if alignment not in (None, "32", "4096"):
+        raise UsageError(f"--alignment is {alignment!r}.", "Take 4096 or 32.")
+    return {
+        "type_name": type_name,
+        "overrides": parse_overrides(tensor_type or []),
+        "target_bytes": _size("--target-size", target_size),
+        "imatrix": imatrix,
+        "split_max_bytes": _size("--split-max-size", split_max_size),
+        "alignment": int(alignment) if alignment else None,
+        "name": name,
+    }
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_positive(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
+
+
+def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
+    from m2lite.quant.plan import as_dict, format_plan, plan_job
+
+    with opened as planned:
+        plan = plan_job(planned)
+    if as_json:
+        print_json(as_dict(plan))
+    else:
+        print(format_plan(plan))
+
+
+def _show_made(made: Conversion, as_json: bool) -> None:
+    from m2lite.describe import format_bytes
+
+    if as_json:
+        print_json({k: [str(p) for p in v] if k == "paths" else _plain(v) for k, v in asdict(made).items()})
+        return
+    if made.resumed_bytes:
+        note(f"went on from {format_bytes(made.resumed_bytes)} that an earlier run had done")
+    n_parts = len(made.paths) - (made.mtp_path is not None)
+    split = f" in {n_parts} parts" if n_parts > 1 else ""
+    print(f"{made.path}: {format_bytes(made.size_bytes)}, {made.n_tensors} tensors{split}")
+    if made.mtp_path is not None:
+        print(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+@command("threads")
+def imatrix(
+    settings: Settings,
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file: the less quantized, the better")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 text like that which the model will see")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, .gguf")],
+    n_ctx: Annotated[int, typer.Option("--chunk", "-c", metavar="N", min=8, help="Tokens per chunk")] = 512,
+    n_chunks: Annotated[int | None, typer.Option("--chunks", metavar="N", min=1, help="Read only the first N")] = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Which inputs of each matrix matter on a text: makes 4-bit files better. Names experts that it never reached."""
+    from m2lite.measure import collect_importance, format_importance, read_tokens
+    from m2lite.quant.imatrix import Importance, write_imatrix
+    from m2lite.signals import stop_on_signals
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
+    with open_model(replace(settings, model=model, ctx=n_ctx)) as opened, stop_on_signals() as stop:
+        with Progress("chunks") as progress:
+            tokens = read_tokens(opened, text)
+            found = collect_importance(
+                opened, tokens, n_ctx, n_chunks=n_chunks, stop=stop,
+                progress=lambda done, total: progress(text.name, done, total),
+            )  # fmt: skip
+        if found.n_chunks:
+            made = Importance(found.sums, (text.name,), found.n_chunks, n_ctx)
+            write_imatrix(out, made, overwrite=overwrite)
+            print(f"{out}: {format_importance(found)}")
+    if stop():
+        raise typer.Exit(stop.exit_code)
+
+
+@command("threads")
+def verify(
+    settings: Settings,
+    *,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, or the first part of a split")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="DIR_OR_FILE", help="What it was made of: samples are made again"),
+    ] = None,
+    n_samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Tensors to make again")] = 8,
+    imatrix: _Imatrix = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Load the file and answer one prompt")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Is a file what was written? Hashes of header and tensors, samples made again, one prompt."""
+    from m2lite.decode.locate import locate_model
+    from m2lite.quant.verify import verify as run_verify
+
+    path = locate_model(file)
+    with Progress() as progress:
+        report = run_verify(path, against, n_samples, imatrix=imatrix, threads=settings.threads, progress=progress)
+    answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
+    if as_json:
+        print_json({k: _listed(v) for k, v in asdict(report).items()} | {"ok": report.ok, "answer": answer})
+    else:
+        _show_report(report)
+        if answer is not None:
+            print(f"one prompt: {answer['n_tokens']} tokens, {answer['text']!r}")
+    if not report.ok:
+        raise typer.Exit(4)
+
+
+def _show_report(report: Report) -> None:
+    from m2lite.describe import format_bytes
+
+    print(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
+    equal = sum(sample.is_equal for sample in report.samples)
+    if report.samples:
+        n_bytes = sum(sample.n_bytes for sample in report.samples)
+        print(f"made again from the source: {equal} of {len(report.samples)} samples equal, {format_bytes(n_bytes)}")
+    for line in report.notes:
+        print(f"note: {line}")
+    for line in report.problems:
+        print(f"WRONG: {line}")
+    if report.ok and report.n_hashed == report.n_tensors:
+        print("every byte is what was written")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else _plain(value)
+
+
+def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
+    """A few greedy tokens: the model loads, and its numbers are finite."""
+    from m2lite.decode.sampling import Sampling
+
+    with open_model(replace(settings, model=str(path), ctx=256)) as model:
+        tokens = list(model.session().generate("Once upon a time", max_tokens=8, sampling=Sampling(temperature=0.0)))
+        return {"n_tokens": len(tokens), "text": model.tokenizer.decode(tokens)}
 
 
 @command()
@@ -41,16 +290,21 @@ def inspect_(
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
     from m2lite.decode.locate import locate_model
-    from m2lite.describe import describe_file, format_bytes, format_mix
+    from m2lite.describe import describe_file, format_bytes
 
     found = describe_file(str(locate_model(file)))
     if as_json:
         print_json(found)
         return
-    print(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors")
-    print(f"types: {format_mix(found['type_mix'])}")
+    parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
+    print(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors{parts}")
+    print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in found["sizes"].items()))
+    for kind in found["types"]:
+        print(f"  {kind['type']:<8}{kind['n_tensors']:>6} tensors {format_bytes(kind['n_bytes']):>9}  {kind['runs']}")
     for title in ("config", "tokenizer", "template"):
         print(f"{title}: " + ", ".join(f"{k} {v}" for k, v in found[title].items() if v is not None))
+    for check in found["tokenizer_checks"]:
+        print(f"  {'ok' if check['ok'] else 'NO':<4}{check['check']}")
     for key, value in found["metadata"].items():
         print(f"  {key} = {_one_line(value)}")
     for tensor in found["tensors"]:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -71,8 +72,12 @@ def guard(run: Callable[[], None], debug: bool = False) -> None:
         sys.stdout.flush()
     except M2liteError as error:
         _fail(f"m2lite: {error}", error.exit_code, debug)
-    except KeyboardInterrupt:
-        _fail("m2lite: interrupted.", EXIT_INTERRUPTED, debug)
+    except KeyboardInterrupt as error:
+        _fail(" ".join(["m2lite: interrupted.", *_notes(error)]), EXIT_INTERRUPTED, debug)
+    except SystemExit as error:  # terminated
+        for line in _notes(error):
+            note(f"m2lite: {line}")
+        raise
     except BrokenPipeError:  # the reader has gone, `| head` for one: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
@@ -86,6 +91,11 @@ def guard(run: Callable[[], None], debug: bool = False) -> None:
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         _fail(f"m2lite: internal error, {what}. Please report it with what --debug shows.", 1, debug)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What the interrupted work has to say, for one where it is kept."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -109,20 +119,28 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
+def announce_compiling() -> None:
+    """Say so before a kernel is compiled. The caller has imported its job: that may set how threads wait."""
+    from m2lite.kernels import jit
+
+    jit.on_compile(say_compiling)
+
+
+def say_compiling() -> None:
+    note("compiling kernels for this processor, once (up to a minute)...")
+
+
 def open_model(settings: Settings) -> Model:
     """The model that the settings name, with its start line on stderr."""
     from m2lite.decode.session import Model
     from m2lite.describe import format_bytes, format_mix, type_mix
-
-    def on_compile() -> None:
-        note("compiling kernels for this processor, once (up to a minute)...")
 
     model = Model.open(
         settings.model,
         threads=settings.threads,
         ctx=settings.ctx,
         template=settings.template,
-        on_compile=on_compile,
+        on_compile=say_compiling,
     )
     parts = [
         model.path.name,
@@ -141,19 +159,54 @@ def open_model(settings: Settings) -> Model:
     return model
 
 
-class ProgressLine:
-    """Tensor, bytes done and in all: rewritten in place on a terminal, absent elsewhere."""
+class Progress:
+    """How far, how fast, how long yet, and what is at hand: a bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
-        self._percent = -1
+    EVERY_S = 30.0
 
-    def __call__(self, tensor: str, done_bytes: int, total_bytes: int, /) -> None:
-        percent = 100 * done_bytes // max(1, total_bytes)
-        if self._on and percent != self._percent:
-            self._percent = percent
-            print(f"\r\033[K{percent:3d} %  {tensor}", end="", file=sys.stderr, flush=True)
+    def __init__(self, unit: str = "bytes") -> None:
+        self._unit = unit
+        self._bar: Any = None
+        self._task: Any = None
+        self._begun = self._noted = time.monotonic()
+        self._phase = ""
+
+    def __call__(self, what: str, done: int, total: int, /, phase: str = "") -> None:
+        if phase != self._phase:
+            self.end()
+            self._begun, self._phase = time.monotonic(), phase
+        label = f"{phase} {what}".strip()
+        if sys.stderr.isatty():
+            self._draw(label, done, total)
+        elif (now := time.monotonic()) - self._noted >= self.EVERY_S:
+            self._noted = now
+            speed = done / max(now - self._begun, 1e-9)
+            percent, left_s = 100 * done // max(1, total), (total - done) / max(speed, 1e-9)
+            rate = f"{speed / 1e6:,.0f} MB/s" if self._unit == "bytes" else f"{speed:.2g} {self._unit}/s"
+            note(f"{percent} % at {rate}, {left_s:,.0f} s left: {label}")
+
+    def _draw(self, label: str, done: int, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        if self._bar is None:
+            columns = (
+                progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(), progress.TextColumn("{task.description}", markup=False),
+            )  # fmt: skip
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, description=label, completed=done, total=total)
 
     def end(self) -> None:
-        if self._on:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        """The terminal is as it was; done again, nothing happens."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from m2lite.commands.frame import MODEL, command, note, open_model, print_json
+from m2lite.commands.frame import MODEL, Progress, command, note, open_model, print_json
 from m2lite.settings import Settings
 
 
@@ -31,6 +33,44 @@ def bench(
             print_json(result)
         else:
             print(format_result(result))
+
+
+@command("threads")
+def perplexity(
+    settings: Settings,
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file")],
+    text: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OTHER", help="Also KL divergence from this model, taken as the truth"),
+    ] = None,
+    n_ctx: Annotated[int, typer.Option("--chunk", "-c", metavar="N", min=8, help="Tokens per chunk")] = 512,
+    n_chunks: Annotated[int | None, typer.Option("--chunks", metavar="N", min=1, help="Read only the first N")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """How well a model foresees a text, and how far it is from another. Scored as llama-perplexity does it."""
+    from contextlib import ExitStack
+
+    from m2lite.measure import format_perplexity, read_tokens
+    from m2lite.measure import perplexity as run_perplexity
+    from m2lite.signals import stop_on_signals
+
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_model(replace(settings, model=model, ctx=n_ctx)))
+        other = stack.enter_context(open_model(replace(settings, model=against, ctx=n_ctx))) if against else None
+        stop = stack.enter_context(stop_on_signals())
+        with Progress("chunks") as progress:
+            found = run_perplexity(
+                opened, read_tokens(opened, text), n_ctx, against=other, n_chunks=n_chunks, stop=stop,
+                progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),
+            )  # fmt: skip
+        if found is not None and as_json:
+            print_json(found.as_dict())
+        elif found is not None:
+            print(format_perplexity(found))
+    if stop():
+        raise typer.Exit(stop.exit_code)
 
 
 @command("model", "threads", "ctx")

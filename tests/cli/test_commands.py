@@ -20,6 +20,9 @@ import pytest
 import tinymodel
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+COMMANDS = (
+    "chat", "generate", "convert", "quantize", "imatrix", "verify", "inspect", "bench", "perplexity", "doctor",
+)  # fmt: skip
 Models = dict[str, Path]
 
 START_LINE = re.compile(
@@ -49,7 +52,7 @@ def test_help_is_quick(run_m2lite: Run) -> None:
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
     assert min(took) < 0.3, took
-    for command in ("chat", "generate", "bench", "convert", "inspect", "doctor"):
+    for command in COMMANDS:
         assert f" {command} " in done.stdout
 
 
@@ -59,7 +62,7 @@ def test_help_imports_no_numba(command_env: dict[str, str]) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "bench", "convert", "inspect", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(run_inline: Run, command: str) -> None:
     done = run_inline(command, "--help")
     assert done.returncode == 0 and "--debug" in done.stdout
