@@ -91,7 +91,7 @@ def convert(
 def quantize(
     settings: Settings,
     *,
-    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="GGUF file, best F32, F16 or BF16")],
+    source: Annotated[str, typer.Argument(metavar="IN.gguf", help="GGUF file, best F32, F16 or BF16")],
     out: _Out,
     type_name: _Type = "m2-int4",
     dry_run: _DryRun = False,
@@ -111,17 +111,19 @@ def quantize(
     as_json: _Json = False,
 ) -> None:
     """GGUF to GGUF of another type. Interrupted, it goes on when it is run again."""
+    from m2lite.decode.locate import locate_model
     from m2lite.quant import quantize as job
 
     announce_compiling()
+    found = locate_model(source)
     shape = _shape(type_name, tensor_type, target_size, imatrix, split_max_size, alignment, name)
     shape |= {"mtp": mtp, "allow_requantize": allow_requantize}
     if dry_run:
-        _show_plan(job.plan_quantize(source, out, **shape), as_json)
+        _show_plan(job.plan_quantize(found, out, **shape), as_json)
         return
     run: dict[str, Any] = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     with Progress() as progress:
-        made = job.quantize(source, out, **shape, **run, progress=progress)
+        made = job.quantize(found, out, **shape, **run, progress=progress)
     _show_made(made, as_json)
 
 

@@ -46,10 +46,6 @@ class Matrix:
         """Bytes of one row of the activation panel that this matrix reads."""
         return self.n_blocks * STEP_BYTES[self.kind]
 
-    @property
-    def is_int8(self) -> int:
-        return int(self.kind == "int8")
-
 
 @dataclass(frozen=True)
 class Vector:
