@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +18,21 @@ from m2lite.quant.checkpoint import Checkpoint, Rows, open_checkpoint
 from m2lite.quant.config import SourceConfig, parse_config
 from m2lite.quant.header import Key, Slot, boolean, float32, string, uint32
 from m2lite.quant.imatrix import Importance
-from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
+from m2lite.quant.job import Job, Output, Progress, journal_path
 from m2lite.quant.names import Binding, Mtp, bind_tensors
 from m2lite.quant.options import (
+    Asked,
     Conversion,
     JobPlan,
     Options,
-    Overrides,
-    check_output,
+    carry_out,
     choose_all,
     describe,
     encode_slot,
     importance_keys,
-    load_importance,
+    resolve_options,
 )
-from m2lite.quant.recipes import Recipe, find_recipe
+from m2lite.quant.recipes import Recipe
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
@@ -50,61 +51,28 @@ def convert(
     out_path: str | Path,
     type_name: str,
     *,
-    mtp: bool = True,
-    name: str | None = None,
-    alignment: int | None = None,
-    overrides: Overrides = (),
-    target_bytes: int | None = None,
-    imatrix: str | Path | None = None,
-    split_max_bytes: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
-    dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    **asked: Unpack[Asked],
 ) -> Conversion:
     """Convert a Hugging Face checkpoint to a GGUF; prediction modules go to mtp-<out name> beside it.
 
     The same checkpoint and options give the same bytes. The output's name appears last, and only when all is complete.
     A run that was interrupted is taken up where it stopped, or with `restart` begun anew. `mtp=False` leaves prediction
-    modules out, `verify=False` does not read back what was written, `dry_run` writes nothing.
+    modules out, `verify=False` does not read back what was written.
     """
-    with plan_convert(
-        hf_dir, out_path, type_name, mtp=mtp, name=name, alignment=alignment, overrides=overrides,
-        target_bytes=target_bytes, imatrix=imatrix, split_max_bytes=split_max_bytes,
-    ) as plan:  # fmt: skip
-        if dry_run:
-            return plan.result
-        resumed = run_job(
-            plan.job, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress
-        )
-    return replace(plan.result, resumed_bytes=resumed)
+    plan = plan_convert(hf_dir, out_path, type_name, **asked)
+    return carry_out(plan, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress)
 
 
 @contextmanager
-def plan_convert(
-    hf_dir: str | Path,
-    out_path: str | Path,
-    type_name: str,
-    *,
-    mtp: bool = True,
-    name: str | None = None,
-    alignment: int | None = None,
-    overrides: Overrides = (),
-    target_bytes: int | None = None,
-    imatrix: str | Path | None = None,
-    split_max_bytes: int | None = None,
-) -> Iterator[JobPlan]:
+def plan_convert(hf_dir: str | Path, out_path: str | Path, type_name: str, **asked: Unpack[Asked]) -> Iterator[JobPlan]:
     """What `convert` would do. Nothing is written; the checkpoint is open within the `with` block."""
-    recipe = find_recipe(type_name)  # what can be refused without reading is refused first
     out = Path(out_path)
-    check_output(out)
-    options = Options(
-        recipe=recipe, mtp=mtp, name=name, alignment=alignment, overrides=tuple(overrides), target_bytes=target_bytes,
-        split_max_bytes=split_max_bytes, imatrix=Path(imatrix) if imatrix else None,
-        importance=load_importance(imatrix),
-    )  # fmt: skip
+    options = resolve_options(out, type_name, asked)
     with open_checkpoint(hf_dir) as checkpoint:
         yield _plan(checkpoint, out, options)
 

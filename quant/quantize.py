@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
@@ -18,22 +18,22 @@ from m2lite.quant.convert import sidecar_path
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.header import Key, Slot, raw, string, uint32
 from m2lite.quant.imatrix import Importance
-from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
+from m2lite.quant.job import Job, Output, Progress, journal_path
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.names import role_of
 from m2lite.quant.options import (
+    Asked,
     Conversion,
     JobPlan,
     Options,
-    Overrides,
-    check_output,
+    carry_out,
     choose_all,
     describe,
     encode_slot,
     importance_keys,
-    load_importance,
+    resolve_options,
 )
-from m2lite.quant.recipes import Choice, find_recipe
+from m2lite.quant.recipes import Choice
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.storage.blocks import unpack_rows
@@ -66,65 +66,33 @@ def quantize(
     type_name: str,
     *,
     allow_requantize: bool = False,
-    mtp: bool = True,
-    name: str | None = None,
-    alignment: int | None = None,
-    overrides: Overrides = (),
-    target_bytes: int | None = None,
-    imatrix: str | Path | None = None,
-    split_max_bytes: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
-    dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    **asked: Unpack[Asked],
 ) -> Conversion:
     """Write a GGUF, whole or split, in other types; prediction modules in mtp-<its name> go along.
 
     Everything else is as with `convert`, whose files of the same type hold the same bytes. Metadata is kept, tensors
     that have their type already are copied. Quantized ones are not quantized again without `allow_requantize`.
     """
-    with plan_quantize(
-        gguf_in, out_path, type_name, allow_requantize=allow_requantize, mtp=mtp, name=name, alignment=alignment,
-        overrides=overrides, target_bytes=target_bytes, imatrix=imatrix, split_max_bytes=split_max_bytes,
-    ) as plan:  # fmt: skip
-        if dry_run:
-            return plan.result
-        resumed = run_job(
-            plan.job, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress
-        )
-    return replace(plan.result, resumed_bytes=resumed)
+    plan = plan_quantize(gguf_in, out_path, type_name, allow_requantize=allow_requantize, **asked)
+    return carry_out(plan, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress)
 
 
 @contextmanager
 def plan_quantize(
-    gguf_in: str | Path,
-    out_path: str | Path,
-    type_name: str,
-    *,
-    allow_requantize: bool = False,
-    mtp: bool = True,
-    name: str | None = None,
-    alignment: int | None = None,
-    overrides: Overrides = (),
-    target_bytes: int | None = None,
-    imatrix: str | Path | None = None,
-    split_max_bytes: int | None = None,
+    gguf_in: str | Path, out_path: str | Path, type_name: str, *, allow_requantize: bool = False, **asked: Unpack[Asked]
 ) -> Iterator[JobPlan]:
     """What `quantize` would do. Nothing is written; the input is open within the `with` block."""
-    recipe = find_recipe(type_name)  # what can be refused without reading is refused first
     out = Path(out_path)
-    check_output(out)
-    options = Options(
-        recipe=recipe, mtp=mtp, name=name, alignment=alignment, overrides=tuple(overrides), target_bytes=target_bytes,
-        split_max_bytes=split_max_bytes, imatrix=Path(imatrix) if imatrix else None,
-        importance=load_importance(imatrix), allow_requantize=allow_requantize,
-    )  # fmt: skip
+    options = resolve_options(out, type_name, asked, allow_requantize=allow_requantize)
     with ExitStack() as stack:
         files = [stack.enter_context(open_gguf(gguf_in))]
         beside = sidecar_path(Path(gguf_in))
-        if mtp and beside.exists():
+        if options.mtp and beside.exists():
             files.append(stack.enter_context(open_gguf(beside)))
         yield _plan(files, out, options)
 

@@ -15,7 +15,7 @@ from m2lite.settings import Settings, parse_positive
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from m2lite.quant.options import Conversion, JobPlan
+    from m2lite.quant.options import Asked, Conversion, JobPlan
     from m2lite.quant.verify import Report
 
 _Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.gguf", help="File to write")]
@@ -77,14 +77,10 @@ def convert(
     from m2lite.quant import convert as job
 
     announce_compiling()
-    shape = _shape(type_name, tensor_type, target_size, imatrix, split_max_size, alignment, name) | {"mtp": mtp}
-    if dry_run:
-        _show_plan(job.plan_convert(hf_dir, out, **shape), as_json)
-        return
-    run: dict[str, Any] = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    with Progress() as progress:
-        made = job.convert(hf_dir, out, **shape, **run, progress=progress)
-    _show_made(made, as_json)
+    asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    plan = job.plan_convert(hf_dir, out, type_name, **asked)
+    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    _carry_out(plan, run, dry_run, as_json)
 
 
 @command("threads")
@@ -116,33 +112,28 @@ def quantize(
 
     announce_compiling()
     found = locate_model(source)
-    shape = _shape(type_name, tensor_type, target_size, imatrix, split_max_size, alignment, name)
-    shape |= {"mtp": mtp, "allow_requantize": allow_requantize}
-    if dry_run:
-        _show_plan(job.plan_quantize(found, out, **shape), as_json)
-        return
-    run: dict[str, Any] = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    with Progress() as progress:
-        made = job.quantize(found, out, **shape, **run, progress=progress)
-    _show_made(made, as_json)
+    asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
+    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    _carry_out(plan, run, dry_run, as_json)
 
 
-def _shape(
-    type_name: str,
+def _asked(
     tensor_type: list[str] | None,
     target_size: str | None,
     imatrix: Path | None,
     split_max_size: str | None,
     alignment: str | None,
     name: str | None,
-) -> dict[str, Any]:
+    mtp: bool,
+) -> Asked:
     """What decides the bytes of the output, parsed: a mistake is told before anything is opened."""
     from m2lite.quant.recipes import parse_overrides
 
     if alignment not in (None, "32", "4096"):
         raise UsageError(f"--alignment is {alignment!r}.", "Take 4096 or 32.")
     return {
-        "type_name": type_name,
+        "mtp": mtp,
         "overrides": parse_overrides(tensor_type or []),
         "target_bytes": _size("--target-size", target_size),
         "imatrix": imatrix,
@@ -157,6 +148,18 @@ def _size(flag: str, text: str | None) -> int | None:
         return None if text is None else parse_positive(text)
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
+
+
+def _carry_out(opened: AbstractContextManager[JobPlan], run: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+    """Do the job and say what was made, or with `dry_run` only print its plan."""
+    from m2lite.quant.options import carry_out
+
+    if dry_run:
+        _show_plan(opened, as_json)
+        return
+    with Progress() as progress:
+        made = carry_out(opened, **run, progress=progress)
+    _show_made(made, as_json)
 
 
 def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
@@ -174,7 +177,7 @@ def _show_made(made: Conversion, as_json: bool) -> None:
     from m2lite.describe import format_bytes
 
     if as_json:
-        print_json({k: [str(p) for p in v] if k == "paths" else _plain(v) for k, v in asdict(made).items()})
+        print_json(_plain(asdict(made)))
         return
     if made.resumed_bytes:
         note(f"went on from {format_bytes(made.resumed_bytes)} that an earlier run had done")
@@ -186,6 +189,11 @@ def _show_made(made: Conversion, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """As JSON has it: paths are text, tuples (named ones too) lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -245,7 +253,7 @@ def verify(
         report = run_verify(path, against, n_samples, imatrix=imatrix, threads=settings.threads, progress=progress)
     answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
     if as_json:
-        print_json({k: _listed(v) for k, v in asdict(report).items()} | {"ok": report.ok, "answer": answer})
+        print_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
     else:
         _show_report(report)
         if answer is not None:
@@ -268,10 +276,6 @@ def _show_report(report: Report) -> None:
         print(f"WRONG: {line}")
     if report.ok and report.n_hashed == report.n_tensors:
         print("every byte is what was written")
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else _plain(value)
 
 
 def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
