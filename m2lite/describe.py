@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from m2lite.kernels import FAST_FORMATS
 from m2lite.storage.gguf_reader import GGUFArray, GGUFFile, open_gguf
 
 if TYPE_CHECKING:
@@ -22,14 +23,17 @@ def type_mix(gguf: GGUFFile) -> dict[str, float]:
 
 def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
     """Per block format, the largest first: tensors, bytes, and whether it runs "fast" (as integers) or "generic"."""
-    from m2lite.kernels.dot import is_fast
-
     n_tensors = Counter(tensor.format.name for tensor in gguf.tensors.values())
     n_bytes = dict.fromkeys(n_tensors, 0)
     for tensor in gguf.tensors.values():
         n_bytes[tensor.format.name] += tensor.n_bytes
     return [
-        {"type": name, "n_tensors": n_tensors[name], "n_bytes": size, "runs": "fast" if is_fast(name) else "generic"}
+        {
+            "type": name,
+            "n_tensors": n_tensors[name],
+            "n_bytes": size,
+            "runs": "fast" if name in FAST_FORMATS else "generic",
+        }
         for name, size in sorted(n_bytes.items(), key=lambda item: (-item[1], item[0]))
     ]
 

@@ -35,7 +35,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from m2lite.kernels import emit, simd
+from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.simd import (
@@ -149,9 +149,7 @@ WEIGHTS = {
 } | {name: WeightForm(FORMATS[name].n_bytes, step=FORMATS[name].n_weights) for name in loops.NAMES}
 
 
-def is_fast(name: str) -> bool:
-    """Whether weights of format `name` are multiplied as integers; the others are unpacked to float32 first."""
-    return WEIGHTS[name].tile is not None
+assert {name for name, form in WEIGHTS.items() if form.tile is not None} == FAST_FORMATS
 
 
 # --- tile kernels, built from the table ----------------------------------------------------------------------------
@@ -358,7 +356,7 @@ def _tile_function(name: str, kind: str) -> Any:
 
 def activation_kind(name: str, generic: bool = False) -> str:
     """ "int8" where the format has an integer tile, else "float32"; `generic` forces float32."""
-    return "int8" if is_fast(name) and not generic else "float32"
+    return "int8" if name in FAST_FORMATS and not generic else "float32"
 
 
 @cache

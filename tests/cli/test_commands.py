@@ -56,9 +56,13 @@ def test_help_is_quick(run_m2lite: Run) -> None:
         assert f" {command} " in done.stdout
 
 
-def test_help_imports_no_numba(command_env: dict[str, str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL"]])
+def test_help_and_inspect_import_no_numba(
+    command_env: dict[str, str], bundled_model: Path, arguments: list[str]
+) -> None:
     code = "import sys, m2lite.cli as c\ntry: c.main()\nfinally: sys.exit(99 * bool({'numba'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], env=command_env, capture_output=True, check=False)
+    arguments = [str(bundled_model) if argument == "MODEL" else argument for argument in arguments]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=command_env, capture_output=True, check=False)
     assert done.returncode == 0
 
 
