@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from m2lite.quant.recipes import Recipe
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
+from m2lite.storage.gguf_reader import SPLIT_NAME
 from m2lite.storage.identity import hash_trunk, trunk_sizes
 
 __all__ = ["ARCHITECTURE", "BoundTensor", "Conversion", "architecture_keys", "convert", "general_keys", "plan_convert"]
@@ -43,7 +43,6 @@ __all__ = ["ARCHITECTURE", "BoundTensor", "Conversion", "architecture_keys", "co
 ARCHITECTURE = "minimax-m2"
 GATING_SIGMOID = 2
 MTP_CONCAT = "embedding,hidden"
-SPLIT_END = re.compile(r"-[0-9]{5}-of-[0-9]{5}(?=\.gguf$)")
 
 
 def convert(
@@ -101,7 +100,8 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
 
 def sidecar_path(model: Path) -> Path:
     """Where the prediction modules of a model file lie; of a split, beside the name without numbers."""
-    return model.with_name(f"mtp-{SPLIT_END.sub('', model.name)}")
+    part = SPLIT_NAME.fullmatch(model.name)
+    return model.with_name(f"mtp-{part['stem']}.gguf" if part else f"mtp-{model.name}")
 
 
 def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options) -> list[Key]:

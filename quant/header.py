@@ -131,15 +131,14 @@ def build_header(
         own += [Key(KEY_TENSOR_HASHES, [0] * len(sizes), "UINT64"), Key(KEY_HEADER_HASH, 0, "UINT64")]
     keys = [*own, *keys]
     assert len({key.name for key in keys}) == len(keys), "a key twice"
-    data = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)))
+    data = bytearray(pack_start(len(tensors), len(keys)))
     ends = {}
     for key in keys:
-        data += _pack_key(key)
+        data += pack_key(key)
         ends[key.name] = len(data)
     relative = 0
     for (name, shape, block_format), size in zip(tensors, sizes, strict=True):
-        data += _pack_string(name.encode()) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        data += struct.pack("<IQ", block_format.ggml_type, relative)
+        data += pack_tensor(name, shape, block_format, relative)
         relative += size + -size % alignment
     slots = []
     offset = len(data) + -len(data) % alignment
@@ -150,7 +149,17 @@ def build_header(
     return Header(bytes(data), tuple(slots), offset, alignment, hashes_at, ends[KEY_HEADER_HASH] - 8 if hashed else 0)
 
 
-def _pack_key(key: Key) -> bytes:
+def pack_start(n_tensors: int, n_keys: int) -> bytes:
+    return MAGIC + struct.pack("<IQQ", VERSION, n_tensors, n_keys)
+
+
+def pack_tensor(name: str, shape: tuple[int, ...], block_format: BlockFormat, offset: int) -> bytes:
+    """A tensor's row of the header; its offset counts from where the tensors begin."""
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    return _pack_string(name.encode()) + dims + struct.pack("<IQ", block_format.ggml_type, offset)
+
+
+def pack_key(key: Key) -> bytes:
     name = _pack_string(key.name.encode())
     if key.kind == "RAW":
         return name + bytes(key.value)

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.quant.header import DEFAULT_ALIGNMENT, MAGIC, Key, pack_key, pack_start, pack_tensor, string, uint32
+from m2lite.storage.blocks import FORMATS
 from m2lite.storage.durable import PartFile
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 
@@ -25,10 +27,6 @@ F32 = npt.NDArray[np.float32]
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 KEY_DATASETS, KEY_CHUNKS, KEY_CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-ALIGNMENT = 32
-_MAGIC = b"GGUF"
-_UINT32, _STRING, _ARRAY = 4, 8, 9  # value types of GGUF
-_TYPE_F32 = 0
 _AGAIN = "Make the importance matrix again, with `m2lite imatrix` or llama-imatrix."
 
 
@@ -168,7 +166,7 @@ def _refuse_legacy(path: Path) -> None:
             start = file.read(8 + 128)
     except OSError:
         return  # open_gguf says it better
-    if start.startswith(_MAGIC) or len(start) < 12:
+    if start.startswith(MAGIC) or len(start) < 12:
         return
     n_entries, n_name = struct.unpack_from("<ii", start)
     name = start[8 : 8 + max(0, n_name)]
@@ -187,12 +185,12 @@ def write_imatrix(path: str | Path, importance: Importance, *, overwrite: bool =
     header, offsets, size_bytes = _build_header(importance)
     with PartFile(path, size_bytes, replaces=overwrite) as part:
         try:
-            part.write(0, bytes(len(_MAGIC)) + header[len(_MAGIC) :])
+            part.write(0, bytes(len(MAGIC)) + header[len(MAGIC) :])
             for (name, data), offset in zip(importance._tensors(), offsets, strict=True):
                 if not np.isfinite(data).all():
                     raise UsageError(f"{name} holds numbers that are not finite in float32.", "Use another text.")
                 part.write(offset, data.reshape(-1).view(np.uint8).data)
-            part.finish(_MAGIC)
+            part.finish(MAGIC)
         except BaseException:
             part.discard()
             raise
@@ -202,27 +200,20 @@ def write_imatrix(path: str | Path, importance: Importance, *, overwrite: bool =
 def _build_header(importance: Importance) -> tuple[bytes, list[int], int]:
     """Header bytes, the offset of every tensor, the size of the file."""
     keys = [
-        _string("general.type") + struct.pack("<I", _STRING) + _string("imatrix"),
-        _string(KEY_DATASETS)
-        + struct.pack("<IIQ", _ARRAY, _STRING, len(importance.datasets))
-        + b"".join(map(_string, importance.datasets)),
-        _string(KEY_CHUNKS) + struct.pack("<II", _UINT32, importance.n_chunks),
-        _string(KEY_CHUNK_SIZE) + struct.pack("<II", _UINT32, importance.chunk_size),
+        string("general.type", "imatrix"),
+        Key(KEY_DATASETS, importance.datasets, "STRING"),
+        uint32(KEY_CHUNKS, importance.n_chunks),
+        uint32(KEY_CHUNK_SIZE, importance.chunk_size),
     ]
     rows, offsets, end = [], [], 0
     for name in sorted(importance.entries):
         sums, counts = importance.entries[name]
         for tensor, width in ((name + SUMS, sums.size // len(counts)), (name + COUNTS, 1)):
-            dims = (width, len(counts))[: 1 + (len(counts) > 1)]  # ggml drops a last dimension of one
-            rows.append(_string(tensor) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, _TYPE_F32, end))
+            shape = (len(counts), width) if len(counts) > 1 else (width,)  # ggml drops a last dimension of one
+            rows.append(pack_tensor(tensor, shape, FORMATS["F32"], end))
             offsets.append(end)
             end += 4 * width * len(counts)
-            end += -end % ALIGNMENT  # the last one too: ggml reads whole units
-    header = _MAGIC + struct.pack("<IQQ", 3, len(rows), len(keys)) + b"".join(keys) + b"".join(rows)
-    header += bytes(-len(header) % ALIGNMENT)
+            end += -end % DEFAULT_ALIGNMENT  # the last one too: ggml reads whole units
+    header = pack_start(len(rows), len(keys)) + b"".join(map(pack_key, keys)) + b"".join(rows)
+    header += bytes(-len(header) % DEFAULT_ALIGNMENT)
     return header, [len(header) + offset for offset in offsets], len(header) + end
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw

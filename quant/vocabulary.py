@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from m2lite.errors import BadModelError
 from m2lite.quant.checkpoint import load_json
 from m2lite.quant.header import Key, array, boolean, float32, int32, string, uint32
-from m2lite.quant.pieces import MODEL_NAME, load_pieces
+from m2lite.quant.pieces import CONTROL, MODEL_NAME, NORMAL, UNUSED, USER_DEFINED, load_pieces
 from m2lite.quant.safetensors import check_impostor
 
 # The one pre-tokenizer that `tokenizer.ggml.pre = minimax-m2` stands for (o200k), as tokenizer.json spells it.
@@ -22,7 +22,6 @@ PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 MAX_TEMPLATE_BYTES = 1 << 20
 JSON_NAME = "tokenizer.json"
 

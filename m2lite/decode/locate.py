@@ -6,17 +6,15 @@ A directory may be a repository in a Hugging Face cache, and its models may lie 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.storage.gguf_reader import SPLIT_NAME
 from m2lite.storage.hub import find_snapshot
 
 BUNDLED = Path(__file__).parent.parent / "models" / "m2-tiny"
 MOST_NAMES = 8
-
-_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 
 def locate_model(path: str | os.PathLike[str] | None = None) -> Path:
@@ -56,15 +54,15 @@ def _models(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in sorted(paths):
         if not path.name.startswith(("mtp-", ".")):
-            match = _PART.fullmatch(path.name)
-            found.setdefault(path.with_name(f"{match[1]}-of-{match[3]}") if match else path, path)
+            match = SPLIT_NAME.fullmatch(path.name)
+            found.setdefault(path.with_name(f"{match['stem']}-of-{match['count']}") if match else path, path)
     return sorted(found.values())
 
 
 def _describe(model: Path, directory: Path) -> str:
     """m.gguf; or, of a split, Q4_K_M/m-00001-of-00003.gguf (3 parts)."""
-    match = _PART.fullmatch(model.name)
-    return f"{model.relative_to(directory)}" + (f" ({int(match[3])} parts)" if match else "")
+    match = SPLIT_NAME.fullmatch(model.name)
+    return f"{model.relative_to(directory)}" + (f" ({int(match['count'])} parts)" if match else "")
 
 
 def _nothing_in(path: Path) -> BadModelError:

@@ -37,7 +37,7 @@ __all__ = ["GGUFArray", "GGUFFile", "TensorInfo", "open_gguf"]
 _KEY_SPLIT_NO = "split.no"
 _KEY_SPLIT_COUNT = "split.count"
 _KEY_SPLIT_TENSORS = "split.tensors.count"
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.ASCII)
+SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.ASCII)
 _ALL_PARTS = "Put all parts of one download into one directory and open the first."
 
 
@@ -208,7 +208,7 @@ def _other_parts(first: _Part) -> list[Path]:
     if _KEY_SPLIT_COUNT not in first.header.metadata or (count := _split_number(first, _KEY_SPLIT_COUNT)) == 1:
         return []
     number = _split_number(first, _KEY_SPLIT_NO) + 1
-    name = _SPLIT_NAME.fullmatch(first.path.name)
+    name = SPLIT_NAME.fullmatch(first.path.name)
     if not 1 <= number <= count <= 99_999:
         raise BadModelError(f"{first.path}: claims to be part {number} of {count}.", _ALL_PARTS)
     if number != 1:
