@@ -7,9 +7,9 @@ A tile kernel is called by address (`simd.call_tile`) with
     out[t, r] = sum over blocks b of  w[r, b] . x[t, b]      r < 16, t < n_x
 
 w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes one row alone); n_store: 16 or 1;
-n_blocks: blocks of 32 weights per row; out is float32, out_stride in bytes. x is an activation panel:
+n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes. x is an activation panel:
 
-  int8     40 bytes per row and block: 32 int8, float32 scale, int32 -8 x (sum of the int8)
+  int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.PANEL)
   float32  128 bytes per row and block: 32 float32
 
 A panel holds its rows in groups of up to 32 (only the last one is smaller); a group of T rows is laid out
@@ -19,7 +19,9 @@ t * n_blocks * bytes: a panel of one row is simply the row.
 A format without a tile of integers runs on float32 panels: "fast" is a format with one, the others are "generic".
 
 Order of the sum, the same for every group size, tile and vector width:
-  int8     one fma per block of 32, in block order: acc = fma(f32(exact integer dot), w scale * x scale, acc)
+  int8     per block of 32, in block order: one fma per scale of the weights (one, or two of 16 weights each),
+           acc = fma(f32(exact integer dot), w scale * x scale, acc), and where the format has a minimum one more,
+           acc = fma(minimum, -(x scale * sum of the int8), acc)
   float32  16 virtual lanes, lane i takes weights i, i+16, i+32, ... one fma each; then a fixed tree over the lanes
 """
 
@@ -37,6 +39,7 @@ from numba.core.extending import intrinsic
 
 from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
+from m2lite.kernels.dots import PANEL, Vectors, integer_dots, prepare
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.simd import (
     fma,
@@ -50,15 +53,14 @@ from m2lite.kernels.simd import (
     tree_sum,
     write_f32,
 )
+from m2lite.kernels.tiles import TILES, TileForm
 from m2lite.storage.blocks import FORMATS
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
+PANEL_BYTES = PANEL.BYTES
 
-Vectors = list[ir.Value]
-
-
-STEP_BYTES = {"int8": 40, "float32": 128}  # of an activation panel, per row and block
+STEP_BYTES = {"int8": PANEL.BYTES, "float32": 128}  # of an activation panel, per row and block
 GROUP = 32  # rows of a panel that share one pass over a tile
 
 
@@ -67,24 +69,7 @@ def panel_bytes(kind: str, n_rows: int, n: int) -> int:
     return n_rows * (n // BLOCK) * STEP_BYTES[kind]
 
 
-# --- weights into vectors: the only part that a format has to bring ------------------------------------------------
-
-
-def _q4_0_tile(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value) -> tuple[Vectors, ir.Value]:
-    """18 bytes: float16 scale, 16 bytes; low nibbles are weights 0-15, high nibbles 16-31, each minus 8."""
-    scale = emit.half_to_f32(builder, emit.gather_u16(builder, w, stride))
-    raw = emit.load_tile(builder, w, stride, 2)
-    mask = emit.const(0x0F0F0F0F)
-    low = [builder.and_(v, mask) for v in raw]
-    high = [builder.and_(builder.lshr(v, emit.const(4)), mask) for v in raw]
-    return low + high, scale
-
-
-def _q8_0_tile(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value) -> tuple[Vectors, ir.Value]:
-    """34 bytes: float16 scale, 32 int8; +128 makes them unsigned."""
-    scale = emit.half_to_f32(builder, emit.gather_u16(builder, w, stride))
-    raw = emit.load_tile(builder, w, stride, 2) + emit.load_tile(builder, w, stride, 18)
-    return [builder.xor(v, emit.const(0x80808080 - (1 << 32))) for v in raw], scale
+# --- weights to float32 -------------------------------------------------------------------------------------------
 
 
 def _scale_of(builder: ir.IRBuilder, w: ir.Value) -> ir.Value:
@@ -127,75 +112,126 @@ def _bf16_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
 
 @dataclass(frozen=True)
 class WeightForm:
-    """How kernels read one block format: a step of it to float32, and the int8 tile where one exists.
+    """How kernels turn one block format into float32.
 
     `unpack` brings a step of 32 weights into registers; without it, kernels/unpack.py writes a whole block to scratch.
     """
 
     step_bytes: int
     unpack: Callable[[ir.IRBuilder, ir.Value], Vectors] | None = None
-    tile: Callable[[ir.IRBuilder, ir.Value, ir.Value], tuple[Vectors, ir.Value]] | None = None
-    offset: int = 0  # added to the signed weights to make the tile's bytes unsigned
-    bits: int = 8  # the tile's bytes stay below 2**bits
     step: int = BLOCK  # weights
 
 
 WEIGHTS = {
-    "Q4_0": WeightForm(18, _q4_0_unpack, _q4_0_tile, offset=8, bits=4),
-    "Q8_0": WeightForm(34, _q8_0_unpack, _q8_0_tile, offset=128, bits=8),
+    "Q4_0": WeightForm(18, _q4_0_unpack),
+    "Q8_0": WeightForm(34, _q8_0_unpack),
     "F16": WeightForm(64, _f16_unpack),
     "BF16": WeightForm(64, _bf16_unpack),
     "F32": WeightForm(128, _f32_unpack),
 } | {name: WeightForm(FORMATS[name].n_bytes, step=FORMATS[name].n_weights) for name in loops.NAMES}
 
 
-assert {name for name, form in WEIGHTS.items() if form.tile is not None} == FAST_FORMATS
+assert TILES.keys() == FAST_FORMATS
 
 
-# --- tile kernels, built from the table ----------------------------------------------------------------------------
+# --- tile kernels, built from the tables ---------------------------------------------------------------------------
 
 
-TILE = simd.PackType(simd.i32x16, 9)  # 8 vectors of unsigned bytes; the 16 scales, as bits
+def _add_step(
+    builder: ir.IRBuilder, acc: ir.Value, dots: Vectors, scales: Vectors, minimum: ir.Value | None, row: ir.Value
+) -> ir.Value:
+    """acc after one fma per group, and one for the minimum."""
+    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE))
+    for dot, scale in zip(dots, scales, strict=True):
+        acc = emit.fma_values(builder, builder.sitofp(dot, emit.V_F32), builder.fmul(scale, x_scale), acc)
+    if minimum is not None:
+        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM))
+        acc = emit.fma_values(builder, minimum, scaled_sum, acc)
+    return acc
 
 
-def _tile_of(form: WeightForm) -> Any:
-    """load_tile(w, stride) -> TILE: one block of 16 rows; row i's weights 4d..4d+3 in lane i of vector d."""
-
-    @intrinsic
-    def load_tile(typingctx: Any, w: Any, stride: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            assert form.tile is not None
-            weights, scale = form.tile(builder, *args)
-            return emit.pack_of(builder, [*weights, builder.bitcast(scale, emit.V_I32)])
-
-        return TILE(types.int64, types.int64), codegen
-
-    return load_tile
-
-
-def _dot_of(form: WeightForm) -> Any:
-    """dot_row(acc, tile, x) = fma(integer dot of the tile and 32 activations at x, scales, acc)."""
+def _dot_block_of(form: TileForm) -> Any:
+    """dot_block(acc, w, stride, x): acc after all steps of one block of 16 rows and the activation row at x."""
 
     @intrinsic
-    def dot_row(typingctx: Any, acc: Any, tile: Any, x: Any) -> Any:
+    def dot_block(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            acc_value, tile_value, at = args
-            low = emit.splat(builder, emit.load(builder, at, emit.I32, 36))
-            if form.offset != 8:
-                low = builder.shl(low, emit.const((form.offset // 8).bit_length() - 1))
-            high = emit.const(0)  # two chains, since one would wait for its own last sum
-            for d in range(0, 8, 2):
-                first, second = (builder.extract_value(tile_value, d + i) for i in (0, 1))
-                low = emit.dot4(builder, low, first, emit.load(builder, at, emit.I32, 4 * d), form.bits)
-                high = emit.dot4(builder, high, second, emit.load(builder, at, emit.I32, 4 * d + 4), form.bits)
-            dot = builder.sitofp(builder.add(low, high), emit.V_F32)
-            w_scale = builder.bitcast(builder.extract_value(tile_value, 8), emit.V_F32)
-            x_scale = emit.splat(builder, emit.load(builder, at, emit.F32, 32))
-            return emit.fma_values(builder, dot, builder.fmul(w_scale, x_scale), acc_value)
+            acc_value, w_value, stride_value, x_value = args
+            rows = iter([builder.add(x_value, emit.I64(PANEL.BYTES * s)) for s in range(form.n_steps)])
 
-        return simd.f32x16(simd.f32x16, TILE, types.int64), codegen
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                nonlocal acc_value
+                row = next(rows)
+                dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])
+                acc_value = _add_step(builder, acc_value, dots[0], scales, minimum, row)
 
-    return dot_row
+            form.read(builder, w_value, stride_value, step)
+            return acc_value
+
+        return simd.f32x16(simd.f32x16, types.int64, types.int64, types.int64), codegen
+
+    return dot_block
+
+
+def _unpack_tile_of(form: TileForm) -> Any:
+    """unpack_tile(w, stride, out): the steps of one block of 16 rows, `step_vectors` vectors each, to memory."""
+
+    @intrinsic
+    def unpack_tile(typingctx: Any, w: Any, stride: Any, out: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            w_value, stride_value, at = args
+
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                nonlocal at
+                kept = [*prepare(builder, form.integers, weights), *scales] + ([] if minimum is None else [minimum])
+                for v in kept:
+                    emit.store(builder, v, at)
+                    at = builder.add(at, emit.I64(64))
+
+            form.read(builder, w_value, stride_value, step)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    return unpack_tile
+
+
+def _load_step_of(form: TileForm) -> Any:
+    """load_step(at): the vectors of a step that `unpack_tile` has written, as a pack."""
+    kind = simd.PackType(simd.i32x16, form.step_vectors)
+
+    @intrinsic
+    def load_step(typingctx: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return emit.pack_of(builder, [emit.load(builder, args[0], emit.V_I32, 64 * i) for i in range(kind.n)])
+
+        return kind(types.int64), codegen
+
+    return load_step
+
+
+def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
+    """dot_rows(step, x, sums): adds a step's products with n rows at x to their sums, a vector each in memory."""
+
+    @intrinsic
+    def dot_rows(typingctx: Any, step: Any, x: Any, sums: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            step_value, x_value, sums_value = args
+            vectors = [builder.extract_value(step_value, i) for i in range(form.step_vectors)]
+            rows = [builder.add(x_value, emit.I64(PANEL.BYTES * r)) for r in range(n_rows)]
+            dots = integer_dots(builder, form.integers, vectors[:8], rows)
+            floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
+            scales = floats[: form.integers.n_groups]
+            minimum = floats[-1] if form.has_minimum else None
+            for r, row in enumerate(rows):
+                acc = emit.load(builder, sums_value, emit.V_F32, 64 * r)
+                acc = _add_step(builder, acc, dots[r], scales, minimum, row)
+                emit.store(builder, acc, builder.add(sums_value, emit.I64(64 * r)))
+            return context.get_dummy_value()
+
+        return types.void(step, types.int64, types.int64), codegen
+
+    return dot_rows
 
 
 def unpack_of(name: str) -> Any:
@@ -214,8 +250,12 @@ def unpack_of(name: str) -> Any:
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-step_bytes = 0
-load_tile: Any = None
+step_bytes = block_bytes = step_vectors = tile_vectors = 0
+n_steps = 1
+dot_block: Any = None
+unpack_tile: Any = None
+load_step: Any = None
+dot_rows: Any = None
 dot_row: Any = None
 unpack: Any = None
 one_row: Any = None
@@ -228,25 +268,28 @@ n_vectors = 2
 
 def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     acc, ahead = splat(ZERO), w + 16 * stride
-    for b in range(n_blocks):
-        for line in range(0, 16 * step_bytes, 64):
-            prefetch(ahead + b * 16 * step_bytes + line)
-        acc = dot_row(acc, load_tile(w + b * step_bytes, stride), x + b * 40)
+    for b in range(n_blocks // n_steps):
+        for line in range(0, 16 * block_bytes, 64):
+            prefetch(ahead + b * 16 * block_bytes + line)
+        acc = dot_block(acc, w + b * block_bytes, stride, x + b * n_steps * PANEL_BYTES)
     store_lanes(out, acc, n_store)
 
 
 def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a block."""
-    sums, ahead = scratch(GROUP), w + 16 * stride
+    """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
+    sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + 16 * stride
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
-    for b in range(n_blocks):
-        for line in range(0, 16 * step_bytes, 64):
-            prefetch(ahead + b * 16 * step_bytes + line)
-        tile = load_tile(w + b * step_bytes, stride)
-        block = x + b * n_x * 40
-        for t in range(n_x):
-            store_f32(sums + 64 * t, dot_row(load_f32(sums + 64 * t), tile, block + 40 * t))
+    for b in range(n_blocks // n_steps):
+        for line in range(0, 16 * block_bytes, 64):
+            prefetch(ahead + b * 16 * block_bytes + line)
+        unpack_tile(w + b * block_bytes, stride, tile)
+        for s in range(n_steps):
+            weights, at = load_step(tile + 64 * step_vectors * s), x + (b * n_steps + s) * n_x * PANEL_BYTES
+            for t in range(0, n_x - 3, 4):
+                dot_rows(weights, at + PANEL_BYTES * t, sums + 64 * t)
+            for t in range(n_x // 4 * 4, n_x):
+                dot_row(weights, at + PANEL_BYTES * t, sums + 64 * t)
     for t in range(n_x):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
@@ -334,12 +377,27 @@ def _names_of_blocks(name: str) -> dict[str, Any]:
     return names | {"unpack_block": loops.block_function(name)}
 
 
+def _names_of_integers(form: TileForm) -> dict[str, Any]:
+    """What the templates of integer tiles see."""
+    return {
+        "block_bytes": form.block_bytes,
+        "n_steps": form.n_steps,
+        "step_vectors": form.step_vectors,
+        "tile_vectors": form.n_steps * form.step_vectors,
+        "dot_block": _dot_block_of(form),
+        "unpack_tile": _unpack_tile_of(form),
+        "load_step": _load_step_of(form),
+        "dot_rows": _dot_rows_of(form, 4),
+        "dot_row": _dot_rows_of(form, 1),
+    }
+
+
 def _tile_function(name: str, kind: str) -> Any:
     """The tile kernel of one format and kind of activations."""
     form = WEIGHTS[name]
     names: dict[str, Any] = {"step_bytes": form.step_bytes}
     if kind == "int8":
-        names |= {"load_tile": _tile_of(form), "dot_row": _dot_of(form)}
+        names = _names_of_integers(TILES[name])
         one, many = _int8_one, _int8_many
     elif form.unpack is not None:
         names |= {"unpack": unpack_of(name)}

@@ -10,6 +10,7 @@ import numpy as np
 from numba import prange
 
 from m2lite.kernels.dot import GROUP
+from m2lite.kernels.dots import PANEL
 from m2lite.kernels.jit import Split, kernel
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
@@ -48,6 +49,8 @@ C7, C6, C5, C4, C3, C2 = F(1 / 5040), F(1 / 720), F(1 / 120), F(1 / 24), F(1 / 6
 
 SMALLEST_AMAX = F(1e-30)  # a block of activations below this counts as zeros
 INT8_MAX = F(127.0)
+PANEL_BYTES, SCALE_AT, SUM_AT = PANEL.BYTES, PANEL.SCALE, PANEL.SUM
+SCALED_SUM_AT, HALF_SUM_AT = PANEL.SCALED_SUM, PANEL.HALF_SUM
 
 
 @kernel
@@ -152,17 +155,19 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
 
 @kernel
 def pack_row_int8(panel, step, x, n_blocks):
-    """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, -8 x sum; rounding to nearest even."""
+    """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.PANEL); to nearest even."""
     for b in range(n_blocks):
         low, high = load_f32(x + 128 * b), load_f32(x + 128 * b + 64)
         amax = max_abs(low, high)
         scale = amax / INT8_MAX
         inverse = INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
         at = panel + b * step
-        total = clamp_and_store_i8(at, round_to_i32(mul(low, splat(inverse))))
-        total += clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
-        write_f32(at + 32, scale)
-        write_i32(at + 36, np.int32(-8 * total))
+        first = clamp_and_store_i8(at, round_to_i32(mul(low, splat(inverse))))
+        total = first + clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
+        write_f32(at + SCALE_AT, scale)
+        write_i32(at + SUM_AT, np.int32(-8 * total))
+        write_f32(at + SCALED_SUM_AT, -(scale * F(total)))
+        write_i32(at + HALF_SUM_AT, np.int32(-8 * first))
 
 
 @kernel
@@ -179,7 +184,7 @@ def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
     start = t // GROUP * GROUP
     size = min(GROUP, n_rows - start)
     if is_int8:
-        pack_row_int8(panel + (start * n_blocks + t - start) * 40, size * 40, x, n_blocks)
+        pack_row_int8(panel + (start * n_blocks + t - start) * PANEL_BYTES, size * PANEL_BYTES, x, n_blocks)
     else:
         pack_row_float(panel + (start * n_blocks + t - start) * 128, size * 128, x, n_blocks)
 
@@ -199,7 +204,7 @@ def pack_parallel(n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
 @kernel
 def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
     """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x."""
-    row_bytes = n_blocks * (40 if is_int8 else 128)
+    row_bytes = n_blocks * (PANEL_BYTES if is_int8 else 128)
     n_pairs = read_i32(starts + 4 * n_groups)
     first, last = part * n_pairs // n_parts, (part + 1) * n_pairs // n_parts
     for g in range(n_groups):

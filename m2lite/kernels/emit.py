@@ -1,7 +1,7 @@
 """LLVM IR that kernels are made of, as functions of a builder. Sees 16-lane vectors and bytes, no format.
 
-Vectors always have 16 lanes: LLVM splits them into the registers that the machine has. Only `dot4` differs between
-machines; its form is picked from the features that Numba compiles for.
+Vectors always have 16 lanes: LLVM splits them into the registers that the machine has. Only integer dots (dots.py) and
+look-ups differ between machines; their form is picked from the features that Numba compiles for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ V_I32 = ir.VectorType(I32, LANES)
 V_I16 = ir.VectorType(I16, LANES)
 
 
-# --- the form of dot4 -------------------------------------------------------------------------------------------
+# --- the form of integer dots -----------------------------------------------------------------------------------
 
 FORMS = ("avx512vnni", "avxvnni", "avx2", "neondot", "portable")
 
@@ -48,7 +48,7 @@ def _features_of(cpu: str) -> str:
 
 
 def choose_form(features: frozenset[str]) -> str:
-    """The widest form of `dot4` that the target features allow."""
+    """The widest form of integer dots that the target features allow."""
     if {"avx512f", "avx512bw", "avx512vnni"} <= features:
         return "avx512vnni"
     if "avx2" in features and ("avxvnni" in features or {"avx512vnni", "avx512vl"} <= features):
@@ -93,77 +93,6 @@ def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.V
     return builder.call(function, args)
 
 
-def _dot4_vpdpbusd(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    v = ir.VectorType(I8, 64)
-    args = [acc, builder.bitcast(u, v), builder.bitcast(splat(builder, s), v)]
-    return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", V_I32, args)
-
-
-def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    v, half = ir.VectorType(I8, 32), ir.VectorType(I32, 8)
-    signed = builder.bitcast(splat(builder, s, 8), v)
-    parts = zip(halves(builder, acc), halves(builder, u), strict=True)
-    name = "llvm.x86.avx512.vpdpbusd.256"
-    low, high = (call_llvm(builder, name, half, [a, builder.bitcast(w, v), signed]) for a, w in parts)
-    return joined(builder, low, high)
-
-
-def _dot4_avx2(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    """maddubs adds two products in int16: 2 x 15 x 127 fits, 2 x 255 x 127 does not: 8-bit weights go as 4 + 4 bits."""
-    if bits == 8:
-        low = builder.and_(u, const(0x0F0F0F0F))
-        high = builder.and_(builder.lshr(u, const(4)), const(0x0F0F0F0F))
-        sixteen = _dot4_avx2(builder, const(0), high, s, 4)
-        return _dot4_avx2(builder, builder.add(acc, builder.shl(sixteen, const(4))), low, s, 4)
-    bytes_, words, half = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
-    signed = builder.bitcast(splat(builder, s, 8), bytes_)
-    sums = []
-    for w in halves(builder, u):
-        pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [builder.bitcast(w, bytes_), signed])
-        sums.append(call_llvm(builder, "llvm.x86.avx2.pmadd.wd", half, [pairs, const(1, 16, I16)]))
-    return builder.add(acc, joined(builder, *sums))
-
-
-def _dot4_neon(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    """sdot is signed x signed: the top bit of an 8-bit weight goes through a second sdot."""
-    if bits == 8:
-        top = builder.and_(builder.lshr(u, const(7)), const(0x01010101))
-        high = builder.shl(_dot4_neon(builder, const(0), top, s, 7), const(7))
-        return _dot4_neon(builder, builder.add(acc, high), builder.and_(u, const(0x7F7F7F7F)), s, 7)
-    v, quarter = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
-    signed = builder.bitcast(splat(builder, s, 4), v)
-    accs = [q for h in halves(builder, acc) for q in halves(builder, h)]
-    weights = [q for h in halves(builder, u) for q in halves(builder, h)]
-    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-    out = [
-        call_llvm(builder, name, quarter, [a, builder.bitcast(w, v), signed])
-        for a, w in zip(accs, weights, strict=True)
-    ]
-    return joined(builder, joined(builder, out[0], out[1]), joined(builder, out[2], out[3]))
-
-
-def _dot4_portable(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    for byte in range(4):
-        weight = builder.and_(builder.lshr(u, const(8 * byte)), const(0xFF))
-        signed = builder.ashr(builder.shl(s, I32(24 - 8 * byte)), I32(24))
-        acc = builder.add(acc, builder.mul(weight, splat(builder, signed)))
-    return acc
-
-
-_DOT4 = {
-    "avx512vnni": _dot4_vpdpbusd,
-    "avxvnni": _dot4_vpdpbusd_256,
-    "avx2": _dot4_avx2,
-    "neondot": _dot4_neon,
-    "portable": _dot4_portable,
-}
-
-
-def dot4(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value, bits: int) -> ir.Value:
-    """acc[i] + sum of 4 (unsigned byte of u[i]) x (signed byte of s), exact; `bits` bounds the unsigned bytes."""
-    return _DOT4[FORM](builder, acc, u, s, bits)
-
-
 # --- building blocks for intrinsics -----------------------------------------------------------------------------
 
 
@@ -200,12 +129,12 @@ def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return builder.extract_element(v, I32(0))
 
 
-def gather_u16(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value) -> ir.Value:
-    """The two bytes at `address` of each of 16 rows."""
-    out = ir.Constant(V_I16, ir.Undefined)
+def gather(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, kind: ir.IntType) -> ir.Value:
+    """The integer at `address` of each of 16 rows."""
+    out = ir.Constant(ir.VectorType(kind, LANES), ir.Undefined)
     for row in range(LANES):
         where = builder.add(address, builder.mul(stride, I64(row)))
-        out = builder.insert_element(out, load(builder, where, I16), I32(row))
+        out = builder.insert_element(out, load(builder, where, kind), I32(row))
     return out
 
 
@@ -250,6 +179,40 @@ def look_up(builder: ir.IRBuilder, codes: ir.Value, values: list[int]) -> ir.Val
             value = builder.extract_element(bytes_, builder.extract_element(index, I32(lane)))
             found = builder.insert_element(found, value, I32(lane))
     return builder.sitofp(builder.sext(found, V_I32), V_F32)
+
+
+def look_up_bytes(builder: ir.IRBuilder, codes: ir.Value, values: list[int]) -> ir.Value:
+    """values[code] for each of the 64 bytes of `codes` (four in a lane), all below 16; values are bytes."""
+    table = [v & 255 for v in values]
+    if FORM == "avx512vnni":
+        return _shuffle_bytes(builder, codes, table, "llvm.x86.avx512.pshuf.b.512", 1)
+    if FORM in ("avxvnni", "avx2"):
+        return _shuffle_bytes(builder, codes, table, "llvm.x86.avx2.pshuf.b", 2)
+    if FORM == "neondot":
+        return _shuffle_bytes(builder, codes, table, "llvm.aarch64.neon.tbl1.v16i8", 4)
+    kind = ir.VectorType(I8, 4 * LANES)
+    index = builder.bitcast(codes, kind)
+    level = [const(v, 4 * LANES, I8) for v in table]
+    for bit in range(4):  # the codes' bits choose among pairs: 16 values, 8, 4, 2, 1
+        mask = const(1 << bit, 4 * LANES, I8)
+        is_set = builder.icmp_unsigned("==", builder.and_(index, mask), mask)
+        level = [builder.select(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return builder.bitcast(level[0], V_I32)
+
+
+def _shuffle_bytes(builder: ir.IRBuilder, codes: ir.Value, table: list[int], name: str, n_parts: int) -> ir.Value:
+    """The instruction that takes bytes as indices into a register of 16, on each of n parts."""
+    kind = ir.VectorType(I8, 64 // n_parts)
+    values = ir.Constant(kind, table * (4 // n_parts))
+    parts = [codes]
+    while len(parts) < n_parts:
+        parts = [half for part in parts for half in halves(builder, part)]
+    whole = [p.type for p in parts]
+    parts = [call_llvm(builder, name, kind, [values, builder.bitcast(p, kind)]) for p in parts]
+    parts = [builder.bitcast(p, t) for p, t in zip(parts, whole, strict=True)]
+    while len(parts) > 1:
+        parts = [joined(builder, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
 
 
 def pack_of(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:

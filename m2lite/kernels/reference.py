@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from m2lite.kernels import elementwise as constants
 from m2lite.storage import blocks
+from m2lite.storage.integers import INTEGERS
 
 F = np.float32
 F32 = npt.NDArray[np.float32]
 PAGE = 64
-STEP_BYTES = {"int8": 40, "float32": 128}
+STEP_BYTES = {"int8": 48, "float32": 128}
 GROUP = 32
 
 
@@ -103,15 +104,12 @@ def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
     return fmt.unpack(raw.reshape(n_rows, -1, fmt.n_bytes)).reshape(n_rows, n_blocks * 32).astype(F)
 
 
-def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32]:
-    """Signed integer weights [rows, blocks, 32] and scales [rows, blocks] of an integer format."""
+def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32, Any]:
+    """Of an integer format: weights [rows, blocks, 32], scales [rows, blocks, groups], minima [rows, blocks] or None."""
     fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
-    parts = raw.reshape(n_rows, n_blocks, fmt.n_bytes)
-    scales = parts[..., :2].copy().view(np.float16)[..., 0].astype(F)
-    if fmt.name == "Q8_0":
-        return parts[..., 2:].copy().view(np.int8).astype(np.int32), scales
-    nibbles = np.concatenate([parts[..., 2:] & 15, parts[..., 2:] >> 4], axis=-1)
-    return nibbles.astype(np.int32) - 8, scales
+    weights, scales, minima = INTEGERS[fmt.name](raw.reshape(n_rows, -1, fmt.n_bytes))
+    minima = None if minima is None else minima.reshape(n_rows, n_blocks)
+    return weights.astype(np.int32).reshape(n_rows, n_blocks, 32), scales.reshape(n_rows, n_blocks, -1), minima
 
 
 # --- activation panels ---------------------------------------------------------------------------------------------
@@ -151,8 +149,9 @@ def panel_rows(x: F32, kind: str) -> npt.NDArray[np.uint8]:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(amax > constants.SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
     q = np.clip(np.rint(parts * inverse[..., None]), -127, 127).astype(np.int8)
-    sums = (-8 * q.sum(axis=-1, dtype=np.int32))[..., None].astype(np.int32)
-    return np.concatenate([q.view(np.uint8), scale[..., None].view(np.uint8), sums.view(np.uint8)], axis=-1)
+    total, first = (v.sum(axis=-1, dtype=np.int32) for v in (q, q[..., :16]))
+    behind = (scale, -8 * total, -(scale * total.astype(F)), -8 * first)
+    return np.concatenate([q.view(np.uint8), *(v[..., None].view(np.uint8) for v in behind)], axis=-1)
 
 
 def pack(work: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks: int, is_int8: int) -> None:
@@ -182,13 +181,17 @@ def product(key: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_
     if kind == "float32":
         values = rows.reshape(n_x, -1).view(np.float32)
         return lanes_dot(floats_of(key, w, stride, n_out, n_blocks)[None], values[:, None])
-    weights, w_scales = integers_of(key, w, stride, n_out, n_blocks)
+    weights, w_scales, minima = integers_of(key, w, stride, n_out, n_blocks)
     q = rows[..., :32].copy().view(np.int8).astype(np.int32)
-    x_scales = rows[..., 32:36].copy().view(np.float32)[..., 0]
-    acc = np.zeros((n_x, n_out), F)
+    x_scales, scaled_sums = (rows[..., at : at + 4].copy().view(np.float32)[..., 0] for at in (32, 40))
+    acc, size = np.zeros((n_x, n_out), F), 32 // w_scales.shape[-1]
     for b in range(n_blocks):
-        dots = q[:, b] @ weights[:, b].T
-        acc = fma32(dots, w_scales[None, :, b] * x_scales[:, None, b], acc)
+        for g in range(w_scales.shape[-1]):
+            part = slice(g * size, (g + 1) * size)
+            dots = q[:, b, part] @ weights[:, b, part].T
+            acc = fma32(dots, w_scales[None, :, b, g] * x_scales[:, None, b], acc)
+        if minima is not None:
+            acc = fma32(minima[None, :, b], scaled_sums[:, None, b], acc)
     return acc
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from m2lite.kernels import dot, emit, fast, jit, reference
+from m2lite.kernels import dot, dots, emit, fast, jit, reference, tiles
 from m2lite.storage.blocks import FORMATS
+from m2lite.storage.integers import INTEGERS
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -32,7 +33,7 @@ def test_compiled_kernels_equal_their_twins_in_every_format() -> None:
 
 def test_every_format_runs() -> None:
     assert set(dot.WEIGHTS) == set(FORMATS)
-    assert {name for name in FORMATS if dot.WEIGHTS[name].tile is not None} == {"Q4_0", "Q8_0"}
+    assert set(tiles.TILES) == set(INTEGERS)
     for name, fmt in FORMATS.items():
         form = dot.WEIGHTS[name]
         assert form.step % fmt.n_weights == 0 and form.step_bytes == fmt.row_bytes(form.step)
@@ -48,18 +49,18 @@ def test_other_vector_forms_equal_the_twins(form: str) -> None:
 
 def test_neon_form_compiles_to_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot run here; that LLVM accepts it and picks the instruction can be seen."""
-    monkeypatch.setattr(emit, "FORM", "neondot")
+    monkeypatch.setattr(dots, "FORM", "neondot")
     module = ir.Module()
     vector = emit.V_I32
     function = ir.Function(module, ir.FunctionType(vector, [vector, vector, emit.I32]), "dot")
     builder = ir.IRBuilder(function.append_basic_block())
     acc, u, s = function.args
-    builder.ret(emit.dot4(builder, emit.dot4(builder, acc, u, s, 4), u, s, 8))
+    builder.ret(dots.dot4(builder, dots.dot4(builder, acc, u, s), u, s))
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+dotprod")
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
-    assert assembly.count("sdot") == 4 * 3  # four registers; one pass for 4 bits, two for 8
+    assert assembly.count("sdot") == 4 * 2  # four registers each
 
 
 def test_no_kernel_reads_or_writes_beyond_its_memory() -> None:

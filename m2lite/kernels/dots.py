@@ -1,0 +1,182 @@
+"""Exact integer dots of 16 weight rows with rows of activations, in every vector form, as LLVM IR. Sees no format.
+
+A tile holds 32 weights of 16 rows: lane i of vector d has weights 4d..4d+3 of row i, a byte each. An activation row is
+at an address: 32 int8, then what panels keep about them (PANEL). The sums are exact in int32, so every form agrees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from m2lite.kernels import emit
+from m2lite.kernels.emit import FORM, I8, I16, I32, V_I32, call_llvm, const, halves, joined, load, splat
+
+Vectors = list[ir.Value]
+
+
+class PANEL:
+    """A block of 32 activations in a panel: byte offsets of what follows its 32 int8, and its size."""
+
+    SCALE = 32  # float32: activation = scale x int8
+    SUM = 36  # int32: -8 x (sum of the 32)
+    SCALED_SUM = 40  # float32: -(scale x sum), for formats whose blocks have a minimum
+    HALF_SUM = 44  # int32: -8 x (sum of the first 16), for formats with a scale per 16
+    BYTES = 48
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What the weight bytes of a format are: below 2**bits and `offset` too large, or (8 bits) signed as they stand."""
+
+    bits: int
+    offset: int = 0
+    n_groups: int = 1  # scales per 32 weights: 1, or 2 of 16 weights each
+
+    @property
+    def is_signed(self) -> bool:
+        return self.bits == 8
+
+
+# These multiply unsigned by signed bytes: signed weights get +128. maddubs could not (128 x 255 x 2 saturates): it takes
+# the weight's magnitude and an activation with the weight's sign. sdot takes signed weights as they are.
+_WANTS_UNSIGNED = FORM in ("avx512vnni", "avxvnni", "portable")
+
+
+def prepare(builder: ir.IRBuilder, kind: Integers, tile: Vectors) -> Vectors:
+    """The tile's bytes as this form's `integer_dots` takes them; done once per tile."""
+    if kind.is_signed and _WANTS_UNSIGNED:
+        return [builder.xor(v, const(0x80808080 - (1 << 32))) for v in tile]
+    return tile
+
+
+def integer_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
+    """Per row (an address) and group of weights: 16 lanes of int32, the dots of the 16 weight rows with that group."""
+    starts = [[_start(builder, kind, row, g) for g in range(kind.n_groups)] for row in rows]
+    return (_dots_maddubs if FORM == "avx2" else _dots_dot4)(builder, kind, tile, rows, starts)
+
+
+def _start(builder: ir.IRBuilder, kind: Integers, row: ir.Value, group: int) -> ir.Value:
+    """- offset x (sum of the group's activations); None for nothing."""
+    offset = 128 if kind.is_signed and _WANTS_UNSIGNED else kind.offset
+    if offset == 0:
+        return None
+    total = splat(builder, load(builder, row, I32, PANEL.SUM))
+    if kind.n_groups == 2:
+        first = splat(builder, load(builder, row, I32, PANEL.HALF_SUM))
+        total = builder.sub(total, first) if group else first
+    assert offset in (8, 16, 32, 64, 128)
+    return builder.shl(total, const((offset // 8).bit_length() - 1)) if offset > 8 else total
+
+
+# --- forms with an instruction for four products in 32 bits ----------------------------------------------------------
+
+
+def _dots_dot4(
+    builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
+) -> list[Vectors]:
+    """Two chains per row, since one would wait for its own last sum."""
+    out = []
+    for row, start in zip(rows, starts, strict=True):
+        chains = [const(0) if s is None else s for s in (*start, None)[:2]]
+        for i in range(4):
+            for chain, d in ((0, i), (1, i + 4)):
+                chains[chain] = dot4(builder, chains[chain], tile[d], load(builder, row, I32, 4 * d))
+        out.append(chains if kind.n_groups == 2 else [builder.add(*chains)])
+    return out
+
+
+def dot4(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, s: ir.Value) -> ir.Value:
+    """acc[i] + sum of 4 (byte of w[i]) x (signed byte of s); bytes of w are unsigned, in the sdot form signed."""
+    return _DOT4[FORM](builder, acc, w, s)
+
+
+def _dot4_vpdpbusd(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    v = ir.VectorType(I8, 64)
+    args = [acc, builder.bitcast(u, v), builder.bitcast(splat(builder, s), v)]
+    return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", V_I32, args)
+
+
+def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    v, half = ir.VectorType(I8, 32), ir.VectorType(I32, 8)
+    signed = builder.bitcast(splat(builder, s, 8), v)
+    parts = zip(halves(builder, acc), halves(builder, u), strict=True)
+    name = "llvm.x86.avx512.vpdpbusd.256"
+    low, high = (call_llvm(builder, name, half, [a, builder.bitcast(w, v), signed]) for a, w in parts)
+    return joined(builder, low, high)
+
+
+def _dot4_neon(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, s: ir.Value) -> ir.Value:
+    v, quarter = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
+    signed = builder.bitcast(splat(builder, s, 4), v)
+    accs = [q for h in halves(builder, acc) for q in halves(builder, h)]
+    weights = [q for h in halves(builder, w) for q in halves(builder, h)]
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    out = [
+        call_llvm(builder, name, quarter, [a, builder.bitcast(q, v), signed])
+        for a, q in zip(accs, weights, strict=True)
+    ]
+    return joined(builder, joined(builder, out[0], out[1]), joined(builder, out[2], out[3]))
+
+
+def _dot4_portable(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    for byte in range(4):
+        weight = builder.and_(builder.lshr(u, const(8 * byte)), const(0xFF))
+        signed = builder.ashr(builder.shl(s, I32(24 - 8 * byte)), I32(24))
+        acc = builder.add(acc, builder.mul(weight, splat(builder, signed)))
+    return acc
+
+
+_DOT4 = {
+    "avx512vnni": _dot4_vpdpbusd,
+    "avxvnni": _dot4_vpdpbusd_256,
+    "neondot": _dot4_neon,
+    "portable": _dot4_portable,
+}
+
+
+# --- AVX2: pairs of products in 16 bits -------------------------------------------------------------------------------
+
+_BYTES, _WORDS, _HALF = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+
+
+def sums_that_fit(bits: int) -> int:
+    """How many results of maddubs (two products each) can be added in int16, whatever the bytes."""
+    return 1 if bits == 8 else 32767 // (2 * ((1 << bits) - 1) * 127)
+
+
+def _dots_maddubs(
+    builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
+) -> list[Vectors]:
+    """Pairs of products are added in int16 as long as they must fit, then widened: about 2 operations per 32 products."""
+    ones, out = const(1, 16, I16), [[[], []] for _ in rows]
+    fits, per_group = sums_that_fit(kind.bits), 8 // kind.n_groups
+    for g in range(kind.n_groups):
+        wide = [list(halves(builder, s[g])) if s[g] is not None else [None, None] for s in starts]
+        narrow = [[None, None] for _ in rows]
+        for d in range(g * per_group, (g + 1) * per_group):
+            weights = [builder.bitcast(h, _BYTES) for h in halves(builder, tile[d])]
+            sizes = [_magnitude(builder, w) for w in weights] if kind.is_signed else weights
+            flush = (d + 1) % min(fits, per_group) == 0 or d + 1 == (g + 1) * per_group
+            for r, row in enumerate(rows):
+                x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
+                for h in (0, 1):
+                    signed = _with_sign(builder, x, weights[h]) if kind.is_signed else x
+                    pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [sizes[h], signed])
+                    narrow[r][h] = pairs if narrow[r][h] is None else builder.add(narrow[r][h], pairs)
+                    if flush:
+                        quads = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [narrow[r][h], ones])
+                        wide[r][h] = quads if wide[r][h] is None else builder.add(wide[r][h], quads)
+                        narrow[r][h] = None
+        for r in range(len(rows)):
+            out[r][g] = joined(builder, *wide[r])
+    return [groups[: kind.n_groups] for groups in out]
+
+
+def _magnitude(builder: ir.IRBuilder, w: ir.Value) -> ir.Value:
+    return call_llvm(builder, "llvm.abs.v32i8", _BYTES, [w, ir.IntType(1)(0)])
+
+
+def _with_sign(builder: ir.IRBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
+    return call_llvm(builder, "llvm.x86.avx2.psign.b", _BYTES, [x, w])
