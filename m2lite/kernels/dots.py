@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from m2lite.kernels import emit
 from m2lite.kernels.emit import FORM, I8, I16, I32, V_I32, call_llvm, const, halves, joined, load, splat
 
 Vectors = list[ir.Value]
@@ -39,8 +38,8 @@ class Integers:
         return self.bits == 8
 
 
-# These multiply unsigned by signed bytes: signed weights get +128. maddubs could not (128 x 255 x 2 saturates): it takes
-# the weight's magnitude and an activation with the weight's sign. sdot takes signed weights as they are.
+# These multiply unsigned by signed bytes: signed weights get +128. maddubs could not (255 x 127 x 2 saturates): it
+# takes the weight's magnitude and an activation with the weight's sign. sdot takes signed weights as they are.
 _WANTS_UNSIGNED = FORM in ("avx512vnni", "avxvnni", "portable")
 
 
@@ -149,7 +148,7 @@ def sums_that_fit(bits: int) -> int:
 def _dots_maddubs(
     builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
 ) -> list[Vectors]:
-    """Pairs of products are added in int16 as long as they must fit, then widened: about 2 operations per 32 products."""
+    """Pairs of products are added in int16 while they must fit, then widened: about 2 operations per 32 products."""
     ones, out = const(1, 16, I16), [[[], []] for _ in rows]
     fits, per_group = sums_that_fit(kind.bits), 8 // kind.n_groups
     for g in range(kind.n_groups):

@@ -54,7 +54,7 @@ class TileForm:
         return 8 + self.integers.n_groups + self.has_minimum
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------------
+# --- pieces ----------------------------------------------------------------------------------------------------------
 
 
 def _bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int) -> ir.Value:
@@ -97,7 +97,7 @@ def _negative(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return builder.fmul(v, ir.Constant(V_F32, [-1.0] * emit.LANES))
 
 
-# --- blocks of 32 ------------------------------------------------------------------------------------------------------
+# --- blocks of 32 ----------------------------------------------------------------------------------------------------
 
 
 def _q4_0(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value, step: Step) -> None:
@@ -155,11 +155,11 @@ def _mxfp4(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value, step: Step) -> 
     step([emit.look_up_bytes(builder, v, values) for v in codes], [builder.bitcast(scale, V_F32)])
 
 
-# --- super-blocks of 256 -----------------------------------------------------------------------------------------------
+# --- super-blocks of 256 ---------------------------------------------------------------------------------------------
 
 
 def _scales_and_minima(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value) -> tuple[Vectors, Vectors]:
-    """d s and dmin m of the 8 groups of Q4_K and Q5_K; the first 16 bytes hold d, dmin and 12 of packed 6-bit numbers."""
+    """d s and dmin m of the 8 groups of Q4_K and Q5_K; the first 16 bytes hold d, dmin and 12 of 6-bit numbers."""
     halves, first, second, third = load_tile(builder, w, stride, 0)
     d, dmin = _low_half(builder, halves), _high_half(builder, halves)
     scales = [_bits(builder, first, 0, 63), _bits(builder, third, 0, 15)]
