@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from profile_token import Profiler, format_profile, profile
 
 from m2lite import Model
+from profile_token import Profiler, format_profile, profile
 
 
 @pytest.mark.parametrize(("depth", "n_ids"), [(0, 1), (300, 1), (300, 70)])
