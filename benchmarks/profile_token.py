@@ -107,7 +107,8 @@ class Profiler:
 
         def call() -> tuple[float, float]:
             engine.buffers.kernels = self.timed if timed else self.plain
-            logits, at, took = None, start, 0.0
+            logits: Any = None
+            at, took = start, 0.0
             try:
                 for chunk in chunks:
                     self.timed.after = self._counter(done, len(chunk)) if counted else None

@@ -92,6 +92,7 @@ def _sizes(work: Work) -> list[str]:
 def parse_ours(text: str) -> tuple[list[Json], Json]:
     """(tests, what else is said) from `m2lite bench --json`."""
     found = _load(text, dict)
+    found.pop("model", None)  # a path
     tests = [test for test in found.pop("tests", []) if test["samples"]]
     for test in tests:
         test["tokens_per_s"] = statistics.median(test["samples"])
@@ -137,7 +138,7 @@ def run(argv: Sequence[str], parse: Any, spared: Iterable[psutil.Process] = ()) 
     tests, about = parse(done.stdout)
     wall, busy, own, stolen = (b - a for a, b in zip(before, after, strict=True))
     return {
-        "argv": list(argv),
+        "argv": named(argv),
         "started": started,
         "seconds": round(wall, 3),
         "load_before": round(load, 2),
@@ -146,6 +147,12 @@ def run(argv: Sequence[str], parse: Any, spared: Iterable[psutil.Process] = ()) 
         "tests": tests,
         "about": about,
     }
+
+
+def named(argv: Sequence[str]) -> list[str]:
+    """The command as one types it: programs and files without the folders that only this machine has."""
+    shown = ["m2lite", *argv[3:]] if list(argv[1:3]) == ["-m", "m2lite"] else argv
+    return [Path(part).name if part.startswith("/") else part for part in shown]
 
 
 def _times(spared: Sequence[psutil.Process]) -> tuple[float, float, float, float]:
@@ -196,7 +203,7 @@ def describe_machine() -> Json:
         "flags": sorted(_processor_flags()),
         "cores": machine.n_usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

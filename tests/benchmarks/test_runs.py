@@ -1,4 +1,4 @@
-"""benchmarks/runs.py and side_by_side.py: what the programs print, what a machine did meanwhile, resuming.
+"""benchmarks/runs.py, pairs.py and side_by_side.py: what the programs print, what a machine did meanwhile, resuming.
 
 llama_bench.json is what llama-bench of llama.cpp 0c1e570 printed.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+import busy_core
+import pairs
 import runs
 import side_by_side
 from runs import RunError, Work, append_row, identity, llama_argv, ours_argv, parse_llama, parse_ours, read_rows, series
@@ -63,6 +65,8 @@ def test_both_are_asked_the_same(work: Work) -> None:
     for flag, value in (("-p", "512,64"), ("-n", "0"), ("-d", "0,4096"), ("-r", "3"), ("-t", "2")):
         assert ours[ours.index(flag) + 1] == llama[llama.index(flag) + 1] == value
     assert ours[ours.index("--ctx") + 1] == "4608" and llama[-2:] == ["-fa", "1"]
+    assert runs.named(ours)[:3] == ["m2lite", "bench", "slice.gguf"]
+    assert runs.named(llama)[:3] == ["llama-bench", "-m", "slice.gguf"]
 
 
 def test_a_cut_line_is_dropped(tmp_path: Path) -> None:
@@ -93,11 +97,16 @@ def test_a_run_counts_what_others_use() -> None:
     finally:
         other.kill()
         other.wait()
-    assert alone["seconds"] >= 0.5 and alone["argv"][0] == sys.executable
+    assert alone["seconds"] >= 0.5 and alone["argv"][0] == Path(sys.executable).name
     assert shared["foreign_cores"] > 0.3 and runs.is_noisy([shared])
     assert spared["foreign_cores"] < shared["foreign_cores"]
     with pytest.raises(RunError, match=r"ended with 3: told why"):
         runs.run([sys.executable, "-c", "import sys; print('told why', file=sys.stderr); sys.exit(3)"], parse)
+
+
+def collect(args: argparse.Namespace, work: Work) -> list[dict[str, Any]]:
+    bench = pairs.Bench(side_by_side.BENCH, args, work)
+    return bench.collect(lambda number: side_by_side.make_pair(bench, number))
 
 
 def fake(argv: list[str], noise: float = 0.0) -> dict[str, Any]:
@@ -111,15 +120,15 @@ def arguments(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """A command line whose runs are not real; `calls` has their order."""
     calls: list[str] = []
 
-    def run(argv: list[str], parse: Any) -> dict[str, Any]:
+    def run(argv: list[str], parse: Any, spared: Any = ()) -> dict[str, Any]:
         calls.append("ours" if "m2lite" in argv else "llama")
         noise = 0.5 if len(calls) in args.disturbed else 0.0
         return fake(argv, noise)
 
-    monkeypatch.setattr(side_by_side, "run", run)
-    monkeypatch.setattr(side_by_side, "wait_for_quiet", lambda patience: True)
-    monkeypatch.setattr(side_by_side, "describe_versions", lambda path: VERSIONS)
-    monkeypatch.setattr(side_by_side, "describe_machine", lambda: COMPUTER)
+    monkeypatch.setattr(pairs, "run", run)
+    monkeypatch.setattr(pairs, "wait_for_quiet", lambda patience: True)
+    monkeypatch.setattr(pairs, "describe_versions", lambda path: VERSIONS)
+    monkeypatch.setattr(pairs, "describe_machine", lambda: COMPUTER)
     args = argparse.Namespace(
         llama_bench=tmp_path / "llama-bench", label="x", output=tmp_path / "rows.jsonl", pairs=3, allow_noise=False,
         patience=0, calls=calls, disturbed=(),
@@ -129,46 +138,46 @@ def arguments(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def test_pairs_alternate_and_are_resumed(arguments: argparse.Namespace, work: Work) -> None:
     args = arguments
-    rows = side_by_side.measure(args, work)
+    rows = collect(args, work)
     assert [row["order"][0] for row in rows] == ["ours", "llama", "ours"]
     assert len(args.calls) == 2 + 6  # warm-up and three pairs
     args.pairs = 4
-    assert len(side_by_side.measure(args, work)) == 4 and len(args.calls) == 8 + 2 + 2
-    assert len(side_by_side.measure(args, work)) == 4 and len(args.calls) == 12  # nothing was left to do
-    text = side_by_side.summary(side_by_side.measure(args, work))
-    assert "4 pairs, 0 of them disturbed" in text and "ratio 2.000 [2.000, 2.000]" in text
+    assert len(collect(args, work)) == 4 and len(args.calls) == 8 + 2 + 2
+    assert len(collect(args, work)) == 4 and len(args.calls) == 12  # nothing was left to do
+    text = side_by_side.summary(collect(args, work))
+    assert "ratio 2.000 [2.000, 2.000]" in text
 
 
 def test_another_label_or_code_is_another_series(
     arguments: argparse.Namespace, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = arguments
-    side_by_side.measure(args, work)
-    monkeypatch.setattr(side_by_side, "describe_versions", lambda path: VERSIONS | {"commit": "d"})
-    side_by_side.measure(args, work)
+    collect(args, work)
+    monkeypatch.setattr(pairs, "describe_versions", lambda path: VERSIONS | {"commit": "d"})
+    collect(args, work)
     assert len(args.calls) == 8  # a commit that leaves the measured code alone changes nothing
-    monkeypatch.setattr(side_by_side, "describe_versions", lambda path: VERSIONS | {"tree": "u"})
-    side_by_side.measure(args, work)
+    monkeypatch.setattr(pairs, "describe_versions", lambda path: VERSIONS | {"tree": "u"})
+    collect(args, work)
     args.label = "y"
-    side_by_side.measure(args, work)
+    collect(args, work)
     assert len(args.calls) == 24 and len(list(read_rows(args.output))) == 9
 
 
 def test_a_disturbed_pair_is_kept_marked_and_made_again(arguments: argparse.Namespace, work: Work) -> None:
     args = arguments
     args.disturbed = (4,)
-    assert len(side_by_side.measure(args, work)) == 3
+    assert len(collect(args, work)) == 3
     assert [row["noisy"] for row in read_rows(args.output)] == [True, False, False, False]
     args.disturbed, args.pairs = range(100), 5
-    assert len(side_by_side.measure(args, work)) == 3  # gives up
+    assert len(collect(args, work)) == 3  # gives up
     args.allow_noise = True
-    assert len(side_by_side.measure(args, work)) == 14  # all that there are
+    assert len(collect(args, work)) == 14  # all that there are
 
 
 def test_a_busy_machine_is_refused(arguments: argparse.Namespace, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "wait_for_quiet", lambda patience: False)
+    monkeypatch.setattr(pairs, "wait_for_quiet", lambda patience: False)
     with pytest.raises(RunError, match="busy"):
-        side_by_side.measure(arguments, work)
+        collect(arguments, work)
     assert not arguments.output.exists()
 
 
@@ -179,7 +188,28 @@ def test_identity_survives_the_file(work: Work, tmp_path: Path) -> None:
 
 
 def test_lists_of_counts() -> None:
-    assert side_by_side.parse_counts("0,4096,0") == (0, 4096)
+    assert pairs.parse_counts("0,4096,0") == (0, 4096)
     for text in ("", "1,x", "-1"):
         with pytest.raises(argparse.ArgumentTypeError):
-            side_by_side.parse_counts(text)
+            pairs.parse_counts(text)
+
+
+def test_a_busy_round_turns_and_spares_its_own_loop(
+    arguments: argparse.Namespace, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spared_by: list[int] = []
+
+    def run(argv: list[str], parse: Any, spared: Any = ()) -> dict[str, Any]:
+        spared_by.append(sum(process.is_running() for process in spared))
+        found = fake(argv)
+        found["tests"][0]["tokens_per_s"] /= 1 + len(list(spared))
+        return found
+
+    monkeypatch.setattr(pairs, "run", run)
+    arguments.pairs = 2
+    bench = pairs.Bench(busy_core.BENCH, arguments, work)
+    rows = bench.collect(lambda number: busy_core.make_round(bench, number))
+    assert spared_by == [0, 0, 0, 1, 0, 1, 1, 0, 1, 0]
+    assert [row["order"][0] for row in rows] == ["ours quiet", "ours busy"]
+    text = busy_core.summary(rows)
+    assert text.count("ratio 2.000") == 2 and "alone    100.00, beside the loop     50.00" in text
