@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from make_slice import N_ADDED, SPECIAL, slice_config, slice_entries, vocabulary_keys
 
 from m2lite.quant.checkpoint import E4M3, INDEX_NAME
 from m2lite.quant.config import ARCHITECTURE, MODEL_TYPE, SourceConfig
 from m2lite.quant.vocabulary import PATTERN
+from make_slice import N_ADDED, SPECIAL, slice_config, slice_entries, vocabulary_keys
 
 BLOCK = 128
 CHUNK_VALUES = 1 << 24

@@ -1,20 +1,23 @@
 """Writes a few layers of true MiniMax-M2 widths as a GGUF with random weights, for speed measurements only.
 
-python benchmarks/make_slice.py -o slice.gguf [--layers 4] [--experts 256] [--vocab 200064] [--type q4_0|q8_0]
+python benchmarks/make_slice.py -o slice.gguf [--layers 4] [--experts 256] [--vocab 200064] [--type q4_0|q4_k_m|...]
 
-The defaults take 9.6 GB and load here and in llama.cpp (llama-bench). Weights are random blocks with scales that keep
-activations finite; the same arguments give the same bytes.
+The defaults take 9.6 GB and load here and in llama.cpp (llama-bench). A type gives every tensor the format that
+`convert` and llama-quantize give it. Weights are random blocks with scales that keep activations finite; the same
+arguments give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +27,10 @@ from m2lite.quant.config import SourceConfig
 from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys
 from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
 from m2lite.quant.names import LAYER, TRUNK, Entry
-from m2lite.quant.recipes import find_recipe
+from m2lite.quant.recipes import choose_formats, find_recipe, parse_overrides
 from m2lite.storage import durable
-from m2lite.storage.blocks import FORMATS
+from m2lite.storage.blocks import E2M1_DOUBLED
+from m2lite.storage.iquants import IQ4_VALUES
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,12 +45,19 @@ SPECIAL = {"bos": 34, "eos": 20, "unknown": 21, "padding": 0}
 
 # Standard deviation of the weights by role, times 1 / sqrt(inputs): what keeps a random network's activations near 1.
 GAIN = {"attention": 1.0, "experts": 1.0, "head": 2.6, "router": 1.0}
-# The format of each role, all others F32: of two formats only, since blocks are drawn at random, not encoded.
-FORMATS_OF = {
-    "q4_0": {"embedding": "Q8_0", "head": "Q8_0", "attention": "Q4_0", "experts": "Q4_0"},
-    "q8_0": dict.fromkeys(("embedding", "head", "attention", "experts"), "Q8_0"),
-}
-RMS_OF_RANDOM_BLOCK = {"Q4_0": 4.6, "Q8_0": 73.6}  # of the integers of a block whose bytes are uniform
+# Files of these types have been measured since before the recipes were: 8 bits for embedding and head, as with
+# llama-quantize's --token-embedding-type q8_0 --output-tensor-type q8_0.
+OVERRIDES = {"q4_0": ("^token_embd=q8_0", "^output=q8_0")}
+TYPES = ("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "mxfp4")
+
+
+class Tensor(NamedTuple):
+    """What quant/recipes.py asks of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    mtp: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,80 @@ def slice_entries(n_layers: int) -> Iterator[tuple[str, Entry]]:
         yield entry.gguf, entry
 
 
+def set_halves(
+    blocks: Bytes, rng: np.random.Generator, size: float, *places: tuple[int, float], signed: bool = False
+) -> None:
+    """Float16 fields of every block: `size` within a quarter, times a factor, for each (byte, factor).
+
+    `signed` is for formats whose integers have a mean other than zero: without it every output of a matrix shares an
+    offset, layers amplify it, and all tokens choose the same experts.
+    """
+    sizes = np.linspace(0.75, 1.25, 1024, dtype=np.float32) * np.float32(size)
+    if signed:
+        sizes[1::2] *= -1
+    picks = rng.integers(0, len(sizes), len(blocks), np.uint16)
+    for at, factor in places:
+        blocks[:, at : at + 2] = (sizes * np.float32(factor)).astype("<f2").view(np.uint8).reshape(-1, 2)[picks]
+
+
+def draw_q4_0(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    set_halves(blocks, rng, std / 4.6, (0, 1), signed=True)
+
+
+def draw_q8_0(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    signed = blocks.view(np.int8)
+    np.maximum(signed, -127, out=signed)  # -128 never comes out of an encoder
+    set_halves(blocks, rng, std / 73.6, (0, 1))
+
+
+def set_scales_and_mins(blocks: Bytes) -> None:
+    """Q4_K's and Q5_K's 12 bytes from 4 on: scales of 32 to 63, and every minimum as large as its scale."""
+    packed = blocks[:, 4:16]
+    packed[:, :4] |= np.uint8(0xA0)
+    packed[:, 4:8] = packed[:, :4]
+    packed[:, 8:] = (packed[:, 8:] & np.uint8(15)) * np.uint8(17)
+
+
+def draw_q4_k(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    set_scales_and_mins(blocks)
+    set_halves(blocks, rng, std / (RMS_OF_SCALE * 4.61), (0, 1), (2, 7.5))
+
+
+def draw_q5_k(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    set_scales_and_mins(blocks)
+    set_halves(blocks, rng, std / (RMS_OF_SCALE * 9.23), (0, 1), (2, 15.5))
+
+
+def draw_q6_k(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    scales = blocks[:, 192:208]  # of either sign, 64 to 128: the bit below the sign is the sign's opposite
+    scales[:] = (scales & np.uint8(0xBF)) | ((~scales >> np.uint8(1)) & np.uint8(0x40))
+    set_halves(blocks, rng, std / (97.7 * 18.48), (208, 1))
+
+
+def draw_iq4_nl(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    set_halves(blocks, rng, std / rms(IQ4_VALUES), (0, 1), signed=True)
+
+
+def draw_mxfp4(blocks: Bytes, rng: np.random.Generator, std: float) -> None:
+    """Powers of two next to the wanted scale on either side, mixed so that the mean square is right."""
+    scale = std / rms(E2M1_DOUBLED)
+    below = math.floor(math.log2(scale))
+    share = ((scale / 2.0**below) ** 2 - 1) / 3
+    blocks[:, 0] = below + 128 + (rng.random(len(blocks), np.float32) < share)
+
+
+def rms(values: npt.ArrayLike) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+RMS_OF_SCALE = rms(np.arange(32, 64))
+# Each sets what is not free in blocks of random bytes; the constants are the root mean squares of what is.
+DRAW: dict[str, Callable[[Bytes, np.random.Generator, float], None]] = {
+    "Q4_0": draw_q4_0, "Q8_0": draw_q8_0, "Q4_K": draw_q4_k, "Q5_K": draw_q5_k, "Q6_K": draw_q6_k,
+    "IQ4_NL": draw_iq4_nl, "MXFP4": draw_mxfp4,
+}  # fmt: skip
+
+
 def fill(chunk: Chunk) -> Bytes:
     """The chunk's bytes; a function of the tensor's name and the place alone."""
     slot, role = chunk.slot, chunk.role
@@ -129,26 +214,20 @@ def fill(chunk: Chunk) -> Bytes:
         values = rng.standard_normal(chunk.n_bytes // 4, np.float32) * np.float32(std) + np.float32(mean)
         return values.view(np.uint8)
     data = rng.integers(0, 1 << 64, (chunk.n_bytes + 7) // 8, np.uint64).view(np.uint8)[: chunk.n_bytes]
-    blocks = data.reshape(-1, block.n_bytes)
-    if block.name == "Q8_0":  # -128 never comes out of an encoder
-        signed = data.view(np.int8)
-        np.maximum(signed, -127, out=signed)
     std = 1.0 if role == "embedding" else GAIN[role] * slot.shape[-1] ** -0.5
-    scale = std / RMS_OF_RANDOM_BLOCK[block.name]
-    scales = np.linspace(0.75, 1.25, 1024, dtype=np.float32) * np.float32(scale)
-    picks = rng.integers(0, len(scales), len(blocks), np.uint16)
-    blocks[:, :2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)[picks]
+    DRAW[block.name](data.reshape(-1, block.n_bytes), rng, std)
     return data
 
 
 def write_slice(out: Path, config: SourceConfig, type_name: str) -> int:
     """Writes the file and returns its size."""
-    formats = FORMATS_OF[type_name]
+    recipe, dims = find_recipe(type_name), config.dims()
     entries = list(slice_entries(config.n_layers))
-    dims = config.dims()
-    tensors = [(name, tuple(dims[w] for w in e.shape), FORMATS[formats.get(e.role, "F32")]) for name, e in entries]
+    plan = [Tensor(name, tuple(dims[w] for w in e.shape), e.role) for name, e in entries]
+    formats = choose_formats(recipe, plan, parse_overrides(OVERRIDES.get(type_name, ())))
+    tensors = [(t.name, t.shape, formats[t.name].block_format) for t in plan]
     keys = [
-        *general_keys(find_recipe(type_name), f"MiniMax-M2 slice, {config.n_layers} layers, random"),
+        *general_keys(recipe, f"MiniMax-M2 slice, {config.n_layers} layers, random"),
         *architecture_keys(config, config.n_layers),
         *vocabulary_keys(config.n_vocab),
     ]
@@ -176,7 +255,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=200_064)
-    parser.add_argument("--type", choices=("q4_0", "q8_0"), default="q4_0")
+    parser.add_argument("--type", choices=TYPES, default="q4_0")
     args = parser.parse_args()
     if args.layers < 1 or not 1 <= args.experts <= 1024:
         parser.error("--layers must be at least 1, --experts from 1 to 1024")

@@ -5,51 +5,79 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from m2lite import __version__, machine
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model, Stats, Stop
+from m2lite.decode.session import Model, Session, Stop
 from m2lite.describe import format_bytes
+from m2lite.model.cache import PAGE
 
 _READ_BYTES = 512 * 1024**2
+_MAPPED_BYTES = 2 * 1024**3
+_WARM_ROWS = 512  # of a prompt, before it is timed
+_N_COMPUTED = 4 * PAGE  # positions of a depth that are really computed; the rest are copies of their pages
+FILLED = f"the first {_N_COMPUTED} positions of a depth are computed, the others are copies of their pages"
+
+
+@dataclass(frozen=True)
+class Test:
+    """`n` tokens in as few calls as the engine makes of a prompt, or one by one, behind `depth` cached positions."""
+
+    kind: str  # "prefill" or "decode"
+    n: int
+    depth: int
+
+    @property
+    def n_positions(self) -> int:
+        return self.depth + self.n + int(self.kind == "decode")  # decoding starts from a token that is not counted
+
+
+def plan_tests(prompts: Sequence[int], decodes: Sequence[int], depths: Sequence[int]) -> list[Test]:
+    """Every prompt and every number of decoded tokens at every depth; 0 tokens are no test."""
+    return [
+        Test(kind, n, depth)
+        for depth in depths
+        for kind, counts in (("prefill", prompts), ("decode", decodes))
+        for n in counts
+        if n
+    ]
 
 
 def run_bench(
-    model: Model, n_prompt: int, n_decode: int, repeats: int, *, note: Callable[[str], None], stop: Stop
+    model: Model, tests: Sequence[Test], repeats: int, *, note: Callable[[str], None], stop: Stop
 ) -> dict[str, Any]:
-    """Every repetition reads the same `n_prompt` ids and decodes `n_decode` more; ends early when `stop` says so.
+    """What every test reached in `repeats` runs, or in fewer when `stop` says so.
 
-    Stop tokens are decoded through, and tokens are sampled, so that the routing is as varied as that of text.
+    Stop tokens are decoded through, and tokens are sampled, so that the routing is as varied as that of text; what
+    sampling costs is in the figures. Every test runs once before it is timed.
     """
-    ids = np.random.default_rng(0).integers(0, min(256, model.config.n_vocab), n_prompt).tolist()
-    prefill: list[float] = []
-    decode: list[float] = []
-    _measure(model, ids, 1, stop)  # not counted: fills caches, compiles what is not compiled
-    for n in range(repeats):
-        note(f"run {n + 1} of {repeats}")
-        stats = _measure(model, ids, n_decode, stop)
-        if stats.prompt_tokens_per_s is None or stats.n_generated <= n_decode:
-            break
-        prefill.append(stats.prompt_tokens_per_s)
-        decode.append(n_decode / stats.decode_s)
-    weight_bytes = bytes_per_token(model)
-    decode_summary = summarise(decode)
+    with model.session() as session:
+        session.check_room(max(test.n_positions for test in tests))
+    results = []
+    for depth in dict.fromkeys(test.depth for test in tests):
+        with model.session() as session:
+            fill(session, depth)
+            for test in (test for test in tests if test.depth == depth):
+                samples = list(_run(session, test, repeats, note, stop))
+                results.append(_result(model, test, samples))
     return {
         "model": str(model.path),
         "size_bytes": model.gguf.size_bytes,
-        "n_prompt": n_prompt,
-        "n_decode": n_decode,
         "repeats": repeats,
-        "prefill_tokens_per_s": summarise(prefill),
-        "decode_tokens_per_s": decode_summary,
-        "weight_bytes_per_token": weight_bytes,
-        "decode_bytes_per_s": weight_bytes * decode_summary.get("median", 0.0),
+        "tests": results,
+        "filled": FILLED,
+        "weight_bytes_per_token": bytes_per_token(model),
+        "kv_bytes_per_position": kv_bytes_per_position(model),
         "read_bytes_per_s": read_bandwidth(model.n_threads),
+        **read_mapped(model),
         "threads": model.n_threads,
         "layer": model.engine.layer,
         "processor": machine.processor_name(),
@@ -59,14 +87,68 @@ def run_bench(
     }
 
 
-def _measure(model: Model, ids: list[int], n_decode: int, stop: Stop) -> Stats:
-    """One prompt and `n_decode` steps after the first token."""
-    sampling = Sampling(seed=0)
-    with model.session() as session:
-        session.check_room(len(ids) + n_decode)
-        for _ in session.generate(ids, max_tokens=n_decode + 1, sampling=sampling, stop=stop, ignore_stop=True):
-            pass
-        return session.stats
+def random_ids(model: Model, n: int, seed: int = 0) -> list[int]:
+    """Any ids of the vocabulary."""
+    return [int(i) for i in np.random.default_rng(seed).integers(0, model.config.n_vocab, n)]
+
+
+def fill(session: Session, depth: int) -> None:
+    """Put `depth` positions into the session's KV cache: FILLED says how.
+
+    Copies, not shared pages: attention has to read as many distinct bytes as in a real context of that length.
+    """
+    session.tokens, session.n_cached = random_ids(session.model, depth, seed=1), 0
+    engine, timeline, computed = session.model.engine, session._timeline, session.tokens[:_N_COMPUTED]
+
+    def copy() -> None:
+        n_true = len(timeline.pages)
+        timeline.make_room(depth - timeline.length)
+        for i, page in enumerate(timeline.pages[n_true:]):
+            engine.pool.copy_page(timeline.pages[i % n_true], page)
+        timeline.length = depth
+
+    n_rows = session.model.n_rows
+    for start in range(0, len(computed), n_rows):
+        chunk = computed[start : start + n_rows]
+        compute_thread().run(partial(engine.evaluate, timeline, start, chunk))
+    if depth > len(computed):
+        compute_thread().run(copy)
+    session.n_cached = depth
+
+
+def _run(session: Session, test: Test, repeats: int, note: Callable[[str], None], stop: Stop) -> Iterator[float]:
+    """Tokens a second of every timed run."""
+    warm = min(test.n, _WARM_ROWS) if test.kind == "prefill" else 1
+    _measure(session, Test(test.kind, warm, test.depth), 0, stop)
+    for n in range(repeats):
+        note(f"{test.kind} of {test.n:,} at depth {test.depth:,}: run {n + 1} of {repeats}")
+        seconds = _measure(session, test, n, stop)
+        if seconds is None:
+            return
+        yield test.n / seconds
+
+
+def _measure(session: Session, test: Test, seed: int, stop: Stop) -> float | None:
+    """Seconds of one run, or None when it was stopped."""
+    session.rewind(test.depth)
+    is_prefill = test.kind == "prefill"
+    ids, n_answer = random_ids(session.model, test.n if is_prefill else 1), 1 if is_prefill else test.n + 1
+    for _ in session.generate(ids, max_tokens=n_answer, sampling=Sampling(seed=seed), stop=stop, ignore_stop=True):
+        pass
+    stats = session.stats
+    if stats.n_generated < n_answer:
+        return None
+    return stats.prompt_s if is_prefill else stats.decode_s
+
+
+def _result(model: Model, test: Test, samples: list[float]) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": test.kind, "n": test.n, "depth": test.depth}
+    found |= {"tokens_per_s": summarise(samples), "samples": samples}
+    if test.kind == "decode" and samples:
+        mean_depth = test.depth + 1 + test.n / 2
+        n_bytes = bytes_per_token(model) + int(kv_bytes_per_position(model) * mean_depth)
+        found |= {"bytes_per_token": n_bytes, "bytes_per_s": n_bytes * found["tokens_per_s"]["median"]}
+    return found
 
 
 def bytes_per_token(model: Model) -> int:
@@ -76,22 +158,43 @@ def bytes_per_token(model: Model) -> int:
     return int(weights.dense_bytes + experts)
 
 
+def kv_bytes_per_position(model: Model) -> int:
+    """K and V of one position in all layers, as they lie in the pages."""
+    return model.engine.pool.page_bytes // PAGE
+
+
 def read_bandwidth(n_threads: int) -> float:
     """Bytes a second of loading plain memory with that many threads and the widest vectors, the best of five."""
     memory, sums = np.ones(_READ_BYTES // 8, np.uint64), np.zeros(n_threads, np.float32)
 
-    def measure() -> float:
-        from m2lite.kernels.elementwise import read_memory
+    parts = [(memory.ctypes.data, _READ_BYTES)]
+    return compute_thread().run(lambda: _read_speed(parts, sums))
 
-        best = float("inf")
-        for _ in range(6):  # the first one compiles or loads the kernel
-            started = time.perf_counter()
-            read_memory(_READ_BYTES, memory.ctypes.data, _READ_BYTES, sums.ctypes.data)
-            best = min(best, time.perf_counter() - started)
-        return best
 
-    best = compute_thread().run(measure)
-    return _READ_BYTES / best
+def read_mapped(model: Model) -> dict[str, float]:
+    """The same of the mapped file: its largest tensors, up to 2 GB of them, which are in memory after a first pass."""
+    parts, left, sums = [], _MAPPED_BYTES, np.zeros(model.n_threads, np.float32)
+    for tensor in sorted(model.gguf.tensors.values(), key=lambda t: t.n_bytes, reverse=True):
+        n_bytes = min(left, tensor.n_bytes)
+        parts.append((model.gguf.address(tensor.name), n_bytes))
+        left -= n_bytes
+        if not left:
+            break
+    speed = compute_thread().run(lambda: _read_speed(parts, sums))
+    return {"read_mapped_bytes_per_s": speed, "read_mapped_bytes": _MAPPED_BYTES - left}
+
+
+def _read_speed(parts: Sequence[tuple[int, int]], sums: npt.NDArray[np.float32]) -> float:
+    """Bytes a second of loading (address, bytes) after (address, bytes), the best of five."""
+    from m2lite.kernels.elementwise import read_memory
+
+    best = float("inf")
+    for _ in range(6):  # the first one compiles or loads the kernel and takes the page faults
+        started = time.perf_counter()
+        for address, n_bytes in parts:
+            read_memory(n_bytes, address, n_bytes, sums.ctypes.data)
+        best = min(best, time.perf_counter() - started)
+    return sum(n_bytes for _, n_bytes in parts) / best
 
 
 def summarise(values: list[float]) -> dict[str, float]:
@@ -105,15 +208,29 @@ def format_result(result: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
     lines = [f"{result['model']}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
-    for name, n in (("prefill", result["n_prompt"]), ("decode", result["n_decode"])):
-        found = result[f"{name}_tokens_per_s"]
-        lines.append(
-            f"{name:<8}{n:>6} tokens  {found['median']:>9.1f} tok/s  ({found['min']:.1f} to {found['max']:.1f}, "
-            f"{result['repeats']} runs)"
-        )
-    used, plain = result["decode_bytes_per_s"] / 1e9, result["read_bytes_per_s"] / 1e9
+    lines += [_format_test(test) for test in result["tests"]]
+    plain, mapped = result["read_bytes_per_s"], result["read_mapped_bytes_per_s"]
+    weights, kv = format_bytes(result["weight_bytes_per_token"]), format_bytes(result["kv_bytes_per_position"])
     lines.append(
-        f"weights {format_bytes(result['weight_bytes_per_token'])} a token, so {used:.1f} GB/s; "
-        f"plain reading {plain:.1f} GB/s ({used / plain:.0%})"
+        f"weights {weights} a token, KV {kv} a position; plain reading {plain / 1e9:.1f} GB/s, "
+        f"of the mapped file {mapped / 1e9:.1f} GB/s"
     )
+    for test in result["tests"]:
+        if "bytes_per_s" in test:
+            used = test["bytes_per_s"]
+            lines.append(
+                f"decode at depth {test['depth']:,} reads {used / 1e9:.1f} GB/s: {used / plain:.0%} of plain reading, "
+                f"{used / mapped:.0%} of the mapped file's"
+            )
+    if any(test["depth"] > _N_COMPUTED for test in result["tests"]):
+        lines.append(f"({FILLED})")
     return "\n".join(lines)
+
+
+def _format_test(test: dict[str, Any]) -> str:
+    found, n = test["tokens_per_s"], len(test["samples"])
+    where = f"at depth {test['depth']:,}" if test["depth"] else ""
+    return (
+        f"{test['kind']:<8}{test['n']:>7,} tokens {where:<18}{found['median']:>9.1f} tok/s  "
+        f"({found['min']:.1f} to {found['max']:.1f}, {n} run{'s' if n > 1 else ''})"
+    )

@@ -9,30 +9,45 @@ from typing import Annotated
 import typer
 
 from m2lite.commands.frame import MODEL, Progress, command, note, open_model, print_json
-from m2lite.settings import Settings
+from m2lite.errors import UsageError
+from m2lite.settings import Settings, parse_count
 
 
 @command(*MODEL)
 def bench(
     settings: Settings,
     *,
-    n_prompt: Annotated[int, typer.Option("-p", metavar="N", min=1, help="Prompt tokens")] = 512,
-    n_decode: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Decoded tokens")] = 128,
+    prompts: Annotated[str, typer.Option("-p", metavar="N,...", help="Prompt tokens; 0 for no prefill")] = "512",
+    decodes: Annotated[str, typer.Option("-n", metavar="N,...", help="Decoded tokens; 0 for no decode")] = "128",
+    depths: Annotated[
+        str, typer.Option("-d", metavar="N,...", help="Positions that are in the KV cache before each test")
+    ] = "0",
     repeats: Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repetitions")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Measure prefill and decode on this machine, next to its read bandwidth."""
-    from m2lite.bench import format_result, run_bench
+    from m2lite.bench import format_result, plan_tests, run_bench
     from m2lite.signals import stop_on_signals
 
+    tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
+    if not tests:
+        raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
     with open_model(settings) as model, stop_on_signals() as stop:
-        result = run_bench(model, n_prompt, n_decode, repeats, note=note, stop=stop)
+        result = run_bench(model, tests, repeats, note=note, stop=stop)
         if stop():
             raise typer.Exit(stop.exit_code)
         if as_json:
             print_json(result)
         else:
             print(format_result(result))
+
+
+def _counts(flag: str, text: str) -> list[int]:
+    """0,4k -> [0, 4096], each once."""
+    try:
+        return list(dict.fromkeys(parse_count(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {error}.", "Separate numbers by commas, such as 0,4096.") from None
 
 
 @command("threads")

@@ -326,14 +326,49 @@ def test_bench(run_inline: Run, model_files: Models) -> None:
     done = run_inline("bench", model_files["random"], "-p", "32", "-n", "8", "-r", "2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["prefill_tokens_per_s"]["median"] > found["decode_tokens_per_s"]["min"] > 0
-    assert found["read_bytes_per_s"] > 1e8
+    prefill, decode = found["tests"]
+    assert (prefill["kind"], prefill["n"], decode["kind"], decode["n"]) == ("prefill", 32, "decode", 8)
+    assert prefill["tokens_per_s"]["median"] > decode["tokens_per_s"]["min"] > 0
+    assert len(prefill["samples"]) == len(decode["samples"]) == 2
+    assert found["read_bytes_per_s"] > 1e8 and found["read_mapped_bytes_per_s"] > 1e8
     # all dense tensors, and 2 of 8 experts in each of 2 layers, 18 bytes per 32 weights
     assert found["weight_bytes_per_token"] > 2 * 2 * 3 * 64 * 32 // 32 * 18
+    # the token that decoding starts from, and half of the 8, behind them: 2 layers, K and V, 64 wide, in float16
+    assert decode["bytes_per_token"] == found["weight_bytes_per_token"] + 5 * 2 * 2 * 64 * 2
     done = run_inline("bench", model_files["random"], "-p", "32", "-n", "8", "-r", "1")
-    assert "tok/s" in done.stdout and "GB/s" in done.stdout
-    done = run_inline("bench", model_files["random"], "-p", "4000", "-n", "200")
-    assert done.returncode == 2 and "needs 4,200 tokens" in done.stderr
+    assert "tok/s" in done.stdout and "of the mapped file" in done.stdout
+
+
+def test_bench_at_depths(run_inline: Run, model_files: Models) -> None:
+    model = model_files["random"]
+    done = run_inline("bench", model, "-p", "32,100", "-n", "0", "-d", "0,1k", "-r", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    tests = json.loads(done.stdout)["tests"]
+    assert [(t["kind"], t["n"], t["depth"]) for t in tests] == [
+        ("prefill", 32, 0), ("prefill", 100, 0), ("prefill", 32, 1024), ("prefill", 100, 1024),
+    ]  # fmt: skip
+    done = run_inline("bench", model, "-p", "0", "-n", "4", "-d", "300", "-r", "1")
+    assert done.returncode == 0 and "at depth 300" in done.stdout and "copies of their pages" in done.stdout
+    for options, message in (
+        (["-p", "4000", "-n", "0", "-d", "200"], "needs 4,200 tokens"),
+        (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-d", "0,x"], "-d '0,x': expected a whole number"),
+    ):
+        done = run_inline("bench", model, *options)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_depth_is_pages_of_its_own(opened: Callable[[str], Any]) -> None:
+    from m2lite.bench import fill
+
+    model = opened("random")
+    with model.session() as session:
+        fill(session, 1000)
+        timeline = session._timeline
+        assert timeline.length == session.n_cached == len(session.tokens) == 1000
+        assert len(set(timeline.pages)) == len(timeline.pages) == 16
+        tokens = list(session.generate([65], max_tokens=3, ignore_stop=True))
+        assert len(tokens) == 3 and len(session.tokens) == 1004
 
 
 def test_doctor(run_inline: Run) -> None:

@@ -1,0 +1,256 @@
+"""The table of RESULTS.md and its picture, from the JSONL files alone. Measures nothing; prose is left as it is.
+
+    python benchmarks/report.py results.jsonl [more.jsonl] [--into RESULTS.md] [--plot benchmarks/results.png]
+
+Only what stands between the two markers in RESULTS.md is replaced. Of every label the newest series counts (the same
+work by the same code on the same machine), without the pairs that others disturbed. Targets are in targets.toml. The
+picture needs matplotlib (`pip install -e .[plot]`) and shows the labels with the most depths and prompts, or
+those that --decode-label and --prefill-label name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from intervals import Median, median_interval, paired_ratio
+from runs import Json, RunError, figures, key_of, read_rows
+
+FOLDER = Path(__file__).resolve().parent
+BEGIN, END = "<!-- table: written by report.py -->", "<!-- end of table -->"
+Test = tuple[str, int, int]  # kind, depth, tokens
+
+
+def newest_series(rows: Iterable[Json]) -> dict[tuple[str, str], list[Json]]:
+    """(bench, label) -> undisturbed rows of the identity whose last row is the newest."""
+    groups: dict[str, list[Json]] = {}
+    for row in rows:
+        if not row["noisy"]:
+            groups.setdefault(repr(sorted(row["identity"].items())), []).append(row)
+    found: dict[tuple[str, str], list[Json]] = {}
+    for group in sorted(groups.values(), key=lambda group: max(row["date"] for row in group)):
+        found[group[0]["identity"]["bench"], group[0]["identity"]["label"]] = group
+    return found
+
+
+def find_target(targets: Sequence[Json], measure: str, label: str, test: Test) -> float | None:
+    """What `measure` is held against, if anything."""
+    kind, depth, n = test
+    for target in targets:
+        named = {"kind": kind, "depth": depth, "n": n}
+        fits = all(target.get(name, value) == value for name, value in named.items())
+        if measure in target and fits and fnmatchcase(label, target.get("label", "*")):
+            return float(target[measure])
+    return None
+
+
+def verdict(found: Median, target: float | None, at_most: bool = False) -> str:
+    """Met when the whole interval is on the right side, and is an exact one; open when only the median is."""
+    if target is None:
+        return ""
+    sign = -1 if at_most else 1
+    worst = found.high if at_most else found.low
+    if found.method.startswith("exact") and sign * worst >= sign * target:
+        return "yes"
+    return "open" if sign * found.value >= sign * target else "no"
+
+
+def say_test(test: Test) -> str:
+    kind, depth, n = test
+    what = f"prompt of {n:,}" if kind == "prefill" else f"decode of {n:,}"
+    return f"{what} at depth {depth:,}" if depth else what
+
+
+def commands(rows: Sequence[Json]) -> str:
+    """What was run, ours first."""
+    found = {f"`{shlex.join(run['argv'])}`" for run in rows[-1]["runs"].values()}
+    return "<br>".join(sorted(found, reverse=True))
+
+
+def speed_table(label: str, rows: Sequence[Json], targets: Sequence[Json]) -> list[str]:
+    """A row per test of one series."""
+    ours, llama = figures(rows, "ours"), figures(rows, "llama")
+    lines = []
+    for test in ours:
+        if len(llama.get(test, ())) != len(ours[test]):
+            continue
+        ratio, target = paired_ratio(ours[test], llama[test]), find_target(targets, "ratio", label, test)
+        a, b = median_interval(ours[test]), median_interval(llama[test])
+        asked = f"at least {target:g}" if target is not None else ""
+        cells = (label, say_test(test), f"{a.value:.2f}", f"{b.value:.2f}", str(ratio), ratio.method, asked,
+                 verdict(ratio, target), commands(rows))  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def mapped_shares(rows: Sequence[Json]) -> dict[Test, list[float]]:
+    """Bytes that our decode reads a second / what plain reading of the mapped file reaches in the same process."""
+    found: dict[Test, list[float]] = {}
+    for row in rows:
+        run = row["runs"]["ours"]
+        plain = run["about"].get("read_mapped_bytes_per_s")
+        for test in run["tests"]:
+            if plain and "bytes_per_token" in test:
+                share = test["bytes_per_token"] * test["tokens_per_s"] / plain
+                found.setdefault(key_of(test), []).append(share)
+    return found
+
+
+def mapped_table(label: str, rows: Sequence[Json], targets: Sequence[Json]) -> list[str]:
+    lines = []
+    for test, shares in mapped_shares(rows).items():
+        found, target = median_interval(shares), find_target(targets, "mapped", label, test)
+        asked = f"at least {target:g}" if target is not None else ""
+        lines.append(f"| {label} | {say_test(test)} | {found} | {asked} | {verdict(found, target)} |")
+    return lines
+
+
+def busy_table(label: str, rows: Sequence[Json], targets: Sequence[Json]) -> list[str]:
+    """What a foreign busy core costs each side."""
+    lines = []
+    names = (("m2lite", "ours"), ("llama.cpp", "llama"))
+    for program, side in names:
+        quiet, busy = figures(rows, f"{side} quiet"), figures(rows, f"{side} busy")
+        for test in quiet:
+            found = paired_ratio(quiet[test], busy[test])
+            target = find_target(targets, "busy", label, test) if side == "ours" else None
+            asked = f"at most {target:g}" if target is not None else ""
+            speeds = [f"{median_interval(values[test]).value:.2f}" for values in (quiet, busy)]
+            cells = (label, say_test(test), program, *speeds, str(found), asked,
+                     verdict(found, target, at_most=True), commands(rows))  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+TABLES = (
+    (
+        "side_by_side", speed_table, "Beside llama.cpp, tokens a second (medians)",
+        "series | work | m2lite | llama.cpp | ratio, 95 % | interval | target | met | commands",
+    ),
+    (
+        "side_by_side", mapped_table, "What decoding reads, of plain reading of the mapped file",
+        "series | work | share, 95 % | target | met",
+    ),
+    (
+        "busy_core", busy_table, "With one core taken by another program, tokens a second (medians)",
+        "series | work | program | quiet | busy | quiet / busy, 95 % | target | met | commands",
+    ),
+)  # fmt: skip
+
+
+def tables(found: dict[tuple[str, str], list[Json]], targets: Sequence[Json]) -> str:
+    """Everything between the markers."""
+    parts = []
+    for bench, make, title, header in TABLES:
+        lines = [line for (b, label), rows in found.items() if b == bench for line in make(label, rows, targets)]
+        if lines:
+            rule = "|".join("---" for _ in header.split("|"))
+            parts.append("\n".join([f"### {title}", "", f"| {header} |", f"|{rule}|", *lines]))
+    parts.append("\n".join(["### Machines and versions", "", *(say_series(rows) for rows in found.values())]))
+    return "\n\n".join(parts)
+
+
+def say_series(rows: Sequence[Json]) -> str:
+    """Where the rows of one series come from."""
+    versions, computer = rows[-1]["versions"], rows[-1]["machine"]
+    dates = sorted({row["date"][:10] for row in rows})
+    parts = [
+        f"{len(rows)} pairs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
+        f"{computer['processor']}, {computer['cores']} cores, {' '.join(computer['flags'])}",
+        f"m2lite {versions['m2lite']} ({versions['commit'][:10]})",
+        f"Python {versions['python']}, Numba {versions['numba']}",
+        f"llama.cpp {versions['llama.cpp']}",
+    ]
+    return f"* {rows[0]['identity']['label']}: {'; '.join(parts)}"
+
+
+def replace_table(text: str, table: str, path: Path) -> str:
+    """`text` with another table between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise RunError(f"{path} needs the lines {BEGIN!r} and {END!r}, once each, around the table.")
+    head, tail = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
+
+
+def points(rows: Sequence[Json], kind: str, name: str) -> list[tuple[int, Median]]:
+    """(depth, speed) of decode, or (prompt length, speed) of prefill, at the other's most frequent value."""
+    found = {
+        (depth, n) if kind == "decode" else (n, depth): values
+        for (k, depth, n), values in figures(rows, name).items()
+        if k == kind
+    }
+    others = [other for _, other in found]
+    if not others:
+        return []
+    usual = max(sorted(set(others)), key=others.count)
+    return sorted((at, median_interval(values)) for (at, other), values in found.items() if other == usual)
+
+
+def choose_label(found: dict[tuple[str, str], list[Json]], kind: str, wanted: str | None) -> list[Json]:
+    """The rows to draw: those of the wanted label, or those with the most points."""
+    candidates = {label: rows for (bench, label), rows in found.items() if bench == "side_by_side"}
+    if wanted is not None:
+        if wanted not in candidates:
+            raise RunError(f"There is no series {wanted!r}, but {', '.join(candidates) or 'none'}.")
+        return candidates[wanted]
+    return max(candidates.values(), key=lambda rows: len(points(rows, kind, "ours")), default=[])
+
+
+def draw(panels: dict[str, list[Json]], path: Path) -> None:
+    """Decode against depth, prefill against prompt length; both programs, bars are the medians' intervals."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise RunError("The picture needs matplotlib: pip install -e '.[plot]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    titles = {"decode": "positions in the KV cache", "prefill": "prompt tokens"}
+    for axis, (kind, rows) in zip(axes, panels.items(), strict=True):
+        for label, name in (("m2lite", "ours"), ("llama.cpp", "llama")):
+            found = points(rows, kind, name)
+            values = [median.value for _, median in found]
+            bars: Any = [[m.value - m.low for _, m in found], [m.high - m.value for _, m in found]]
+            axis.errorbar([at for at, _ in found], values, yerr=bars, marker="o", capsize=3, label=label)
+        model = rows[0]["identity"]["work"]["model"] if rows else ""
+        axis.set(title=f"{kind}, {model}", xlabel=titles[kind], ylabel="tokens a second")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--into", type=Path, default=FOLDER / "RESULTS.md")
+    parser.add_argument("--targets", type=Path, default=FOLDER / "targets.toml")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--decode-label", metavar="LABEL")
+    parser.add_argument("--prefill-label", metavar="LABEL")
+    args = parser.parse_args()
+    try:
+        found = newest_series(row for path in args.results for row in read_rows(path))
+        if not found:
+            raise RunError("The files hold no undisturbed pair.")
+        targets = tomllib.loads(args.targets.read_text()).get("target", [])
+        text = replace_table(args.into.read_text(), tables(found, targets), args.into)
+        args.into.write_text(text)
+        if args.plot:
+            wanted = {"decode": args.decode_label, "prefill": args.prefill_label}
+            draw({kind: choose_label(found, kind, label) for kind, label in wanted.items()}, args.plot)
+    except (RunError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
