@@ -10,9 +10,11 @@ import ctypes.util
 import hashlib
 import importlib.util
 import os
+import resource
 import stat
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +172,49 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
 
 
 SMALL = 2_000_000  # multiply-adds below which a parallel region may cost more than it saves: about 50 us
-_n_threads = 1
+
+
+class Crowd:
+    """How many threads a region should use now: one fewer for a while when others want our cores.
+
+    A region ends when its last thread does, so a thread that has to share its core slows all of them. The system counts
+    how often it took a core away from us; on a quiet machine that is next to never.
+    """
+
+    WINDOW_S = 0.02  # of time in which the switches are counted
+    PREEMPTIONS_PER_S = 40.0
+    FIRST_HOLD_S, LONGEST_HOLD_S = 0.25, 2.0  # before all threads are tried again
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = self.n_active = n_threads
+        self._hold_s = self.FIRST_HOLD_S
+        self._since, self._switches = time.perf_counter(), _preemptions()
+
+    def look(self) -> bool:
+        """Call between regions; True when `n_active` has changed."""
+        now = time.perf_counter()
+        elapsed = now - self._since
+        if elapsed < self.WINDOW_S or (self.n_active < self.n_threads and elapsed < self._hold_s):
+            return False
+        switches = _preemptions()
+        is_crowded = elapsed < 10 * self.WINDOW_S and switches - self._switches > self.PREEMPTIONS_PER_S * elapsed
+        self._since, self._switches, before = now, switches, self.n_active
+        if self.n_active < self.n_threads:
+            self.n_active = self.n_threads
+        elif is_crowded:
+            self.n_active = max(1, self.n_threads - 1)
+            self._hold_s = min(2 * self._hold_s, self.LONGEST_HOLD_S)
+        else:
+            self._hold_s = self.FIRST_HOLD_S
+        return self.n_active != before
+
+
+def _preemptions() -> int:
+    """How often any of our threads lost its core while it wanted to run."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+_crowd = Crowd(1)
 
 
 class Split:
@@ -181,19 +225,23 @@ class Split:
 
     def __call__(self, work: int, *args: Any) -> Any:
         """Run on all threads when `work` (multiply-adds or the like) is worth a region; the result is the same."""
-        if work < SMALL or _n_threads == 1:
+        if work < SMALL or _crowd.n_threads == 1:
             return self.part(0, 1, *args)
-        return self.parallel(_n_threads, *args)
+        if _crowd.look():
+            numba.set_num_threads(_crowd.n_active)
+        if _crowd.n_active == 1:
+            return self.part(0, 1, *args)
+        return self.parallel(_crowd.n_active, *args)
 
 
 def n_threads() -> int:
-    """Threads that a parallel region uses."""
-    return _n_threads
+    """Threads that a parallel region uses at most."""
+    return _crowd.n_threads
 
 
 def start(n_threads: int | None = None) -> str:
     """Set the number of threads that parallel kernels use and return the name of the threading layer."""
-    global _n_threads
-    _n_threads = min(n_threads or numba_config.NUMBA_NUM_THREADS, numba_config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(_n_threads)
+    global _crowd
+    _crowd = Crowd(min(n_threads or numba_config.NUMBA_NUM_THREADS, numba_config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(_crowd.n_threads)
     return LAYER
