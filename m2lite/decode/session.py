@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # these import Numba
 
 DEFAULT_CTX = 32 * 1024
 MAX_ROWS = 512  # of one forward call
-MAX_LAYER_MACS = 50e9  # of all rows in one layer: a stop is heard between layers, well under half a second
+MAX_LAYER_MACS = 100e9  # of all rows in one layer: a stop is heard three times in each, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
 Stop = Callable[[], bool]

@@ -109,7 +109,7 @@ def forward(
 
     The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
-    timelines are then as before. `check` is called before every layer and may raise to stop the call: same promise.
+    timelines are then as before. `check` is called before and within every layer and may raise to stop the call: same promise.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
@@ -124,7 +124,7 @@ def forward(
         if check is not None:
             check()
         attention(c, layer, b, place, n, i * pool.layer_bytes)
-        if not experts(c, layer, b, n):
+        if not experts(c, layer, b, n, check):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     logits = _head(weights, b, rows, outputs)
     for timeline, length in rows.lengths:
@@ -193,7 +193,7 @@ def attention(c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_o
     k.add_rows(b.x, b.h, n, c.n_embd)
 
 
-def experts(c: Config, layer: Layer, b: Buffers, n: int) -> bool:
+def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Callable[[], None] | None = None) -> bool:
     """x += the chosen experts' outputs for h = rms_norm(x); False when a router score is NaN or infinite."""
     k, n_used = b.kernels, c.n_experts_used
     gate, up, down = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
@@ -205,11 +205,15 @@ def experts(c: Config, layer: Layer, b: Buffers, n: int) -> bool:
     n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
     n_pairs = n * n_used
     pack_pairs(b, b.h, c.n_embd, b.pair_rows, n_pairs, n_active, gate, up)
+    if check is not None:
+        check()
     k.experts_up(
         2 * n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
         up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes, b.pair_panels[up.kind],
         up.panel_row_bytes, b.active, b.starts, n_active, b.tiles, b.tile_bytes,
     )  # fmt: skip
+    if check is not None:
+        check()
     pack_pairs(b, b.expert_h, c.n_ff, b.pair_order, n_pairs, n_active, down)
     k.experts_down(
         n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd, down.n_blocks,
