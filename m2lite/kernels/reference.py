@@ -105,7 +105,7 @@ def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
 
 
 def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32, Any]:
-    """Weights [rows, blocks, 32], scales [rows, blocks, groups], minima [rows, blocks] or None, of an integer format."""
+    """Weights [rows, blocks, 32], scales [rows, blocks, groups] and minima [rows, blocks] or None."""
     fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
     weights, scales, minima = INTEGERS[fmt.name](raw.reshape(n_rows, -1, fmt.n_bytes))
     minima = None if minima is None else minima.reshape(n_rows, n_blocks)

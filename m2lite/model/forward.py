@@ -109,7 +109,8 @@ def forward(
 
     The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
-    timelines are then as before. `check` is called before and within every layer and may raise to stop the call: same promise.
+    timelines are then as before. `check` is called before and within every layer and may raise to stop the call: same
+    promise.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
