@@ -36,8 +36,9 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
-MAX_ROWS = 512  # of one forward call
-MAX_LAYER_MACS = 100e9  # of all rows in one layer: a stop is heard three times in each, well under half a second
+MAX_ROWS = 2048  # of one forward call
+MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
+MAX_CALL_MACS = 50e9  # of all rows in one product: a stop is heard between them, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
 Stop = Callable[[], bool]
@@ -212,8 +213,9 @@ class Model:
         out = np.empty((len(tokens), self.config.n_vocab), np.float32)
         with self.session() as session:
             session.check_room(len(tokens))
-            for start in range(0, len(tokens), self.n_rows):
-                session.evaluate(tokens[start : start + self.n_rows], into=out[start : start + self.n_rows])
+            step = min(self.n_rows, MAX_LOGITS_ROWS)
+            for start in range(0, len(tokens), step):
+                session.evaluate(tokens[start : start + step], into=out[start : start + step])
         return out
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -423,13 +425,6 @@ def check_ctx(config: Config, ctx: int, kv: str = "f16") -> int:
     return ctx
 
 
-def layer_macs(config: Config) -> int:
-    """Multiply-adds of one token in one layer, attention over the context left out."""
-    heads = (config.n_heads + config.n_kv_heads) * 2 * config.head_dim
-    experts = config.n_experts + 3 * config.n_experts_used * config.n_ff
-    return config.n_embd * (heads + experts)
-
-
 def chunk_rows(config: Config) -> int:
     """Rows of one forward call: bounded, so that a stop is heard soon."""
-    return max(1, min(MAX_ROWS, int(MAX_LAYER_MACS / layer_macs(config))))
+    return max(1, min(MAX_ROWS, int(MAX_CALL_MACS / (config.n_embd * config.n_q))))

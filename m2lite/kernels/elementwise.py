@@ -201,14 +201,17 @@ def pack_parallel(n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
 
 @kernel
 def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
-    """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x."""
-    row_bytes = n_blocks * (PANEL_BYTES if is_int8 else 128)
-    n_pairs = read_i32(starts + 4 * n_groups)
+    """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x.
+
+    Pairs are counted from starts[0], so that a slab of groups has buffers of its own.
+    """
+    row_bytes, base = n_blocks * (PANEL_BYTES if is_int8 else 128), read_i32(starts)
+    n_pairs = read_i32(starts + 4 * n_groups) - base
     first, last = part * n_pairs // n_parts, (part + 1) * n_pairs // n_parts
     for g in range(n_groups):
-        begin, end = read_i32(starts + 4 * g), read_i32(starts + 4 * g + 4)
+        begin, end = read_i32(starts + 4 * g) - base, read_i32(starts + 4 * g + 4) - base
         for p in range(max(first, begin), min(last, end)):
-            row = x + read_i32(rows + 4 * p) * x_stride
+            row = x + read_i32(rows + 4 * (base + p)) * x_stride
             pack_one(panel + begin * row_bytes, row, p - begin, end - begin, n_blocks, is_int8)
 
 

@@ -101,6 +101,17 @@ def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 
     return builder.load(builder.inttoptr(where, kind.as_pointer()), align=1)
 
 
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(0), I32(3), I32(1)])
+
+
+def fence(builder: ir.IRBuilder) -> None:
+    """Nothing at run time; the compiler moves no load, store or prefetch across it."""
+    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+
+
 def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 

@@ -9,8 +9,8 @@ import ctypes
 import ctypes.util
 import hashlib
 import importlib.util
+import math
 import os
-import resource
 import stat
 import sys
 import tempfile
@@ -18,7 +18,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 
@@ -175,43 +175,55 @@ SMALL = 2_000_000  # multiply-adds below which a parallel region may cost more t
 
 
 class Crowd:
-    """How many threads a region should use now: one fewer for a while when others want our cores.
+    """How many threads a region should use now: as many as others leave cores for.
 
-    A region ends when its last thread does, so a thread that has to share its core slows all of them. The system counts
-    how often it took a core away from us; on a quiet machine that is next to never.
+    A region ends when its last thread does, so a thread that has to share its core slows all of them: two threads
+    beside one busy process were slower than one. What others use is what the system counts less what we used.
     """
 
-    WINDOW_S = 0.02  # of time in which the switches are counted
-    PREEMPTIONS_PER_S = 40.0
-    FIRST_HOLD_S, LONGEST_HOLD_S = 0.25, 2.0  # before all threads are tried again
+    WINDOW_S = 0.15  # the system counts in ticks of 10 ms
+    SPARE = 0.3  # of a core: what others may use before it counts
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = self.n_active = n_threads
-        self._hold_s = self.FIRST_HOLD_S
-        self._since, self._switches = time.perf_counter(), _preemptions()
+        self._next = time.perf_counter()
+        self._last = _processor_seconds()
 
     def look(self) -> bool:
         """Call between regions; True when `n_active` has changed."""
         now = time.perf_counter()
-        elapsed = now - self._since
-        if elapsed < self.WINDOW_S or (self.n_active < self.n_threads and elapsed < self._hold_s):
+        if now < self._next or self._last is None:
             return False
-        switches = _preemptions()
-        is_crowded = elapsed < 10 * self.WINDOW_S and switches - self._switches > self.PREEMPTIONS_PER_S * elapsed
-        self._since, self._switches, before = now, switches, self.n_active
-        if self.n_active < self.n_threads:
-            self.n_active = self.n_threads
-        elif is_crowded:
-            self.n_active = max(1, self.n_threads - 1)
-            self._hold_s = min(2 * self._hold_s, self.LONGEST_HOLD_S)
-        else:
-            self._hold_s = self.FIRST_HOLD_S
+        seen, last, elapsed = _processor_seconds(), self._last, now - self._next + self.WINDOW_S
+        self._next, self._last = now + self.WINDOW_S, seen
+        if seen is None or elapsed > 10 * self.WINDOW_S:  # we were idle: nothing to learn from
+            return False
+        self.n_active, before = self.wanted(seen.others - last.others, elapsed, seen.n_cores), self.n_active
         return self.n_active != before
 
+    def wanted(self, others_s: float, elapsed_s: float, n_cores: int) -> int:
+        """Threads to use where others took `others_s` seconds of `n_cores` cores in `elapsed_s`."""
+        busy = others_s / elapsed_s
+        return max(1, min(self.n_threads, math.floor(n_cores - busy + self.SPARE)))
 
-def _preemptions() -> int:
-    """How often any of our threads lost its core while it wanted to run."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+class Used(NamedTuple):
+    """Processor time since some start, and the number of cores."""
+
+    others: float  # seconds
+    n_cores: int
+
+
+def _processor_seconds() -> Used | None:
+    """None where the system does not say."""
+    try:
+        with Path("/proc/stat").open("rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, lines[0].split()[1:8])
+    n_cores = sum(line.startswith(b"cpu") for line in lines) - 1
+    return Used((user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - time.process_time(), n_cores)
 
 
 _crowd = Crowd(1)

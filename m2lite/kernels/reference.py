@@ -106,7 +106,7 @@ def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
 
 
 def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32, Any]:
-    """Weights [rows, blocks, 32], scales [rows, blocks, groups], minima [rows, blocks] or None, of an integer format."""
+    """Weights [rows, blocks, 32], scales [rows, blocks, groups] and minima [rows, blocks] or None."""
     fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
     weights, scales, minima = INTEGERS[fmt.name](raw.reshape(n_rows, -1, fmt.n_bytes))
     minima = None if minima is None else minima.reshape(n_rows, n_blocks)
@@ -165,7 +165,8 @@ def pack_groups(
 ) -> None:
     kind = "int8" if is_int8 else "float32"
     first = array_at(starts, np.int32, (n_groups + 1,))
-    index = array_at(rows, np.int32, (int(first[-1]),))
+    index = array_at(rows + 4 * int(first[0]), np.int32, (int(first[-1] - first[0]),))
+    first = first - first[0]
     values = strided_at(x, int(index.max()) + 1, x_stride, 32 * n_blocks)
     for g in range(n_groups):
         begin, end = int(first[g]), int(first[g + 1])
@@ -208,6 +209,7 @@ def experts_up(
     scratch: int, scratch_bytes: int,
 ) -> None:  # fmt: skip
     first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    first = first - first[0]
     for i, e in enumerate(experts.tolist()):
         begin, n_x = int(first[i]), int(first[i + 1] - first[i])
         g = product(
@@ -222,6 +224,7 @@ def experts_down(
     active: int, starts: int, n_active: int,
 ) -> None:  # fmt: skip
     first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    first = first - first[0]
     for i, e in enumerate(experts.tolist()):
         begin, n_x = int(first[i]), int(first[i + 1] - first[i])
         out = product(tile, w + e * slice_bytes, slice_bytes // n_out, n_out, n_blocks, panel + begin * panel_row, n_x)
@@ -313,14 +316,22 @@ def group_pairs(
     return len(experts)
 
 
-def combine(x: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, n: int) -> None:
+def combine(
+    work: int, x: int, total: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, n: int, first: int,
+    last: int,
+) -> None:  # fmt: skip
     pair = array_at(slots, np.int32, (n_rows, n_used))
-    outputs = array_at(y, np.float32, (n_rows * n_used, n))
+    outputs = array_at(y, np.float32, (last - first, n))
     w = array_at(weights, np.float32, (n_rows, n_used))
-    total = np.zeros((n_rows, n), F)
+    kept = array_at(total, np.float32, (n_rows, n))
+    sums = kept.copy() if first > 0 else np.zeros((n_rows, n), F)
     for j in range(n_used):
-        total = fma32(w[:, j, None], outputs[pair[:, j]], total)
-    array_at(x, np.float32, (n_rows, n))[:] += total
+        here = (first <= pair[:, j]) & (pair[:, j] < last)
+        sums[here] = fma32(w[here, j, None], outputs[pair[here, j] - first], sums[here])
+    if last == n_rows * n_used:
+        array_at(x, np.float32, (n_rows, n))[:] += sums
+    else:
+        kept[:] = sums
 
 
 # --- KV pages and attention ----------------------------------------------------------------------------------------

@@ -131,13 +131,16 @@ def experts_up_part(
     scratch,
     scratch_bytes,
 ):
-    """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff]."""
-    n_tiles = (n_ff + 15) // 16
-    total = n_tiles * (read_i32(starts + 4 * n_active) + TILE_OVERHEAD * n_active)
+    """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
+
+    Pairs are counted from starts[0], as in pack_groups.
+    """
+    n_tiles, base = (n_ff + 15) // 16, read_i32(starts)
+    total = n_tiles * (read_i32(starts + 4 * n_active) - base + TILE_OVERHEAD * n_active)
     g, u, cost = scratch + part * scratch_bytes, scratch + part * scratch_bytes + scratch_bytes // 2, 0
     for i in range(n_active):
-        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i)
-        n_x = read_i32(starts + 4 * i + 4) - first
+        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
+        n_x = read_i32(starts + 4 * i + 4) - base - first
         for tile in range(n_tiles):
             if part_of(cost, total, n_parts) == part:
                 r = min(tile * 16, n_ff - 16)
@@ -205,12 +208,12 @@ def experts_up_parallel(
 def experts_down_part(
     part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
-    """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]."""
-    n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
-    total, cost = n_tiles * (read_i32(starts + 4 * n_active) + TILE_OVERHEAD * n_active), 0
+    """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
+    n_tiles, stride, base = (n_out + 15) // 16, slice_bytes // n_out, read_i32(starts)
+    total, cost = n_tiles * (read_i32(starts + 4 * n_active) - base + TILE_OVERHEAD * n_active), 0
     for i in range(n_active):
-        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i)
-        n_x = read_i32(starts + 4 * i + 4) - first
+        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
+        n_x = read_i32(starts + 4 * i + 4) - base - first
         for k in range(n_tiles):
             if part_of(cost, total, n_parts) == part:
                 out = y + 4 * first * n_out
@@ -240,17 +243,33 @@ def experts_down_parallel(
 
 
 @kernel
-def combine(x, y, slots, weights, n_rows, n_used, n):
-    """x[t] += sum over j of weights[t, j] * y[slots[t, j]], the sum taken in ascending expert order from zero."""
-    for t in range(n_rows):
+def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last):
+    """x[t] += sum over j of weights[t, j] * y[slots[t, j]], the sum taken in ascending expert order from zero.
+
+    Only pairs first..last - 1 are in y; the sums so far are kept in `total` [n_rows, n] until the last pair has come.
+    """
+    n_pairs = n_rows * n_used
+    for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
         for i in range(0, 4 * n, 64):
-            total = splat(ZERO)
+            at = 4 * n * t + i
+            sums = load_f32(total + at) if first > 0 else splat(ZERO)
             for j in range(n_used):
-                w = read_f32(weights + 4 * (t * n_used + j))
-                total = fma(splat(w), load_f32(y + 4 * n * read_i32(slots + 4 * (t * n_used + j)) + i), total)
-            at = x + 4 * n * t + i
-            store_f32(at, add16(load_f32(at), total))
+                slot = read_i32(slots + 4 * (t * n_used + j))
+                if first <= slot < last:
+                    w = read_f32(weights + 4 * (t * n_used + j))
+                    sums = fma(splat(w), load_f32(y + 4 * n * (slot - first) + i), sums)
+            if last == n_pairs:
+                store_f32(x + at, add16(load_f32(x + at), sums))
+            else:
+                store_f32(total + at, sums)
 
 
+@kernel(parallel=True)
+def combine_parallel(n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last):
+    for part in prange(n_parts):
+        combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last)
+
+
+combine = Split(combine_part, combine_parallel)
 experts_up = Split(experts_up_part, experts_up_parallel)
 experts_down = Split(experts_down_part, experts_down_parallel)

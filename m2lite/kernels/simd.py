@@ -337,20 +337,6 @@ def half_to_f32(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`; never faults."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], emit.I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [emit.I8.as_pointer(), emit.I32, emit.I32, emit.I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, emit.I32(0), emit.I32(2), emit.I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, n_blocks: Any, x: Any, n_x: Any,
               out: Any, out_stride: Any) -> Any:  # fmt: skip
     """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""

@@ -79,12 +79,13 @@ class SquareSums:
         starts = np.array([0, n], np.int32)
         self._add(matrices, 1, _at(x, np.float32, (n, n_in)), self._all, starts, self._one_group)
 
-    def experts(self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, n_groups: int) -> None:
-        starts = _at(self._b.starts, np.int32, (n_groups + 1,))
-        active = _at(self._b.active, np.int32, (n_groups,))
-        index = _at(rows, np.int32, (int(starts[-1]),))
+    def experts(
+        self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, active: int, starts: int, n_groups: int
+    ) -> None:
+        pairs = _at(starts, np.int32, (n_groups + 1,))
+        index = _at(rows + 4 * int(pairs[0]), np.int32, (int(pairs[-1] - pairs[0]),))
         inputs = _at(x, np.float32, (int(index.max()) + 1, n_in))
-        self._add(stacks, self._n_experts, inputs, index, starts, active)
+        self._add(stacks, self._n_experts, inputs, index, pairs - pairs[0], _at(active, np.int32, (n_groups,)))
 
     def _add(self, matrices: tuple[Matrix, ...], n_slices: int, x: Any, rows: Any, starts: Any, active: Any) -> None:
         names = [self._names[m.address] for m in matrices if m.address in self._names]

@@ -14,9 +14,10 @@ Prefill, decode, verification and batch are this one call; a row's result does n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from m2lite.model.config import Config
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
 MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
-
+MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 
@@ -39,7 +40,9 @@ class Tap(Protocol):
     def dense(self, matrices: tuple[Matrix, ...], x: int, n_in: int, n: int) -> None:
         """x [n, n_in] is about to be multiplied with each of the matrices."""
 
-    def experts(self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, n_groups: int) -> None:
+    def experts(
+        self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, active: int, starts: int, n_groups: int
+    ) -> None:
         """So is x[rows[p]] with expert active[g] of each stack, for the pairs p from starts[g] to starts[g + 1]."""
 
 
@@ -58,7 +61,8 @@ class Buffers:
         self.kernels = kernels or load_kernels()
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
         self.n_scores = (c.n_experts + 15) // 16 * 16
-        n_pairs, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
+        n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
+        self.n_pairs = n_pairs = min(n_all, max(n_rows, MAX_PAIRS))
         self._arrays: dict[str, npt.NDArray[Any]] = {}
         self.x = self._new("x", (n_rows, c.n_embd), f32)
         self.h = self._new("h", (n_rows, c.n_embd), f32)
@@ -75,12 +79,13 @@ class Buffers:
         self.counts = self._new("counts", (c.n_experts,), i32)
         self.active = self._new("active", (c.n_experts,), i32)
         self.starts = self._new("starts", (c.n_experts + 1,), i32)
-        self.pair_rows = self._new("pair_rows", (n_pairs,), i32)
+        self.pair_rows = self._new("pair_rows", (n_all,), i32)
         self.pair_slots = self._new("pair_slots", (n_rows, c.n_experts_used), i32)
         self.pair_order = self._new("pair_order", (n_pairs,), i32)
         self._arrays["pair_order"][:] = np.arange(n_pairs)
         self.expert_h = self._new("expert_h", (n_pairs, c.n_ff), f32)
         self.expert_out = self._new("expert_out", (n_pairs, c.n_embd), f32)
+        self.expert_sums = self._new("expert_sums", (n_rows, c.n_embd), f32)
         self.tile_bytes = 2 * n_rows * 64  # a tile of gate and one of up, per thread
         self.tiles = self._new("tiles", (self.n_threads, self.tile_bytes), np.uint8)
         widest = max(2 * c.n_embd, c.n_q)  # 2 n_embd: what a prediction module joins
@@ -165,15 +170,15 @@ def pack_rows(b: Buffers, x: int, n_in: int, n: int, *matrices: Matrix) -> None:
         b.tap.dense(matrices, x, n_in, n)
 
 
-def pack_pairs(b: Buffers, x: int, n_in: int, rows: int, n_pairs: int, n_groups: int, *stacks: Matrix) -> None:
+def pack_pairs(b: Buffers, x: int, n_in: int, rows: int, slab: Slab, *stacks: Matrix) -> None:
     """Activation panels of x[rows[p]] for every (row, expert) pair p in every kind that the stacked matrices read."""
     for kind in {m.kind for m in stacks}:
         b.kernels.pack_groups(
-            4 * n_pairs * n_in, b.pair_panels[kind], x, 4 * n_in, rows, b.starts, n_groups, n_in // 32,
+            4 * slab.n_pairs * n_in, b.pair_panels[kind], x, 4 * n_in, rows, slab.starts, slab.n_active, n_in // 32,
             int(kind == "int8"),
         )  # fmt: skip
     if b.tap is not None:
-        b.tap.experts(stacks, x, n_in, rows, n_groups)
+        b.tap.experts(stacks, x, n_in, rows, slab.active, slab.starts, slab.n_active)
 
 
 def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
@@ -236,24 +241,49 @@ def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Callable[[], Non
     bias = layer.exp_probs_b.address
     n_bad = k.route(b.router_scores, bias, n, c.n_experts, b.n_scores, n_used, b.ids, b.expert_weights)
     n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
-    n_pairs = n * n_used
-    pack_pairs(b, b.h, c.n_embd, b.pair_rows, n_pairs, n_active, gate, up)
-    if check is not None:
-        check()
-    k.experts_up(
-        2 * n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
-        up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes, b.pair_panels[up.kind],
-        up.panel_row_bytes, b.active, b.starts, n_active, b.tiles, b.tile_bytes,
-    )  # fmt: skip
-    if check is not None:
-        check()
-    pack_pairs(b, b.expert_h, c.n_ff, b.pair_order, n_pairs, n_active, down)
-    k.experts_down(
-        n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd, down.n_blocks,
-        b.pair_panels[down.kind], down.panel_row_bytes, b.active, b.starts, n_active,
-    )  # fmt: skip
-    k.combine(b.x, b.expert_out, b.pair_slots, b.expert_weights, n, n_used, c.n_embd)
+    for slab in slabs(b, n_active, n * n_used):
+        if check is not None:
+            check()
+        pack_pairs(b, b.h, c.n_embd, b.pair_rows, slab, gate, up)
+        k.experts_up(
+            2 * slab.n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile,
+            up.address, up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes,
+            b.pair_panels[up.kind], up.panel_row_bytes, slab.active, slab.starts, slab.n_active, b.tiles, b.tile_bytes,
+        )  # fmt: skip
+        if check is not None:
+            check()
+        pack_pairs(b, b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, slab, down)
+        k.experts_down(
+            slab.n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd,
+            down.n_blocks, b.pair_panels[down.kind], down.panel_row_bytes, slab.active, slab.starts, slab.n_active,
+        )  # fmt: skip
+        k.combine(
+            slab.n_pairs * c.n_embd, b.x, b.expert_sums, b.expert_out, b.pair_slots, b.expert_weights, n, n_used,
+            c.n_embd, slab.first, slab.first + slab.n_pairs,
+        )  # fmt: skip
     return int(n_bad) == 0
+
+
+class Slab(NamedTuple):
+    """Experts whose pairs go through the buffers together: addresses of their ids and of where their pairs start."""
+
+    active: int
+    starts: int
+    n_active: int
+    first: int  # pair
+    n_pairs: int
+
+
+def slabs(b: Buffers, n_active: int, n_pairs: int) -> Iterator[Slab]:
+    """The chosen experts, ascending, in slabs of at most b.n_pairs pairs: one where they all fit, as in decode."""
+    if n_pairs <= b.n_pairs:
+        yield Slab(b.active, b.starts, n_active, 0, n_pairs)
+        return
+    starts, i = b.array("starts")[: n_active + 1].tolist(), 0
+    while i < n_active:
+        end = bisect_right(starts, starts[i] + b.n_pairs) - 1
+        yield Slab(b.active + 4 * i, b.starts + 4 * i, end - i, starts[i], starts[end] - starts[i])
+        i = end
 
 
 def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray[np.float32]:

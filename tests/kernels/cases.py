@@ -160,7 +160,10 @@ def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
                     "@active", "@starts", n_active)  # fmt: skip
             yield from both("experts_down", arena, ("y",), work, *args)
             arena.arrays["y"] = rng.standard_normal((pairs, n)).astype(F)
-            yield from both("combine", arena, ("x",), "@x", "@y", "@slots", "@weights", n_rows, n_used, n)
+            arena.arrays["total"] = rng.standard_normal((n_rows, n)).astype(F)
+            for first, last in {(0, pairs), (0, pairs // 3), (pairs // 3, 2 * pairs // 3), (pairs // 2, pairs)}:
+                args = ("@x", "@total", "@y", "@slots", "@weights", n_rows, n_used, n, first, last)
+                yield from both("combine", arena, ("x", "total"), work, *args)
 
 
 def row_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:

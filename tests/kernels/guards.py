@@ -125,7 +125,7 @@ def run_experts(rng: np.random.Generator, at_end: bool) -> None:
         )  # fmt: skip
         fast.pack_groups(0, panel_2, h, 4 * n_ff, order, starts, n_active, n_ff // 32, is_int8)
         fast.experts_down(0, y, tile, w2, slice_bytes, n, n_ff // 32, panel_2, row_2, active, starts, n_active)
-        fast.combine(x, y, slots, weights, n_rows, n_used, n)
+        fast.combine(0, x, new((n_rows, n)), y, slots, weights, n_rows, n_used, n, 0, pairs)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 import tinymodel
 from m2lite.kernels import fast, jit, reference
+from m2lite.model import forward
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import hash_logits
@@ -106,6 +107,19 @@ def test_numpy_reference_gives_the_same_bits(engine: Engine, tokens: list[int], 
 def test_vector_forms_do_not_matter(bundled_model: Path, form: str) -> None:
     done = run_form(form, "model/logits_hash.py", bundled_model)
     assert done.stdout.split() == [form, hash_logits(bundled_model)], done.stderr[-2000:]
+
+
+def test_slabs_of_experts_do_not_matter(
+    model_files: dict[str, Path], tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long chunks go through the expert buffers a slab at a time; here slabs of 40 pairs, where one expert has most."""
+    ids = [t % 50 for t in tokens[:40]]
+    expected = Engine(model_files["random"]).logits(ids)
+    for kernels in (fast, reference):
+        monkeypatch.setattr(forward, "MAX_PAIRS", 1)
+        engine = Engine(model_files["random"], n_rows=40, kernels=kernels)
+        assert engine.buffers.n_pairs == 40 < 40 * engine.config.n_experts_used
+        assert same(engine.logits(ids), expected)
 
 
 def test_odd_dimensions_equal_the_reference(tmp_path: Path) -> None:

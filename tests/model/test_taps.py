@@ -28,13 +28,15 @@ class Recorder:
         for m in matrices:
             self._see(m, None, array_at(x, np.float32, (n, n_in)))
 
-    def experts(self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, n_groups: int) -> None:
-        starts = array_at(self.b.starts, np.int32, (n_groups + 1,))
-        index = array_at(rows, np.int32, (int(starts[-1]),))
-        inputs = array_at(x, np.float32, (int(index.max()) + 1, n_in))
+    def experts(
+        self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, active: int, starts: int, n_groups: int
+    ) -> None:
+        pairs = array_at(starts, np.int32, (n_groups + 1,))
+        index = array_at(rows + 4 * int(pairs[0]), np.int32, (int(pairs[-1] - pairs[0]),))
+        inputs, pairs = array_at(x, np.float32, (int(index.max()) + 1, n_in)), pairs - pairs[0]
         for m in stacks:
-            for g, e in enumerate(array_at(self.b.active, np.int32, (n_groups,)).tolist()):
-                self._see(m, e, inputs[index[starts[g] : starts[g + 1]]])
+            for g, e in enumerate(array_at(active, np.int32, (n_groups,)).tolist()):
+                self._see(m, e, inputs[index[pairs[g] : pairs[g + 1]]])
 
     def _see(self, m: Matrix, expert: int | None, x: F32) -> None:
         assert x.shape[1] == m.n_in and (m.address, expert) not in self.seen
