@@ -62,7 +62,7 @@ def _stats(conversation: Conversation, rest: str) -> str:
     lines = [
         f"model {model.path}",
         f"threads {model.n_threads} ({model.engine.layer})",
-        f"context {len(session.tokens):,} of {model.ctx:,} tokens, KV {model.kv_bytes:,} bytes when full",
+        f"context {len(session.tokens):,} of {model.ctx:,} tokens, KV {model.kv} {model.kv_bytes:,} bytes when full",
         f"turns {conversation.n_turns}",
     ]
     if conversation.answer.tokens:

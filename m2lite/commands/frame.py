@@ -20,7 +20,7 @@ from m2lite.signals import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from m2lite.decode.session import Model
 
-MODEL = ("model", "threads", "ctx")
+MODEL = ("model", "threads", "ctx", "kv")
 SAMPLING = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")
 _PANELS = {"model": None, **dict.fromkeys(MODEL[1:], "Engine"), **dict.fromkeys(SAMPLING, "Sampling")}
 
@@ -139,6 +139,7 @@ def open_model(settings: Settings) -> Model:
         settings.model,
         threads=settings.threads,
         ctx=settings.ctx,
+        kv=settings.kv,
         template=settings.template,
         on_compile=say_compiling,
     )
@@ -148,7 +149,7 @@ def open_model(settings: Settings) -> Model:
         format_bytes(model.gguf.size_bytes),
         f"{model.n_threads} threads ({model.engine.layer})",
         f"ctx {model.ctx:,}",
-        f"KV {format_bytes(model.kv_bytes)}",
+        f"KV {model.kv} {format_bytes(model.kv_bytes)}",
         f"loaded in {model.load_s:.1f} s",
     ]
     note(" · ".join(parts))

@@ -50,7 +50,7 @@ def _counts(flag: str, text: str) -> list[int]:
         raise UsageError(f"{flag} {text!r}: {error}.", "Separate numbers by commas, such as 0,4096.") from None
 
 
-@command("threads")
+@command("threads", "kv")
 def perplexity(
     settings: Settings,
     *,
@@ -58,7 +58,9 @@ def perplexity(
     text: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text")],
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="Also KL divergence from this model, taken as the truth"),
+        typer.Option(
+            "--against", metavar="OTHER", help="Also KL divergence from this model (KV f16), taken as the truth"
+        ),
     ] = None,
     n_ctx: Annotated[int, typer.Option("--chunk", "-c", metavar="N", min=8, help="Tokens per chunk")] = 512,
     n_chunks: Annotated[int | None, typer.Option("--chunks", metavar="N", min=1, help="Read only the first N")] = None,
@@ -73,7 +75,8 @@ def perplexity(
 
     with ExitStack() as stack:
         opened = stack.enter_context(open_model(replace(settings, model=model, ctx=n_ctx)))
-        other = stack.enter_context(open_model(replace(settings, model=against, ctx=n_ctx))) if against else None
+        truth = replace(settings, model=against, ctx=n_ctx, kv="f16")
+        other = stack.enter_context(open_model(truth)) if against else None
         stop = stack.enter_context(stop_on_signals())
         with Progress("chunks") as progress:
             found = run_perplexity(
@@ -88,7 +91,7 @@ def perplexity(
         raise typer.Exit(stop.exit_code)
 
 
-@command("model", "threads", "ctx")
+@command(*MODEL)
 def doctor(settings: Settings) -> None:
     """Processor features, threading layer, caches, memory, and where each setting comes from."""
     from m2lite.doctor import report

@@ -201,9 +201,14 @@ class Model:
         return self.engine.n_threads
 
     @property
+    def kv(self) -> str:
+        """The type of the KV cache, which is part of what decides the tokens."""
+        return self.engine.pool.kv
+
+    @property
     def kv_bytes(self) -> int:
         """The KV cache when it is full."""
-        return self.ctx * kv_bytes_per_position(self.config, self.engine.pool.kv)
+        return self.ctx * kv_bytes_per_position(self.config, self.kv)
 
     def session(self) -> Session:
         return Session(self)

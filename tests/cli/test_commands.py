@@ -26,7 +26,7 @@ COMMANDS = (
 Models = dict[str, Path]
 
 START_LINE = re.compile(
-    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · \d+ threads \(\w+\) · ctx 4,096 · KV 2\.1 MB · loaded in"
+    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · \d+ threads \(\w+\) · ctx 4,096 · KV f16 2\.1 MB · loaded in"
 )
 
 
@@ -242,6 +242,12 @@ def test_missing_template(run_inline: Run, tmp_path: Path) -> None:
     assert "warning" not in run_inline("generate", path, "-p", "x", "--template", "builtin").stderr
 
 
+def test_kv_of_8_bits(run_inline: Run, model_files: Models) -> None:
+    done = run_inline("generate", model_files["reply"], "-p", "Hello", "--kv", "q8_0", "--seed", "1")
+    assert (done.returncode, done.stdout) == (0, "Fine é\n")
+    assert "ctx 4,096 · KV q8_0 1.1 MB" in done.stderr
+
+
 def test_prompt_longer_than_the_context(run_m2lite: Run, model_files: Models) -> None:
     done = run_m2lite("generate", model_files["reply"], "-p", "-", "--ctx", "512", stdin="x" * 1_000_000)
     assert done.returncode == 2
@@ -255,6 +261,7 @@ def test_prompt_longer_than_the_context(run_m2lite: Run, model_files: Models) ->
         (["--ctx", "lots"], "--ctx is 'lots': expected a whole number such as 4096 or 32k."),
         (["--ctx", "1m"], "A context of 1,048,576 was asked for; the model allows 1 to 4,096."),
         (["--seed", "-1"], "--seed is '-1': expected a whole number from 0 to 2**64 - 1."),
+        (["--kv", "q4_0"], "--kv is 'q4_0': expected f16 or q8_0."),
         (["--threads", "0"], "--threads is '0': expected at least 1."),
         (["-s", "x", "--no-template"], "--system was given with --no-template."),
     ],

@@ -231,10 +231,24 @@ def test_default_context(opened: Opened, monkeypatch: pytest.MonkeyPatch, model_
     per_position = 2 * 2 * 2 * 32 * 2
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 4 * 1000 * per_position)
     assert default_ctx(config) == 960  # whole pages of a quarter
+    assert default_ctx(config, "q8_0") == 1000 * 64 // 34 // 64 * 64
     with pytest.raises(ResourceError, match=r"4,096 needs 1,048,576 bytes of KV cache; 1,024,000 bytes"):
         monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1000 * 1024)
         monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda *_: 256)
         Model.open(model_files["random"], ctx=4096)
+
+
+def test_the_type_of_kv_reaches_the_pool(model_files: dict[str, Path]) -> None:
+    with (
+        Model.open(model_files["random"], ctx=640) as wide,
+        Model.open(model_files["random"], ctx=640, kv="q8_0") as half,
+    ):
+        assert (wide.kv, half.kv) == ("f16", "q8_0") == (wide.engine.pool.kv, half.engine.pool.kv)
+        for model in (wide, half):
+            assert model.kv_bytes == model.engine.pool.n_bytes
+        assert half.kv_bytes * 64 == wide.kv_bytes * 34
+    with pytest.raises(UsageError, match="KV type 'int4' does not exist"):
+        Model.open(model_files["random"], kv="int4")
 
 
 def test_pages_come_back(model_files: dict[str, Path]) -> None:

@@ -30,13 +30,14 @@ class Engine:
         kernels: ModuleType | None = None,
         generic: bool = False,
         n_extra_layers: int = 0,
+        kv: str = "f16",
     ) -> None:
         jit.start(2)
         self.gguf = open_gguf(path)
         self.config = parse_config(self.gguf.metadata)
         self.weights = bind_weights(self.gguf, self.config, kernels, generic)
-        self.pool = KVPool(self.config, n_positions, n_extra_layers=n_extra_layers)
-        self.buffers = Buffers(self.config, n_rows, kernels)
+        self.pool = KVPool(self.config, n_positions, kv, n_extra_layers)
+        self.buffers = Buffers(self.config, n_rows, kernels, n_positions)
 
     def run(self, timeline: Timeline, tokens: Sequence[int], outputs: str = "all") -> F32:
         """Append tokens in one call; logits of all of them (or of the last), copied."""

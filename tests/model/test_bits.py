@@ -17,9 +17,10 @@ from tests.model.engine import F32, Engine
 from tests.model.logits_hash import hash_logits
 
 
-@pytest.fixture(scope="module", params=["bundled", "random"])
+@pytest.fixture(scope="module", params=["bundled f16", "random f16", "bundled q8_0", "random q8_0"])
 def engine(request: pytest.FixtureRequest, bundled_model: Path, model_files: dict[str, Path]) -> Engine:
-    return Engine(bundled_model if request.param == "bundled" else model_files["random"])
+    name, kv = request.param.split()
+    return Engine(bundled_model if name == "bundled" else model_files["random"], kv=kv)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,24 @@ def test_rewind_equals_fresh(engine: Engine, tokens: list[int], expected: F32) -
     timeline.release()
 
 
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+@pytest.mark.parametrize("n_before", [1000, 1023, 1024])
+def test_chunks_across_a_block_of_attention_equal_single_steps(
+    model_files: dict[str, Path], n_before: int, kv: str
+) -> None:
+    """Attention merges pages within 1,024 positions first: a chunk may end, begin and turn on either side."""
+    engine = Engine(model_files["random"], kv=kv)
+    tokens = [i * 37 % engine.config.n_vocab for i in range(n_before + 60)]
+    timeline = engine.pool.timeline()
+    for first in range(0, n_before, 128):
+        engine.run(timeline, tokens[first : min(first + 128, n_before)])
+    steps = np.concatenate([engine.run(timeline, [t]) for t in tokens[n_before:]])
+    timeline.rewind(n_before)
+    assert same(engine.run(timeline, tokens[n_before:]), steps)
+
+
 def test_numpy_reference_gives_the_same_bits(engine: Engine, tokens: list[int], expected: F32) -> None:
-    slow = Engine(engine.gguf.path, kernels=reference)
+    slow = Engine(engine.gguf.path, kernels=reference, kv=engine.pool.kv)
     timeline = slow.pool.timeline()
     assert same(slow.run(timeline, tokens[:66]), expected[:66])
     assert same(slow.run(timeline, tokens[66:68]), expected[66:68])

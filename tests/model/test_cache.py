@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tinymodel
 from m2lite.errors import ContextError, UsageError
-from m2lite.model.cache import PAGE
+from m2lite.kernels import fast, reference
+from m2lite.model.cache import PAGE, KVPool, kv_layer_bytes
 from tests.model.engine import Engine
 
 
@@ -68,9 +71,50 @@ def test_a_failed_call_leaves_the_timeline_as_it_was(engine: Engine, monkeypatch
     assert before.shape == (3, engine.config.n_vocab)
 
 
-def test_unknown_kv_type_and_empty_pool_are_refused(engine: Engine) -> None:
-    from m2lite.model.cache import KVPool
+@pytest.mark.parametrize(("kv", "n_bytes"), [("f16", 2 * 64 * 2), ("q8_0", 2 * 64 * 34 // 32)])
+def test_bytes_of_a_position(engine: Engine, kv: str, n_bytes: int) -> None:
+    """K and V of two heads of 32, in two layers; the kernels' layout is as large as the pool counts."""
+    pool = KVPool(engine.config, 3 * PAGE, kv)
+    assert pool.n_bytes == 3 * PAGE * 2 * n_bytes
+    assert pool.layer_bytes == PAGE * kv_layer_bytes(engine.config, kv) == PAGE * n_bytes
+    assert pool.layer_bytes == 2 * reference.kv_head_bytes(32, int(kv == "q8_0"))
 
+
+def test_heads_that_are_no_whole_blocks_are_refused_for_q8_0(engine: Engine) -> None:
+    odd = replace(engine.config, head_dim=48)
+    KVPool(odd, 64, "f16")
+    with pytest.raises(UsageError, match="blocks of 32; this model's heads have 48"):
+        KVPool(odd, 64, "q8_0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_the_longest_context(tmp_path: Path, kv: str) -> None:
+    """All 196,608 positions of M2 in a model of one narrow head: addresses, tables and angles, against the twin."""
+    n = 196_608
+    shape = tinymodel.Shape(n_heads=2, n_kv_heads=1, n_ctx=n)
+    path = tinymodel.write_model(tmp_path / "long.gguf", shape=shape)
+    logits = []
+    for kernels in (fast, reference):
+        engine = Engine(path, n, n_rows=2, kernels=kernels, kv=kv)
+        pool, timeline = engine.pool, engine.pool.timeline()
+        timeline.make_room(n - 1)
+        layer = reference.page_dtype(32, int(kv == "q8_0"))
+        memory = reference.array_at(pool.page_address(0), layer, (pool.n_pages, 2))
+        assert memory.nbytes == pool.n_bytes
+        random = np.random.default_rng(3)
+        for name in memory.dtype.names:
+            values = random.standard_normal(memory[name].shape, np.float32)
+            memory[name] = values * 50 if memory[name].dtype == np.int8 else values
+        timeline.length = n - 2
+        logits.append(engine.run(timeline, [5, 6]))
+        assert pool.angles.shape == (n, 16) and timeline.length == n
+        with pytest.raises(ContextError):
+            engine.run(timeline, [7])
+    assert logits[0].tobytes() == logits[1].tobytes()
+
+
+def test_unknown_kv_type_and_empty_pool_are_refused(engine: Engine) -> None:
     with pytest.raises(UsageError, match="KV type 'q2'"):
         KVPool(engine.config, 64, "q2")
     with pytest.raises(UsageError, match="0 positions"):
