@@ -24,7 +24,7 @@ from m2lite.decode.compute import compute_thread
 from m2lite.decode.locate import locate_model
 from m2lite.decode.sampling import Sampling, draw
 from m2lite.errors import ContextError, ResourceError, UsageError
-from m2lite.model.cache import PAGE, kv_layer_bytes
+from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.text.template import Template, load_template
@@ -86,7 +86,7 @@ class Engine:
         self._jit, self._forward = jit, forward
         self.weights: Weights = bind_weights(gguf, config)
         self.pool: KVPool = KVPool(config, ctx, kv=kv)
-        self.buffers: Buffers = Buffers(config, n_rows)
+        self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
 
@@ -156,15 +156,16 @@ class Model:
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
 
-        `ctx` is the number of KV positions, by default what `default_ctx` says. `template` "builtin" uses MiniMax-M2's
-        own instead of the file's. `on_compile` is called once if kernels have to be compiled, which takes most of a
-        minute on the first run on a machine.
+        `ctx` is the number of KV positions, by default what `default_ctx` says; `kv` is their type, f16 or q8_0.
+        `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
+        to be compiled, which takes most of a minute on the first run on a machine.
         """
         started = time.perf_counter()
         gguf = open_gguf(locate_model(path))
         try:
             config = parse_config(gguf.metadata)
-            n_positions = default_ctx(config) if ctx is None else check_ctx(config, ctx)
+            check_kv(config, kv)
+            n_positions = default_ctx(config, kv) if ctx is None else check_ctx(config, ctx, kv)
             n_threads = threads or machine.n_usable_cores()
             n_rows = chunk_rows(config)
 
@@ -202,7 +203,7 @@ class Model:
     @property
     def kv_bytes(self) -> int:
         """The KV cache when it is full."""
-        return self.ctx * kv_bytes_per_position(self.config)
+        return self.ctx * kv_bytes_per_position(self.config, self.engine.pool.kv)
 
     def session(self) -> Session:
         return Session(self)
@@ -398,25 +399,25 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def kv_bytes_per_position(config: Config) -> int:
-    return config.n_layers * kv_layer_bytes(config)
+def kv_bytes_per_position(config: Config, kv: str) -> int:
+    return config.n_layers * kv_layer_bytes(config, kv)
 
 
-def default_ctx(config: Config) -> int:
+def default_ctx(config: Config, kv: str = "f16") -> int:
     """The smaller of 32k, the model's limit and what a quarter of free memory holds, in whole pages."""
-    fits = machine.free_memory_bytes() // 4 // kv_bytes_per_position(config) // PAGE * PAGE
+    fits = machine.free_memory_bytes() // 4 // kv_bytes_per_position(config, kv) // PAGE * PAGE
     return min(DEFAULT_CTX, config.n_ctx_train, max(PAGE, fits))
 
 
-def check_ctx(config: Config, ctx: int) -> int:
+def check_ctx(config: Config, ctx: int, kv: str = "f16") -> int:
     """`ctx`, if the model and this machine's memory allow it."""
     if not 1 <= ctx <= config.n_ctx_train:
         raise UsageError(
             f"A context of {ctx:,} was asked for; the model allows 1 to {config.n_ctx_train:,}.", "Change --ctx."
         )
-    needed, free = ctx * kv_bytes_per_position(config), machine.free_memory_bytes()
+    needed, free = ctx * kv_bytes_per_position(config, kv), machine.free_memory_bytes()
     if needed > free:
-        most = free // kv_bytes_per_position(config) // PAGE * PAGE
+        most = free // kv_bytes_per_position(config, kv) // PAGE * PAGE
         raise ResourceError(
             f"A context of {ctx:,} needs {needed:,} bytes of KV cache; {free:,} bytes of memory are free.",
             f"Use --ctx {most} or less.",

@@ -1,63 +1,188 @@
-"""Grouped-query attention over KV pages of 64 positions. Sees addresses of pages; knows no timeline and no layer.
+"""Grouped-query attention over KV pages (layout in pages.py). Sees addresses of pages; knows no timeline, no layer.
 
-For one row and one head, always in this order whatever the chunk, the threads or the batch: pages ascending; within a
-page the scores (16 virtual lanes, fixed tree), their maximum, p = exp(score - maximum), the sum of p (16 lanes, fixed
-tree), the sum of p * v (positions ascending, one fma each); then the page is merged into the running
-(maximum, sum, vector): both sides scaled by exp(own maximum - new maximum).
+For one row and one head, always in this order whatever the chunk, the threads or the batch:
+
+    score[p] = scale * (q[0] k[0][p], then one fma for each further dimension)           a lane is a position
+    p = exp(score - the page's maximum); the sum of p (16 lanes, fixed tree); the sum of p[j] * v[j], j ascending
+    pages ascending are merged into the block's running (maximum, sum, vector), blocks of 16 pages into the row's,
+    both sides scaled by exp(own maximum - new maximum)
+
+In a q8_0 page the products of 32 dimensions are summed first, and score = fma(scale of k, that sum, score); v is
+weighted by p * scale of v, rounded once. A "state" is the running triple of all query heads of one kv head:
+float32 [group][head_dim] vectors, then maxima and sums, each padded to whole vectors of 16.
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
-from numba import prange
+from numba import prange, types
 
 from m2lite.kernels.elementwise import exp16
-from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.jit import Split, address_of, kernel, specialise
+from m2lite.kernels.pages import PAGE
 from m2lite.kernels.simd import (
     add,
+    add_rows_scaled,
+    call_page,
+    first_lanes,
     fma,
-    fma_f16,
-    fma_scalar,
+    fma_rows,
+    i32_to_f32,
     load_f16,
     load_f32,
+    load_i8,
     max_lanes,
     maximum,
+    merge_rows,
     mul,
-    pack_get,
+    prefetch,
     read_f32,
     read_i32,
     read_i64,
     splat,
     store_f32,
+    store_rows,
     sub,
     tree_sum,
     write_f32,
     zeros,
 )
 
-PAGE = 64
 F = np.float32
-ZERO, MINUS_INFINITY = F(0.0), F(-np.inf)
+ZERO, ONE, MINUS_INFINITY = F(0.0), F(1.0), F(-np.inf)
+BLOCK = 16  # pages; where one row's work may be cut
+ROWS = 16  # rows that share a page while it is in the cache
+
+
+# --- sizes and places ----------------------------------------------------------------------------------------------
 
 
 @kernel
-def exp_scalar(x):
-    return max_lanes(exp16(splat(x)))
+def set_size(left):
+    """How many of `left` heads are computed together next; maxima and sums of such a set lie in one vector."""
+    if left >= 6:
+        return 6
+    if left >= 4:
+        return 4
+    return 2 if left >= 2 else 1
 
 
 @kernel
-def page_scores(q, k, n_valid, head_dim, scale, scores):
-    """scores[p] = scale * q . k[p] for p < n_valid, -inf above; returns the maximum."""
-    for p in range(n_valid):
-        lanes = splat(ZERO)
-        for i in range(0, head_dim, 16):
-            lanes = fma(load_f32(q + 4 * i), load_f16(k + 2 * (p * head_dim + i)), lanes)
-        write_f32(scores + 4 * p, tree_sum(lanes) * scale)
-    for p in range(n_valid, PAGE):
-        write_f32(scores + 4 * p, MINUS_INFINITY)
+def n_sets(group):
+    """At most so many sets."""
+    return group // 6 + 2
+
+
+@kernel
+def state_bytes(group, head_dim):
+    return 4 * group * head_dim + 128 * n_sets(group)
+
+
+@kernel
+def work_places(work, group):
+    """Where scratch for one page lies, behind 128 bytes for maxima and sums: factors, scores, weights."""
+    scores = work + 128 + 128 * n_sets(group)
+    return work + 128, scores, scores + 4 * PAGE * group
+
+
+@kernel
+def state_places(scratch, group, head_dim):
+    """Where a part's states lie, behind scratch for one page: ROWS of a block, ROWS of rows, one for each block."""
+    states = work_places(scratch, group)[2] + 4 * PAGE * group
+    totals = states + ROWS * state_bytes(group, head_dim)
+    return states, totals, totals + ROWS * state_bytes(group, head_dim)
+
+
+# --- a tile of 16 lanes and H query heads, whose sums stay in registers --------------------------------------------
+
+# Names that `specialise` fills in. Sums of 6 heads, a vector of the tile and a factor: 15 of AVX2's 16 registers.
+H = 0
+load = scores_6 = scores_4 = scores_2 = scores_1 = values_6 = values_4 = values_2 = values_1 = None
+tile_scores = tile_values = page_scores = page_values = None
+
+
+@kernel
+def load_q8(address):
+    return i32_to_f32(load_i8(address))
+
+
+def _scores(out, q, tile, stride, scales, head_dim, ahead, ahead_step):
+    """out[H, 16 of 64] = q[H, head_dim] @ tile[head_dim, 16], for q8_0 with scales[head_dim / 32, 16 of 64], else 0.
+
+    The tile's rows are `stride` bytes apart. Meanwhile the cache lines from `ahead` on are asked for.
+    """
+    n = 32 if scales else head_dim
+    for i in range(0, head_dim, n):
+        sums = zeros(H)
+        for d in range(i, i + n, 2):
+            prefetch(ahead + d * ahead_step)
+            sums = fma_rows(sums, q + 4 * d, 4 * head_dim, load(tile + stride * d))
+            sums = fma_rows(sums, q + 4 * d + 4, 4 * head_dim, load(tile + stride * d + stride))
+        if scales == 0:
+            store_rows(out, 4 * PAGE, sums)
+        else:
+            if i == 0:
+                store_rows(out, 4 * PAGE, zeros(H))
+            add_rows_scaled(out, 4 * PAGE, sums, load_f16(scales + 2 * PAGE * (i // 32)))
+
+
+def _values(acc, keep, take, p, tile, stride, n_valid, head_dim, ahead, ahead_step):
+    """acc[H, 16 of head_dim] = acc * keep[H] + (p[H, :n_valid] @ tile[:n_valid, 16]) * take[H]; p is [H, 64]."""
+    sums = zeros(H)
+    for j in range(n_valid):
+        prefetch(ahead + j * ahead_step)
+        sums = fma_rows(sums, p + 4 * j, 4 * PAGE, load(tile + stride * j))
+    merge_rows(acc, 4 * head_dim, sums, keep, take)
+
+
+def _tile_scores(out, q, tile, stride, scales, group, head_dim, ahead, ahead_step):
+    """_scores for all heads of a group."""
+    h = 0
+    while h < group:
+        to, x, n = out + 4 * PAGE * h, q + 4 * head_dim * h, set_size(group - h)
+        if n == 6:
+            scores_6(to, x, tile, stride, scales, head_dim, ahead, ahead_step)
+        elif n == 4:
+            scores_4(to, x, tile, stride, scales, head_dim, ahead, ahead_step)
+        elif n == 2:
+            scores_2(to, x, tile, stride, scales, head_dim, ahead, ahead_step)
+        else:
+            scores_1(to, x, tile, stride, scales, head_dim, ahead, ahead_step)
+        h += n
+
+
+def _tile_values(acc, factors, p, tile, stride, n_valid, group, head_dim, ahead, ahead_step):
+    """_values for all heads of a group; factors: keep[16], take[16] of each set."""
+    h = 0
+    while h < group:
+        to, w, n = acc + 4 * head_dim * h, p + 4 * PAGE * h, set_size(group - h)
+        if n == 6:
+            values_6(to, factors, factors + 64, w, tile, stride, n_valid, head_dim, ahead, ahead_step)
+        elif n == 4:
+            values_4(to, factors, factors + 64, w, tile, stride, n_valid, head_dim, ahead, ahead_step)
+        elif n == 2:
+            values_2(to, factors, factors + 64, w, tile, stride, n_valid, head_dim, ahead, ahead_step)
+        else:
+            values_1(to, factors, factors + 64, w, tile, stride, n_valid, head_dim, ahead, ahead_step)
+        h += n
+        factors += 128
+
+
+# --- one page ------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def page_top(scores, n_valid, scale):
+    """scores[64] *= scale, -inf from n_valid on; returns their maximum."""
     top = splat(MINUS_INFINITY)
-    for i in range(0, 4 * PAGE, 64):
-        top = maximum(load_f32(scores + i), top)
+    for i in range(0, PAGE, 16):
+        s = load_f32(scores + 4 * i)
+        s = fma(s, splat(ZERO), mul(s, splat(scale)))  # infinity becomes NaN: its weight 0 would hide it
+        s = first_lanes(s, n_valid - i, splat(MINUS_INFINITY))
+        store_f32(scores + 4 * i, s)
+        top = maximum(s, top)
     return max_lanes(top)
 
 
@@ -73,84 +198,292 @@ def page_weights(scores, top):
 
 
 @kernel
-def merge_values(acc, scores, v, n_valid, head_dim, keep, take):
-    """acc = acc * keep + (sum over p of scores[p] * v[p]) * take; 64 dimensions at a time, then 16."""
-    d = 0
-    while d + 64 <= head_dim:
-        sums = zeros(4)
-        for p in range(n_valid):
-            sums = fma_f16(sums, read_f32(scores + 4 * p), v + 2 * (p * head_dim + d))
-        at = acc + 4 * d
-        store_f32(at, fma(pack_get(sums, 0), splat(take), mul(load_f32(at), splat(keep))))
-        store_f32(at + 64, fma(pack_get(sums, 1), splat(take), mul(load_f32(at + 64), splat(keep))))
-        store_f32(at + 128, fma(pack_get(sums, 2), splat(take), mul(load_f32(at + 128), splat(keep))))
-        store_f32(at + 192, fma(pack_get(sums, 3), splat(take), mul(load_f32(at + 192), splat(keep))))
-        d += 64
-    while d < head_dim:
-        one = zeros(1)
-        for p in range(n_valid):
-            one = fma_f16(one, read_f32(scores + 4 * p), v + 2 * (p * head_dim + d))
-        at = acc + 4 * d
-        store_f32(at, fma(pack_get(one, 0), splat(take), mul(load_f32(at), splat(keep))))
-        d += 16
+def merge_sums(sums, tops, totals, factors):
+    """(maximum, sum) of up to 16 heads at `sums` takes those at `tops`, `totals` in; factors = keep[16], take[16]."""
+    old, new = load_f32(sums), load_f32(tops)
+    top = maximum(new, old)
+    keep, take = exp16(sub(old, top)), exp16(sub(new, top))
+    store_f32(factors, keep)
+    store_f32(factors + 64, take)
+    store_f32(sums, top)
+    store_f32(sums + 64, fma(load_f32(totals), take, mul(load_f32(sums + 64), keep)))
 
 
 @kernel
-def attend_head(out, q, table, layer_offset, kv_head, n_kv_heads, position, head_dim, scale, scores):
-    """One row, one query head: out[head_dim] = softmax(scale * q . K) V over positions 0..position."""
-    top, total = MINUS_INFINITY, ZERO
-    for i in range(0, 4 * head_dim, 64):
-        store_f32(out + i, splat(ZERO))
-    for page in range(position // PAGE + 1):
-        k = read_i64(table + 8 * page) + layer_offset + kv_head * PAGE * head_dim * 2
-        n_valid = min(PAGE, position + 1 - page * PAGE)
-        page_top = page_scores(q, k, n_valid, head_dim, scale, scores)
-        page_total = page_weights(scores, page_top)
-        new_top = max(top, page_top)
-        keep, take = exp_scalar(top - new_top), exp_scalar(page_top - new_top)
-        merge_values(out, scores, k + n_kv_heads * PAGE * head_dim * 2, n_valid, head_dim, keep, take)
-        total = fma_scalar(page_total, take, total * keep)
-        top = new_top
-    inverse = F(1.0) / total
-    for i in range(0, 4 * head_dim, 64):
-        store_f32(out + i, mul(load_f32(out + i), splat(inverse)))
+def page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work):
+    """scores[group, 64] become p; (maximum, sum) of the state take the page's in; factors = keep, take of each set."""
+    sums, h = state + 4 * group * head_dim, 0
+    while h < group:
+        n = set_size(group - h)
+        for i in range(n):
+            write_f32(work + 4 * i, page_top(scores + 4 * PAGE * (h + i), n_valid, scale))
+        for i in range(n):
+            total = page_weights(scores + 4 * PAGE * (h + i), read_f32(work + 4 * i))
+            write_f32(work + 64 + 4 * i, total)
+        merge_sums(sums, work, work + 64, factors)
+        h += n
+        sums += 128
+        factors += 128
+
+
+def _page_scores_f16(scores, q, k, n_valid, group, head_dim, ahead):
+    """scores[group, 64] = q . k of the first n_valid positions, in whole tiles."""
+    for lane in range(0, n_valid, 16):
+        next_k = ahead + 2 * lane * head_dim
+        tile_scores(scores + 4 * lane, q, k + 2 * lane, 2 * PAGE, 0, group, head_dim, next_k, 32)
+
+
+def _page_scores_q8_0(scores, q, k, n_valid, group, head_dim, ahead):
+    """The same for int8 k with scales."""
+    for lane in range(0, n_valid, 16):
+        scales, next_k = k + PAGE * head_dim + 2 * lane, ahead + lane * head_dim
+        tile_scores(scores + 4 * lane, q, k + lane, PAGE, scales, group, head_dim, next_k, 16)
+
+
+@kernel
+def scale_weights(weights, p, scales, group):
+    """weights[group, 64] = p[group, 64] * scales[64]."""
+    for i in range(0, PAGE, 16):
+        scale = load_f16(scales + 2 * i)
+        for at in range(4 * i, 4 * PAGE * group, 4 * PAGE):
+            store_f32(weights + at, mul(load_f32(p + at), scale))
+
+
+def _page_values_f16(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
+    """acc[group, head_dim] takes sum of p * v in."""
+    for d in range(0, head_dim, 16):
+        next_v = ahead + 2 * PAGE * d
+        tile_values(acc + 4 * d, factors, p, v + 2 * d, 2 * head_dim, n_valid, group, head_dim, next_v, 32)
+
+
+def _page_values_q8_0(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
+    """The same for int8 v with scales; weights: scratch [group, 64]."""
+    for d in range(0, head_dim, 16):
+        if d % 32 == 0:
+            scale_weights(weights, p, v + PAGE * head_dim + 2 * PAGE * (d // 32), group)
+        next_v = ahead + PAGE * d
+        tile_values(acc + 4 * d, factors, weights, v + d, head_dim, n_valid, group, head_dim, next_v, 16)
+
+
+def _attend_page(state, q, k, v, n_valid, group, head_dim, scale, ahead, work):
+    """A state takes n_valid positions of a page's K and V of one kv head in. `ahead`: K that will be needed next."""
+    factors, scores, weights = work_places(work, group)
+    page_scores(scores, q, k, n_valid, group, head_dim, ahead)
+    page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work)
+    page_values(state, factors, scores, v, n_valid, group, head_dim, ahead + v - k, weights)
+
+
+_PAGES = {
+    "f16": (load_f16, _page_scores_f16, _page_values_f16),
+    "q8_0": (load_q8, _page_scores_q8_0, _page_values_q8_0),
+}
+
+
+@functools.cache
+def attend_address(kv):
+    """Compile _attend_page for a type of KV and return its address."""
+    load, scores, values = _PAGES[kv]
+
+    def build(template, end="", **names):
+        return kernel(specialise(template, f"{template.__name__[1:]}_{kv}{end}", **names))
+
+    inner = {
+        f"{template.__name__[1:]}_{n}": build(template, f"_{n}", H=n, load=load)
+        for template in (_scores, _values)
+        for n in (6, 4, 2, 1)
+    }
+    tiles = {"tile_scores": build(_tile_scores, **inner), "tile_values": build(_tile_values, **inner)}
+    names = {"page_scores": build(scores, **tiles), "page_values": build(values, **tiles)}
+    signature = types.void(*[types.int64] * 7, types.float32, *[types.int64] * 2)
+    return address_of(specialise(_attend_page, f"attend_page_{kv}", **names), signature)
+
+
+# --- states --------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def clear_state(state, group, head_dim):
+    for i in range(0, 4 * group * head_dim, 64):
+        store_f32(state + i, splat(ZERO))
+    end = state + state_bytes(group, head_dim)
+    for at in range(state + 4 * group * head_dim, end, 128):
+        store_f32(at, splat(MINUS_INFINITY))
+        store_f32(at + 64, splat(ZERO))
+
+
+@kernel
+def merge_state(into, state, group, head_dim, factors):
+    """The triple at `into` takes the one of the next block in."""
+    offset, h = 4 * group * head_dim, 0
+    while h < group:
+        merge_sums(into + offset, state + offset, state + offset + 64, factors)
+        n = set_size(group - h)
+        for i in range(n):
+            keep, take = splat(read_f32(factors + 4 * i)), splat(read_f32(factors + 64 + 4 * i))
+            for at in range(4 * head_dim * (h + i), 4 * head_dim * (h + i + 1), 64):
+                store_f32(into + at, fma(load_f32(state + at), take, mul(load_f32(into + at), keep)))
+        h += n
+        offset += 128
+
+
+@kernel
+def finish_state(out, state, group, head_dim):
+    """out[group, head_dim] = vectors / sums."""
+    sums, h = state + 4 * group * head_dim + 64, 0
+    while h < group:
+        n = set_size(group - h)
+        for i in range(n):
+            inverse = splat(ONE / read_f32(sums + 4 * i))
+            for at in range(4 * head_dim * (h + i), 4 * head_dim * (h + i + 1), 64):
+                store_f32(out + at, mul(load_f32(state + at), inverse))
+        h += n
+        sums += 128
+
+
+# --- rows and parts ------------------------------------------------------------------------------------------------
+
+
+@kernel
+def n_pages_of(positions, t):
+    return read_i32(positions + 4 * t) // PAGE + 1
+
+
+@kernel
+def n_blocks_of(positions, t):
+    return read_i32(positions + 4 * t) // (PAGE * BLOCK) + 1
+
+
+@kernel
+def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, shape, scale, work):
+    """states[t] = the block's triple of each row; a page is read by all rows before the next one is touched."""
+    page_function, group, head_dim, half_bytes = shape
+    step, n_pages = state_bytes(group, head_dim), 0
+    for t in range(n_rows):
+        clear_state(states + t * step, group, head_dim)
+        n_pages = max(n_pages, n_pages_of(positions, t))
+    for page in range(block * BLOCK, min((block + 1) * BLOCK, n_pages)):
+        for t in range(n_rows):
+            n_valid = min(PAGE, read_i32(positions + 4 * t) + 1 - page * PAGE)
+            if n_valid > 0:
+                at = read_i64(tables + 8 * t) + 8 * page
+                # Only the first row asks for the next page: the others would for the same.
+                ahead = at + 8 if t == 0 and page + 1 < n_pages_of(positions, t) else at
+                k = read_i64(at) + offset
+                call_page(
+                    page_function, states + t * step, q + t * q_step, k, k + half_bytes, n_valid, group, head_dim,
+                    scale, read_i64(ahead) + offset, work,
+                )  # fmt: skip
+
+
+@kernel
+def attend_rows(first, last, out, q, q_step, tables, positions, n_rows, offset, shape, scale, scratch):
+    """Blocks first to last of up to ROWS rows, for one kv head; a row that is cut comes alone.
+
+    A row's later blocks (first > 0) stay in scratch for join_parts, as does its state while blocks are missing.
+    """
+    _, group, head_dim, _ = shape
+    step = state_bytes(group, head_dim)
+    states, totals, blocks = state_places(scratch, group, head_dim)
+    if first > 0:
+        for b in range(first, last):
+            attend_block(b, blocks + b * step, q, q_step, tables, positions, 1, offset, shape, scale, scratch)
+        return
+    for t in range(n_rows):
+        clear_state(totals + t * step, group, head_dim)
+    for b in range(last):
+        attend_block(b, states, q, q_step, tables, positions, n_rows, offset, shape, scale, scratch)
+        for t in range(n_rows):
+            if b < n_blocks_of(positions, t):
+                merge_state(totals + t * step, states + t * step, group, head_dim, scratch)
+    for t in range(n_rows):
+        if n_blocks_of(positions, t) <= last:
+            finish_state(out + t * q_step, totals + t * step, group, head_dim)
+
+
+@kernel
+def part_begin(part, n_parts, positions, n_rows, n_kv_heads):
+    """(kv head, row, block) where a part begins when n_parts share all pages evenly, cut between blocks."""
+    n_pages = 0
+    for t in range(n_rows):
+        n_pages += n_pages_of(positions, t)
+    kv_head, at = part * n_pages * n_kv_heads // n_parts // n_pages, part * n_pages * n_kv_heads // n_parts % n_pages
+    t = 0
+    while at >= n_pages_of(positions, t):
+        at -= n_pages_of(positions, t)
+        t += 1
+    return kv_head, t, at // BLOCK
 
 
 @kernel
 def attend_part(
-    part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, scratch
-):
-    """Tasks are (kv head, row) pairs; scratch holds 64 float32 per part."""
-    n_tasks, per_kv = n_rows * n_kv_heads, n_heads // n_kv_heads
-    scores = scratch + part * PAGE * 4
-    for task in range(part * n_tasks // n_parts, (part + 1) * n_tasks // n_parts):
-        kv_head, t = task // n_rows, task % n_rows
-        table, position = read_i64(tables + 8 * t), read_i32(positions + 4 * t)
-        for h in range(kv_head * per_kv, (kv_head + 1) * per_kv):
-            at = 4 * head_dim * (t * n_heads + h)
-            attend_head(out + at, q + at, table, layer_offset, kv_head, n_kv_heads, position, head_dim, scale, scores)
+    part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
+    head_bytes, scratch, scratch_bytes,
+):  # fmt: skip
+    """out[T, n_heads, head_dim] = softmax(scale * q K) V over positions 0..positions[t] of the pages at tables[t].
+
+    positions: int32; tables: addresses of int64 page addresses; page: attend_address of the type of KV, of which one
+    head takes head_bytes in a page; scratch: scratch_bytes for each part.
+    """
+    group, q_step = n_heads // n_kv_heads, 4 * head_dim * n_heads
+    kv_head, t, block = part_begin(part, n_parts, positions, n_rows, n_kv_heads)
+    end_head, end_row, end_block = part_begin(part + 1, n_parts, positions, n_rows, n_kv_heads)
+    while (kv_head, t, block) < (end_head, end_row, end_block):
+        is_last = kv_head == end_head and t == end_row
+        n, last = 1, end_block if is_last else n_blocks_of(positions, t)
+        if block == 0 and not is_last:
+            n = min(ROWS, (end_row if kv_head == end_head else n_rows) - t)
+            for i in range(t, t + n):
+                last = max(last, n_blocks_of(positions, i))
+        at = 4 * head_dim * (t * n_heads + kv_head * group)
+        attend_rows(
+            block, last, out + at, q + at, q_step, tables + 8 * t, positions + 4 * t, n,
+            layer_offset + kv_head * head_bytes, (page, group, head_dim, head_bytes // 2), scale,
+            scratch + part * scratch_bytes,
+        )  # fmt: skip
+        t, block = t + n, 0
+        if t == n_rows:
+            kv_head, t = kv_head + 1, 0
+
+
+@kernel
+def join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, scratch, scratch_bytes):
+    """Rows that were cut: the later parts' blocks are merged, in order, into the state of the part with block 0."""
+    group = n_heads // n_kv_heads
+    step = state_bytes(group, head_dim)
+    owner = 0
+    for part in range(1, n_parts):
+        kv_head, t, block = part_begin(part, n_parts, positions, n_rows, n_kv_heads)
+        end_head, end_row, end_block = part_begin(part + 1, n_parts, positions, n_rows, n_kv_heads)
+        goes_on = kv_head == end_head and t == end_row
+        last = end_block if goes_on else n_blocks_of(positions, t)
+        _, total, _ = state_places(scratch + owner * scratch_bytes, group, head_dim)
+        if block > 0:
+            _, _, blocks = state_places(scratch + part * scratch_bytes, group, head_dim)
+            for b in range(block, last):
+                merge_state(total, blocks + b * step, group, head_dim, scratch)
+            if not goes_on:
+                finish_state(out + 4 * head_dim * (t * n_heads + kv_head * group), total, group, head_dim)
+        if block == 0 or not goes_on:
+            owner = part
 
 
 @kernel(parallel=True)
 def attend_parallel(
-    n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, scratch
-):
+    n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
+    head_bytes, scratch, scratch_bytes,
+):  # fmt: skip
     for part in prange(n_parts):
         attend_part(
-            part,
-            n_parts,
-            out,
-            q,
-            tables,
-            positions,
-            n_rows,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            layer_offset,
-            scale,
-            scratch,
-        )
+            part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
+            head_bytes, scratch, scratch_bytes,
+        )  # fmt: skip
+    join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, scratch, scratch_bytes)
+
+
+def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positions: int) -> int:
+    """Scratch of one thread for rows at positions below n_positions."""
+    group, n_blocks = n_heads // n_kv_heads, (n_positions - 1) // (PAGE * BLOCK) + 1
+    return int(state_places(0, group, head_dim)[2]) + n_blocks * int(state_bytes(group, head_dim))
 
 
 attend = Split(attend_part, attend_parallel)

@@ -27,12 +27,10 @@ from m2lite.kernels.simd import (
     or_nan,
     read_f32,
     read_i32,
-    read_i64,
     round_to_i32,
     scale_by_power,
     select_below,
     splat,
-    store_f16,
     store_f32,
     tree_sum,
     write_f32,
@@ -221,24 +219,6 @@ def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, 
 def pack_groups_parallel(n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
     for part in prange(n_parts):
         pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8)
-
-
-@kernel
-def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim):
-    """Write k[t], v[t] (n_kv_heads * head_dim float32) as float16 into a slot of a page.
-
-    slots: int32 [n_rows]; pages: int64 [n_rows], addresses. A page holds, for one layer, K [n_kv_heads][64][head_dim]
-    and then V of the same shape.
-    """
-    n = n_kv_heads * head_dim
-    for t in range(n_rows):
-        page, slot = read_i64(pages + 8 * t), read_i32(slots + 4 * t)
-        for h in range(n_kv_heads):
-            to = page + (h * 64 + slot) * head_dim * 2
-            for i in range(0, head_dim, 16):
-                at = 4 * (n * t + h * head_dim + i)
-                store_f16(to + 2 * i, load_f32(k + at))
-                store_f16(to + 2 * i + 64 * 2 * n, load_f32(v + at))
 
 
 read_memory = Split(read_part, read_parallel)

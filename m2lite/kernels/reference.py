@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.kernels import elementwise as constants
+from m2lite.kernels.pages import LARGEST_AMAX, SMALLEST_AMAX
 from m2lite.storage import blocks
 from m2lite.storage.integers import INTEGERS
 
 F = np.float32
 F32 = npt.NDArray[np.float32]
-PAGE = 64
+PAGE, BLOCK = 64, 16
 STEP_BYTES = {"int8": 48, "float32": 128}
 GROUP = 32
 
@@ -277,54 +278,6 @@ def norm_rope(
     rows[:] = heads.reshape(rows.shape)
 
 
-def append_kv(k: int, v: int, pages: int, slots: int, n_rows: int, n_kv_heads: int, head_dim: int) -> None:
-    where, slot = array_at(pages, np.int64, (n_rows,)), array_at(slots, np.int32, (n_rows,))
-    for t in range(n_rows):
-        page = array_at(int(where[t]), np.float16, (2, n_kv_heads, PAGE, head_dim))
-        for i, values in enumerate((k, v)):
-            page[i, :, slot[t]] = array_at(values, np.float32, (n_rows, n_kv_heads, head_dim))[t]
-
-
-def attend(
-    work: int, out: int, q: int, tables: int, positions: int, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int,
-    layer_offset: int, scale: float, scratch: int,
-) -> None:  # fmt: skip
-    queries = array_at(q, np.float32, (n_rows, n_heads, head_dim))
-    result = array_at(out, np.float32, (n_rows, n_heads, head_dim))
-    where = array_at(positions, np.int32, (n_rows,))
-    for t, table in enumerate(array_at(tables, np.int64, (n_rows,)).tolist()):
-        pages = array_at(table, np.int64, (int(where[t]) // PAGE + 1,))
-        for h in range(n_heads):
-            result[t, h] = attend_head(
-                queries[t, h], pages + layer_offset, h * n_kv_heads // n_heads, int(where[t]), n_kv_heads, F(scale)
-            )
-
-
-def attend_head(q: F32, pages: npt.NDArray[np.int64], kv_head: int, position: int, n_kv_heads: int, scale: F) -> F32:
-    """softmax(scale * q . K) V for one head: page partials merged in page order."""
-    head_dim = q.shape[0]
-    top, total, acc = F(-np.inf), F(0), np.zeros(head_dim, F)
-    for i, page in enumerate(pages.tolist()):
-        k, v = array_at(page, np.float16, (2, n_kv_heads, PAGE, head_dim)).astype(F)[:, kv_head]
-        n_valid = min(PAGE, position + 1 - i * PAGE)
-        scores = np.full(PAGE, -np.inf, F)
-        scores[:n_valid] = lanes_dot(q, k[:n_valid]) * scale
-        page_top = scores.max()
-        p = exp32(scores - page_top)
-        sums = np.zeros(16, F)
-        for j in range(0, PAGE, 16):
-            sums = sums + p[j : j + 16]
-        values = np.zeros(head_dim, F)
-        for j in range(n_valid):
-            values = fma32(p[j], v[j], values)
-        new_top = max(top, page_top)
-        keep, take = exp32(np.asarray(top - new_top)), exp32(np.asarray(page_top - new_top))
-        acc = fma32(values, take, acc * keep)
-        total = fma32(tree(sums), take, total * keep)
-        top = new_top
-    return acc * (F(1) / total)
-
-
 def route(
     scores: int, bias: int, n_rows: int, n_experts: int, n_padded: int, n_used: int, ids: int, weights: int
 ) -> int:
@@ -379,6 +332,132 @@ def combine(
         array_at(x, np.float32, (n_rows, n))[:] += sums
     else:
         kept[:] = sums
+
+
+# --- KV pages and attention ----------------------------------------------------------------------------------------
+
+
+def page_dtype(head_dim: int, is_q8: int) -> np.dtype[Any]:
+    """K and V of one kv head in a page, side by side."""
+    if not is_q8:
+        return np.dtype([("k", np.float16, (head_dim, PAGE)), ("v", np.float16, (PAGE, head_dim))])
+    scales = (np.float16, (head_dim // 32, PAGE))
+    k, v = (np.int8, (head_dim, PAGE)), (np.int8, (PAGE, head_dim))
+    return np.dtype([("k", *k), ("k_scales", *scales), ("v", *v), ("v_scales", *scales)])
+
+
+def kv_head_bytes(head_dim: int, is_q8: int) -> int:
+    return page_dtype(head_dim, is_q8).itemsize
+
+
+def rounded_blocks(x: F32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """[..., n] as int8 of the same shape and float16 scales [..., n / 32]; NaN and infinity give the scale NaN."""
+    parts = x.reshape(*x.shape[:-1], -1, 32)
+    amax = np.abs(parts).max(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scales = np.where(amax <= LARGEST_AMAX, amax / F(127), F(np.nan)).astype(np.float16)
+        inverse = np.where(amax > SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
+        y = parts * inverse[..., None]
+    y = np.where(y > -127, y, F(-127))
+    return np.rint(np.where(y < 127, y, F(127))).astype(np.int8).reshape(x.shape), scales
+
+
+def append_kv(k: int, v: int, pages: int, slots: int, n_rows: int, n_kv_heads: int, head_dim: int, is_q8: int) -> None:
+    addresses, slot = array_at(pages, np.int64, (n_rows,)), array_at(slots, np.int32, (n_rows,))
+    keys, values = (array_at(a, np.float32, (n_rows, n_kv_heads, head_dim)) for a in (k, v))
+    for t in range(n_rows):
+        page = array_at(int(addresses[t]), page_dtype(head_dim, is_q8), (n_kv_heads,))
+        if is_q8:
+            page["k"][..., slot[t]], page["k_scales"][..., slot[t]] = rounded_blocks(keys[t])
+            page["v"][:, slot[t]], page["v_scales"][..., slot[t]] = rounded_blocks(values[t])
+        else:
+            page["k"][..., slot[t]], page["v"][:, slot[t]] = keys[t], values[t]
+
+
+def attend_address(kv: str) -> int:
+    """Not an address here, but whether pages are q8_0."""
+    return int(kv == "q8_0")
+
+
+def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positions: int) -> int:
+    return 0
+
+
+def attend(
+    work: int, out: int, q: int, tables: int, positions: int, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int,
+    layer_offset: int, scale: float, page: int, head_bytes: int, scratch: int, scratch_bytes: int,
+) -> None:  # fmt: skip
+    group, dtype = n_heads // n_kv_heads, page_dtype(head_dim, page)
+    queries = array_at(q, np.float32, (n_rows, n_kv_heads, group, head_dim))
+    result = array_at(out, np.float32, (n_rows, n_kv_heads, group, head_dim))
+    where = array_at(positions, np.int32, (n_rows,)).tolist()
+    for t, table in enumerate(array_at(tables, np.int64, (n_rows,)).tolist()):
+        addresses = array_at(table, np.int64, (where[t] // PAGE + 1,)) + layer_offset
+        for h in range(n_kv_heads):
+            pages = np.stack([array_at(int(a), dtype, (n_kv_heads,))[h] for a in addresses])
+            result[t, h] = attend_group(queries[t, h], pages, where[t], F(scale))
+
+
+class State:
+    """A running (maximum, sum, vector) of a group of heads."""
+
+    def __init__(self, group: int, head_dim: int) -> None:
+        self.top = np.full(group, -np.inf, F)
+        self.total = np.zeros(group, F)
+        self.vector = np.zeros((group, head_dim), F)
+
+    def merge(self, top: F32, total: F32, vector: F32) -> None:
+        new_top = np.where(top > self.top, top, self.top)
+        keep, take = exp32(self.top - new_top), exp32(top - new_top)
+        self.total = fma32(total, take, self.total * keep)
+        self.vector = fma32(vector, take[:, None], self.vector * keep[:, None])
+        self.top = new_top
+
+
+def attend_group(q: F32, pages: npt.NDArray[Any], position: int, scale: F) -> F32:
+    """softmax(scale * q . K) V for the heads of a group: pages merged within blocks, blocks merged in order."""
+    is_seen = np.arange(len(pages) * PAGE).reshape(len(pages), 1, PAGE) <= position
+    scores = page_scores(q, pages) * scale
+    scores[np.isinf(scores)] = np.nan  # its weight 0 would hide it
+    scores = np.where(is_seen, scores, F(-np.inf))
+    tops = scores.max(axis=-1)
+    p = exp32(scores - tops[..., None])
+    totals = np.zeros((*tops.shape, 16), F)
+    for j in range(0, PAGE, 16):
+        totals = totals + p[..., j : j + 16]
+    values = page_values(p, pages, is_seen)
+    row = State(*q.shape)
+    for first in range(0, len(pages), BLOCK):
+        block = State(*q.shape)
+        for i in range(first, min(first + BLOCK, len(pages))):
+            block.merge(tops[i], tree(totals[i]), values[i])
+        row.merge(block.top, block.total, block.vector)
+    return row.vector * (F(1) / row.total)[:, None]
+
+
+def page_scores(q: F32, pages: npt.NDArray[Any]) -> F32:
+    """[pages, group, 64] = q . k; dimensions ascending, in q8_0 by blocks of 32."""
+    k, is_q8 = pages["k"].astype(F), pages["k"].dtype == np.int8
+    width = 32 if is_q8 else k.shape[1]
+    out = np.zeros((len(pages), len(q), PAGE), F)
+    for i in range(0, k.shape[1], width):
+        part = np.zeros_like(out)
+        for d in range(i, i + width):
+            part = fma32(q[:, d, None], k[:, None, d], part)
+        out = fma32(part, pages["k_scales"][:, None, i // 32].astype(F), out) if is_q8 else part
+    return out
+
+
+def page_values(p: F32, pages: npt.NDArray[Any], is_seen: npt.NDArray[np.bool_]) -> F32:
+    """[pages, group, head_dim] = p @ v, positions ascending; in q8_0 p is multiplied with the scale first."""
+    v = pages["v"].astype(F)
+    out = np.zeros((len(pages), p.shape[1], v.shape[2]), F)
+    for j in range(PAGE):
+        weights = p[..., j, None]
+        if pages["v"].dtype == np.int8:
+            weights = weights * np.repeat(pages["v_scales"][..., j].astype(F), 32, axis=-1)[:, None]
+        out = np.where(is_seen[..., j, None], fma32(weights, v[:, None, j], out), out)
+    return out
 
 
 # --- importance ----------------------------------------------------------------------------------------------------

@@ -229,6 +229,18 @@ def select_below(typingctx: Any, x: Any, limit: Any, below: Any, otherwise: Any)
 
 
 @intrinsic
+def first_lanes(typingctx: Any, value: Any, n: Any, otherwise: Any) -> Any:
+    """Lane i of `value` for i < n, of `otherwise` behind; n may be anything."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, n, otherwise = args
+        is_first = builder.icmp_signed("<", emit.LANE_NUMBERS, emit.splat(builder, builder.trunc(n, emit.I32)))
+        return builder.select(is_first, value, otherwise)
+
+    return f32x16(f32x16, types.int64, f32x16), codegen
+
+
+@intrinsic
 def clamp_and_store_i8(typingctx: Any, address: Any, value: Any) -> Any:
     """Clamp 16 int32 to -127..127, write them as int8 and return their sum."""
 
@@ -240,6 +252,51 @@ def clamp_and_store_i8(typingctx: Any, address: Any, value: Any) -> Any:
         return emit.call_llvm(builder, "llvm.vector.reduce.add.v16i32", emit.I32, [v])
 
     return types.int32(types.int64, i32x16), codegen
+
+
+@intrinsic
+def store_i8(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write 16 int32 in -128..127 as int8."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit.store(builder, builder.trunc(args[1], ir.VectorType(emit.I8, emit.LANES)), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, i32x16), codegen
+
+
+def _scattered(vector: types.Type, to_items: Any) -> Any:
+    """scatter(address, stride, value): lane i becomes an item at address + i * stride."""
+
+    @intrinsic
+    def scatter(typingctx: Any, address: Any, stride: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            at, step, lanes = args
+            items = to_items(builder, lanes)
+            for i in range(emit.LANES):
+                emit.store(builder, builder.extract_element(items, emit.I32(i)), at)
+                at = builder.add(at, step)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, vector), codegen
+
+    return scatter
+
+
+scatter_f16 = _scattered(f32x16, emit.f32_to_half)
+scatter_i8 = _scattered(i32x16, lambda builder, v: builder.trunc(v, ir.VectorType(emit.I8, emit.LANES)))
+
+
+@intrinsic
+def write_f16(typingctx: Any, address: Any, value: Any) -> Any:
+    """Round a float32 to float16 and write it to `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = emit.f32_to_half(builder, emit.splat(builder, args[1]))
+        emit.store(builder, builder.extract_element(half, emit.I32(0)), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
 
 
 def _scalar_access(name: str, kind: types.Type, llvm_type: ir.Type) -> tuple[Any, Any]:
@@ -292,6 +349,20 @@ def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, 
     return types.void(*([types.int64] * 9)), codegen
 
 
+@intrinsic
+def call_page(typingctx: Any, function: Any, state: Any, q: Any, k: Any, v: Any, n_valid: Any, group: Any,
+              head_dim: Any, scale: Any, ahead: Any, work: Any) -> Any:  # fmt: skip
+    """Call the kernel of one KV page at address `function` (see attention.attend_address)."""
+    numbers = [types.int64] * 7
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [a.type for a in args[1:]])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, *numbers, types.float32, types.int64, types.int64), codegen
+
+
 # --- packed integers: what unpackers of weights need ---------------------------------------------------------------
 
 
@@ -312,6 +383,12 @@ def _joined_bytes(n_parts: int, is_signed: bool) -> Any:
 def load_u8(typingctx: Any, address: Any) -> Any:
     """16 unsigned bytes as int32."""
     return i32x16(types.int64), _joined_bytes(1, is_signed=False)
+
+
+@intrinsic
+def load_i8(typingctx: Any, address: Any) -> Any:
+    """16 signed bytes as int32."""
+    return i32x16(types.int64), _joined_bytes(1, is_signed=True)
 
 
 @intrinsic
@@ -451,20 +528,65 @@ def pack_get(typingctx: Any, pack: Any, i: Any) -> Any:
     return pack.element(pack, i), codegen
 
 
+def _at_row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:
+    return builder.add(address, builder.mul(stride, emit.I64(i))) if i else address
+
+
 @intrinsic
-def fma_f16(typingctx: Any, acc: Any, factor: Any, address: Any) -> Any:
-    """acc[i] += factor * v[16 i : 16 i + 16] for every vector i of the pack; v is float16 at `address`."""
+def fma_rows(typingctx: Any, acc: Any, factors: Any, stride: Any, v: Any) -> Any:
+    """acc[i] += factor_i * v for every vector i of the pack; factor_i is the float32 at factors + i * stride."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc_value, scalar, where = args
-        wide = emit.splat(builder, scalar)
+        acc_value, address, step, vector = args
         out = []
         for i in range(acc.n):
-            v = emit.half_to_f32(builder, emit.load(builder, where, emit.V_I16, 2 * emit.LANES * i))
-            out.append(emit.fma_values(builder, wide, v, builder.extract_value(acc_value, i)))
+            wide = emit.splat(builder, emit.load(builder, _at_row(builder, address, step, i), emit.F32))
+            out.append(emit.fma_values(builder, wide, vector, builder.extract_value(acc_value, i)))
         return emit.pack_of(builder, out)
 
-    return acc(acc, types.float32, types.int64), codegen
+    return acc(acc, types.int64, types.int64, f32x16), codegen
+
+
+@intrinsic
+def store_rows(typingctx: Any, address: Any, stride: Any, pack: Any) -> Any:
+    """Write vector i of a pack to address + i * stride."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for i in range(pack.n):
+            emit.store(builder, builder.extract_value(args[2], i), _at_row(builder, args[0], args[1], i))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, pack), codegen
+
+
+@intrinsic
+def add_rows_scaled(typingctx: Any, address: Any, stride: Any, pack: Any, scale: Any) -> Any:
+    """Row i at address + i * stride becomes fma(pack[i], scale, row i); `scale` is a vector."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for i in range(pack.n):
+            at = _at_row(builder, args[0], args[1], i)
+            old = emit.load(builder, at, emit.V_F32)
+            new = emit.fma_values(builder, builder.extract_value(args[2], i), args[3], old)
+            emit.store(builder, new, at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, pack, f32x16), codegen
+
+
+@intrinsic
+def merge_rows(typingctx: Any, address: Any, stride: Any, pack: Any, keep: Any, take: Any) -> Any:
+    """Row i at address + i * stride becomes fma(pack[i], take[i], row i * keep[i]); keep, take: addresses."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for i in range(pack.n):
+            at = _at_row(builder, args[0], args[1], i)
+            kept, taken = (emit.splat(builder, emit.load(builder, a, emit.F32, 4 * i)) for a in args[3:])
+            old = builder.fmul(emit.load(builder, at, emit.V_F32), kept)
+            emit.store(builder, emit.fma_values(builder, builder.extract_value(args[2], i), taken, old), at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, pack, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """One pool of KV pages for all layers; a timeline is a list of pages. Knows positions, not tokens.
 
-A page holds 64 positions of every layer, those of prediction modules (`n_extra_layers`) behind the trunk's: per layer
-K [n_kv_heads, 64, head_dim] and V of the same shape, float16.
+A page holds 64 positions of every layer, those of prediction modules (`n_extra_layers`) behind the trunk's; per layer
+K and V of each kv head in turn, as kernels/pages.py lays them out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from m2lite.errors import ContextError, M2liteError, UsageError
 from m2lite.model.config import Config
 
 PAGE = 64
-KV_TYPES = ("f16",)
+BYTES_PER_32 = {"f16": 64, "q8_0": 34}  # q8_0: int8 and a float16 scale
 
 
-def kv_layer_bytes(config: Config) -> int:
-    """K and V of one position in one layer, in float16."""
-    return 2 * config.n_kv * 2
+def check_kv(config: Config, kv: str) -> None:
+    """Raises UsageError unless the model's K and V can be kept as type `kv`."""
+    if kv not in BYTES_PER_32:
+        raise UsageError(f"KV type {kv!r} does not exist.", f"Use one of: {', '.join(BYTES_PER_32)}.")
+    if kv == "q8_0" and config.head_dim % 32:
+        raise UsageError(
+            f"KV type q8_0 takes blocks of 32; this model's heads have {config.head_dim} dimensions.", "Use --kv f16."
+        )
+
+
+def kv_layer_bytes(config: Config, kv: str) -> int:
+    """K and V of one position in one layer."""
+    return 2 * config.n_kv * BYTES_PER_32[kv] // 32
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,14 @@ class KVPool:
     """Address space for `n_positions`, touched as it fills; pages are shared between timelines until written to."""
 
     def __init__(self, config: Config, n_positions: int, kv: str = "f16", n_extra_layers: int = 0) -> None:
-        if kv not in KV_TYPES:
-            raise UsageError(f"KV type {kv!r} does not exist.", f"Use one of: {', '.join(KV_TYPES)}.")
+        check_kv(config, kv)
         if n_positions < 1:
             raise UsageError(f"A KV cache of {n_positions} positions cannot hold anything.", "Use at least 1.")
         self.config = config
+        self.kv = kv
         self.n_positions = n_positions
         self.n_pages = (n_positions + PAGE - 1) // PAGE
-        self.layer_bytes = PAGE * kv_layer_bytes(config)
+        self.layer_bytes = PAGE * kv_layer_bytes(config, kv)
         self.page_bytes = (config.n_layers + n_extra_layers) * self.layer_bytes
         self._memory = mmap.mmap(-1, self.n_pages * self.page_bytes)
         self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)

@@ -25,10 +25,11 @@ import numpy.typing as npt
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit
 from m2lite.kernels.dot import panel_bytes
-from m2lite.model.cache import KVPool, Rows
+from m2lite.model.cache import PAGE, KVPool, Rows
 from m2lite.model.config import Config
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
+MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
 MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
@@ -46,11 +47,17 @@ class Tap(Protocol):
 
 
 class Buffers:
-    """Scratch memory for up to `n_rows` rows per call; every shape is written behind its name."""
+    """Scratch memory for up to `n_rows` rows per call, in timelines of up to `n_positions` (the model's limit).
 
-    def __init__(self, config: Config, n_rows: int, kernels: ModuleType | None = None) -> None:
+    Every shape is written behind its name.
+    """
+
+    def __init__(
+        self, config: Config, n_rows: int, kernels: ModuleType | None = None, n_positions: int | None = None
+    ) -> None:
         c = config
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
+        self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
         self.kernels = kernels or load_kernels()
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
         self.n_scores = (c.n_experts + 15) // 16 * 16
@@ -63,7 +70,8 @@ class Buffers:
         self.k = self._new("k", (n_rows, c.n_kv), f32)
         self.v = self._new("v", (n_rows, c.n_kv), f32)
         self.attended = self._new("attended", (n_rows, c.n_q), f32)
-        self.attention_scores = self._new("attention_scores", (self.n_threads, 64), f32)
+        self.attention_bytes = self.kernels.attend_scratch_bytes(c.n_heads, c.n_kv_heads, c.head_dim, self.n_positions)
+        self.attention_scratch = self._new("attention_scratch", (self.n_threads, self.attention_bytes), np.uint8)
         self.router_scores = self._new("router_scores", (n_rows, self.n_scores), f32)
         self._arrays["router_scores"][:] = 0  # the padding is computed with, though never used
         self.ids = self._new("ids", (n_rows, c.n_experts_used), i32)
@@ -130,7 +138,7 @@ def forward(
     for i, layer in enumerate(weights.layers):
         if check is not None:
             check()
-        attention(c, layer, b, place, n, i * pool.layer_bytes)
+        attention(c, layer, b, place, n, i * pool.layer_bytes, check)
         if not experts(c, layer, b, n, check):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     logits = _head(weights, b, rows, outputs)
@@ -149,7 +157,9 @@ class Place:
         self.slots = int(rows.slots.ctypes.data)
         self.pages = rows.pages
         self.tables = int(rows.tables.ctypes.data)
-        self.n_attended = int(rows.indices.sum()) + rows.n
+        self.kv, self.is_q8 = pool.kv, int(pool.kv == "q8_0")
+        self.kv_head_bytes = pool.layer_bytes // pool.config.n_kv_heads
+        self.n_positions = int(rows.indices.max()) + 1
 
 
 def pack_rows(b: Buffers, x: int, n_in: int, n: int, *matrices: Matrix) -> None:
@@ -177,7 +187,15 @@ def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
     b.kernels.matmul(work, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, b.panels[m.kind], n)
 
 
-def attention(c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_offset: int) -> None:
+def attention(
+    c: Config,
+    layer: Layer,
+    b: Buffers,
+    place: Place,
+    n: int,
+    layer_offset: int,
+    check: Callable[[], None] | None = None,
+) -> None:
     """x += attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) @ Wo with h = rms_norm(x)."""
     k, eps = b.kernels, np.float32(c.rms_eps)
     k.rms_norm(b.h, b.x, layer.attn_norm.address, n, c.n_embd, eps)
@@ -189,15 +207,28 @@ def attention(c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_o
     k.norm_rope(b.q, layer.attn_q_norm.address, *rope, c.n_heads, c.head_dim, c.rotary_dim, eps)
     k.norm_rope(b.k, layer.attn_k_norm.address, *rope, c.n_kv_heads, c.head_dim, c.rotary_dim, eps)
     pages = place.pages + layer_offset
-    k.append_kv(b.k, b.v, pages.ctypes.data, place.slots, n, c.n_kv_heads, c.head_dim)
-    scale = np.float32(c.head_dim**-0.5)
-    k.attend(
-        2 * place.n_attended * c.n_q, b.attended, b.q, place.tables, place.indices, n, c.n_heads, c.n_kv_heads,
-        c.head_dim, layer_offset, scale, b.attention_scores,
-    )  # fmt: skip
+    k.append_kv(b.k, b.v, pages.ctypes.data, place.slots, n, c.n_kv_heads, c.head_dim, place.is_q8)
+    attend(c, b, place, n, layer_offset, check)
     pack_rows(b, b.attended, c.n_q, n, layer.attn_output)
     multiply(b, b.h, 4 * c.n_embd, layer.attn_output, n)
     k.add_rows(b.x, b.h, n, c.n_embd)
+
+
+def attend(c: Config, b: Buffers, place: Place, n: int, layer_offset: int, check: Callable[[], None] | None) -> None:
+    """attended = softmax(q K / sqrt(head_dim)) V over each row's timeline up to its own position."""
+    assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
+    scale = np.float32(c.head_dim**-0.5)
+    macs = 2 * c.n_q * place.n_positions
+    step = max(1, int(MAX_ATTEND_MACS / macs))
+    for first in range(0, n, step):
+        if first and check is not None:
+            check()
+        size, at = min(step, n - first), 4 * c.n_q * first
+        b.kernels.attend(
+            size * macs, b.attended + at, b.q + at, place.tables + 8 * first, place.indices + 4 * first, size,
+            c.n_heads, c.n_kv_heads, c.head_dim, layer_offset, scale, b.kernels.attend_address(place.kv),
+            place.kv_head_bytes, b.attention_scratch, b.attention_bytes,
+        )  # fmt: skip
 
 
 def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Callable[[], None] | None = None) -> bool:

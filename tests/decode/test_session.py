@@ -233,7 +233,7 @@ def test_default_context(opened: Opened, monkeypatch: pytest.MonkeyPatch, model_
     assert default_ctx(config) == 960  # whole pages of a quarter
     with pytest.raises(ResourceError, match=r"4,096 needs 1,048,576 bytes of KV cache; 1,024,000 bytes"):
         monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1000 * 1024)
-        monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda _: 256)
+        monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda *_: 256)
         Model.open(model_files["random"], ctx=4096)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ SMALL, PARALLEL = 0, 10**9  # `work` that takes the serial and the parallel form
 # The formats of the fast ring: those with a tile, those of one weight, and of the others one of each kind.
 FEW = ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q5_1", "Q4_K", "IQ2_XS", "IQ4_XS")
 ALL = tuple(dot.WEIGHTS)
+
+
+KV_TYPES = ("f16", "q8_0")
 
 
 class Arena:
@@ -71,6 +75,7 @@ def both(name: str, arena: Arena, outputs: tuple[str, ...], *args: Any) -> Itera
         plain = [copy[a[1:]] if isinstance(a, str) and a.startswith("@") else a for a in args]
         plain = [module.tile_address(*a) if isinstance(a, tuple) and len(a) == 2 else a for a in plain]
         plain = [module.unpack_address(a[0]) if isinstance(a, tuple) else a for a in plain]
+        plain = [module.attend_address(a) if a in KV_TYPES else a for a in plain]
         result = getattr(module, name)(*plain)
         sides.append((copy, result))
     if sides[1][1] is not None:
@@ -163,12 +168,7 @@ def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
 
 def row_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(3)
-    for n_rows, n_heads, n_kv, head_dim, rotary in (
-        (1, 4, 2, 32, 16),
-        (3, 6, 1, 64, 32),
-        (5, 4, 4, 128, 64),
-        (2, 2, 1, 16, 8),
-    ):
+    for n_rows, n_heads, head_dim, rotary in ((1, 4, 32, 16), (3, 6, 64, 32), (5, 4, 128, 64), (2, 2, 16, 8)):
         n = n_heads * head_dim
         arena = Arena(
             x=(rng.standard_normal((n_rows, n)) * 3).astype(F), y=rng.standard_normal((n_rows, n)).astype(F),
@@ -186,48 +186,96 @@ def row_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, s
         yield from both("rms_norm", arena, ("out",), "@out", "@x", "@weight", n_rows, n, F(1e-6))
         rope = ("@x", "@weight", "@angles", "@positions", n_rows, n_heads, head_dim, rotary, F(1e-6))
         yield from both("norm_rope", arena, ("x",), *rope)
-        page = n_kv * 64 * head_dim * 2
-        store = (rng.standard_normal((5, page)) * 2).astype(np.float16)
-        store[4] = 0
-        where = store.ctypes.data + np.arange(5, dtype=np.int64) * page * 2
-        where[4] = where[0]
-        spare = np.zeros((n_rows, page), np.float16)
-        kv = rng.standard_normal((2, n_rows, n_kv * head_dim)).astype(F)
-        kv.flat[:4] = [1e-7, 6e-8, 7e4, -3e-5]
-        for module in (fast, reference):  # pages are addresses inside the data: run each side on its own pages
-            target = np.zeros_like(spare)
-            pages = target.ctypes.data + np.arange(n_rows, dtype=np.int64) * page * 2
-            slots = np.arange(n_rows, dtype=np.int32) * 7 % 64
-            with np.errstate(over="ignore"):
-                module.append_kv(
-                    kv[0].ctypes.data, kv[1].ctypes.data, pages.ctypes.data, slots.ctypes.data, n_rows, n_kv, head_dim
-                )
-            spare = target if module is fast else spare
-        yield spare, target, "append_kv"
-        table = where.copy()
-        tables = np.full(n_rows, table.ctypes.data, np.int64)
-        positions = np.array([0, 63, 64, 200, 290][:n_rows], np.int32)
-        arena.arrays.update(positions=positions, tables=tables, scratch=np.zeros(4 * 64, F))
-        attend = (
-            "@out",
-            "@x",
-            "@tables",
-            "@positions",
-            n_rows,
-            n_heads,
-            n_kv,
-            head_dim,
-            0,
-            F(head_dim**-0.5),
-            "@scratch",
-        )
-        yield from both("attend", arena, ("out",), work, *attend)
+
+
+# (query heads, kv heads, head_dim): groups of 6, 7, 5, 1, 3 and 13; q8_0 takes those of whole blocks of 32.
+ATTENTION = ((6, 1, 32), (12, 2, 128), (7, 1, 48), (10, 2, 16), (2, 2, 64), (6, 2, 96), (26, 2, 32))
+# Positions of rows: first and last of a page, around the 1,024 of a block, and a row of three blocks.
+PLACES = (
+    (0,),
+    (1022,),
+    (1023,),
+    (1024,),
+    (2100,),
+    (5, 6, 62, 63, 64, 65),
+    (1020, 1024, 3, 2047, 2048),
+    tuple(range(20)),
+)
+
+
+def pages_of(rng: np.random.Generator, n_pages: int, n_kv: int, head_dim: int, is_q8: int) -> Any:
+    """Pages with something in every byte: int64 addresses in the order of a table, and the memory to keep."""
+    page = reference.page_dtype(head_dim, is_q8)
+    store = np.zeros((n_pages, n_kv), page)
+    for name in page.names or ():
+        shape = store[name].shape
+        numbers = rng.standard_normal(shape) * (0.02 if name.endswith("scales") else 1)
+        store[name] = rng.integers(-127, 128, shape) if store[name].dtype == np.int8 else numbers
+    return store.ctypes.data + rng.permutation(n_pages).astype(np.int64) * store[0].nbytes, store
+
+
+def append_cases(rng: np.random.Generator, n_kv: int, head_dim: int, is_q8: int) -> Iterator[tuple[Any, Any, str]]:
+    """Each side writes to its own pages, since addresses lie inside the data."""
+    n_rows = 9
+    kv = rng.standard_normal((2, n_rows, n_kv * head_dim)).astype(F)
+    kv[:, 0, :4] = [1e-7, 6e-8, 7e4, -3e-5]
+    kv[:, 1] = 0
+    kv[:, 2, :16] = 1e-31
+    kv[:, 3, :2] = [1e30, 127.5 * 65504]
+    kv[:, 4, :3] = np.arange(3) + 0.5  # ties
+    kv[:, 4, 3] = 127
+    sides = []
+    for module in (fast, reference):
+        target = np.zeros((n_rows, n_kv), reference.page_dtype(head_dim, is_q8))
+        pages = target.ctypes.data + np.arange(n_rows, dtype=np.int64) * target[0].nbytes
+        slots = np.arange(n_rows, dtype=np.int32) * 8 % 64
+        slots[-1] = 63
+        with np.errstate(over="ignore"):
+            module.append_kv(
+                kv[0].ctypes.data,
+                kv[1].ctypes.data,
+                pages.ctypes.data,
+                slots.ctypes.data,
+                n_rows,
+                n_kv,
+                head_dim,
+                is_q8,
+            )
+        sides.append(target)
+    yield *sides, f"append_kv {(n_kv, head_dim, is_q8)}"
+
+
+def attention_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+    rng = np.random.default_rng(4)
+    for (n_heads, n_kv, head_dim), is_q8 in product(ATTENTION, (0, 1)):
+        if is_q8 and head_dim % 32:
+            continue
+        yield from append_cases(rng, n_kv, head_dim, is_q8)
+        table, _store = pages_of(rng, 34, n_kv, head_dim, is_q8)
+        other, _other_store = pages_of(rng, 34, n_kv, head_dim, is_q8)
+        scratch_bytes = fast.attend_scratch_bytes(n_heads, n_kv, head_dim, 34 * 64)
+        kv, page = KV_TYPES[is_q8], reference.kv_head_bytes(head_dim, is_q8)
+        for positions in PLACES:
+            n_rows = len(positions)
+            tables = np.full(n_rows, table.ctypes.data, np.int64)
+            tables[1::4] = other.ctypes.data
+            arena = Arena(
+                out=np.zeros((n_rows, n_heads * head_dim), F), tables=tables, positions=np.array(positions, np.int32),
+                q=(rng.standard_normal((n_rows, n_heads * head_dim)) * 2).astype(F),
+                scratch=rng.integers(0, 256, (2, scratch_bytes), np.uint8),
+            )  # fmt: skip
+            attend = ("@out", "@q", "@tables", "@positions", n_rows, n_heads, n_kv, head_dim, 0, F(head_dim**-0.5))
+            for mine, theirs, what in both(
+                "attend", arena, ("out",), work, *attend, kv, page, "@scratch", scratch_bytes
+            ):
+                yield mine, theirs, f"{what} {(n_heads, n_kv, head_dim, is_q8, positions[:3])}"
 
 
 def all_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     yield from matmul_cases(work, formats)
     yield from expert_cases(work, formats)
     yield from row_cases(work, formats)
+    yield from attention_cases(work)
 
 
 def differences(formats: tuple[str, ...] = FEW) -> list[str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from m2lite.kernels import dot, fast
+from m2lite.kernels import dot, fast, reference
 from tests.kernels import cases
 
 PAGE = mmap.PAGESIZE
@@ -57,24 +58,33 @@ def run_products(rng: np.random.Generator, at_end: bool, formats: tuple[str, ...
 
 
 def run_attention(rng: np.random.Generator, at_end: bool) -> None:
-    for n_heads, n_kv, head_dim in ((4, 2, 32), (6, 1, 64), (2, 2, 128)):
+    shapes = ((4, 2, 32), (6, 1, 64), (2, 2, 128), (7, 1, 48), (13, 1, 16))
+    for (n_heads, n_kv, head_dim), is_q8 in product(shapes, (0, 1)):
+        if is_q8 and head_dim % 32:
+            continue
         n_rows, n = 2, n_heads * head_dim
-        page = np.zeros(2 * n_kv * 64 * head_dim, np.float16)
+        page = np.zeros(n_kv, reference.page_dtype(head_dim, is_q8))
         pages = [guarded(page, at_end) for _ in range(2)]
         table = np.array(pages, np.int64)
         where = guarded(np.array([pages[0], pages[1]], np.int64), at_end)
         slots, positions = (guarded(np.array(v, np.int32), at_end) for v in ([63, 63], [63, 127]))
         kv = [guarded(rng.standard_normal((n_rows, n_kv * head_dim)).astype(np.float32), at_end) for _ in range(2)]
-        fast.append_kv(*kv, where, slots, n_rows, n_kv, head_dim)
+        fast.append_kv(*kv, where, slots, n_rows, n_kv, head_dim, is_q8)
         tables = guarded(np.full(n_rows, guarded(table, at_end), np.int64), at_end)
         q = guarded(rng.standard_normal((n_rows, n)).astype(np.float32), at_end)
         weight = guarded(np.ones(n, np.float32), at_end)
         rotary = head_dim // 2
         angles = guarded(np.zeros((128, rotary), np.float32), at_end)
         fast.norm_rope(q, weight, angles, positions, n_rows, n_heads, head_dim, rotary, np.float32(1e-6))
-        out, scratch = (guarded(np.zeros(s, np.float32), at_end) for s in ((n_rows, n), (1, 64)))
+        scratch_bytes = fast.attend_scratch_bytes(n_heads, n_kv, head_dim, 128)
+        out, scratch = (
+            guarded(np.zeros((n_rows, n), np.float32), at_end),
+            guarded(np.zeros(scratch_bytes, np.uint8), at_end),
+        )
         scale = np.float32(head_dim**-0.5)
-        fast.attend(0, out, q, tables, positions, n_rows, n_heads, n_kv, head_dim, 0, scale, scratch)
+        where = (out, q, tables, positions, n_rows, n_heads, n_kv, head_dim, 0, scale)
+        page_function, head_bytes = fast.attend_address(cases.KV_TYPES[is_q8]), page.nbytes // n_kv
+        fast.attend(0, *where, page_function, head_bytes, scratch, scratch_bytes)
         fast.rms_norm(out, q, weight, n_rows, n, np.float32(1e-6))
         fast.add_rows(out, q, n_rows, n)
         _keep.clear()

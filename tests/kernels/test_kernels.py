@@ -11,6 +11,7 @@ import pytest
 from llvmlite import ir
 
 from m2lite.kernels import dot, dots, emit, fast, jit, reference, tiles
+from m2lite.kernels.attention import join_parts, part_begin
 from m2lite.storage.blocks import FORMATS
 from m2lite.storage.integers import INTEGERS
 from tests.forms import FORMS, run_form, run_script
@@ -140,6 +141,70 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
     }
     assert len(with_kernels) > 5
     assert with_kernels <= set(jit.source_files())
+
+
+@pytest.mark.parametrize("is_q8", [0, 1])
+def test_attention_may_be_cut_anywhere(is_q8: int) -> None:
+    """More parts than this machine has threads: cut between rows and within them, some parts with nothing to do."""
+    rng = np.random.default_rng(11)
+    n_heads, n_kv, head_dim, n_pages = 6, 2, 32, 70
+    table, store = cases.pages_of(rng, n_pages, n_kv, head_dim, is_q8)
+    scratch_bytes = fast.attend_scratch_bytes(n_heads, n_kv, head_dim, n_pages * 64)
+    scale = np.float32(head_dim**-0.5)
+    for where in ([n_pages * 64 - 1], [0], [3000, 3001, 4400], list(range(1000, 1040))):
+        n_rows = len(where)
+        positions, tables = np.array(where, np.int32), np.full(n_rows, table.ctypes.data, np.int64)
+        q = rng.standard_normal((n_rows, n_heads, head_dim)).astype(np.float32)
+        results = []
+        for n_parts in (1, 2, 3, 5, 16, 33):
+            out = np.full_like(q, np.nan)
+            scratch = rng.integers(0, 256, (n_parts, scratch_bytes), np.uint8)
+            addresses = [a.ctypes.data for a in (out, q, tables, positions)]
+            shape, last = (n_rows, n_heads, n_kv, head_dim), (scratch.ctypes.data, scratch_bytes)
+            page = (fast.attend_address(cases.KV_TYPES[is_q8]), store[0].nbytes // n_kv)
+            for part in range(n_parts):
+                fast.attend.part(part, n_parts, *addresses, *shape, 0, scale, *page, *last)
+            join_parts(n_parts, addresses[0], addresses[3], *shape, *last)
+            results.append(out.tobytes())
+        assert len(set(results)) == 1, where
+
+
+def test_attention_shares_the_work_evenly() -> None:
+    """Rows far into a context cost more: parts end where the pages are shared evenly, up to one block of 16."""
+    positions = np.arange(3000, 9000, 17, dtype=np.int32)
+    pages = positions // 64 + 1
+    n_kv, n_parts = 8, 7
+    ends = [part_begin(i, n_parts, positions.ctypes.data, len(positions), n_kv) for i in range(n_parts + 1)]
+    assert ends[0] == (0, 0, 0) and ends[-1] == (n_kv, 0, 0)
+    done = [kv_head * pages.sum() + pages[:row].sum() + 16 * block for kv_head, row, block in ends]
+    assert np.ptp(np.diff(done)) <= 32
+
+
+@pytest.mark.parametrize("is_q8", [0, 1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_attention_hides_no_nan_or_infinity(is_q8: int, bad: float, which: int) -> None:
+    """In K or V, whatever its sign and the query's: the rows that see it are not finite, the ones before are."""
+    rng = np.random.default_rng(12)
+    head_dim, n_rows = 32, 4
+    kv = rng.standard_normal((2, n_rows, head_dim)).astype(np.float32)
+    kv[which, 2, 5] = bad
+    q = rng.standard_normal((n_rows, head_dim)).astype(np.float32)
+    q[3] = -q[2]
+    positions, slots = (np.arange(n_rows, dtype=np.int32) for _ in range(2))
+    scratch = np.zeros(fast.attend_scratch_bytes(1, 1, head_dim, 64), np.uint8)
+    for module in (fast, reference):
+        page, out = np.zeros(1, reference.page_dtype(head_dim, is_q8)), np.zeros_like(q)
+        pages = np.full(n_rows, page.ctypes.data, np.int64)
+        tables = np.full(n_rows, pages.ctypes.data, np.int64)
+        shape, last = (n_rows, 1, 1, head_dim), (scratch.ctypes.data, scratch.nbytes)
+        with np.errstate(invalid="ignore", over="ignore"):
+            module.append_kv(*(a.ctypes.data for a in (*kv, pages, slots)), n_rows, 1, head_dim, is_q8)
+            addresses = [a.ctypes.data for a in (out, q, tables, positions)]
+            function = module.attend_address(cases.KV_TYPES[is_q8])
+            module.attend(0, *addresses, *shape, 0, np.float32(0.2), function, page.nbytes, *last)
+        assert np.isfinite(out[:2]).all()
+        assert not np.isfinite(out[2:]).all(axis=1).any()
 
 
 def test_exp_is_accurate() -> None:
