@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import tinymodel
 from m2lite import ContextError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
-from m2lite.decode.session import Session, default_ctx, layer_macs, n_common
+from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
 
 Opened = Callable[[str], Model]
 GREEDY = Sampling(temperature=0, seed=0)
@@ -275,5 +276,7 @@ def test_small_functions(opened: Opened) -> None:
     assert n_common([1, 2, 3], [1, 2, 4]) == 2
     assert n_common([], [1]) == 0
     assert n_common([1, 2], [1, 2, 3]) == 2
-    assert layer_macs(opened("random").config) == 64 * ((4 + 2) * 2 * 32 + 8 + 3 * 2 * 32)
+    config = opened("random").config
+    assert chunk_rows(config) == MAX_ROWS
+    assert chunk_rows(replace(config, n_embd=1 << 20)) == int(50e9 / (config.n_q << 20))
     assert isinstance(opened("random").session(), Session)
