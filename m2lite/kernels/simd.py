@@ -337,6 +337,17 @@ def half_to_f32(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at `address`, into the second cache: what is ahead would displace what is in use."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit.prefetch(builder, args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, n_blocks: Any, x: Any, n_x: Any,
               out: Any, out_stride: Any) -> Any:  # fmt: skip
     """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""
