@@ -16,7 +16,6 @@ import numpy.typing as npt
 from m2lite.kernels import elementwise as constants
 from m2lite.kernels.pages import LARGEST_AMAX, SMALLEST_AMAX
 from m2lite.storage import blocks
-from m2lite.storage.integers import INTEGERS
 
 F = np.float32
 F32 = npt.NDArray[np.float32]
@@ -108,7 +107,8 @@ def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
 def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[npt.NDArray[np.int32], F32, Any]:
     """Weights [rows, blocks, 32], scales [rows, blocks, groups] and minima [rows, blocks] or None."""
     fmt, raw = weight_rows(key, w, stride, n_rows, n_blocks)
-    weights, scales, minima = INTEGERS[fmt.name](raw.reshape(n_rows, -1, fmt.n_bytes))
+    assert fmt.parts is not None
+    weights, scales, minima = fmt.parts(raw.reshape(n_rows, -1, fmt.n_bytes))
     minima = None if minima is None else minima.reshape(n_rows, n_blocks)
     return weights.astype(np.int32).reshape(n_rows, n_blocks, 32), scales.reshape(n_rows, n_blocks, -1), minima
 

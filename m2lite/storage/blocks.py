@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.storage import iquants, kquants
-from m2lite.storage.fields import Bytes, Floats, each, half_at, nibbles, quiet, words_at
+from m2lite.storage.fields import Bytes, Floats, Parts, each, half_at, nibbles, quiet, weights_of, words_at
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How `n_weights` consecutive weights of a row lie in `n_bytes` bytes."""
+    """How `n_weights` consecutive weights of a row lie in `n_bytes` bytes.
+
+    `parts` exists where weights are integers times scales: what kernels that multiply integers have to agree with.
+    """
 
     name: str
     ggml_type: int
@@ -29,6 +32,7 @@ class BlockFormat:
     n_bytes: int
     unpack: Callable[[Bytes], Floats]  # [..., n_bytes] -> [..., n_weights]
     pack: Callable[[Floats], Bytes] | None = None  # [..., n_weights] -> [..., n_bytes]
+    parts: Callable[[Bytes], Parts] | None = None
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, which must be whole blocks."""
@@ -96,12 +100,14 @@ def _whole_numbers(values: Floats) -> NDArray[np.int32]:
     return np.where(np.isfinite(values), values, np.float32(0)).astype(np.int32)
 
 
-def _unpack_q4_0(blocks: Bytes) -> Floats:
+def _low_then_high(blocks: Bytes, at: int) -> Bytes:
+    """[..., 32]: 16 bytes from byte `at` on, their low nibbles, then their high ones."""
+    return nibbles(blocks[..., at : at + 16]).reshape(*blocks.shape[:-1], 32)
+
+
+def _parts_q4_0(blocks: Bytes) -> Parts:
     """w[j] = d * (low nibble of byte j - 8), w[j + 16] = d * (high nibble of byte j - 8); d is f16."""
-    d = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)
-    q = np.concatenate([blocks[..., 2:] & np.uint8(15), blocks[..., 2:] >> np.uint8(4)], axis=-1)
-    with np.errstate(all="ignore"):
-        return d * (q.view(np.int8) - np.int8(8)).astype(np.float32)
+    return _low_then_high(blocks, 2).view(np.int8) - np.int8(8), half_at(blocks, 0), None
 
 
 def _pack_q4_0(weights: Floats) -> Bytes:
@@ -115,11 +121,9 @@ def _pack_q4_0(weights: Floats) -> Bytes:
     return np.concatenate([scale, q[..., :16] | (q[..., 16:] << np.uint8(4))], axis=-1)
 
 
-def _unpack_q8_0(blocks: Bytes) -> Floats:
+def _parts_q8_0(blocks: Bytes) -> Parts:
     """w[j] = d * q[j]; d is f16, q is int8."""
-    d = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)
-    with np.errstate(all="ignore"):
-        return d * np.ascontiguousarray(blocks[..., 2:]).view(np.int8).astype(np.float32)
+    return np.ascontiguousarray(blocks[..., 2:]).view(np.int8), half_at(blocks, 0), None
 
 
 def _pack_q8_0(weights: Floats) -> Bytes:
@@ -148,8 +152,9 @@ def _fifth_bits(q: Bytes) -> Bytes:
 
 def _five_bits(blocks: Bytes, at: int) -> Bytes:
     """[..., 32]: a word of fifth bits, then 16 bytes of nibbles, from byte `at` on."""
-    low = nibbles(blocks[..., at + 4 :]).reshape(*blocks.shape[:-1], 32)
-    return low | (each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4))
+    return _low_then_high(blocks, at + 4) | (
+        each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4)
+    )
 
 
 def _from_range(weights: Floats, largest: int) -> tuple[Bytes, Bytes]:
@@ -162,11 +167,14 @@ def _from_range(weights: Floats, largest: int) -> tuple[Bytes, Bytes]:
         return _bytes_of(np.concatenate([d, low], axis=-1).astype("<f2")), q
 
 
+def _parts_q4_1(blocks: Bytes) -> Parts:
+    return _low_then_high(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
+
+
 @quiet
 def _unpack_q4_1(blocks: Bytes) -> Floats:
-    """w = d q + m; d and m are f16, nibbles as in Q4_0."""
-    q = nibbles(blocks[..., 4:]).reshape(*blocks.shape[:-1], 32)
-    return half_at(blocks, 0) * q.astype(np.float32) + half_at(blocks, 2)
+    """w = d q + m; d and m are f16, nibbles as in Q4_0. Added, not minus -m: a NaN keeps its sign."""
+    return half_at(blocks, 0) * _low_then_high(blocks, 4).astype(np.float32) + half_at(blocks, 2)
 
 
 def _pack_q4_1(weights: Floats) -> Bytes:
@@ -174,10 +182,9 @@ def _pack_q4_1(weights: Floats) -> Bytes:
     return np.concatenate([scales, _to_4_bits(q)], axis=-1)
 
 
-@quiet
-def _unpack_q5_0(blocks: Bytes) -> Floats:
+def _parts_q5_0(blocks: Bytes) -> Parts:
     """w = d (q - 16); d is f16, then the fifth bits, then nibbles as in Q4_0."""
-    return half_at(blocks, 0) * (_five_bits(blocks, 2).astype(np.int8) - np.int8(16)).astype(np.float32)
+    return _five_bits(blocks, 2).view(np.int8) - np.int8(16), half_at(blocks, 0), None
 
 
 def _pack_q5_0(weights: Floats) -> Bytes:
@@ -189,6 +196,10 @@ def _pack_q5_0(weights: Floats) -> Bytes:
         q = _whole_numbers(weights * inverse + np.float32(16.5)).clip(0, 31).astype(np.uint8)
         scale = _bytes_of(d.astype("<f2"))
     return np.concatenate([scale, _fifth_bits(q), _to_4_bits(q)], axis=-1)
+
+
+def _parts_q5_1(blocks: Bytes) -> Parts:
+    return _five_bits(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
 
 
 @quiet
@@ -213,11 +224,9 @@ def power_of_two(exponent: Bytes) -> Floats:
     return np.where(e < 2, np.uint32(0x00200000) << (e & np.uint32(1)), normal).view(np.float32)
 
 
-@quiet
-def _unpack_mxfp4(blocks: Bytes) -> Floats:
+def _parts_mxfp4(blocks: Bytes) -> Parts:
     """w = d value; d is a power of two in one byte, nibbles as in Q4_0."""
-    codes = nibbles(blocks[..., 1:]).reshape(*blocks.shape[:-1], 32)
-    return power_of_two(blocks[..., :1]) * E2M1_DOUBLED[codes].astype(np.float32)
+    return E2M1_DOUBLED[_low_then_high(blocks, 1)], power_of_two(blocks[..., :1]), None
 
 
 def _pack_mxfp4(weights: Floats) -> Bytes:
@@ -253,20 +262,27 @@ def _unpack_nvfp4(blocks: Bytes) -> Floats:
     return (UE4M3[blocks[..., :4]][..., None] * E2M1_DOUBLED[codes].astype(np.float32)).reshape(*lead, 64)
 
 
+def _integers(
+    name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Callable[[Bytes], Parts],
+    pack: Callable[[Floats], Bytes] | None = None,
+) -> BlockFormat:  # fmt: skip
+    return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), pack, parts)
+
+
 _TABLE = (
     BlockFormat("F32", 0, 1, 4, _unpack_f32, _pack_f32),
     BlockFormat("F16", 1, 1, 2, _unpack_f16, _pack_f16),
     BlockFormat("BF16", 30, 1, 2, _unpack_bf16, _pack_bf16),
-    BlockFormat("Q4_0", 2, 32, 18, _unpack_q4_0, _pack_q4_0),
-    BlockFormat("Q4_1", 3, 32, 20, _unpack_q4_1, _pack_q4_1),
-    BlockFormat("Q5_0", 6, 32, 22, _unpack_q5_0, _pack_q5_0),
-    BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, _pack_q5_1),
-    BlockFormat("Q8_0", 8, 32, 34, _unpack_q8_0, _pack_q8_0),
+    _integers("Q4_0", 2, 32, 18, _parts_q4_0, _pack_q4_0),
+    BlockFormat("Q4_1", 3, 32, 20, _unpack_q4_1, _pack_q4_1, _parts_q4_1),
+    _integers("Q5_0", 6, 32, 22, _parts_q5_0, _pack_q5_0),
+    BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, _pack_q5_1, _parts_q5_1),
+    _integers("Q8_0", 8, 32, 34, _parts_q8_0, _pack_q8_0),
     BlockFormat("Q2_K", 10, 256, 84, kquants.unpack_q2_k),
     BlockFormat("Q3_K", 11, 256, 110, kquants.unpack_q3_k),
-    BlockFormat("Q4_K", 12, 256, 144, kquants.unpack_q4_k),
-    BlockFormat("Q5_K", 13, 256, 176, kquants.unpack_q5_k),
-    BlockFormat("Q6_K", 14, 256, 210, kquants.unpack_q6_k),
+    _integers("Q4_K", 12, 256, 144, kquants.parts_q4_k),
+    _integers("Q5_K", 13, 256, 176, kquants.parts_q5_k),
+    _integers("Q6_K", 14, 256, 210, kquants.parts_q6_k),
     BlockFormat("IQ2_XXS", 16, 256, 66, iquants.unpack_iq2_xxs),
     BlockFormat("IQ2_XS", 17, 256, 74, iquants.unpack_iq2_xs),
     BlockFormat("IQ2_S", 22, 256, 82, iquants.unpack_iq2_s),
@@ -274,11 +290,11 @@ _TABLE = (
     BlockFormat("IQ3_S", 21, 256, 110, iquants.unpack_iq3_s),
     BlockFormat("IQ1_S", 19, 256, 50, iquants.unpack_iq1_s),
     BlockFormat("IQ1_M", 29, 256, 56, iquants.unpack_iq1_m),
-    BlockFormat("IQ4_NL", 20, 32, 18, iquants.unpack_iq4_nl),
-    BlockFormat("IQ4_XS", 23, 256, 136, iquants.unpack_iq4_xs),
+    _integers("IQ4_NL", 20, 32, 18, iquants.parts_iq4_nl),
+    _integers("IQ4_XS", 23, 256, 136, iquants.parts_iq4_xs),
     BlockFormat("TQ1_0", 34, 256, 54, iquants.unpack_tq1_0),
     BlockFormat("TQ2_0", 35, 256, 66, iquants.unpack_tq2_0),
-    BlockFormat("MXFP4", 39, 32, 17, _unpack_mxfp4, _pack_mxfp4),
+    _integers("MXFP4", 39, 32, 17, _parts_mxfp4, _pack_mxfp4),
     BlockFormat("NVFP4", 40, 64, 36, _unpack_nvfp4),
 )
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in _TABLE})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,10 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
+
+# What the blocks of an integer format are made of: integers [..., n], a scale per 16 or 32 of them, and a minimum per
+# scale or None. A weight is scale x integer - minimum; scales and minima are exact in float32.
+Parts = tuple[NDArray[Any], Floats, Floats | None]
 
 
 def quiet(unpack: Callable[[Bytes], Floats]) -> Callable[[Bytes], Floats]:
@@ -22,6 +27,18 @@ def quiet(unpack: Callable[[Bytes], Floats]) -> Callable[[Bytes], Floats]:
             return unpack(blocks)
 
     return wrapped
+
+
+def weights_of(take_apart: Callable[[Bytes], Parts]) -> Callable[[Bytes], Floats]:
+    """unpack(blocks) of a format whose parts `take_apart` gives."""
+
+    @quiet
+    def unpack(blocks: Bytes) -> Floats:
+        integers, scales, minima = take_apart(blocks)
+        weights = scales[..., None] * integers.reshape(*scales.shape, -1).astype(np.float32)
+        return (weights if minima is None else weights - minima[..., None]).reshape(integers.shape)
+
+    return unpack
 
 
 def half_at(blocks: Bytes, at: int) -> Floats:

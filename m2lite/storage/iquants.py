@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m2lite.storage.fields import Bytes, Floats, each, half_at, nibbles, quiet, spread, words_at
+from m2lite.storage.fields import Bytes, Floats, Parts, each, half_at, nibbles, quiet, spread, words_at
 
 F = np.float32
 Numbers = NDArray[np.int8]
@@ -122,23 +122,20 @@ def unpack_iq1_m(blocks: Bytes) -> Floats:
     return _shifted(blocks.shape[:-1], scale, codes, high >= 8)
 
 
-@quiet
-def unpack_iq4_nl(blocks: Bytes) -> Floats:
+def parts_iq4_nl(blocks: Bytes) -> Parts:
     """18 bytes: d, 16 x two codes: low nibbles are weights 0-15, high nibbles 16-31. w = d value."""
     codes = nibbles(blocks[..., 2:]).reshape(*blocks.shape[:-1], 32)
-    return half_at(blocks, 0) * IQ4_VALUES[codes].astype(F)
+    return IQ4_VALUES[codes], half_at(blocks, 0), None
 
 
-@quiet
-def unpack_iq4_xs(blocks: Bytes) -> Floats:
+def parts_iq4_xs(blocks: Bytes) -> Parts:
     """136 bytes: d, high pairs of 8 scales, their low nibbles, 8 x 16 bytes as in IQ4_NL. w = d (s - 32) value."""
     low = each(blocks[..., 4:8], (0, 4), 4)
     high = each(words_at(blocks, 2, 1, 2), range(0, 16, 2), 2)
     scale = (low | (high << np.uint32(4))).astype(np.int8) - np.int8(32)
-    d = half_at(blocks, 0) * scale.astype(F)
     lead = blocks.shape[:-1]
-    codes = nibbles(blocks[..., 8:].reshape(*lead, 8, 16)).reshape(*lead, 8, 32)
-    return (d[..., None] * IQ4_VALUES[codes].astype(F)).reshape(*lead, 256)
+    codes = nibbles(blocks[..., 8:].reshape(*lead, 8, 16)).reshape(*lead, 256)
+    return IQ4_VALUES[codes], half_at(blocks, 0) * scale.astype(F), None
 
 
 @quiet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.storage.fields import Bytes, Floats, half_at, nibbles, quiet, spread
+from m2lite.storage.fields import Bytes, Floats, Parts, half_at, nibbles, quiet, spread
 
 F = np.float32
 
@@ -52,36 +52,30 @@ def scales_and_mins(packed: Bytes) -> tuple[Bytes, Bytes]:
     return scales, mins
 
 
-def _with_minimum(blocks: Bytes, q: Bytes) -> Floats:
+def _with_minimum(blocks: Bytes, q: Bytes) -> Parts:
     """w = (d s) q - (dmin m) for q [..., 8, 32]; d, dmin and the 12 bytes of scales begin the block."""
     scales, mins = scales_and_mins(blocks[..., 4:16])
-    d = half_at(blocks, 0) * scales.astype(F)
-    low = half_at(blocks, 2) * mins.astype(F)
-    return (d[..., None] * q.astype(F) - low[..., None]).reshape(*blocks.shape[:-1], 256)
+    d, low = half_at(blocks, 0) * scales.astype(F), half_at(blocks, 2) * mins.astype(F)
+    return q.reshape(*blocks.shape[:-1], 256), d, low
 
 
-@quiet
-def unpack_q4_k(blocks: Bytes) -> Floats:
+def parts_q4_k(blocks: Bytes) -> Parts:
     """144 bytes: d, dmin, 12 bytes of scales and mins, 4 x 32 bytes whose nibbles are two groups of 32."""
-    lead = blocks.shape[:-1]
-    return _with_minimum(blocks, nibbles(blocks[..., 16:].reshape(*lead, 4, 32)).reshape(*lead, 8, 32))
+    return _with_minimum(blocks, nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)))
 
 
-@quiet
-def unpack_q5_k(blocks: Bytes) -> Floats:
+def parts_q5_k(blocks: Bytes) -> Parts:
     """176 bytes: as Q4_K, with 32 bytes of fifth bits (bit g belongs to group g) before the nibbles."""
     lead = blocks.shape[:-1]
     low = nibbles(blocks[..., 48:].reshape(*lead, 4, 32)).reshape(*lead, 8, 32)
     return _with_minimum(blocks, low | (spread(blocks[..., 16:48], range(8), 1) << np.uint8(4)))
 
 
-@quiet
-def unpack_q6_k(blocks: Bytes) -> Floats:
+def parts_q6_k(blocks: Bytes) -> Parts:
     """210 bytes: 128 x two low nibbles, 64 x four high pairs, 16 int8 scales, d. w = d s (q - 32)."""
     lead = blocks.shape[:-1]
     low = nibbles(blocks[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 8, 32)
     high = spread(blocks[..., 128:192].reshape(*lead, 2, 32), (0, 2, 4, 6), 2).reshape(*lead, 8, 32)
     q = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
     scale = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    d = half_at(blocks, 208) * scale.astype(F)
-    return (d[..., None] * q.reshape(*lead, 16, 16).astype(F)).reshape(*lead, 256)
+    return q.reshape(*lead, 256), half_at(blocks, 208) * scale.astype(F), None
