@@ -17,7 +17,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from m2lite.kernels import emit
-from m2lite.kernels.simd import VectorType, _VectorModel, f32x16, i32x16
+from m2lite.kernels.simd import VectorType, _VectorModel, f32x16, i32x16, scatter_of
 from m2lite.kernels.simd import register_model as _register_model
 
 __all__ = ["f32x16", "i32x16", "mask16"]
@@ -219,28 +219,9 @@ def from_half_bits(typingctx, bits):
     return f32x16(i32x16), codegen
 
 
-def _scatter(name, narrow):
-    @intrinsic
-    def scatter(typingctx, address, stride, value):
-        """Lane i of `value` goes to address + i * stride."""
-
-        def codegen(context, builder, sig, args):
-            at, stride, v = args
-            v = narrow(builder, v)
-            for lane in range(emit.LANES):
-                emit.store(builder, builder.extract_element(v, emit.I32(lane)), at)
-                at = builder.add(at, stride)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, i32x16), codegen
-
-    scatter.__name__ = name
-    return scatter
-
-
-scatter_u32 = _scatter("scatter_u32", lambda b, v: v)
-scatter_u16 = _scatter("scatter_u16", lambda b, v: b.trunc(v, emit.V_I16))
-scatter_u8 = _scatter("scatter_u8", lambda b, v: b.trunc(v, _V_I8))
+scatter_u32 = scatter_of(i32x16, lambda b, v: v)
+scatter_u16 = scatter_of(i32x16, lambda b, v: b.trunc(v, emit.V_I16))
+scatter_u8 = scatter_of(i32x16, lambda b, v: b.trunc(v, _V_I8))
 
 
 def _interleaved(builder, a, b, size, upper):

@@ -21,21 +21,19 @@ from numba import prange, types
 
 from m2lite.kernels.elementwise import exp16
 from m2lite.kernels.jit import Split, address_of, kernel, specialise
+from m2lite.kernels.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.kernels.pages import PAGE
 from m2lite.kernels.simd import (
     add,
-    add_rows_scaled,
     call_page,
     first_lanes,
     fma,
-    fma_rows,
     i32_to_f32,
     load_f16,
     load_f32,
     load_i8,
     max_lanes,
     maximum,
-    merge_rows,
     mul,
     prefetch,
     read_f32,
@@ -43,11 +41,9 @@ from m2lite.kernels.simd import (
     read_i64,
     splat,
     store_f32,
-    store_rows,
     sub,
     tree_sum,
     write_f32,
-    zeros,
 )
 
 F = np.float32

@@ -41,10 +41,10 @@ from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import PANEL, Vectors, integer_dots, prepare
 from m2lite.kernels.jit import address_of, kernel, specialise
+from m2lite.kernels.packs import PackType, pack_get
 from m2lite.kernels.simd import (
     fma,
     load_f32,
-    pack_get,
     scratch,
     splat,
     store_f32,
@@ -214,7 +214,7 @@ def _unpack_tile_of(form: TileForm) -> Any:
 
 def _load_step_of(form: TileForm) -> Any:
     """load_step(at): the vectors of a step that `unpack_tile` has written, as a pack."""
-    kind = simd.PackType(simd.i32x16, form.step_vectors)
+    kind = PackType(simd.i32x16, form.step_vectors)
 
     @intrinsic
     def load_step(typingctx: Any, at: Any) -> Any:
@@ -260,7 +260,7 @@ def unpack_of(name: str) -> Any:
             assert form.unpack is not None
             return emit.pack_of(builder, form.unpack(builder, args[0]))
 
-        return simd.PackType(simd.f32x16, 2)(types.int64), codegen
+        return PackType(simd.f32x16, 2)(types.int64), codegen
 
     return unpack
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from m2lite.kernels.emit import FORM, I8, I16, I32, V_I32, call_llvm, const, halves, joined, load, splat
+from m2lite.kernels.emit import FORM, I8, I16, I32, V_I32, call_llvm, const, halves, joined, load, merged, splat, split
 
 Vectors = list[ir.Value]
 
@@ -109,14 +109,9 @@ def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.
 def _dot4_neon(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, s: ir.Value) -> ir.Value:
     v, quarter = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
     signed = builder.bitcast(splat(builder, s, 4), v)
-    accs = [q for h in halves(builder, acc) for q in halves(builder, h)]
-    weights = [q for h in halves(builder, w) for q in halves(builder, h)]
+    parts = zip(split(builder, acc, 4), split(builder, w, 4), strict=True)
     name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-    out = [
-        call_llvm(builder, name, quarter, [a, builder.bitcast(q, v), signed])
-        for a, q in zip(accs, weights, strict=True)
-    ]
-    return joined(builder, joined(builder, out[0], out[1]), joined(builder, out[2], out[3]))
+    return merged(builder, [call_llvm(builder, name, quarter, [a, builder.bitcast(q, v), signed]) for a, q in parts])
 
 
 def _dot4_portable(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:

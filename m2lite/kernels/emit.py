@@ -85,6 +85,21 @@ def joined(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
     return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
 
 
+def split(builder: ir.IRBuilder, v: ir.Value, n: int) -> list[ir.Value]:
+    """v in n equal parts; n is a power of two."""
+    parts = [v]
+    while len(parts) < n:
+        parts = [half for part in parts for half in halves(builder, part)]
+    return parts
+
+
+def merged(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """The parts side by side, as `split` had them."""
+    while len(parts) > 1:
+        parts = [joined(builder, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
 LANE_NUMBERS = ir.Constant(V_I32, list(range(LANES)))
 
 
@@ -216,15 +231,9 @@ def _shuffle_bytes(builder: ir.IRBuilder, codes: ir.Value, table: list[int], nam
     """The instruction that takes bytes as indices into a register of 16, on each of n parts."""
     kind = ir.VectorType(I8, 64 // n_parts)
     values = ir.Constant(kind, table * (4 // n_parts))
-    parts = [codes]
-    while len(parts) < n_parts:
-        parts = [half for part in parts for half in halves(builder, part)]
-    whole = [p.type for p in parts]
-    parts = [call_llvm(builder, name, kind, [values, builder.bitcast(p, kind)]) for p in parts]
-    parts = [builder.bitcast(p, t) for p, t in zip(parts, whole, strict=True)]
-    while len(parts) > 1:
-        parts = [joined(builder, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    return parts[0]
+    parts = [builder.bitcast(part, kind) for part in split(builder, codes, n_parts)]
+    found = merged(builder, [call_llvm(builder, name, kind, [values, part]) for part in parts])
+    return builder.bitcast(found, codes.type)
 
 
 def pack_of(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:

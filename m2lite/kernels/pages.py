@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from m2lite.kernels.elementwise import INT8_MAX, SMALLEST_AMAX
 from m2lite.kernels.jit import kernel
 from m2lite.kernels.simd import (
     load_f32,
@@ -34,9 +35,8 @@ from m2lite.kernels.simd import (
 F = np.float32
 PAGE = 64
 ZERO, NAN = F(0.0), F(np.nan)
-SMALLEST_AMAX = F(1e-30)  # a block below this counts as zeros
 LARGEST_AMAX = F(127 * 65504)  # above this, the scale is no float16
-INT8_MAX, INT8_MIN = F(127.0), F(-127.0)
+INT8_MIN = F(-127.0)
 
 
 @kernel

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.kernels import elementwise as constants
-from m2lite.kernels.pages import LARGEST_AMAX, SMALLEST_AMAX
+from m2lite.kernels.pages import LARGEST_AMAX
 from m2lite.storage import blocks
 
 F = np.float32
@@ -356,7 +356,7 @@ def rounded_blocks(x: F32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16
     amax = np.abs(parts).max(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scales = np.where(amax <= LARGEST_AMAX, amax / F(127), F(np.nan)).astype(np.float16)
-        inverse = np.where(amax > SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
+        inverse = np.where(amax > constants.SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
         y = parts * inverse[..., None]
     y = np.where(y > -127, y, F(-127))
     return np.rint(np.where(y < 127, y, F(127))).astype(np.int8).reshape(x.shape), scales

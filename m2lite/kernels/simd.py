@@ -1,7 +1,6 @@
 """Vector types and operations for kernels. Sees addresses and lanes, never a format or a model.
 
-A value of type `f32x16` or `i32x16` is always 16 lanes, whatever the machine has. A `Pack` holds n vectors (or
-addresses) in registers, so that one kernel source serves several row counts. Nothing here checks an address.
+A value of type `f32x16` or `i32x16` is always 16 lanes, whatever the machine has. Nothing here checks an address.
 """
 
 from __future__ import annotations
@@ -23,24 +22,10 @@ class VectorType(types.Type):
         self.llvm_type = llvm_type
 
 
-class PackType(types.Type):
-    """n vectors side by side, held in registers."""
-
-    def __init__(self, element: VectorType, n: int) -> None:
-        super().__init__(name=f"Pack({element.name},{n})")
-        self.element, self.n = element, n
-
-
 @register_model(VectorType)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm_type)
-
-
-@register_model(PackType)
-class _PackModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(fe_type.element.llvm_type, fe_type.n))
 
 
 f32x16 = VectorType("f32x16", emit.V_F32)
@@ -265,7 +250,7 @@ def store_i8(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, i32x16), codegen
 
 
-def _scattered(vector: types.Type, to_items: Any) -> Any:
+def scatter_of(vector: types.Type, to_items: Any) -> Any:
     """scatter(address, stride, value): lane i becomes an item at address + i * stride."""
 
     @intrinsic
@@ -283,8 +268,8 @@ def _scattered(vector: types.Type, to_items: Any) -> Any:
     return scatter
 
 
-scatter_f16 = _scattered(f32x16, emit.f32_to_half)
-scatter_i8 = _scattered(i32x16, lambda builder, v: builder.trunc(v, ir.VectorType(emit.I8, emit.LANES)))
+scatter_f16 = scatter_of(f32x16, emit.f32_to_half)
+scatter_i8 = scatter_of(i32x16, lambda builder, v: builder.trunc(v, ir.VectorType(emit.I8, emit.LANES)))
 
 
 @intrinsic
@@ -347,31 +332,31 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+def _call_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Call the function at the address that is the first argument with the others; it returns nothing."""
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args[1:]])
+    builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+    return context.get_dummy_value()
+
+
 @intrinsic
 def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, n_blocks: Any, x: Any, n_x: Any,
               out: Any, out_stride: Any) -> Any:  # fmt: skip
     """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [emit.I64] * (len(args) - 1))
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*([types.int64] * 9)), codegen
+    return types.void(*([types.int64] * 9)), _call_address
 
 
 @intrinsic
 def call_page(typingctx: Any, function: Any, state: Any, q: Any, k: Any, v: Any, n_valid: Any, group: Any,
               head_dim: Any, scale: Any, ahead: Any, work: Any) -> Any:  # fmt: skip
     """Call the kernel of one KV page at address `function` (see attention.attend_address)."""
-    numbers = [types.int64] * 7
+    return types.void(*[types.int64] * 8, types.float32, types.int64, types.int64), _call_address
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [a.type for a in args[1:]])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
 
-    return types.void(types.int64, *numbers, types.float32, types.int64, types.int64), codegen
+@intrinsic
+def call_unpack(typingctx: Any, function: Any, w: Any, n_blocks: Any, out: Any) -> Any:
+    """Call the row unpacker at address `function` (dot.unpack_address)."""
+    return types.void(*([types.int64] * 4)), _call_address
 
 
 # --- packed integers: what unpackers of weights need ---------------------------------------------------------------
@@ -383,9 +368,7 @@ def _joined_bytes(n_parts: int, is_signed: bool) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.VectorType(emit.I8, emit.LANES // n_parts)
         parts = [emit.load(builder, a, kind) for a in args]
-        while len(parts) > 1:
-            parts = [emit.joined(builder, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
-        return (builder.sext if is_signed else builder.zext)(parts[0], emit.V_I32)
+        return (builder.sext if is_signed else builder.zext)(emit.merged(builder, parts), emit.V_I32)
 
     return codegen
 
@@ -485,7 +468,7 @@ def lookup_of(values: list[int]) -> Any:
     return look_up
 
 
-# --- memory and packs ---------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
@@ -517,89 +500,6 @@ def store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
     return types.void(types.int64, f32x16, types.int64), codegen
 
 
-@intrinsic(prefer_literal=True)
-def zeros(typingctx: Any, n: Any) -> Any:
-    """A pack of n zero vectors; n is a literal."""
-    kind = PackType(f32x16, n.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(ir.ArrayType(emit.V_F32, kind.n), None)
-
-    return kind(n), codegen
-
-
-@intrinsic(prefer_literal=True)
-def pack_get(typingctx: Any, pack: Any, i: Any) -> Any:
-    """Vector i of a pack; i is a literal."""
-    index = i.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.extract_value(args[0], index)
-
-    return pack.element(pack, i), codegen
-
-
-def _at_row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:
-    return builder.add(address, builder.mul(stride, emit.I64(i))) if i else address
-
-
-@intrinsic
-def fma_rows(typingctx: Any, acc: Any, factors: Any, stride: Any, v: Any) -> Any:
-    """acc[i] += factor_i * v for every vector i of the pack; factor_i is the float32 at factors + i * stride."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc_value, address, step, vector = args
-        out = []
-        for i in range(acc.n):
-            wide = emit.splat(builder, emit.load(builder, _at_row(builder, address, step, i), emit.F32))
-            out.append(emit.fma_values(builder, wide, vector, builder.extract_value(acc_value, i)))
-        return emit.pack_of(builder, out)
-
-    return acc(acc, types.int64, types.int64, f32x16), codegen
-
-
-@intrinsic
-def store_rows(typingctx: Any, address: Any, stride: Any, pack: Any) -> Any:
-    """Write vector i of a pack to address + i * stride."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            emit.store(builder, builder.extract_value(args[2], i), _at_row(builder, args[0], args[1], i))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack), codegen
-
-
-@intrinsic
-def add_rows_scaled(typingctx: Any, address: Any, stride: Any, pack: Any, scale: Any) -> Any:
-    """Row i at address + i * stride becomes fma(pack[i], scale, row i); `scale` is a vector."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            at = _at_row(builder, args[0], args[1], i)
-            old = emit.load(builder, at, emit.V_F32)
-            new = emit.fma_values(builder, builder.extract_value(args[2], i), args[3], old)
-            emit.store(builder, new, at)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack, f32x16), codegen
-
-
-@intrinsic
-def merge_rows(typingctx: Any, address: Any, stride: Any, pack: Any, keep: Any, take: Any) -> Any:
-    """Row i at address + i * stride becomes fma(pack[i], take[i], row i * keep[i]); keep, take: addresses."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            at = _at_row(builder, args[0], args[1], i)
-            kept, taken = (emit.splat(builder, emit.load(builder, a, emit.F32, 4 * i)) for a in args[3:])
-            old = builder.fmul(emit.load(builder, at, emit.V_F32), kept)
-            emit.store(builder, emit.fma_values(builder, builder.extract_value(args[2], i), taken, old), at)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack, types.int64, types.int64), codegen
-
-
 @intrinsic
 def fma_scalar(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c of float32, rounded once."""
@@ -608,15 +508,3 @@ def fma_scalar(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return emit.call_llvm(builder, "llvm.fma.f32", emit.F32, list(args))
 
     return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def call_unpack(typingctx: Any, function: Any, w: Any, n_blocks: Any, out: Any) -> Any:
-    """Call the row unpacker at address `function` (dot.unpack_address)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [emit.I64] * 3)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*([types.int64] * 4)), codegen
