@@ -16,8 +16,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from intervals import median_interval, paired_ratio
-from pairs import SIDES, Bench, Runs, main, parse_arguments
+from pairs import SIDES, Bench, Runs, main, parse_arguments, say_ratio
 from runs import Json, figures
 
 BENCH = "busy_core"
@@ -59,13 +58,7 @@ def summary(rows: list[Json]) -> str:
     for side in SIDES:
         quiet, busy = figures(rows, f"{side} quiet"), figures(rows, f"{side} busy")
         for test, alone in quiet.items():
-            kind, depth, n = test
-            found = paired_ratio(alone, busy[test])
-            a, b = median_interval(alone).value, median_interval(busy[test]).value
-            lines.append(
-                f"{side:<6}{kind:<8}{n:>6} at depth {depth:>6,}: alone {a:9.2f}, beside the loop {b:9.2f} tok/s, "
-                f"ratio {found} ({found.method})"
-            )
+            lines.append(f"{side:<6}{say_ratio(test, 'alone', alone, 'beside the loop', busy[test])}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from intervals import median_interval, paired_ratio
 from runs import (
     Json,
     RunError,
@@ -139,6 +140,13 @@ class Bench:
             "order": list(runs),
             "runs": runs,
         }
+
+
+def say_ratio(test: tuple[str, int, int], first: str, a: Sequence[float], second: str, b: Sequence[float]) -> str:
+    """One test's speeds under two names: medians, and the median of their ratios within rounds."""
+    (kind, depth, n), ratio = test, paired_ratio(a, b)
+    speeds = f"{first} {median_interval(a).value:9.2f}, {second} {median_interval(b).value:9.2f} tok/s"
+    return f"{kind:<8}{n:>6} at depth {depth:>6,}: {speeds}, ratio {ratio} ({ratio.method})"
 
 
 def main(

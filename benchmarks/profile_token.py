@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from m2lite import Model
-from m2lite.bench import fill, kv_bytes_per_position, random_ids
+from m2lite.bench import fill, random_ids
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.sampling import Sampling, draw
-from m2lite.decode.session import Session
+from m2lite.decode.session import Session, kv_bytes_per_position
 from m2lite.model.weights import Matrix
 
 REST = "between kernels"
@@ -206,7 +206,7 @@ def _add_attention(model: Model, rows: dict[str, dict[str, Any]], attended: floa
     if "attend" in rows:
         rows["attend"]["macs"] = 2 * attended * model.config.n_q * model.config.n_layers
         if is_decode:
-            rows["attend"]["bytes"] = attended * kv_bytes_per_position(model)
+            rows["attend"]["bytes"] = attended * kv_bytes_per_position(model.config, model.kv)
 
 
 def format_profile(found: dict[str, Any]) -> str:

@@ -11,8 +11,7 @@ during which other programs used more than a tenth of a core are kept, marked, a
 
 from __future__ import annotations
 
-from intervals import median_interval, paired_ratio
-from pairs import SIDES, Bench, Runs, main, parse_arguments
+from pairs import SIDES, Bench, Runs, main, parse_arguments, say_ratio
 from runs import Json, figures
 
 BENCH = "side_by_side"
@@ -30,16 +29,7 @@ def make_pair(bench: Bench, number: int) -> Runs:
 def summary(rows: list[Json]) -> str:
     """One line per test that both sides made."""
     ours, llama = figures(rows, "ours"), figures(rows, "llama")
-    lines = []
-    for test in (test for test in ours if test in llama):
-        kind, depth, n = test
-        ratio = paired_ratio(ours[test], llama[test])
-        a, b = median_interval(ours[test]).value, median_interval(llama[test]).value
-        lines.append(
-            f"{kind:<8}{n:>6} at depth {depth:>6,}: ours {a:9.2f}, llama.cpp {b:9.2f} tok/s, ratio {ratio} "
-            f"({ratio.method})"
-        )
-    return "\n".join(lines)
+    return "\n".join(say_ratio(t, "ours", ours[t], "llama.cpp", llama[t]) for t in ours if t in llama)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from m2lite import __version__, machine
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model, Session, Stop
+from m2lite.decode.session import Model, Session, Stop, kv_bytes_per_position
 from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
 
@@ -75,7 +75,7 @@ def run_bench(
         "tests": results,
         "filled": FILLED,
         "weight_bytes_per_token": bytes_per_token(model),
-        "kv_bytes_per_position": kv_bytes_per_position(model),
+        "kv_bytes_per_position": kv_bytes_per_position(model.config, model.kv),
         "read_bytes_per_s": read_bandwidth(model.n_threads),
         **read_mapped(model),
         "threads": model.n_threads,
@@ -146,7 +146,7 @@ def _result(model: Model, test: Test, samples: list[float]) -> dict[str, Any]:
     found |= {"tokens_per_s": summarise(samples), "samples": samples}
     if test.kind == "decode" and samples:
         mean_depth = test.depth + 1 + test.n / 2
-        n_bytes = bytes_per_token(model) + int(kv_bytes_per_position(model) * mean_depth)
+        n_bytes = bytes_per_token(model) + int(kv_bytes_per_position(model.config, model.kv) * mean_depth)
         found |= {"bytes_per_token": n_bytes, "bytes_per_s": n_bytes * found["tokens_per_s"]["median"]}
     return found
 
@@ -156,11 +156,6 @@ def bytes_per_token(model: Model) -> int:
     weights = model.weights
     experts = model.config.n_experts_used * model.config.n_layers * weights.expert_bytes
     return int(weights.dense_bytes + experts)
-
-
-def kv_bytes_per_position(model: Model) -> int:
-    """K and V of one position in all layers, as they lie in the pages."""
-    return model.engine.pool.page_bytes // PAGE
 
 
 def read_bandwidth(n_threads: int) -> float:

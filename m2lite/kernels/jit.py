@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
+import psutil
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
@@ -186,16 +187,16 @@ class Crowd:
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = self.n_active = n_threads
-        self._next = time.perf_counter()
-        self._last = _processor_seconds()
+        self._since, self._last = time.perf_counter(), _processor_seconds() if n_threads > 1 else None
 
     def look(self) -> bool:
         """Call between regions; True when `n_active` has changed."""
-        now = time.perf_counter()
-        if now < self._next or self._last is None:
+        now, last = time.perf_counter(), self._last
+        elapsed = now - self._since
+        if elapsed < self.WINDOW_S or last is None:
             return False
-        seen, last, elapsed = _processor_seconds(), self._last, now - self._next + self.WINDOW_S
-        self._next, self._last = now + self.WINDOW_S, seen
+        seen = _processor_seconds()
+        self._since, self._last = now, seen
         if seen is None or elapsed > 10 * self.WINDOW_S:  # we were idle: nothing to learn from
             return False
         self.n_active, before = self.wanted(seen.others - last.others, elapsed, seen.n_cores), self.n_active
@@ -217,13 +218,11 @@ class Used(NamedTuple):
 def _processor_seconds() -> Used | None:
     """None where the system does not say."""
     try:
-        with Path("/proc/stat").open("rb") as file:
-            lines = file.read().split(b"\n")
+        times, n_cores = psutil.cpu_times(), psutil.cpu_count()
     except OSError:
         return None
-    user, nice, system, _, _, irq, softirq = map(int, lines[0].split()[1:8])
-    n_cores = sum(line.startswith(b"cpu") for line in lines) - 1
-    return Used((user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - time.process_time(), n_cores)
+    busy = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+    return Used(busy - time.process_time(), n_cores) if n_cores else None
 
 
 _crowd = Crowd(1)

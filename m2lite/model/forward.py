@@ -31,7 +31,12 @@ from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
 MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
 MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
+Check = Callable[[], None]
 _DAMAGED = "The weights may be damaged: download or convert the file again."
+
+
+def go_on() -> None:
+    """The check of callers who do not stop."""
 
 
 class Tap(Protocol):
@@ -117,7 +122,7 @@ def forward(
     buffers: Buffers,
     rows: Rows,
     outputs: str = "last",
-    check: Callable[[], None] | None = None,
+    check: Check = go_on,
 ) -> npt.NDArray[np.float32]:
     """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
 
@@ -136,8 +141,7 @@ def forward(
     )
     place = Place(pool, rows)
     for i, layer in enumerate(weights.layers):
-        if check is not None:
-            check()
+        check()
         attention(c, layer, b, place, n, i * pool.layer_bytes, check)
         if not experts(c, layer, b, n, check):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
@@ -194,7 +198,7 @@ def attention(
     place: Place,
     n: int,
     layer_offset: int,
-    check: Callable[[], None] | None = None,
+    check: Check = go_on,
 ) -> None:
     """x += attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) @ Wo with h = rms_norm(x)."""
     k, eps = b.kernels, np.float32(c.rms_eps)
@@ -214,14 +218,14 @@ def attention(
     k.add_rows(b.x, b.h, n, c.n_embd)
 
 
-def attend(c: Config, b: Buffers, place: Place, n: int, layer_offset: int, check: Callable[[], None] | None) -> None:
+def attend(c: Config, b: Buffers, place: Place, n: int, layer_offset: int, check: Check) -> None:
     """attended = softmax(q K / sqrt(head_dim)) V over each row's timeline up to its own position."""
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     scale = np.float32(c.head_dim**-0.5)
     macs = 2 * c.n_q * place.n_positions
     step = max(1, int(MAX_ATTEND_MACS / macs))
     for first in range(0, n, step):
-        if first and check is not None:
+        if first:
             check()
         size, at = min(step, n - first), 4 * c.n_q * first
         b.kernels.attend(
@@ -231,7 +235,7 @@ def attend(c: Config, b: Buffers, place: Place, n: int, layer_offset: int, check
         )  # fmt: skip
 
 
-def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Callable[[], None] | None = None) -> bool:
+def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on) -> bool:
     """x += the chosen experts' outputs for h = rms_norm(x); False when a router score is NaN or infinite."""
     k, n_used = b.kernels, c.n_experts_used
     gate, up, down = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
@@ -242,16 +246,14 @@ def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Callable[[], Non
     n_bad = k.route(b.router_scores, bias, n, c.n_experts, b.n_scores, n_used, b.ids, b.expert_weights)
     n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
     for slab in slabs(b, n_active, n * n_used):
-        if check is not None:
-            check()
+        check()
         pack_pairs(b, b.h, c.n_embd, b.pair_rows, slab, gate, up)
         k.experts_up(
             2 * slab.n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile,
             up.address, up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes,
             b.pair_panels[up.kind], up.panel_row_bytes, slab.active, slab.starts, slab.n_active, b.tiles, b.tile_bytes,
         )  # fmt: skip
-        if check is not None:
-            check()
+        check()
         pack_pairs(b, b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, slab, down)
         k.experts_down(
             slab.n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd,
