@@ -192,10 +192,9 @@ class Crowd:
     def look(self) -> bool:
         """Call between regions; True when `n_active` has changed."""
         now, last = time.perf_counter(), self._last
-        elapsed = now - self._since
-        if elapsed < self.WINDOW_S or last is None:
+        if now < self._since + self.WINDOW_S or last is None:
             return False
-        seen = _processor_seconds()
+        seen, elapsed = _processor_seconds(), now - self._since
         self._since, self._last = now, seen
         if seen is None or elapsed > 10 * self.WINDOW_S:  # we were idle: nothing to learn from
             return False
