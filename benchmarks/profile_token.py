@@ -96,6 +96,7 @@ class Profiler:
         self.stacks = {
             m.address for la in model.weights.layers for m in (la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps)
         }
+        model.wait_mapped()
         fill(session, depth)
 
     def run(self, ids: Sequence[int], start: int, *, timed: bool, counted: bool = False) -> Pass:

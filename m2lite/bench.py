@@ -57,8 +57,10 @@ def run_bench(
     """What every test reached in `repeats` runs, or in fewer when `stop` says so.
 
     Stop tokens are decoded through, and tokens are sampled, so that the routing is as varied as that of text; what
-    sampling costs is in the figures. Every test runs once before it is timed.
+    sampling costs is in the figures. Every test runs once before it is timed. The file's pages are mapped before, as
+    they are in any process that has run for a while.
     """
+    model.wait_mapped()
     with model.session() as session:
         session.check_room(max(test.n_positions for test in tests))
     results = []

@@ -27,6 +27,7 @@ from m2lite.errors import ContextError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.storage.prefault import Prefault
 from m2lite.text.template import Template, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -142,6 +143,7 @@ class Model:
         self.ctx = 0
         self.n_rows = 0
         self.load_s = 0.0
+        self._prefault: Prefault | None = None
 
     @classmethod
     def open(
@@ -185,6 +187,8 @@ class Model:
             raise
         model = cls(gguf, config, tokenizer, chat_template, engine)
         model.ctx, model.n_rows = n_positions, n_rows
+        if gguf.size_bytes + model.kv_bytes <= machine.free_memory_bytes():
+            model._prefault = gguf.prefault()
         model.load_s = time.perf_counter() - started
         return model
 
@@ -229,8 +233,15 @@ class Model:
         bos_id = self.tokenizer.bos_id
         return [bos_id, *ids] if self.tokenizer.add_bos and bos_id is not None else ids
 
+    def wait_mapped(self) -> None:
+        """Until the pages of a model that fits into memory are mapped, which goes on beside all other work."""
+        if self._prefault is not None:
+            self._prefault.wait()
+
     def close(self) -> None:
         """Unmap the file. Sessions of this model must not be used any more."""
+        if self._prefault is not None:
+            self._prefault.stop()
         abandoned = compute_thread().busy  # a call or compilation that nobody waits for any more
         job = compute_thread().submit(self.gguf.close)
         if not abandoned:

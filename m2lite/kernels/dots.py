@@ -10,7 +10,22 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from m2lite.kernels.emit import FORM, I8, I16, I32, V_I32, call_llvm, const, halves, joined, load, merged, splat, split
+from m2lite.kernels.emit import (
+    FORM,
+    I8,
+    I16,
+    I32,
+    V_I32,
+    call_llvm,
+    const,
+    halves,
+    joined,
+    load,
+    merged,
+    pinned,
+    splat,
+    split,
+)
 
 Vectors = list[ir.Value]
 
@@ -146,6 +161,11 @@ def _dots_maddubs(
     """Pairs of products are added in int16 while they must fit, then widened: about 2 operations per 32 products."""
     ones, out = const(1, 16, I16), [[[], []] for _ in rows]
     fits, per_group = sums_that_fit(kind.bits), 8 // kind.n_groups
+
+    def add(a: ir.Value, b: ir.Value) -> ir.Value:
+        """Long chains stay chains: LLVM would make trees of them, for which it lacks registers."""
+        return pinned(builder, builder.add(a, b)) if fits >= 8 else builder.add(a, b)
+
     for g in range(kind.n_groups):
         wide = [list(halves(builder, s[g])) if s[g] is not None else [None, None] for s in starts]
         narrow = [[None, None] for _ in rows]
@@ -158,7 +178,7 @@ def _dots_maddubs(
                 for h in (0, 1):
                     signed = _with_sign(builder, x, weights[h]) if kind.is_signed else x
                     pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [sizes[h], signed])
-                    narrow[r][h] = pairs if narrow[r][h] is None else builder.add(narrow[r][h], pairs)
+                    narrow[r][h] = pairs if narrow[r][h] is None else add(narrow[r][h], pairs)
                     if flush:
                         quads = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [narrow[r][h], ones])
                         wide[r][h] = quads if wide[r][h] is None else builder.add(wide[r][h], quads)

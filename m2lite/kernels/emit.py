@@ -128,6 +128,11 @@ def fence(builder: ir.IRBuilder) -> None:
     builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
+def pinned(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
+    """v, in a register; the compiler knows nothing of it, so sums are added in the order in which they are written."""
+    return builder.asm(ir.FunctionType(v.type, [v.type]), "", "=x,0", [v], side_effect=False)
+
+
 def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 

@@ -31,6 +31,7 @@ from m2lite.storage.gguf_header import (
     check_magic,
     parse_header,
 )
+from m2lite.storage.prefault import Prefault
 
 __all__ = ["GGUFArray", "GGUFFile", "TensorInfo", "open_gguf"]
 
@@ -173,6 +174,10 @@ class GGUFFile:
         """Where the tensor's first byte is mapped."""
         tensor = self.tensors[name]
         return int(self._open_parts()[tensor.part].bytes.ctypes.data) + tensor.offset
+
+    def prefault(self) -> Prefault:
+        """Begin to map every page; to be stopped before `close`."""
+        return Prefault([part.bytes for part in self._open_parts()])
 
     def check_unchanged(self) -> None:
         """Raises if a file was written to or cut since it was opened."""

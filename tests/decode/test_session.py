@@ -27,6 +27,18 @@ def fresh(model: Model, tokens: list[int], n: int, sampling: Sampling) -> list[i
         return list(session.generate(tokens, max_tokens=n, sampling=sampling, ignore_stop=True))
 
 
+def test_only_a_model_that_fits_is_mapped_ahead(model_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(iter(model_files.values()))
+    with Model.open(path, ctx=64) as model:
+        model.wait_mapped()
+        assert model._prefault is not None
+        needed = model.gguf.size_bytes + model.kv_bytes
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: needed - 1)
+    with Model.open(path, ctx=64) as model:
+        model.wait_mapped()
+        assert model._prefault is None
+
+
 def test_script_is_followed(opened: Opened) -> None:
     model = opened("reply")
     with model.session() as session:

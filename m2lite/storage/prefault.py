@@ -1,0 +1,52 @@
+"""Maps a file's pages before their first use, on a thread of its own. Knows addresses, not what they hold.
+
+The first touch of a mapped page costs a fault: over the first tokens of a fresh process these were a quarter of the
+time, though the page cache held the whole file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and pages are mapped when they are touched
+_STEP = 8 * 1024**2  # bytes of one call: `stop` waits for no more, even where they come from a slow disk
+
+
+class Prefault:
+    """Maps all of the arrays, from the first to the last; they must be views of mappings that begin on a page."""
+
+    def __init__(self, arrays: Sequence[NDArray[np.uint8]]) -> None:
+        self._arrays = list(arrays)  # keeps the mappings
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="m2lite-prefault", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until every page is mapped, or cannot be mapped ahead."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Let go of the arrays; soon, whatever is left to do."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if sys.platform == "linux":
+                self._map(ctypes.CDLL(None))
+        finally:
+            self._arrays.clear()
+
+    def _map(self, libc: ctypes.CDLL) -> None:
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for array in self._arrays:
+            for start in range(0, array.nbytes, _STEP):
+                n_bytes = min(_STEP, array.nbytes - start)
+                if self._stopped.is_set() or libc.madvise(array.ctypes.data + start, n_bytes, _MADV_POPULATE_READ):
+                    return  # refused, or the disk fails: whoever touches the page will be told
