@@ -27,6 +27,7 @@ from m2lite.bench import fill, random_ids
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.sampling import Sampling, draw
 from m2lite.decode.session import Session, kv_bytes_per_position
+from m2lite.kernels.layer import interpreted
 from m2lite.model.weights import Matrix
 
 REST = "between kernels"
@@ -51,7 +52,10 @@ class Pass:
 
 
 class TimedKernels:
-    """The names of the kernels, each call timed. The model's code cannot tell the difference."""
+    """The names of the kernels, each call timed. The model's code cannot tell the difference.
+
+    A layer's steps, which are compiled as wholes, run call by call here, which adds to `between kernels`.
+    """
 
     def __init__(self, kernels: Any) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], float]] = []  # name, arguments, seconds
@@ -60,6 +64,7 @@ class TimedKernels:
             call = getattr(kernels, name)
             if not name.startswith("_"):
                 setattr(self, name, self._timed(name, call) if callable(call) else call)
+        self.steps = interpreted(self)
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         clock = time.perf_counter

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import prange
 
-from m2lite.kernels.jit import Split, kernel, n_threads, specialise
+from m2lite.kernels.jit import Split, kernel, n_parts, n_threads, specialise
 from m2lite.kernels.simd import load_f16, load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
 from m2lite.quant.lanes import (
     bits_of,
@@ -148,15 +148,15 @@ def decode_rows(
     assert out.shape == (n_rows, width) and out.dtype == np.float32 and out.flags.c_contiguous
     flags = np.ones(n_threads(), np.int32)
     if dtype != "F8_E4M3":
-        _PLAIN[dtype](4 * n, raw.ctypes.data, n, out.ctypes.data, flags.ctypes.data)
+        _PLAIN[dtype](n_parts(4 * n), raw.ctypes.data, n, out.ctypes.data, flags.ctypes.data)
         tail_finite = _decode_tail(raw, dtype, n, out.reshape(-1))
         return out, tail_finite and bool(flags.all())
     scale = np.ones((1, 1), np.float32) if scale is None else np.ascontiguousarray(scale, np.float32)
     block_rows, block_columns = block if scale.size > 1 else (max(1, first_row + n_rows), max(1, width))
     assert scale.shape[1] == max(1, -(-width // block_columns)) and first_row + n_rows <= scale.shape[0] * block_rows
     _scaled(
-        4 * n, raw.ctypes.data, scale.ctypes.data, scale.shape[1], block_rows, block_columns, first_row, n_rows, width,
-        out.ctypes.data, flags.ctypes.data,
+        n_parts(4 * n), raw.ctypes.data, scale.ctypes.data, scale.shape[1], block_rows, block_columns, first_row, n_rows,
+        width, out.ctypes.data, flags.ctypes.data,
     )  # fmt: skip
     return out, bool(flags.all())
 

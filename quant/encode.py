@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
+from m2lite.kernels.jit import n_parts
 from m2lite.quant import search
 from m2lite.quant.search_reference import scaled_importance
 from m2lite.storage.blocks import BlockFormat
@@ -98,7 +99,7 @@ def _check_limit(block_format: BlockFormat, rows: F32, name: str, searched: bool
 
 def _encode_elements(block_format: BlockFormat, weights: F32, out: Bytes) -> None:
     n = weights.size
-    search.ELEMENTS[block_format.name](n, weights.ctypes.data, out.ctypes.data, n)
+    search.ELEMENTS[block_format.name](n_parts(n), weights.ctypes.data, out.ctypes.data, n)
     tail = n // search.LANES * search.LANES
     if tail < n:
         assert block_format.pack is not None
@@ -120,7 +121,7 @@ def _encode_blocks(
     weights = None if importance is None else scaled_importance(importance)
     sigma = np.empty(n_rows, np.float32)
     if weights is not None:
-        search.row_squares(rows.size, rows.ctypes.data, sigma.ctypes.data, n_rows, width)
+        search.row_squares(n_parts(rows.size), rows.ctypes.data, sigma.ctypes.data, n_rows, width)
     encoder.run(
         rows.ctypes.data,
         0 if weights is None else weights.ctypes.data,

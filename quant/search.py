@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange, types
 
-from m2lite.kernels.jit import Split, address_of, kernel, specialise
+from m2lite.kernels.jit import Split, address_of, kernel, n_parts, specialise
 from m2lite.kernels.simd import load_f32, scratch, splat, store_f16, tree_sum, write_f32
 from m2lite.quant import search_affine as affine
 from m2lite.quant import search_plain as plain
@@ -64,7 +64,7 @@ class Encoder(NamedTuple):
         """Encode n_rows x n_columns blocks; all but the last two are addresses."""
         work = n_rows * n_columns * self.n_weights * self.work
         tile = _address(self.tile)
-        _encode_tiles(work, tile, self.n_weights, self.n_bytes, x, importance, sigma, out, n_rows, n_columns)
+        _encode_tiles(n_parts(work), tile, self.n_weights, self.n_bytes, x, importance, sigma, out, n_rows, n_columns)
 
 
 @functools.cache

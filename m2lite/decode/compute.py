@@ -23,7 +23,8 @@ class Job(Generic[T]):
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
-        self._done = threading.Event()
+        self._running = threading.Lock()  # held until there is a result; an Event would cost more than a small call
+        self._running.acquire()
         self._value: T
         self._error: BaseException | None = None
         self.abandoned = False
@@ -33,12 +34,13 @@ class Job(Generic[T]):
             self._value = self._call()
         except BaseException as error:  # handed to whoever waits
             self._error = error
-        self._done.set()
+        self._running.release()
 
     def result(self) -> T:
         """Wait and return. A signal handler may raise out of the wait: the job then ends at its next check."""
         try:
-            self._done.wait()
+            with self._running:
+                pass
         except BaseException:
             self.abandoned = True
             raise

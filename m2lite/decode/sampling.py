@@ -16,20 +16,17 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import M2liteError, UsageError
+from m2lite.kernels.exp import EXP_FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, TAYLOR
 
 Logits = npt.NDArray[np.float32]
-
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH = 6.93147180369123816490e-01  # 33 significant bits, so that n * _LN2_HIGH is exact
-_LN2_LOW = 1.90821492927058770002e-10
-_TAYLOR = [1.0 / math.factorial(n) for n in range(13, -1, -1)]
-_EXP_FLOOR = -700.0  # exp(-700) is 1e-304: far below what a sum of weights that starts at 1 can feel
 
 
 def new_seed() -> int:
@@ -62,11 +59,33 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 def draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
     """The id drawn from `logits` [V] for `position`; `stream` separates answers that share a seed."""
-    if not math.isfinite(float(logits.max())):
+    kernels = _compiled()
+    if sampling.temperature > 0 and 0 < sampling.top_k <= min(kernels.MAX_TOP_K, logits.size):
+        options = sampling.top_k, sampling.temperature, sampling.top_p, sampling.min_p
+        numbers = np.uint64(sampling.seed), np.uint64(stream), np.uint64(position)
+        token = int(kernels.draw_top_k(logits, *options, *numbers))
+    else:
+        token = draw_sorted(logits, sampling, stream, position)
+    if token < 0:
         raise M2liteError(
             f"The model computed logits that are not finite at position {position}.",
             "The weights may be damaged: download or convert the file again.",
         )
+    return token
+
+
+@cache
+def _compiled() -> ModuleType:
+    """Imported late: options are parsed before Numba is needed."""
+    from m2lite.kernels import draw
+
+    return draw
+
+
+def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
+    """As `draw`, for any number of candidates; -1 for logits that are not finite."""
+    if not math.isfinite(float(logits.max())):
+        return -1
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     ids, weights = candidates(logits, sampling)
@@ -111,10 +130,10 @@ def _ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:
 
 def _exp(x: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
     """e**x for x <= 0 within 2 units in the last place, by one fixed sequence of correctly rounded operations."""
-    x = np.maximum(x, _EXP_FLOOR)
-    n = np.rint(x * _LOG2_E)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    y = np.full_like(r, _TAYLOR[0])
-    for coefficient in _TAYLOR[1:]:
+    x = np.maximum(x, EXP_FLOOR)
+    n = np.rint(x * LOG2_E)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    y = np.full_like(r, TAYLOR[0])
+    for coefficient in TAYLOR[1:]:
         y = y * r + coefficient
     return np.ldexp(y, n.astype(np.int32))

@@ -1,8 +1,10 @@
 """The compiled kernels under the names that model/forward.py calls. reference.py has the same names in plain NumPy."""
 
+from m2lite.kernels import layer
 from m2lite.kernels.attention import attend, attend_address, attend_scratch_bytes
 from m2lite.kernels.dot import tile_address, unpack_address
 from m2lite.kernels.elementwise import add_rows, embed_rows, norm_rope, pack, pack_groups, rms_norm
+from m2lite.kernels.jit import Split, kernel
 from m2lite.kernels.matmul import matmul
 from m2lite.kernels.pages import append_kv
 from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
@@ -26,6 +28,9 @@ __all__ = [
     "pack_groups",
     "rms_norm",
     "route",
+    "steps",
     "tile_address",
     "unpack_address",
 ]
+
+steps = layer.steps({name: k.compiled if isinstance(k, Split) else k for name, k in globals().items()}, kernel)

@@ -172,7 +172,7 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
     return int(numba.cfunc(signature, cache=True, **options)(function).address)
 
 
-SMALL = 2_000_000  # multiply-adds below which a parallel region may cost more than it saves: about 50 us
+SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us
 
 
 class Crowd:
@@ -227,21 +227,44 @@ def _processor_seconds() -> Used | None:
 _crowd = Crowd(1)
 
 
+def team() -> tuple[int, int]:
+    """Threads that a region should use now, and the multiply-adds below which one thread does without a region."""
+    if _crowd.look():
+        numba.set_num_threads(_crowd.n_active)
+    return _crowd.n_active, SMALL
+
+
+def n_parts(work: int) -> int:
+    """Parts that `work` (multiply-adds or the like) is worth; the result of a kernel is the same for any number."""
+    n_active, small = team()
+    return n_active if work >= small else 1
+
+
+part: Any = None
+parallel: Any = None
+
+
+def _in_parts(n_parts, *args):  # type: ignore[no-untyped-def]
+    if n_parts == 1:
+        part(0, 1, *args)
+    else:
+        parallel(n_parts, *args)
+
+
 class Split:
-    """A kernel in two compiled forms: one call for all parts, or a parallel region with a part per thread."""
+    """A kernel in two compiled forms: one call for all of it, or a parallel region with a part per thread."""
 
     def __init__(self, part: Any, parallel: Any) -> None:
         self.part, self.parallel = part, parallel
+        template = specialise(_in_parts, part.__name__.removesuffix("part") + "in_parts", part=part, parallel=parallel)
+        self.compiled = kernel(template)  # for other kernels to call
 
-    def __call__(self, work: int, *args: Any) -> Any:
-        """Run on all threads when `work` (multiply-adds or the like) is worth a region; the result is the same."""
-        if work < SMALL or _crowd.n_threads == 1:
-            return self.part(0, 1, *args)
-        if _crowd.look():
-            numba.set_num_threads(_crowd.n_active)
-        if _crowd.n_active == 1:
-            return self.part(0, 1, *args)
-        return self.parallel(_crowd.n_active, *args)
+    def __call__(self, n_parts: int, *args: Any) -> None:
+        assert 1 <= n_parts <= _crowd.n_threads, n_parts  # callers keep scratch for as many
+        if n_parts == 1:
+            self.part(0, 1, *args)
+        else:
+            self.parallel(n_parts, *args)
 
 
 def n_threads() -> int:

@@ -88,14 +88,14 @@ def append_head_q8(to, slot, k, v, head_dim):
 
 
 @kernel
-def append_kv(k, v, pages, slots, n_rows, n_kv_heads, head_dim, is_q8):
+def append_kv(k, v, pages, layer_offset, slots, n_rows, n_kv_heads, head_dim, is_q8):
     """Write k[t], v[t] (n_kv_heads * head_dim float32) into slot slots[t] of the page at pages[t].
 
-    slots: int32 [n_rows]; pages: int64 [n_rows], addresses of the layer's part of a page.
+    slots: int32 [n_rows]; pages: int64 [n_rows], addresses; layer_offset: of the layer's part of a page.
     """
     head_bytes = kv_head_bytes(head_dim, is_q8)
     for t in range(n_rows):
-        page, slot = read_i64(pages + 8 * t), read_i32(slots + 4 * t)
+        page, slot = read_i64(pages + 8 * t) + layer_offset, read_i32(slots + 4 * t)
         for h in range(n_kv_heads):
             to, at = page + h * head_bytes, 4 * head_dim * (n_kv_heads * t + h)
             if is_q8:

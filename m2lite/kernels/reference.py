@@ -8,12 +8,14 @@ rounded twice, about once in 10**9. M2LITE_KERNELS=reference runs the whole mode
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.kernels import elementwise as constants
+from m2lite.kernels import layer
 from m2lite.kernels.pages import LARGEST_AMAX
 from m2lite.storage import blocks
 
@@ -155,13 +157,13 @@ def panel_rows(x: F32, kind: str) -> npt.NDArray[np.uint8]:
     return np.concatenate([q.view(np.uint8), *(v[..., None].view(np.uint8) for v in behind)], axis=-1)
 
 
-def pack(work: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks: int, is_int8: int) -> None:
+def pack(n_parts: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks: int, is_int8: int) -> None:
     kind = "int8" if is_int8 else "float32"
     write_panel(kind, panel, panel_rows(strided_at(x, n_rows, x_stride, 32 * n_blocks), kind))
 
 
 def pack_groups(
-    work: int, panel: int, x: int, x_stride: int, rows: int, starts: int, n_groups: int, n_blocks: int, is_int8: int
+    n_parts: int, panel: int, x: int, x_stride: int, rows: int, starts: int, n_groups: int, n_blocks: int, is_int8: int
 ) -> None:
     kind = "int8" if is_int8 else "float32"
     first = array_at(starts, np.int32, (n_groups + 1,))
@@ -198,13 +200,13 @@ def product(key: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_
 
 
 def matmul(
-    work: int, out: int, out_stride: int, tile: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_x: int
+    n_parts: int, out: int, out_stride: int, tile: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_x: int
 ) -> None:
     strided_at(out, n_x, out_stride, n_out)[:] = product(tile, w, stride, n_out, n_blocks, x, n_x)
 
 
 def experts_up(
-    work: int, h: int, gate_tile: int, gate: int, gate_slice: int, up_tile: int, up: int, up_slice: int, n_ff: int,
+    n_parts: int, h: int, gate_tile: int, gate: int, gate_slice: int, up_tile: int, up: int, up_slice: int, n_ff: int,
     n_blocks: int, gate_panel: int, gate_row: int, up_panel: int, up_row: int, active: int, starts: int, n_active: int,
     scratch: int, scratch_bytes: int,
 ) -> None:  # fmt: skip
@@ -220,7 +222,7 @@ def experts_up(
 
 
 def experts_down(
-    work: int, y: int, tile: int, w: int, slice_bytes: int, n_out: int, n_blocks: int, panel: int, panel_row: int,
+    n_parts: int, y: int, tile: int, w: int, slice_bytes: int, n_out: int, n_blocks: int, panel: int, panel_row: int,
     active: int, starts: int, n_active: int,
 ) -> None:  # fmt: skip
     first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
@@ -317,7 +319,7 @@ def group_pairs(
 
 
 def combine(
-    work: int, x: int, total: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, n: int, first: int,
+    n_parts: int, x: int, total: int, y: int, slots: int, weights: int, n_rows: int, n_used: int, n: int, first: int,
     last: int,
 ) -> None:  # fmt: skip
     pair = array_at(slots, np.int32, (n_rows, n_used))
@@ -362,8 +364,10 @@ def rounded_blocks(x: F32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16
     return np.rint(np.where(y < 127, y, F(127))).astype(np.int8).reshape(x.shape), scales
 
 
-def append_kv(k: int, v: int, pages: int, slots: int, n_rows: int, n_kv_heads: int, head_dim: int, is_q8: int) -> None:
-    addresses, slot = array_at(pages, np.int64, (n_rows,)), array_at(slots, np.int32, (n_rows,))
+def append_kv(
+    k: int, v: int, pages: int, layer_offset: int, slots: int, n_rows: int, n_kv_heads: int, head_dim: int, is_q8: int
+) -> None:
+    addresses, slot = array_at(pages, np.int64, (n_rows,)) + layer_offset, array_at(slots, np.int32, (n_rows,))
     keys, values = (array_at(a, np.float32, (n_rows, n_kv_heads, head_dim)) for a in (k, v))
     for t in range(n_rows):
         page = array_at(int(addresses[t]), page_dtype(head_dim, is_q8), (n_kv_heads,))
@@ -384,8 +388,8 @@ def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positio
 
 
 def attend(
-    work: int, out: int, q: int, tables: int, positions: int, n_rows: int, n_heads: int, n_kv_heads: int, head_dim: int,
-    layer_offset: int, scale: float, page: int, head_bytes: int, scratch: int, scratch_bytes: int,
+    n_parts: int, out: int, q: int, tables: int, positions: int, n_rows: int, n_heads: int, n_kv_heads: int,
+    head_dim: int, layer_offset: int, scale: float, page: int, head_bytes: int, scratch: int, scratch_bytes: int,
 ) -> None:  # fmt: skip
     group, dtype = n_heads // n_kv_heads, page_dtype(head_dim, page)
     queries = array_at(q, np.float32, (n_rows, n_kv_heads, group, head_dim))
@@ -463,7 +467,10 @@ def page_values(p: F32, pages: npt.NDArray[Any], is_seen: npt.NDArray[np.bool_])
 # --- importance ----------------------------------------------------------------------------------------------------
 
 
-def add_squares(work: int, sums: npt.NDArray[np.float64], x: F32, rows: Any, starts: Any, active: Any) -> None:
+def add_squares(n_parts: int, sums: npt.NDArray[np.float64], x: F32, rows: Any, starts: Any, active: Any) -> None:
     for g, e in enumerate(active.tolist()):
         for p in range(int(starts[g]), int(starts[g + 1])):
             sums[e] += x[rows[p]].astype(np.float64) ** 2
+
+
+steps = layer.interpreted(sys.modules[__name__])

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.session import Stopped
 from m2lite.errors import M2liteError
+from m2lite.kernels import jit
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
 from m2lite.model.weights import Matrix
 
@@ -96,7 +97,7 @@ class SquareSums:
             both = np.zeros((n_slices, n_in)), np.zeros(n_slices, np.int64)
             self.sums.update(dict.fromkeys(names, both))
         sums, counts = self.sums[names[0]]
-        self._b.kernels.add_squares(int(starts[-1]) * n_in, sums, x, rows, starts, active)
+        self._b.kernels.add_squares(jit.n_parts(int(starts[-1]) * n_in), sums, x, rows, starts, active)
         counts[active] += np.diff(starts)
         largest = sums[active].max(axis=1)  # NaN if there is one
         bad = active[~(largest <= F32_MAX)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,22 +128,21 @@ class KVPool:
         starts: Sequence[int],
         lengths: tuple[tuple[Timeline, int], ...],
     ) -> Rows:
-        counts = [len(ids) for _, ids in parts]
-        indices = [np.arange(start, start + n, dtype=np.int32) for start, n in zip(starts, counts, strict=True)]
-        index = np.concatenate(indices)
-        first = np.repeat(np.array([t.first_position for t, _ in parts], np.int32), counts)
-        positions = (index + first).astype(np.int32)
+        columns = [self._columns(t, ids, start) for (t, ids), start in zip(parts, starts, strict=True)]
+        # One part is what decoding asks for, token by token: nothing is joined there.
+        joined = columns[0] if len(columns) == 1 else [np.concatenate(c) for c in zip(*columns, strict=True)]
+        tokens, positions, indices, slots, pages, tables = joined
         self._extend_angles(self._check_position(int(positions.max())) + 1)
-        return Rows(
-            tokens=np.concatenate([ids for _, ids in parts]),
-            positions=positions,
-            indices=index,
-            slots=(index % PAGE).astype(np.int32),
-            pages=np.concatenate([t.table[i // PAGE] for (t, _), i in zip(parts, indices, strict=True)]),
-            tables=np.repeat(np.array([t.table.ctypes.data for t, _ in parts], np.int64), counts),
-            last=(np.cumsum(counts) - 1).astype(np.intp),
-            lengths=lengths,
-        )
+        last = np.cumsum([len(ids) for _, ids in parts]) - 1
+        return Rows(tokens, positions, indices, slots, pages, tables, last, lengths)
+
+    @staticmethod
+    def _columns(timeline: Timeline, ids: npt.NDArray[np.int32], start: int) -> list[npt.NDArray[Any]]:
+        """tokens, positions, indices, slots, pages and tables of one part, as in `Rows`."""
+        index = np.arange(start, start + len(ids), dtype=np.int32)
+        position = index + np.int32(timeline.first_position)
+        page, slot = np.divmod(index, np.int32(PAGE))
+        return [ids, position, index, slot, timeline.table[page], np.full(len(ids), timeline.table_address)]
 
     def _check_ids(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
         values = np.atleast_1d(np.asarray(ids))
@@ -231,6 +231,7 @@ class Timeline:
         self.length = 0
         self.pages: list[int] = []
         self.table = np.zeros(pool.n_pages, np.int64)
+        self.table_address = np.int64(self.table.ctypes.data)
 
     def pages_needed(self, n_new: int) -> int:
         """Pages that `n_new` more positions take from the pool, a copy of a shared last page included."""

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit
+from m2lite.kernels import layer as records
 from m2lite.kernels.dot import panel_bytes
 from m2lite.model.cache import PAGE, KVPool, Rows
 from m2lite.model.config import Config
@@ -102,6 +103,21 @@ class Buffers:
             k: self._new(f"pair panel {k}", (panel_bytes(k, n_pairs, width),), np.uint8) for k in ("int8", "float32")
         }
         self.logits = np.empty((1, c.n_vocab), f32)
+        self.record = self._record()
+
+    def _record(self) -> npt.NDArray[np.void]:
+        """records.SCRATCH [1]: sizes and addresses as kernels read them."""
+        c = self.config
+        values = vars(self) | {
+            "n_embd": c.n_embd, "n_ff": c.n_ff, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
+            "head_dim": c.head_dim, "rotary_dim": c.rotary_dim, "n_experts": c.n_experts, "n_used": c.n_experts_used,
+            "eps": c.rms_eps, "attention_scale": c.head_dim**-0.5,
+        }  # fmt: skip
+        values |= {f"panel_{kind}": address for kind, address in self.panels.items()}
+        values |= {f"pair_panel_{kind}": address for kind, address in self.pair_panels.items()}
+        record = np.empty(1, records.SCRATCH)
+        record[0] = tuple(values[name] for name in records.SCRATCH.names or ())
+        return record
 
     def _new(self, name: str, shape: tuple[int, ...], dtype: Any) -> int:
         """An array of our own, on a cache line; its address."""
@@ -139,7 +155,7 @@ def forward(
     k.embed_rows(
         weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.x, 4 * c.n_embd
     )
-    place = Place(pool, rows)
+    place = Place(pool, rows, k)
     for i, layer in enumerate(weights.layers):
         check()
         attention(c, layer, b, place, n, i * pool.layer_bytes, check)
@@ -154,41 +170,27 @@ def forward(
 class Place:
     """Addresses of where the rows stand, looked up once per call."""
 
-    def __init__(self, pool: KVPool, rows: Rows) -> None:
-        self.angles = int(pool.angles.ctypes.data)
-        self.positions = int(rows.positions.ctypes.data)
-        self.indices = int(rows.indices.ctypes.data)
-        self.slots = int(rows.slots.ctypes.data)
-        self.pages = rows.pages
-        self.tables = int(rows.tables.ctypes.data)
-        self.kv, self.is_q8 = pool.kv, int(pool.kv == "q8_0")
-        self.kv_head_bytes = pool.layer_bytes // pool.config.n_kv_heads
+    def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType) -> None:
         self.n_positions = int(rows.indices.max()) + 1
+        arrays = (pool.angles, rows.positions, rows.indices, rows.slots, rows.pages, rows.tables)
+        cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
+        self.record = np.empty(1, records.PLACES)
+        addresses = (a.__array_interface__["data"][0] for a in arrays)  # .ctypes takes ten times as long
+        self.record[0] = (*addresses, *cache)
 
 
-def pack_rows(b: Buffers, x: int, n_in: int, n: int, *matrices: Matrix) -> None:
-    """Activation panels of x [n, n_in] in every kind that the matrices read."""
-    for kind in {m.kind for m in matrices}:
-        b.kernels.pack(4 * n * n_in, b.panels[kind], x, 4 * n_in, n, n_in // 32, int(kind == "int8"))
+def pack_rows(b: Buffers, x: int, n_in: int, n: int, matrix: Matrix) -> None:
+    """The activation panel of x [n, n_in] that the matrix reads."""
+    n_parts = jit.n_parts(4 * n * n_in)
+    b.kernels.pack(n_parts, b.panels[matrix.kind], x, 4 * n_in, n, n_in // 32, int(matrix.is_int8))
     if b.tap is not None:
-        b.tap.dense(matrices, x, n_in, n)
-
-
-def pack_pairs(b: Buffers, x: int, n_in: int, rows: int, slab: Slab, *stacks: Matrix) -> None:
-    """Activation panels of x[rows[p]] for every (row, expert) pair p in every kind that the stacked matrices read."""
-    for kind in {m.kind for m in stacks}:
-        b.kernels.pack_groups(
-            4 * slab.n_pairs * n_in, b.pair_panels[kind], x, 4 * n_in, rows, slab.starts, slab.n_active, n_in // 32,
-            int(kind == "int8"),
-        )  # fmt: skip
-    if b.tap is not None:
-        b.tap.experts(stacks, x, n_in, rows, slab.active, slab.starts, slab.n_active)
+        b.tap.dense((matrix,), x, n_in, n)
 
 
 def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
-    work = n * m.n_out * m.n_in
-    b.kernels.matmul(work, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, b.panels[m.kind], n)
+    n_parts = jit.n_parts(n * m.n_out * m.n_in)
+    b.kernels.matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, b.panels[m.kind], n)
 
 
 def attention(
@@ -200,69 +202,39 @@ def attention(
     layer_offset: int,
     check: Check = go_on,
 ) -> None:
-    """x += attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) @ Wo with h = rms_norm(x)."""
-    k, eps = b.kernels, np.float32(c.rms_eps)
-    k.rms_norm(b.h, b.x, layer.attn_norm.address, n, c.n_embd, eps)
-    pack_rows(b, b.h, c.n_embd, n, layer.attn_q, layer.attn_k, layer.attn_v)
-    multiply(b, b.q, 4 * c.n_q, layer.attn_q, n)
-    multiply(b, b.k, 4 * c.n_kv, layer.attn_k, n)
-    multiply(b, b.v, 4 * c.n_kv, layer.attn_v, n)
-    rope = (place.angles, place.positions, n)
-    k.norm_rope(b.q, layer.attn_q_norm.address, *rope, c.n_heads, c.head_dim, c.rotary_dim, eps)
-    k.norm_rope(b.k, layer.attn_k_norm.address, *rope, c.n_kv_heads, c.head_dim, c.rotary_dim, eps)
-    pages = place.pages + layer_offset
-    k.append_kv(b.k, b.v, pages.ctypes.data, place.slots, n, c.n_kv_heads, c.head_dim, place.is_q8)
-    attend(c, b, place, n, layer_offset, check)
-    pack_rows(b, b.attended, c.n_q, n, layer.attn_output)
-    multiply(b, b.h, 4 * c.n_embd, layer.attn_output, n)
-    k.add_rows(b.x, b.h, n, c.n_embd)
-
-
-def attend(c: Config, b: Buffers, place: Place, n: int, layer_offset: int, check: Check) -> None:
-    """attended = softmax(q K / sqrt(head_dim)) V over each row's timeline up to its own position."""
+    """attended = attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) with h = rms_norm(x)."""
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
-    scale = np.float32(c.head_dim**-0.5)
+    steps = b.kernels.steps
+    steps.project(jit.team(), layer.record, b.record, place.record, n, layer_offset)
+    if b.tap is not None:
+        b.tap.dense((layer.attn_q, layer.attn_k, layer.attn_v), b.h, c.n_embd, n)
     macs = 2 * c.n_q * place.n_positions
     step = max(1, int(MAX_ATTEND_MACS / macs))
     for first in range(0, n, step):
         if first:
             check()
-        size, at = min(step, n - first), 4 * c.n_q * first
-        b.kernels.attend(
-            size * macs, b.attended + at, b.q + at, place.tables + 8 * first, place.indices + 4 * first, size,
-            c.n_heads, c.n_kv_heads, c.head_dim, layer_offset, scale, b.kernels.attend_address(place.kv),
-            place.kv_head_bytes, b.attention_scratch, b.attention_bytes,
-        )  # fmt: skip
+        size = min(step, n - first)
+        steps.attend_rows(jit.team(), b.record, place.record, first, size, size * macs, layer_offset)
 
 
 def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on) -> bool:
-    """x += the chosen experts' outputs for h = rms_norm(x); False when a router score is NaN or infinite."""
-    k, n_used = b.kernels, c.n_experts_used
-    gate, up, down = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
-    k.rms_norm(b.h, b.x, layer.ffn_norm.address, n, c.n_embd, np.float32(c.rms_eps))
-    pack_rows(b, b.h, c.n_embd, n, layer.ffn_gate_inp)
-    multiply(b, b.router_scores, 4 * b.n_scores, layer.ffn_gate_inp, n)
-    bias = layer.exp_probs_b.address
-    n_bad = k.route(b.router_scores, bias, n, c.n_experts, b.n_scores, n_used, b.ids, b.expert_weights)
-    n_active = k.group_pairs(b.ids, n, c.n_experts, n_used, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots)
-    for slab in slabs(b, n_active, n * n_used):
+    """x += attended Wo; x += the chosen experts' outputs for h = rms_norm(x).
+
+    False when a router score is NaN or infinite.
+    """
+    steps, gate, up, down = b.kernels.steps, layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
+    check()
+    n_active, n_bad = steps.choose(jit.team(), layer.record, b.record, n)
+    if b.tap is not None:
+        b.tap.dense((layer.attn_output,), b.attended, c.n_q, n)
+        b.tap.dense((layer.ffn_gate_inp,), b.h, c.n_embd, n)
+    for slab in slabs(b, n_active, n * c.n_experts_used):
         check()
-        pack_pairs(b, b.h, c.n_embd, b.pair_rows, slab, gate, up)
-        k.experts_up(
-            2 * slab.n_pairs * c.n_embd * c.n_ff, b.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile,
-            up.address, up.slice_bytes, c.n_ff, gate.n_blocks, b.pair_panels[gate.kind], gate.panel_row_bytes,
-            b.pair_panels[up.kind], up.panel_row_bytes, slab.active, slab.starts, slab.n_active, b.tiles, b.tile_bytes,
-        )  # fmt: skip
-        check()
-        pack_pairs(b, b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, slab, down)
-        k.experts_down(
-            slab.n_pairs * c.n_embd * c.n_ff, b.expert_out, down.tile, down.address, down.slice_bytes, c.n_embd,
-            down.n_blocks, b.pair_panels[down.kind], down.panel_row_bytes, slab.active, slab.starts, slab.n_active,
-        )  # fmt: skip
-        k.combine(
-            slab.n_pairs * c.n_embd, b.x, b.expert_sums, b.expert_out, b.pair_slots, b.expert_weights, n, n_used,
-            c.n_embd, slab.first, slab.first + slab.n_pairs,
-        )  # fmt: skip
+        steps.run_experts(jit.team(), layer.record, b.record, *slab, n)
+        if b.tap is not None:
+            pairs = slab.active, slab.starts, slab.n_active
+            b.tap.experts((gate, up), b.h, c.n_embd, b.pair_rows, *pairs)
+            b.tap.experts((down,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
     return int(n_bad) == 0
 
 

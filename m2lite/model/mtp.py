@@ -127,7 +127,7 @@ def run_module(
         joined[:, half] = normed
     pack_rows(b, int(joined.ctypes.data), 2 * c.n_embd, n, module.eh_proj)
     multiply(b, b.x, 4 * c.n_embd, module.eh_proj, n)
-    attention(c, module.layer, b, Place(pool, rows), n, (c.n_layers + k) * pool.layer_bytes)
+    attention(c, module.layer, b, Place(pool, rows, b.kernels), n, (c.n_layers + k) * pool.layer_bytes)
     if not experts(c, module.layer, b, n):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
     state = b.array("x")[:n].copy()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
+from m2lite.kernels import layer as records
 from m2lite.kernels.dot import BLOCK, STEP_BYTES, activation_kind
 from m2lite.model.config import Config
 from m2lite.storage.blocks import unpack_rows
@@ -40,6 +42,11 @@ class Matrix:
     def slice_bytes(self) -> int:
         """Bytes of one expert of a stack (of the whole matrix where there is no stack)."""
         return self.n_out * self.row_bytes
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the activations are int8; else they are float32."""
+        return self.kind == "int8"
 
     @property
     def panel_row_bytes(self) -> int:
@@ -72,6 +79,17 @@ class Layer:
     ffn_gate_exps: Matrix
     ffn_up_exps: Matrix
     ffn_down_exps: Matrix
+
+    @cached_property
+    def record(self) -> npt.NDArray[np.void]:
+        """records.LAYER [1]: the same as kernels read it."""
+        record = np.zeros(1, records.LAYER)
+        for name, value in vars(self).items():
+            if isinstance(value, Vector):
+                record[name] = value.address
+            else:
+                record[name] = tuple(int(getattr(value, field)) for field in records.MATRIX.names or ())
+        return record
 
 
 @dataclass(frozen=True)

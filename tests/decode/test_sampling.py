@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2lite.decode.sampling import Sampling, _exp, candidates, draw, new_seed, uniform
+from m2lite.decode.sampling import Sampling, _exp, candidates, draw, draw_sorted, new_seed, uniform
 from m2lite.errors import M2liteError, UsageError
 
 M64 = 2**64 - 1
@@ -80,6 +80,38 @@ def test_filters(values: list[int], top_k: int, top_p: float, min_p: float, temp
         assert ids[:n].tolist() == expected_ids[:n]
         share = math.fsum(expected[:n]) / math.fsum(plain_candidates(logits, Sampling(temperature, top_k, 1, 0, 0))[1])
         assert abs(share - top_p) < 1e-9 or any(abs(w - min_p) < 1e-9 for w in [*expected, *weights.tolist()])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(-20, 20), st.just(-math.inf)), min_size=1, max_size=300),
+    st.integers(1, 140),
+    st.one_of(st.just(1.0), st.floats(0, 1)),
+    st.one_of(st.just(0.0), st.floats(0, 1)),
+    st.floats(1e-3, 5),
+    st.integers(0, M64),
+    st.integers(0, M64),
+    st.integers(0, 1 << 40),
+)
+def test_compiled_draws_are_those_of_sorting(
+    values: list[float], top_k: int, top_p: float, min_p: float, temperature: float, seed: int, stream: int, at: int
+) -> None:
+    logits = np.array(values, np.float32) / 4
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    expected = draw_sorted(logits, sampling, stream, at)
+    if expected < 0:
+        with pytest.raises(M2liteError, match="not finite"):
+            draw(logits, sampling, stream, at)
+    else:
+        assert draw(logits, sampling, stream, at) == expected
+
+
+def test_compiled_draws_of_a_large_vocabulary() -> None:
+    rng = np.random.default_rng(5)
+    drawn = rng.standard_normal(200_064).astype(np.float32) * 3
+    for logits in (drawn, np.sort(drawn), np.sort(drawn)[::-1].copy()):
+        for at in range(50):
+            assert draw(logits, Sampling(seed=9), 2, at) == draw_sorted(logits, Sampling(seed=9), 2, at)
 
 
 def test_ties_go_to_the_lowest_id() -> None:

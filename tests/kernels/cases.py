@@ -13,7 +13,7 @@ from m2lite.kernels import dot, fast, reference
 from m2lite.storage.blocks import FORMATS
 
 F = np.float32
-SMALL, PARALLEL = 0, 10**9  # `work` that takes the serial and the parallel form
+SERIAL, PARALLEL = 1, 2  # n_parts
 
 # The formats of the fast ring: those with a tile, those of one weight, and of the others one of each kind.
 FEW = ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q5_1", "Q4_K", "IQ2_XS", "IQ4_XS")
@@ -93,7 +93,7 @@ def shapes_of(name: str) -> Iterator[tuple[int, int, bool]]:
         yield from ((37, 2 * unit, False), (16, unit, True), (3, 3 * unit, True))
 
 
-def matmul_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(1)
     for name in formats:
         for kind in sorted({"float32", dot.activation_kind(name)}):
@@ -107,14 +107,14 @@ def matmul_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
                     panel = np.zeros(dot.panel_bytes(kind, n_x, k), np.uint8)
                     arena = Arena(w=w, x=x, panel=panel, out=np.zeros((n_x, n_out), F))
                     is_int8 = int(kind == "int8")
-                    yield from both("pack", arena, ("panel",), work, "@panel", "@x", 4 * k, n_x, k // 32, is_int8)
+                    yield from both("pack", arena, ("panel",), n_parts, "@panel", "@x", 4 * k, n_x, k // 32, is_int8)
                     reference.pack(0, arena["panel"], arena["x"], 4 * k, n_x, k // 32, is_int8)
                     args = ("@out", 4 * n_out, (name, kind), "@w", w.shape[-1], n_out, k // 32, "@panel", n_x)
-                    for mine, theirs, what in both("matmul", arena, ("out",), work, *args):
+                    for mine, theirs, what in both("matmul", arena, ("out",), n_parts, *args):
                         yield mine, theirs, f"{name} {what}"
 
 
-def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+def expert_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(2)
     mixed = [("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16"), ("Q4_K", "Q4_0", "IQ4_XS")]
     for gate, up, down in mixed + [(name, name, name) for name in formats if name not in FEW]:
@@ -143,7 +143,7 @@ def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
             n_active = reference.group_pairs(*(arena[a[1:]] if isinstance(a, str) else a for a in group))
             kinds = [dot.activation_kind(name) for name in (gate, up, down)]
             for kind, panel in zip(kinds, ("panel", "panel2"), strict=False):
-                pack = (work, f"@{panel}", "@x", 4 * n, "@rows", "@starts", n_active, n // 32, int(kind == "int8"))
+                pack = (n_parts, f"@{panel}", "@x", 4 * n, "@rows", "@starts", n_active, n // 32, int(kind == "int8"))
                 yield from both("pack_groups", arena, (panel,), *pack)
                 reference.pack_groups(*(arena[a[1:]] if isinstance(a, str) else a for a in pack))
             slices = {k: arena.arrays[k].nbytes // n_experts for k in ("gate", "up", "down")}
@@ -151,22 +151,22 @@ def expert_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
             args = ("@h", (gate, kinds[0]), "@gate", slices["gate"], (up, kinds[1]), "@up", slices["up"], n_ff, n // 32,
                     "@panel", steps[0] * n // 32, "@panel2", steps[1] * n // 32, "@active", "@starts", n_active,
                     "@scratch", 2 * n_rows * 64)  # fmt: skip
-            yield from both("experts_up", arena, ("h",), work, *args)
+            yield from both("experts_up", arena, ("h",), n_parts, *args)
             arena.arrays["h"] = rng.standard_normal((pairs, n_ff)).astype(F)
             arena.arrays["rows"] = np.arange(pairs, dtype=np.int32)
             pack = (0, "@panel", "@h", 4 * n_ff, "@rows", "@starts", n_active, n_ff // 32, int(kinds[2] == "int8"))
             reference.pack_groups(*(arena[a[1:]] if isinstance(a, str) else a for a in pack))
             args = ("@y", (down, kinds[2]), "@down", slices["down"], n, n_ff // 32, "@panel", steps[2] * n_ff // 32,
                     "@active", "@starts", n_active)  # fmt: skip
-            yield from both("experts_down", arena, ("y",), work, *args)
+            yield from both("experts_down", arena, ("y",), n_parts, *args)
             arena.arrays["y"] = rng.standard_normal((pairs, n)).astype(F)
             arena.arrays["total"] = rng.standard_normal((n_rows, n)).astype(F)
             for first, last in {(0, pairs), (0, pairs // 3), (pairs // 3, 2 * pairs // 3), (pairs // 2, pairs)}:
                 args = ("@x", "@total", "@y", "@slots", "@weights", n_rows, n_used, n, first, last)
-                yield from both("combine", arena, ("x", "total"), work, *args)
+                yield from both("combine", arena, ("x", "total"), n_parts, *args)
 
 
-def row_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+def row_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(3)
     for n_rows, n_heads, head_dim, rotary in ((1, 4, 32, 16), (3, 6, 64, 32), (5, 4, 128, 64), (2, 2, 16, 8)):
         n = n_heads * head_dim
@@ -235,6 +235,7 @@ def append_cases(rng: np.random.Generator, n_kv: int, head_dim: int, is_q8: int)
                 kv[0].ctypes.data,
                 kv[1].ctypes.data,
                 pages.ctypes.data,
+                0,
                 slots.ctypes.data,
                 n_rows,
                 n_kv,
@@ -245,7 +246,7 @@ def append_cases(rng: np.random.Generator, n_kv: int, head_dim: int, is_q8: int)
     yield *sides, f"append_kv {(n_kv, head_dim, is_q8)}"
 
 
-def attention_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
+def attention_cases(n_parts: int) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(4)
     for (n_heads, n_kv, head_dim), is_q8 in product(ATTENTION, (0, 1)):
         if is_q8 and head_dim % 32:
@@ -266,16 +267,16 @@ def attention_cases(work: int) -> Iterator[tuple[Any, Any, str]]:
             )  # fmt: skip
             attend = ("@out", "@q", "@tables", "@positions", n_rows, n_heads, n_kv, head_dim, 0, F(head_dim**-0.5))
             for mine, theirs, what in both(
-                "attend", arena, ("out",), work, *attend, kv, page, "@scratch", scratch_bytes
+                "attend", arena, ("out",), n_parts, *attend, kv, page, "@scratch", scratch_bytes
             ):
                 yield mine, theirs, f"{what} {(n_heads, n_kv, head_dim, is_q8, positions[:3])}"
 
 
-def all_cases(work: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
-    yield from matmul_cases(work, formats)
-    yield from expert_cases(work, formats)
-    yield from row_cases(work, formats)
-    yield from attention_cases(work)
+def all_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+    yield from matmul_cases(n_parts, formats)
+    yield from expert_cases(n_parts, formats)
+    yield from row_cases(n_parts, formats)
+    yield from attention_cases(n_parts)
 
 
 def differences(formats: tuple[str, ...] = FEW) -> list[str]:
@@ -284,11 +285,11 @@ def differences(formats: tuple[str, ...] = FEW) -> list[str]:
 
     jit.start(2)
     out = []
-    for work in (SMALL, PARALLEL):
-        for mine, theirs, what in all_cases(work, formats):
+    for n_parts in (SERIAL, PARALLEL):
+        for mine, theirs, what in all_cases(n_parts, formats):
             a, b = np.atleast_1d(mine), np.atleast_1d(theirs)
             if a.tobytes() != b.tobytes():
-                out.append(f"{what} (work {work}): {np.sum(a != b)} of {a.size} differ")
+                out.append(f"{what} ({n_parts} parts): {np.sum(a != b)} of {a.size} differ")
     return out
 
 

@@ -45,10 +45,10 @@ def run_products(rng: np.random.Generator, at_end: bool, formats: tuple[str, ...
                     x = guarded(rng.standard_normal((n_x, k)).astype(np.float32), at_end)
                     panel = guarded(np.zeros(dot.panel_bytes(kind, n_x, k), np.uint8), at_end)
                     out = guarded(np.zeros((n_x, n_out), np.float32), at_end)
-                    fast.pack(0, panel, x, 4 * k, n_x, k // 32, int(kind == "int8"))
+                    fast.pack(1, panel, x, 4 * k, n_x, k // 32, int(kind == "int8"))
                     address = guarded(w, at_end)
                     tile = fast.tile_address(name, kind)
-                    fast.matmul(0, out, 4 * n_out, tile, address, w.shape[-1], n_out, k // 32, panel, n_x)
+                    fast.matmul(1, out, 4 * n_out, tile, address, w.shape[-1], n_out, k // 32, panel, n_x)
                 _keep.clear()
         w = cases.weights_of(rng, name, (2, k))
         rows, tokens = (guarded(v, at_end) for v in (np.zeros((2, k), np.float32), np.arange(2, dtype=np.int32)))
@@ -69,7 +69,7 @@ def run_attention(rng: np.random.Generator, at_end: bool) -> None:
         where = guarded(np.array([pages[0], pages[1]], np.int64), at_end)
         slots, positions = (guarded(np.array(v, np.int32), at_end) for v in ([63, 63], [63, 127]))
         kv = [guarded(rng.standard_normal((n_rows, n_kv * head_dim)).astype(np.float32), at_end) for _ in range(2)]
-        fast.append_kv(*kv, where, slots, n_rows, n_kv, head_dim, is_q8)
+        fast.append_kv(*kv, where, 0, slots, n_rows, n_kv, head_dim, is_q8)
         tables = guarded(np.full(n_rows, guarded(table, at_end), np.int64), at_end)
         q = guarded(rng.standard_normal((n_rows, n)).astype(np.float32), at_end)
         weight = guarded(np.ones(n, np.float32), at_end)
@@ -84,7 +84,7 @@ def run_attention(rng: np.random.Generator, at_end: bool) -> None:
         scale = np.float32(head_dim**-0.5)
         where = (out, q, tables, positions, n_rows, n_heads, n_kv, head_dim, 0, scale)
         page_function, head_bytes = fast.attend_address(cases.KV_TYPES[is_q8]), page.nbytes // n_kv
-        fast.attend(0, *where, page_function, head_bytes, scratch, scratch_bytes)
+        fast.attend(1, *where, page_function, head_bytes, scratch, scratch_bytes)
         fast.rms_norm(out, q, weight, n_rows, n, np.float32(1e-6))
         fast.add_rows(out, q, n_rows, n)
         _keep.clear()
@@ -116,16 +116,16 @@ def run_experts(rng: np.random.Generator, at_end: bool) -> None:
         panel = new(dot.panel_bytes(kind, pairs, n), np.uint8)
         panel_2 = new(dot.panel_bytes(kind, pairs, n_ff), np.uint8)
         tile, is_int8 = fast.tile_address(name, kind), int(kind == "int8")
-        fast.pack_groups(0, panel, x, 4 * n, rows, starts, n_active, n // 32, is_int8)
+        fast.pack_groups(1, panel, x, 4 * n, rows, starts, n_active, n // 32, is_int8)
         row, row_2 = (dot.panel_bytes(kind, 1, size) for size in (n, n_ff))
         slice_bytes = up.nbytes // n_experts
         fast.experts_up(
-            0, h, tile, w, slice_bytes, tile, w, slice_bytes, n_ff, n // 32, panel, row, panel, row,
+            1, h, tile, w, slice_bytes, tile, w, slice_bytes, n_ff, n // 32, panel, row, panel, row,
             active, starts, n_active, new((2, n_rows, 16)), 2 * n_rows * 64,
         )  # fmt: skip
-        fast.pack_groups(0, panel_2, h, 4 * n_ff, order, starts, n_active, n_ff // 32, is_int8)
-        fast.experts_down(0, y, tile, w2, slice_bytes, n, n_ff // 32, panel_2, row_2, active, starts, n_active)
-        fast.combine(0, x, new((n_rows, n)), y, slots, weights, n_rows, n_used, n, 0, pairs)
+        fast.pack_groups(1, panel_2, h, 4 * n_ff, order, starts, n_active, n_ff // 32, is_int8)
+        fast.experts_down(1, y, tile, w2, slice_bytes, n, n_ff // 32, panel_2, row_2, active, starts, n_active)
+        fast.combine(1, x, new((n_rows, n)), y, slots, weights, n_rows, n_used, n, 0, pairs)
 
 
 if __name__ == "__main__":

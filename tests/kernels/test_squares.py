@@ -9,9 +9,8 @@ from m2lite.kernels import fast, jit, reference
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_squares_equal_their_twin(n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_equal_their_twin(n_threads: int) -> None:
     """Odd widths, experts without rows, rows of both signs and of extreme sizes; serial and parallel."""
-    monkeypatch.setattr(jit, "SMALL", 0)
     jit.start(n_threads)
     random = np.random.default_rng(8)
     for n, n_rows in ((1, 1), (32, 5), (99, 40)):
@@ -21,6 +20,6 @@ def test_squares_equal_their_twin(n_threads: int, monkeypatch: pytest.MonkeyPatc
         sums = [random.random((7, n))]
         sums.append(sums[0].copy())
         for module, total in zip((fast, reference), sums, strict=True):
-            module.add_squares(10**9, total, x, rows, starts, active)
+            module.add_squares(n_threads, total, x, rows, starts, active)
         assert sums[0].tobytes() == sums[1].tobytes()
     jit.start(2)

@@ -1,0 +1,102 @@
+"""A draw from logits in one call: decode/sampling.py's filters for short lists of candidates. Knows no options object.
+
+Every operation is the one that sampling.py has, in its order, so the ids are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from m2lite.kernels.exp import EXP_FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, TAYLOR
+from m2lite.kernels.jit import kernel
+
+MAX_TOP_K = 128  # longer lists are sorted faster than they are kept sorted
+NOT_FINITE = -1
+
+U32 = np.uint64(0xFFFF_FFFF)
+U1, U11, U32_BITS = np.uint64(1), np.uint64(11), np.uint64(32)
+PHILOX = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
+WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
+
+
+@kernel
+def exp_below_0(x):
+    """e**x for x <= 0: as sampling._exp."""
+    x = max(x, EXP_FLOOR)
+    n = np.rint(x * LOG2_E)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    y = TAYLOR[0]
+    for i in range(1, 14):
+        y = y * r + TAYLOR[i]
+    return math.ldexp(y, int(n))
+
+
+@kernel
+def high_product(a, b):
+    """The upper 64 bits of a * b."""
+    a0, a1, b0, b1 = a & U32, a >> U32_BITS, b & U32, b >> U32_BITS
+    middle = a1 * b0 + (a0 * b0 >> U32_BITS)
+    other = a0 * b1 + (middle & U32)
+    return a1 * b1 + (middle >> U32_BITS) + (other >> U32_BITS)
+
+
+@kernel
+def uniform(seed, stream, position):
+    """The random number in [0, 1) of (seed, stream, position): Philox4x64-10, as sampling.uniform."""
+    k0, k1 = seed, stream
+    c0, c1, c2, c3 = U1, position, np.uint64(0), np.uint64(0)
+    for _ in range(10):
+        h0, l0 = high_product(PHILOX[0], c0), PHILOX[0] * c0
+        h1, l1 = high_product(PHILOX[1], c2), PHILOX[1] * c2
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = k0 + WEYL[0], k1 + WEYL[1]
+    return np.float64(c0 >> U11) * 2.0**-53
+
+
+@kernel
+def largest(logits, ids, values):
+    """The largest logits in falling order, equal ones by rising id. False where a logit is NaN or +infinity."""
+    k, n, finite = len(ids), 0, True
+    for i in range(len(logits)):
+        value = logits[i]
+        if n == k and value <= values[k - 1]:
+            continue
+        finite = finite and value < np.inf  # NaN comes here too: no comparison with it holds
+        at = min(n, k - 1)
+        while at > 0 and values[at - 1] < value:
+            values[at], ids[at] = values[at - 1], ids[at - 1]
+            at -= 1
+        values[at], ids[at] = value, i
+        n = min(n + 1, k)
+    return finite
+
+
+@kernel
+def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position):
+    """The id drawn from float32 logits [V] among the top_k (1 to V) largest, or NOT_FINITE.
+
+    seed, stream and position are uint64.
+    """
+    ids, values = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
+    if not largest(logits, ids, values) or values[0] == -np.inf:
+        return NOT_FINITE
+    steps, total = np.empty(top_k, np.float64), 0.0
+    weights = np.empty(top_k, np.float64)
+    for i in range(top_k):
+        weights[i] = exp_below_0((np.float64(values[i]) - np.float64(values[0])) / temperature)
+        total += weights[i]
+        steps[i] = total
+    kept = top_k
+    if top_p < 1:
+        kept = 1
+        while steps[kept - 1] < top_p * total:
+            kept += 1
+    if min_p > 0:
+        while kept > 1 and weights[kept - 1] < min_p:
+            kept -= 1
+    target, i = uniform(seed, stream, position) * steps[kept - 1], 0
+    while i < kept - 1 and steps[i] <= target:
+        i += 1
+    return ids[i]

@@ -1,0 +1,216 @@
+"""What a layer does between two moments at which its caller looks up: each step is one call of a kernel.
+
+The steps are written once, as calls of the other kernels. fast.py has them compiled into one function each: a call from
+Python costs microseconds, and between calls nothing streams. `interpreted` gives the same steps call by call, on NumPy
+twins or with timers. Sees records of addresses and sizes (LAYER, PLACES, SCRATCH); knows no file and no text.
+
+team: (threads to use, multiply-adds below which one is enough), from jit.team().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from m2lite.kernels.jit import specialise
+
+_INT, _FLOAT = "i8", "f4"
+
+
+def _record(*names: str, **others: Any) -> np.dtype[Any]:
+    """A record of int64 fields, and of others."""
+    return np.dtype([(name, _INT) for name in names] + list(others.items()))
+
+
+MATRIX = _record("address", "n_out", "n_blocks", "row_bytes", "slice_bytes", "tile", "is_int8", "panel_row_bytes")
+_MATRICES = (
+    "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+)  # fmt: skip
+LAYER = _record(
+    "attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm", "exp_probs_b", **dict.fromkeys(_MATRICES, MATRIX)
+)
+PLACES = _record(
+    "angles", "positions", "indices", "slots", "pages", "tables", "is_q8", "page_function", "kv_head_bytes"
+)  # fmt: skip
+SCRATCH = _record(
+    # sizes of the model
+    "n_embd", "n_ff", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "n_experts", "n_scores", "n_used",
+    # addresses of buffers; Buffers (model/forward.py) has their shapes
+    "x", "h", "q", "k", "v", "attended", "router_scores", "ids", "expert_weights", "counts", "active", "starts",
+    "pair_rows", "pair_slots", "pair_order", "expert_h", "expert_out", "expert_sums", "tiles", "tile_bytes",
+    "panel_int8", "panel_float32", "pair_panel_int8", "pair_panel_float32", "attention_scratch", "attention_bytes",
+    eps=_FLOAT, attention_scale=_FLOAT,
+)  # fmt: skip
+
+# Names that are bound to kernels when the steps are made (`steps`).
+parts: Any = None
+rms_norm: Any = None
+norm_rope: Any = None
+append_kv: Any = None
+attend: Any = None
+add_rows: Any = None
+pack: Any = None
+pack_groups: Any = None
+matmul: Any = None
+route: Any = None
+group_pairs: Any = None
+experts_up: Any = None
+experts_down: Any = None
+combine: Any = None
+pack_dense: Any = None
+pack_pairs: Any = None
+multiply: Any = None
+
+
+def parts_for(team, work):
+    """Threads that share `work` multiply-adds."""
+    return team[0] if work >= team[1] else 1
+
+
+def _pack_dense(team, s, x, n_in, n, int8, float32):
+    """Activation panels of x[n, n_in] in each kind that is asked for."""
+    n_parts = parts(team, 4 * n * n_in)
+    if int8:
+        pack(n_parts, s.panel_int8, x, 4 * n_in, n, n_in // 32, 1)
+    if float32:
+        pack(n_parts, s.panel_float32, x, 4 * n_in, n, n_in // 32, 0)
+
+
+def _pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32):
+    """The same of x[rows[p]] for every (row, expert) pair p."""
+    n_parts = parts(team, 4 * n_pairs * n_in)
+    if int8:
+        pack_groups(n_parts, s.pair_panel_int8, x, 4 * n_in, rows, starts, n_active, n_in // 32, 1)
+    if float32:
+        pack_groups(n_parts, s.pair_panel_float32, x, 4 * n_in, rows, starts, n_active, n_in // 32, 0)
+
+
+def _multiply(team, s, out, out_stride, m, n):
+    """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
+    panel = s.panel_int8 if m.is_int8 else s.panel_float32
+    n_parts = parts(team, n * m.n_out * m.n_blocks * 32)
+    matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
+
+
+def _project(team, layer, scratch, places, n, layer_offset):
+    """h = rms_norm(x); q = rope(norm(h Wq)); k = rope(norm(h Wk)) and v = h Wv go into the pages."""
+    la, s, p = layer[0], scratch[0], places[0]
+    q, k, v = la.attn_q, la.attn_k, la.attn_v
+    rms_norm(s.h, s.x, la.attn_norm, n, s.n_embd, s.eps)
+    n_int8 = q.is_int8 + k.is_int8 + v.is_int8
+    pack_dense(team, s, s.h, s.n_embd, n, n_int8 > 0, n_int8 < 3)
+    multiply(team, s, s.q, 4 * q.n_out, q, n)
+    multiply(team, s, s.k, 4 * k.n_out, k, n)
+    multiply(team, s, s.v, 4 * v.n_out, v, n)
+    norm_rope(s.q, la.attn_q_norm, p.angles, p.positions, n, s.n_heads, s.head_dim, s.rotary_dim, s.eps)
+    norm_rope(s.k, la.attn_k_norm, p.angles, p.positions, n, s.n_kv_heads, s.head_dim, s.rotary_dim, s.eps)
+    append_kv(s.k, s.v, p.pages, layer_offset, p.slots, n, s.n_kv_heads, s.head_dim, p.is_q8)
+
+
+def _attend(team, scratch, places, first, n, macs, layer_offset):
+    """attended = softmax(q K / sqrt(head_dim)) V for rows first to first + n, each up to its own position."""
+    s, p = scratch[0], places[0]
+    at = 4 * s.n_heads * s.head_dim * first
+    attend(
+        parts(team, macs), s.attended + at, s.q + at, p.tables + 8 * first, p.indices + 4 * first, n, s.n_heads,
+        s.n_kv_heads, s.head_dim, layer_offset, s.attention_scale, p.page_function, p.kv_head_bytes,
+        s.attention_scratch, s.attention_bytes,
+    )  # fmt: skip
+
+
+def _choose(team, layer, scratch, n):
+    """x += attended Wo; h = rms_norm(x); experts chosen by h ffn_gate_inp, and the pairs sorted by expert.
+
+    Returns (number of experts chosen, rows with a score that is NaN or infinite).
+    """
+    la, s = layer[0], scratch[0]
+    out, router = la.attn_output, la.ffn_gate_inp
+    pack_dense(team, s, s.attended, out.n_blocks * 32, n, out.is_int8 > 0, out.is_int8 == 0)
+    multiply(team, s, s.h, 4 * s.n_embd, out, n)
+    add_rows(s.x, s.h, n, s.n_embd)
+    rms_norm(s.h, s.x, la.ffn_norm, n, s.n_embd, s.eps)
+    pack_dense(team, s, s.h, s.n_embd, n, router.is_int8 > 0, router.is_int8 == 0)
+    multiply(team, s, s.router_scores, 4 * s.n_scores, router, n)
+    n_bad = route(
+        s.router_scores, la.exp_probs_b, n, s.n_experts, s.n_scores, s.n_used, s.ids, s.expert_weights
+    )  # fmt: skip
+    n_active = group_pairs(
+        s.ids, n, s.n_experts, s.n_used, s.counts, s.active, s.starts, s.pair_rows, s.pair_slots
+    )  # fmt: skip
+    return n_active, n_bad
+
+
+def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
+    """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
+    la, s = layer[0], scratch[0]
+    gate, up, down = la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps
+    n_int8 = gate.is_int8 + up.is_int8
+    pack_pairs(team, s, s.h, s.n_embd, s.pair_rows, starts, n_active, n_pairs, n_int8 > 0, n_int8 < 2)
+    macs = n_pairs * s.n_embd * s.n_ff
+    experts_up(
+        parts(team, 2 * macs), s.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
+        up.slice_bytes, s.n_ff, gate.n_blocks, s.pair_panel_int8 if gate.is_int8 else s.pair_panel_float32,
+        gate.panel_row_bytes, s.pair_panel_int8 if up.is_int8 else s.pair_panel_float32, up.panel_row_bytes, active,
+        starts, n_active, s.tiles, s.tile_bytes,
+    )  # fmt: skip
+    pack_pairs(
+        team, s, s.expert_h, s.n_ff, s.pair_order - 4 * first, starts, n_active, n_pairs, down.is_int8 > 0,
+        down.is_int8 == 0,
+    )  # fmt: skip
+    experts_down(
+        parts(team, macs), s.expert_out, down.tile, down.address, down.slice_bytes, s.n_embd, down.n_blocks,
+        s.pair_panel_int8 if down.is_int8 else s.pair_panel_float32, down.panel_row_bytes, active, starts, n_active,
+    )  # fmt: skip
+    combine(
+        parts(team, n_pairs * s.n_embd), s.x, s.expert_sums, s.expert_out, s.pair_slots, s.expert_weights, n, s.n_used,
+        s.n_embd, first, first + n_pairs,
+    )  # fmt: skip
+
+
+_HELPERS = {"pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "multiply": _multiply}
+_STEPS = {"project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts}
+_KERNELS = (
+    "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
+    "group_pairs", "experts_up", "experts_down", "combine",
+)  # fmt: skip
+
+
+def steps(kernels: dict[str, Any], made: Any) -> SimpleNamespace:
+    """project, attend_rows, choose and run_experts on these kernels; `made` wraps every function that is built."""
+    names = {"parts": made(parts_for)} | {name: kernels[name] for name in _KERNELS}
+    names |= {name: made(specialise(template, name, **names)) for name, template in _HELPERS.items()}
+    return SimpleNamespace(**{n: made(specialise(template, n, **names)) for n, template in _STEPS.items()})
+
+
+def interpreted(kernels: Any) -> SimpleNamespace:
+    """The steps call by call, on a module or object that has the kernels."""
+    found = steps({name: getattr(kernels, name) for name in _KERNELS}, lambda f: f)
+    plain = {name: _on_plain_records(step) for name, step in vars(found).items()}
+    return SimpleNamespace(**plain)
+
+
+def _on_plain_records(step: Any) -> Any:
+    def call(team: tuple[int, int], *args: Any) -> Any:
+        return step(team, *(_plain(a.dtype, a.tobytes()) if isinstance(a, np.ndarray) else a for a in args))
+
+    return call
+
+
+@lru_cache(maxsize=4096)
+def _plain(kind: np.dtype[Any], content: bytes) -> list[SimpleNamespace]:
+    """Records as Python objects: kernels that run in Python want plain integers as addresses."""
+    return [_namespace(record) for record in np.frombuffer(content, kind)]
+
+
+def _namespace(record: Any) -> SimpleNamespace:
+    return SimpleNamespace(**dict(_fields(record)))
+
+
+def _fields(record: Any) -> Iterator[tuple[str, Any]]:
+    for name in record.dtype.names:
+        value = record[name]
+        yield name, _namespace(value) if value.dtype.names else value if value.dtype == np.float32 else int(value)
