@@ -155,8 +155,8 @@ def decode_rows(
     block_rows, block_columns = block if scale.size > 1 else (max(1, first_row + n_rows), max(1, width))
     assert scale.shape[1] == max(1, -(-width // block_columns)) and first_row + n_rows <= scale.shape[0] * block_rows
     _scaled(
-        n_parts(4 * n), raw.ctypes.data, scale.ctypes.data, scale.shape[1], block_rows, block_columns, first_row, n_rows,
-        width, out.ctypes.data, flags.ctypes.data,
+        n_parts(4 * n), raw.ctypes.data, scale.ctypes.data, scale.shape[1], block_rows, block_columns, first_row,
+        n_rows, width, out.ctypes.data, flags.ctypes.data,
     )  # fmt: skip
     return out, bool(flags.all())
 
