@@ -234,10 +234,14 @@ def team() -> tuple[int, int]:
     return _crowd.n_active, SMALL
 
 
+def parts_of(team, work):  # type: ignore[no-untyped-def]
+    """Parts that `work` is worth for a team, as `team()` says; plain, so that kernels can have it compiled."""
+    return team[0] if work >= team[1] else 1
+
+
 def n_parts(work: int) -> int:
-    """Parts that `work` (multiply-adds or the like) is worth; the result of a kernel is the same for any number."""
-    n_active, small = team()
-    return n_active if work >= small else 1
+    """Parts that `work` (multiply-adds or the like) is worth now; a kernel's result is the same for any number."""
+    return int(parts_of(team(), work))
 
 
 part: Any = None

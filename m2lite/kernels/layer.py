@@ -9,14 +9,13 @@ team: (threads to use, multiply-adds below which one is enough), from jit.team()
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from m2lite.kernels.jit import specialise
+from m2lite.kernels.jit import parts_of, specialise
 
 _INT, _FLOAT = "i8", "f4"
 
@@ -63,12 +62,9 @@ experts_down: Any = None
 combine: Any = None
 pack_dense: Any = None
 pack_pairs: Any = None
+pair_panel: Any = None
 multiply: Any = None
-
-
-def parts_for(team, work):
-    """Threads that share `work` multiply-adds."""
-    return team[0] if work >= team[1] else 1
+product: Any = None
 
 
 def _pack_dense(team, s, x, n_in, n, int8, float32):
@@ -89,11 +85,27 @@ def _pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32
         pack_groups(n_parts, s.pair_panel_float32, x, 4 * n_in, rows, starts, n_active, n_in // 32, 0)
 
 
+def _pair_panel(s, m):
+    """The panel of pairs that a stacked matrix reads."""
+    return s.pair_panel_int8 if m.is_int8 else s.pair_panel_float32
+
+
 def _multiply(team, s, out, out_stride, m, n):
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
     panel = s.panel_int8 if m.is_int8 else s.panel_float32
     n_parts = parts(team, n * m.n_out * m.n_blocks * 32)
     matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
+
+
+def _product(team, s, out, out_stride, x, m, n):
+    """out[n, n_out] = x[n, n_in] @ m.T; out_stride in bytes."""
+    pack_dense(team, s, x, m.n_blocks * 32, n, m.is_int8 > 0, m.is_int8 == 0)
+    multiply(team, s, out, out_stride, m, n)
+
+
+def _product_of_record(team, matrix, scratch, out, out_stride, x, n):
+    """out[n, n_out] = x[n, n_in] @ matrix.T, for a matrix that belongs to no layer; out_stride in bytes."""
+    product(team, scratch[0], out, out_stride, x, matrix[0], n)
 
 
 def _project(team, layer, scratch, places, n, layer_offset):
@@ -129,18 +141,12 @@ def _choose(team, layer, scratch, n):
     """
     la, s = layer[0], scratch[0]
     out, router = la.attn_output, la.ffn_gate_inp
-    pack_dense(team, s, s.attended, out.n_blocks * 32, n, out.is_int8 > 0, out.is_int8 == 0)
-    multiply(team, s, s.h, 4 * s.n_embd, out, n)
+    product(team, s, s.h, 4 * s.n_embd, s.attended, out, n)
     add_rows(s.x, s.h, n, s.n_embd)
     rms_norm(s.h, s.x, la.ffn_norm, n, s.n_embd, s.eps)
-    pack_dense(team, s, s.h, s.n_embd, n, router.is_int8 > 0, router.is_int8 == 0)
-    multiply(team, s, s.router_scores, 4 * s.n_scores, router, n)
-    n_bad = route(
-        s.router_scores, la.exp_probs_b, n, s.n_experts, s.n_scores, s.n_used, s.ids, s.expert_weights
-    )  # fmt: skip
-    n_active = group_pairs(
-        s.ids, n, s.n_experts, s.n_used, s.counts, s.active, s.starts, s.pair_rows, s.pair_slots
-    )  # fmt: skip
+    product(team, s, s.router_scores, 4 * s.n_scores, s.h, router, n)
+    n_bad = route(s.router_scores, la.exp_probs_b, n, s.n_experts, s.n_scores, s.n_used, s.ids, s.expert_weights)
+    n_active = group_pairs(s.ids, n, s.n_experts, s.n_used, s.counts, s.active, s.starts, s.pair_rows, s.pair_slots)
     return n_active, n_bad
 
 
@@ -153,9 +159,8 @@ def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs,
     macs = n_pairs * s.n_embd * s.n_ff
     experts_up(
         parts(team, 2 * macs), s.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
-        up.slice_bytes, s.n_ff, gate.n_blocks, s.pair_panel_int8 if gate.is_int8 else s.pair_panel_float32,
-        gate.panel_row_bytes, s.pair_panel_int8 if up.is_int8 else s.pair_panel_float32, up.panel_row_bytes, active,
-        starts, n_active, s.tiles, s.tile_bytes,
+        up.slice_bytes, s.n_ff, gate.n_blocks, pair_panel(s, gate), gate.panel_row_bytes, pair_panel(s, up),
+        up.panel_row_bytes, active, starts, n_active, s.tiles, s.tile_bytes,
     )  # fmt: skip
     pack_pairs(
         team, s, s.expert_h, s.n_ff, s.pair_order - 4 * first, starts, n_active, n_pairs, down.is_int8 > 0,
@@ -163,7 +168,7 @@ def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs,
     )  # fmt: skip
     experts_down(
         parts(team, macs), s.expert_out, down.tile, down.address, down.slice_bytes, s.n_embd, down.n_blocks,
-        s.pair_panel_int8 if down.is_int8 else s.pair_panel_float32, down.panel_row_bytes, active, starts, n_active,
+        pair_panel(s, down), down.panel_row_bytes, active, starts, n_active,
     )  # fmt: skip
     combine(
         parts(team, n_pairs * s.n_embd), s.x, s.expert_sums, s.expert_out, s.pair_slots, s.expert_weights, n, s.n_used,
@@ -171,8 +176,14 @@ def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs,
     )  # fmt: skip
 
 
-_HELPERS = {"pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "multiply": _multiply}
-_STEPS = {"project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts}
+_HELPERS = {  # each may call those before it
+    "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "multiply": _multiply,
+    "product": _product,
+}  # fmt: skip
+_STEPS = {
+    "project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts,
+    "product": _product_of_record,
+}  # fmt: skip
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
     "group_pairs", "experts_up", "experts_down", "combine",
@@ -180,9 +191,10 @@ _KERNELS = (
 
 
 def steps(kernels: dict[str, Any], made: Any) -> SimpleNamespace:
-    """project, attend_rows, choose and run_experts on these kernels; `made` wraps every function that is built."""
-    names = {"parts": made(parts_for)} | {name: kernels[name] for name in _KERNELS}
-    names |= {name: made(specialise(template, name, **names)) for name, template in _HELPERS.items()}
+    """What _STEPS names, on these kernels; `made` wraps every function that is built."""
+    names = {"parts": made(parts_of)} | {name: kernels[name] for name in _KERNELS}
+    for name, template in _HELPERS.items():
+        names[name] = made(specialise(template, f"{name}_of_step", **names))
     return SimpleNamespace(**{n: made(specialise(template, n, **names)) for n, template in _STEPS.items()})
 
 
@@ -207,10 +219,6 @@ def _plain(kind: np.dtype[Any], content: bytes) -> list[SimpleNamespace]:
 
 
 def _namespace(record: Any) -> SimpleNamespace:
-    return SimpleNamespace(**dict(_fields(record)))
-
-
-def _fields(record: Any) -> Iterator[tuple[str, Any]]:
-    for name in record.dtype.names:
-        value = record[name]
-        yield name, _namespace(value) if value.dtype.names else value if value.dtype == np.float32 else int(value)
+    fields = {name: record[name] for name in record.dtype.names}
+    plain = (_namespace(v) if v.dtype.names else v if v.dtype == np.float32 else int(v) for v in fields.values())
+    return SimpleNamespace(**dict(zip(fields, plain, strict=True)))

@@ -95,13 +95,9 @@ class Buffers:
         self.tile_bytes = 2 * n_rows * 64  # a tile of gate and one of up, per thread
         self.tiles = self._new("tiles", (self.n_threads, self.tile_bytes), np.uint8)
         widest = max(2 * c.n_embd, c.n_q)  # 2 n_embd: what a prediction module joins
-        self.panels = {
-            k: self._new(f"panel {k}", (panel_bytes(k, n_rows, widest),), np.uint8) for k in ("int8", "float32")
-        }
+        self.panel_int8, self.panel_float32 = self._panels("panel", n_rows, widest)
         width = max(c.n_embd, c.n_ff)
-        self.pair_panels = {
-            k: self._new(f"pair panel {k}", (panel_bytes(k, n_pairs, width),), np.uint8) for k in ("int8", "float32")
-        }
+        self.pair_panel_int8, self.pair_panel_float32 = self._panels("pair panel", n_pairs, width)
         self.logits = np.empty((1, c.n_vocab), f32)
         self.record = self._record()
 
@@ -113,11 +109,13 @@ class Buffers:
             "head_dim": c.head_dim, "rotary_dim": c.rotary_dim, "n_experts": c.n_experts, "n_used": c.n_experts_used,
             "eps": c.rms_eps, "attention_scale": c.head_dim**-0.5,
         }  # fmt: skip
-        values |= {f"panel_{kind}": address for kind, address in self.panels.items()}
-        values |= {f"pair_panel_{kind}": address for kind, address in self.pair_panels.items()}
         record = np.empty(1, records.SCRATCH)
         record[0] = tuple(values[name] for name in records.SCRATCH.names or ())
         return record
+
+    def _panels(self, name: str, n_rows: int, n: int) -> list[int]:
+        """Room for n_rows rows of n activations, as int8 and as float32; their addresses."""
+        return [self._new(f"{name} {k}", (panel_bytes(k, n_rows, n),), np.uint8) for k in ("int8", "float32")]
 
     def _new(self, name: str, shape: tuple[int, ...], dtype: Any) -> int:
         """An array of our own, on a cache line; its address."""
@@ -179,18 +177,11 @@ class Place:
         self.record[0] = (*addresses, *cache)
 
 
-def pack_rows(b: Buffers, x: int, n_in: int, n: int, matrix: Matrix) -> None:
-    """The activation panel of x [n, n_in] that the matrix reads."""
-    n_parts = jit.n_parts(4 * n * n_in)
-    b.kernels.pack(n_parts, b.panels[matrix.kind], x, 4 * n_in, n, n_in // 32, int(matrix.is_int8))
+def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
+    """out[n, n_out] = x[n, n_in] @ m.T, for a matrix that belongs to no layer."""
+    b.kernels.steps.product(jit.team(), m.record, b.record, out, 4 * m.n_out, x, n)
     if b.tap is not None:
-        b.tap.dense((matrix,), x, n_in, n)
-
-
-def multiply(b: Buffers, out: int, out_stride: int, m: Matrix, n: int) -> None:
-    """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
-    n_parts = jit.n_parts(n * m.n_out * m.n_in)
-    b.kernels.matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, b.panels[m.kind], n)
+        b.tap.dense((m,), x, m.n_in, n)
 
 
 def attention(
@@ -275,8 +266,7 @@ def head(weights: Weights, b: Buffers, x: int, norm: Vector, n: int) -> npt.NDAr
     if len(b.logits) < n:
         b.logits = np.empty((n, c.n_vocab), np.float32)
     b.kernels.rms_norm(b.h, x, norm.address, n, c.n_embd, np.float32(c.rms_eps))
-    pack_rows(b, b.h, c.n_embd, n, weights.output)
-    multiply(b, int(b.logits.ctypes.data), 4 * c.n_vocab, weights.output, n)
+    multiply(b, int(b.logits.ctypes.data), weights.output, b.h, n)
     logits = b.logits[:n]
     if not np.isfinite(logits).all():
         raise M2liteError("NaN or infinity in the logits.", _DAMAGED)

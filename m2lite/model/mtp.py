@@ -19,7 +19,7 @@ from m2lite.errors import BadModelError, M2liteError
 from m2lite.kernels import jit
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
-from m2lite.model.forward import Buffers, Place, attention, experts, head, multiply, pack_rows
+from m2lite.model.forward import Buffers, Place, attention, experts, head, multiply
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.identity import trunk_identity
@@ -125,8 +125,7 @@ def run_module(
     for half, source, norm in ((0, b.h, module.enorm), (1, int(halves.ctypes.data), module.hnorm)):
         b.kernels.rms_norm(int(normed.ctypes.data), source, norm.address, n, c.n_embd, eps)
         joined[:, half] = normed
-    pack_rows(b, int(joined.ctypes.data), 2 * c.n_embd, n, module.eh_proj)
-    multiply(b, b.x, 4 * c.n_embd, module.eh_proj, n)
+    multiply(b, b.x, module.eh_proj, int(joined.ctypes.data), n)
     attention(c, module.layer, b, Place(pool, rows, b.kernels), n, (c.n_layers + k) * pool.layer_bytes)
     if not experts(c, module.layer, b, n):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")

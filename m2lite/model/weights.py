@@ -53,6 +53,13 @@ class Matrix:
         """Bytes of one row of the activation panel that this matrix reads."""
         return self.n_blocks * STEP_BYTES[self.kind]
 
+    @cached_property
+    def record(self) -> npt.NDArray[np.void]:
+        """records.MATRIX [1]: the same as kernels read it."""
+        record = np.zeros(1, records.MATRIX)
+        record[0] = tuple(getattr(self, field) for field in records.MATRIX.names or ())
+        return record
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -84,11 +91,9 @@ class Layer:
     def record(self) -> npt.NDArray[np.void]:
         """records.LAYER [1]: the same as kernels read it."""
         record = np.zeros(1, records.LAYER)
-        for name, value in vars(self).items():
-            if isinstance(value, Vector):
-                record[name] = value.address
-            else:
-                record[name] = tuple(int(getattr(value, field)) for field in records.MATRIX.names or ())
+        for name in records.LAYER.names or ():
+            value = getattr(self, name)
+            record[name] = value.address if isinstance(value, Vector) else value.record
         return record
 
 
