@@ -60,7 +60,7 @@ def run_bench(
     sampling costs is in the figures. Every test runs once before it is timed. The file's pages are mapped before, as
     they are in any process that has run for a while.
     """
-    model.wait_mapped()
+    model.wait_mapped(stop)
     with model.session() as session:
         session.check_room(max(test.n_positions for test in tests))
     results = []

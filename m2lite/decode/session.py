@@ -90,6 +90,7 @@ class Engine:
         self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
+        draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
 
     def _load_kernels(self, n_rows: int) -> None:
         """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.
@@ -233,10 +234,10 @@ class Model:
         bos_id = self.tokenizer.bos_id
         return [bos_id, *ids] if self.tokenizer.add_bos and bos_id is not None else ids
 
-    def wait_mapped(self) -> None:
-        """Until the pages of a model that fits into memory are mapped, which goes on beside all other work."""
+    def wait_mapped(self, stop: Stop | None = None) -> None:
+        """Until the pages of a model that fits into memory are mapped, or `stop` says so; the mapping goes on."""
         if self._prefault is not None:
-            self._prefault.wait()
+            self._prefault.wait(stop)
 
     def close(self) -> None:
         """Unmap the file. Sessions of this model must not be used any more."""

@@ -1,7 +1,6 @@
 """Maps a file's pages before their first use, on a thread of its own. Knows addresses, not what they hold.
 
-The first touch of a mapped page costs a fault: over the first tokens of a fresh process these were a quarter of the
-time, though the page cache held the whole file.
+The first touch of a mapped page costs a fault though the page cache holds the file, which slows the first tokens.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and pages are mapped when they are touched
+_ASK_S = 0.1  # seconds between two questions to `stop`
 _STEP = 8 * 1024**2  # bytes of one call: `stop` waits for no more, even where they come from a slow disk
 
 
@@ -27,9 +27,10 @@ class Prefault:
         self._thread = threading.Thread(target=self._run, name="m2lite-prefault", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until every page is mapped, or cannot be mapped ahead."""
-        self._thread.join()
+    def wait(self, stop: Callable[[], bool] | None = None) -> None:
+        """Until every page is mapped or cannot be mapped ahead, or `stop` says so: a slow disk takes minutes."""
+        while self._thread.is_alive() and not (stop is not None and stop()):
+            self._thread.join(_ASK_S)
 
     def stop(self) -> None:
         """Let go of the arrays; soon, whatever is left to do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +45,15 @@ def test_stop_lets_go_of_the_mapping(mapped: mmap.mmap) -> None:
     prefault.stop()
     mapped.close()  # raises BufferError while a view is held
     prefault.stop()  # a second time does nothing
+
+
+def test_waiting_ends_when_asked(mapped: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(Prefault, "_map", lambda *_: goes_on.wait())  # a disk that does not answer
+    prefault = Prefault([np.frombuffer(mapped, np.uint8)])
+    asked = iter((False, False, True))
+    prefault.wait(lambda: next(asked))
+    assert prefault._thread.is_alive()
+    goes_on.set()
+    prefault.wait()
+    assert not prefault._thread.is_alive()
