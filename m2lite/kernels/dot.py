@@ -42,15 +42,18 @@ from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import PANEL, Vectors, integer_dots, prepare
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, pack_get
+from m2lite.kernels.row_dots import ROW_FORMS, row_dots
 from m2lite.kernels.simd import (
     fma,
     load_f32,
     scratch,
     splat,
+    store_eight,
     store_f32,
     store_lanes,
     tree_sum,
     write_f32,
+    zeros_of_eight,
 )
 from m2lite.kernels.tiles import TILES, TileForm
 from m2lite.storage.blocks import FORMATS
@@ -140,22 +143,23 @@ def _add_step(
     builder: ir.IRBuilder, acc: ir.Value, dots: Vectors, scales: Vectors, minimum: ir.Value | None, row: ir.Value
 ) -> ir.Value:
     """acc after one fma per group, and one for the minimum."""
-    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE))
+    n = acc.type.count
+    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE), n)
     for dot, scale in zip(dots, scales, strict=True):
-        acc = emit.fma_values(builder, builder.sitofp(dot, emit.V_F32), builder.fmul(scale, x_scale), acc)
+        acc = emit.fma_values(builder, builder.sitofp(dot, acc.type), builder.fmul(scale, x_scale), acc)
     if minimum is not None:
-        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM))
+        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM), n)
         acc = emit.fma_values(builder, minimum, scaled_sum, acc)
     return acc
 
 
-def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int) -> None:
-    """The lines from `ahead` on that are step s's share of a block of 16 rows.
+def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
+    """The lines from `ahead` on that are step s's share of a block of n rows.
 
     All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
     them together again but for the fence.
     """
-    lines = range(0, 16 * form.block_bytes, 64)
+    lines = range(0, n_rows * form.block_bytes, 64)
     for line in lines[s * len(lines) // form.n_steps : (s + 1) * len(lines) // form.n_steps]:
         emit.prefetch(builder, builder.add(ahead, emit.I64(line)))
     if form.n_steps > 1:
@@ -179,12 +183,39 @@ def _dot_block_of(form: TileForm) -> Any:
                 dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])
                 acc_value = _add_step(builder, acc_value, dots[0], scales, minimum, row)
 
-            form.read(builder, w_value, stride_value, step)
+            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
             return acc_value
 
         return simd.f32x16(simd.f32x16, *[types.int64] * 4), codegen
 
     return dot_block
+
+
+def _dot_eight_of(form: TileForm) -> Any:
+    """dot_eight(acc, w, stride, x, ahead): as dot_block with 8 rows, whose weights are multiplied as they lie."""
+    row_form = ROW_FORMS[form.name]
+
+    @intrinsic
+    def dot_eight(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            acc_value, w_value, stride_value, x_value, ahead_value = args
+            rows, steps = emit.rows_of(builder, w_value, stride_value, 8), iter(range(form.n_steps))
+
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                """Nothing uses the tile's weights, so they are not made."""
+                nonlocal acc_value
+                s = next(steps)
+                row = builder.add(x_value, emit.I64(PANEL.BYTES * s))
+                _prefetch_step(builder, form, ahead_value, s, 8)
+                dots = row_dots(builder, form.integers, row_form, rows, s, row)
+                acc_value = _add_step(builder, acc_value, dots, scales, minimum, row)
+
+            form.read(builder, rows, step)
+            return acc_value
+
+        return simd.f32x8(simd.f32x8, *[types.int64] * 4), codegen
+
+    return dot_eight
 
 
 def _unpack_tile_of(form: TileForm) -> Any:
@@ -204,7 +235,7 @@ def _unpack_tile_of(form: TileForm) -> Any:
                     emit.store(builder, v, at)
                     at = builder.add(at, emit.I64(64))
 
-            form.read(builder, w_value, stride_value, step)
+            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -269,6 +300,7 @@ def unpack_of(name: str) -> Any:
 step_bytes = block_bytes = step_vectors = tile_vectors = 0
 n_steps = 1
 dot_block: Any = None
+dot_eight: Any = None
 unpack_tile: Any = None
 load_step: Any = None
 dot_four: Any = None
@@ -288,6 +320,16 @@ def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     for b in range(n_blocks // n_steps):
         acc = dot_block(acc, w + b * block_bytes, stride, x + b * n_steps * PANEL_BYTES, ahead + b * 16 * block_bytes)
     store_lanes(out, acc, n_store)
+
+
+def _int8_one_by_eights(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    for first in range(0, n_store, 8):
+        acc, rows = zeros_of_eight(), w + first * stride
+        ahead = rows + 16 * stride
+        for b in range(n_blocks // n_steps):
+            at = rows + b * block_bytes
+            acc = dot_eight(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * 8 * block_bytes)
+        store_eight(out + 4 * first, acc, n_store)
 
 
 def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
@@ -402,6 +444,7 @@ def _names_of_integers(form: TileForm) -> dict[str, Any]:
         "step_vectors": form.step_vectors,
         "tile_vectors": form.n_steps * form.step_vectors,
         "dot_block": _dot_block_of(form),
+        "dot_eight": _dot_eight_of(form),
         "unpack_tile": _unpack_tile_of(form),
         "load_step": _load_step_of(form),
         "dot_four": _dot_rows_of(form, 4),
@@ -416,7 +459,7 @@ def _tile_function(name: str, kind: str) -> Any:
     names: dict[str, Any] = {"step_bytes": form.step_bytes}
     if kind == "int8":
         names = _names_of_integers(TILES[name])
-        one, many = _int8_one, _int8_many
+        one, many = _int8_one_by_eights if emit.FORM == "avx2" else _int8_one, _int8_many
     elif form.unpack is not None:
         names |= {"unpack": unpack_of(name)}
         one, many = _float32_one, _float32_many

@@ -15,6 +15,7 @@ from m2lite.kernels.emit import (
     I8,
     I16,
     I32,
+    LANES,
     V_I32,
     call_llvm,
     const,
@@ -47,6 +48,7 @@ class Integers:
     bits: int
     offset: int = 0
     n_groups: int = 1  # scales per 32 weights: 1, or 2 of 16 weights each
+    has_negatives: bool = False  # signed bytes of which none is -128, so that each can change its sign
 
     @property
     def is_signed(self) -> bool:
@@ -67,21 +69,22 @@ def prepare(builder: ir.IRBuilder, kind: Integers, tile: Vectors) -> Vectors:
 
 def integer_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
     """Per row (an address) and group of weights: 16 lanes of int32, the dots of the 16 weight rows with that group."""
-    starts = [[_start(builder, kind, row, g) for g in range(kind.n_groups)] for row in rows]
+    starts = [starts_of(builder, kind, row) for row in rows]
     return (_dots_maddubs if FORM == "avx2" else _dots_dot4)(builder, kind, tile, rows, starts)
 
 
-def _start(builder: ir.IRBuilder, kind: Integers, row: ir.Value, group: int) -> ir.Value:
-    """- offset x (sum of the group's activations); None for nothing."""
+def starts_of(builder: ir.IRBuilder, kind: Integers, row: ir.Value, n_lanes: int = LANES) -> list[ir.Value | None]:
+    """What each group's sum of an activation row begins with: - offset x (sum of its activations); None for nothing."""
     offset = 128 if kind.is_signed and _WANTS_UNSIGNED else kind.offset
     if offset == 0:
-        return None
-    total = splat(builder, load(builder, row, I32, PANEL.SUM))
-    if kind.n_groups == 2:
-        first = splat(builder, load(builder, row, I32, PANEL.HALF_SUM))
-        total = builder.sub(total, first) if group else first
+        return [None] * kind.n_groups
     assert offset in (8, 16, 32, 64, 128)
-    return builder.shl(total, const((offset // 8).bit_length() - 1)) if offset > 8 else total
+    places = [PANEL.SUM] if kind.n_groups == 1 else [PANEL.HALF_SUM, PANEL.SUM]
+    sums = [splat(builder, load(builder, row, I32, place), n_lanes) for place in places]
+    if kind.n_groups == 2:
+        sums[1] = builder.sub(sums[1], sums[0])
+    shift = (offset // 8).bit_length() - 1
+    return [builder.shl(v, const(shift, n_lanes)) if shift else v for v in sums]
 
 
 # --- forms with an instruction for four products in 32 bits ----------------------------------------------------------
@@ -159,7 +162,7 @@ def _dots_maddubs(
     builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
 ) -> list[Vectors]:
     """Pairs of products are added in int16 while they must fit, then widened: about 2 operations per 32 products."""
-    ones, out = const(1, 16, I16), [[[], []] for _ in rows]
+    out: list[list[Vectors]] = [[[], []] for _ in rows]
     fits, per_group = sums_that_fit(kind.bits), 8 // kind.n_groups
 
     def add(a: ir.Value, b: ir.Value) -> ir.Value:
@@ -177,15 +180,33 @@ def _dots_maddubs(
                 x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
                 for h in (0, 1):
                     signed = _with_sign(builder, x, weights[h]) if kind.is_signed else x
-                    pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [sizes[h], signed])
+                    pairs = _pairs(builder, sizes[h], signed)
                     narrow[r][h] = pairs if narrow[r][h] is None else add(narrow[r][h], pairs)
                     if flush:
-                        quads = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [narrow[r][h], ones])
+                        quads = quads_of(builder, narrow[r][h])
                         wide[r][h] = quads if wide[r][h] is None else builder.add(wide[r][h], quads)
                         narrow[r][h] = None
         for r in range(len(rows)):
             out[r][g] = joined(builder, *wide[r])
     return [groups[: kind.n_groups] for groups in out]
+
+
+def pairs_of(builder: ir.IRBuilder, kind: Integers, w: ir.Value, x: ir.Value) -> ir.Value:
+    """16 int16: the sums of two products each of 32 weights with 32 int8 (of which none is -128)."""
+    if kind.has_negatives:  # activations serve many weights, so their magnitudes cost nothing
+        return _pairs(builder, _magnitude(builder, x), _with_sign(builder, w, x))
+    if kind.is_signed:
+        return _pairs(builder, _magnitude(builder, w), _with_sign(builder, x, w))
+    return _pairs(builder, w, x)
+
+
+def quads_of(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
+    """8 int32 from 16 int16, neighbours added."""
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [pairs, const(1, 16, I16)])
+
+
+def _pairs(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [unsigned, signed])
 
 
 def _magnitude(builder: ir.IRBuilder, w: ir.Value) -> ir.Value:

@@ -6,6 +6,8 @@ look-ups differ between machines; their form is picked from the features that Nu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
@@ -130,7 +132,8 @@ def fence(builder: ir.IRBuilder) -> None:
 
 def pinned(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     """v, in a register; the compiler knows nothing of it, so sums are added in the order in which they are written."""
-    return builder.asm(ir.FunctionType(v.type, [v.type]), "", "=x,0", [v], side_effect=False)
+    register = "r" if isinstance(v.type, ir.IntType) else "x"
+    return builder.asm(ir.FunctionType(v.type, [v.type]), "", f"={register},0", [v], side_effect=False)
 
 
 def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
@@ -138,20 +141,22 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 
 def fma_values(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return call_llvm(builder, "llvm.fma.v16f32", V_F32, [a, b, c])
+    return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
 def half_to_f32(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
-    """16 float16 bit patterns -> float32, exact. Without hardware: shift the exponent and multiply by 2**112."""
+    """float16 bit patterns -> float32, exact. Without hardware: shift the exponent and multiply by 2**112."""
+    n = half.type.count
+    floats = ir.VectorType(F32, n)
     if HAS_F16C:
-        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), V_F32)
-    wide = builder.zext(half, V_I32)
-    magnitude = builder.shl(builder.and_(wide, const(0x7FFF)), const(13))
-    scaled = builder.fmul(builder.bitcast(magnitude, V_F32), ir.Constant(V_F32, [2.0**112] * LANES))
-    special = builder.icmp_unsigned(">=", magnitude, const(0x7C00 << 13))
-    bits = builder.select(special, builder.or_(magnitude, const(0x7F800000)), builder.bitcast(scaled, V_I32))
-    sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
-    return builder.bitcast(builder.or_(bits, sign), V_F32)
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), n)), floats)
+    wide = builder.zext(half, ir.VectorType(I32, n))
+    magnitude = builder.shl(builder.and_(wide, const(0x7FFF, n)), const(13, n))
+    scaled = builder.fmul(builder.bitcast(magnitude, floats), ir.Constant(floats, [2.0**112] * n))
+    special = builder.icmp_unsigned(">=", magnitude, const(0x7C00 << 13, n))
+    bits = builder.select(special, builder.or_(magnitude, const(0x7F800000, n)), builder.bitcast(scaled, wide.type))
+    sign = builder.shl(builder.and_(wide, const(0x8000, n)), const(16, n))
+    return builder.bitcast(builder.or_(bits, sign), floats)
 
 
 def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
@@ -161,27 +166,52 @@ def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return builder.extract_element(v, I32(0))
 
 
-def gather(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, kind: ir.IntType) -> ir.Value:
-    """The integer at `address` of each of 16 rows."""
-    out = ir.Constant(ir.VectorType(kind, LANES), ir.Undefined)
-    for row in range(LANES):
-        where = builder.add(address, builder.mul(stride, I64(row)))
-        out = builder.insert_element(out, load(builder, where, kind), I32(row))
+@dataclass(frozen=True)
+class Rows:
+    """Where 16 or 8 rows are: the addresses of every fourth, and the bytes from row to row."""
+
+    fours: list[ir.Value]
+    stride: ir.Value
+
+    @property
+    def n(self) -> int:
+        return 4 * len(self.fours)
+
+    def at(self, builder: ir.IRBuilder, row: int) -> ir.Value:
+        four = self.fours[row // 4]
+        return builder.add(four, builder.mul(self.stride, I64(row % 4))) if row % 4 else four
+
+
+def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int = LANES) -> Rows:
+    """n rows from `address` on.
+
+    Pinned, since LLVM would keep a pointer to each through the loop, for which it lacks registers.
+    """
+    fours = [pinned(builder, address)]
+    while 4 * len(fours) < n:
+        fours.append(pinned(builder, builder.add(fours[-1], builder.mul(stride, I64(4)))))
+    return Rows(fours, stride)
+
+
+def gather(builder: ir.IRBuilder, rows: Rows, offset: int, kind: ir.IntType) -> ir.Value:
+    """The integer at `offset` in each row."""
+    out = ir.Constant(ir.VectorType(kind, rows.n), ir.Undefined)
+    for row in range(rows.n):
+        out = builder.insert_element(out, load(builder, rows.at(builder, row), kind, offset), I32(row))
     return out
 
 
-def load_tile(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, offset: int) -> list[ir.Value]:
-    """16 bytes at `address + offset` of each of 16 rows -> 4 vectors; lane i of vector d: bytes 4d..4d+3 of row i."""
-    quad = ir.VectorType(I32, 4)
-    groups = []
-    for g in range(4):
-        rows = [builder.add(address, builder.mul(stride, I64(g + 4 * lane))) for lane in range(4)]
-        a, b, c, d = (load(builder, r, quad, offset) for r in rows)
-        groups.append(joined(builder, joined(builder, a, b), joined(builder, c, d)))
+def load_tile(builder: ir.IRBuilder, rows: Rows, offset: int) -> list[ir.Value]:
+    """16 bytes at `offset` in each row -> 4 vectors; lane i of vector d: bytes 4d..4d+3 of row i."""
+    quad, n_fours = ir.VectorType(I32, 4), len(rows.fours)
+    groups = [
+        merged(builder, [load(builder, rows.at(builder, g + 4 * four), quad, offset) for four in range(n_fours)])
+        for g in range(4)
+    ]
 
     def shuffle(x: ir.Value, y: ir.Value, pattern: tuple[int, int, int, int]) -> ir.Value:
-        mask = [4 * lane + (p if p < 4 else p - 4 + LANES) for lane in range(4) for p in pattern]
-        return builder.shuffle_vector(x, y, ir.Constant(V_I32, mask))
+        mask = [4 * four + (p if p < 4 else p - 4 + rows.n) for four in range(n_fours) for p in pattern]
+        return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, rows.n), mask))
 
     low = [shuffle(groups[0], groups[1], (0, 4, 1, 5)), shuffle(groups[0], groups[1], (2, 6, 3, 7))]
     high = [shuffle(groups[2], groups[3], (0, 4, 1, 5)), shuffle(groups[2], groups[3], (2, 6, 3, 7))]
@@ -214,28 +244,32 @@ def look_up(builder: ir.IRBuilder, codes: ir.Value, values: list[int]) -> ir.Val
 
 
 def look_up_bytes(builder: ir.IRBuilder, codes: ir.Value, values: list[int]) -> ir.Value:
-    """values[code] for each of the 64 bytes of `codes` (four in a lane), all below 16; values are bytes."""
+    """values[code] for each byte of `codes` (four in a lane), all below 16; values are bytes."""
     table = [v & 255 for v in values]
-    if FORM == "avx512vnni":
-        return _shuffle_bytes(builder, codes, table, "llvm.x86.avx512.pshuf.b.512", 1)
-    if FORM in ("avxvnni", "avx2"):
-        return _shuffle_bytes(builder, codes, table, "llvm.x86.avx2.pshuf.b", 2)
-    if FORM == "neondot":
-        return _shuffle_bytes(builder, codes, table, "llvm.aarch64.neon.tbl1.v16i8", 4)
-    kind = ir.VectorType(I8, 4 * LANES)
-    index = builder.bitcast(codes, kind)
-    level = [const(v, 4 * LANES, I8) for v in table]
+    if FORM in _BYTE_SHUFFLES:
+        return _shuffle_bytes(builder, codes, table, *_BYTE_SHUFFLES[FORM])
+    n = 4 * codes.type.count
+    index = builder.bitcast(codes, ir.VectorType(I8, n))
+    level = [const(v, n, I8) for v in table]
     for bit in range(4):  # the codes' bits choose among pairs: 16 values, 8, 4, 2, 1
-        mask = const(1 << bit, 4 * LANES, I8)
+        mask = const(1 << bit, n, I8)
         is_set = builder.icmp_unsigned("==", builder.and_(index, mask), mask)
         level = [builder.select(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return builder.bitcast(level[0], V_I32)
+    return builder.bitcast(level[0], codes.type)
 
 
-def _shuffle_bytes(builder: ir.IRBuilder, codes: ir.Value, table: list[int], name: str, n_parts: int) -> ir.Value:
-    """The instruction that takes bytes as indices into a register of 16, on each of n parts."""
-    kind = ir.VectorType(I8, 64 // n_parts)
-    values = ir.Constant(kind, table * (4 // n_parts))
+_BYTE_SHUFFLES = {  # per form: the instruction that takes bytes as indices into a register of 16, and its bytes
+    "avx512vnni": ("llvm.x86.avx512.pshuf.b.512", 64),
+    "avxvnni": ("llvm.x86.avx2.pshuf.b", 32),
+    "avx2": ("llvm.x86.avx2.pshuf.b", 32),
+    "neondot": ("llvm.aarch64.neon.tbl1.v16i8", 16),
+}
+
+
+def _shuffle_bytes(builder: ir.IRBuilder, codes: ir.Value, table: list[int], name: str, n_bytes: int) -> ir.Value:
+    kind = ir.VectorType(I8, n_bytes)
+    values = ir.Constant(kind, table * (n_bytes // 16))
+    n_parts = 4 * codes.type.count // n_bytes
     parts = [builder.bitcast(part, kind) for part in split(builder, codes, n_parts)]
     found = merged(builder, [call_llvm(builder, name, kind, [values, part]) for part in parts])
     return builder.bitcast(found, codes.type)

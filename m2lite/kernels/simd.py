@@ -29,6 +29,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 f32x16 = VectorType("f32x16", emit.V_F32)
+f32x8 = VectorType("f32x8", ir.VectorType(emit.F32, 8))
 i32x16 = VectorType("i32x16", emit.V_I32)
 
 
@@ -484,20 +485,32 @@ def scratch(typingctx: Any, n: Any) -> Any:
     return types.int64(n), codegen
 
 
-@intrinsic
-def store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
-    """Write all 16 lanes to `address`, or lane 0 alone when n is 1."""
+def _store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
+    """Write all lanes to `address`, or lane 0 alone when n is 1."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at, vector, count = args
-        with builder.if_else(builder.icmp_signed("==", count, emit.I64(emit.LANES))) as (whole, single):
+        with builder.if_else(builder.icmp_signed("!=", count, emit.I64(1))) as (whole, single):
             with whole:
                 emit.store(builder, vector, at)
             with single:
                 emit.store(builder, builder.extract_element(vector, emit.I32(0)), at)
         return context.get_dummy_value()
 
-    return types.void(types.int64, f32x16, types.int64), codegen
+    return types.void(types.int64, value, types.int64), codegen
+
+
+store_lanes = store_eight = intrinsic(_store_lanes)
+
+
+@intrinsic
+def zeros_of_eight(typingctx: Any) -> Any:
+    """8 lanes of 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(f32x8.llvm_type, [0.0] * 8)
+
+    return f32x8(), codegen
 
 
 @intrinsic

@@ -1,0 +1,213 @@
+"""Dots of 8 weight rows with one activation row where products are made in pairs (AVX2), as LLVM IR.
+
+A tile (tiles.py) brings bytes of different rows together first, so that every lane sums one row: it pays when the tile
+meets several activation rows. For a single one it is less work to multiply rows as they lie and to add the lanes of
+several rows at the end. The sums are the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from m2lite.kernels import emit
+from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
+from m2lite.kernels.emit import I8, I32, Rows, load
+from m2lite.storage.blocks import E2M1_DOUBLED
+from m2lite.storage.iquants import IQ4_VALUES
+
+_SIXTEEN, _BYTES, _EIGHT = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I32, 8)
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How a format's weights come out of a row, as bytes that `Integers` describes; one of the two.
+
+    whole: (builder, address of the row's block, step) -> the 32 weights of the step in their order.
+    halves: (builder, addresses of two rows' blocks, step) -> the first 16 weights of both, the last 16 of both.
+    """
+
+    whole: Callable[[ir.IRBuilder, ir.Value, int], ir.Value] | None = None
+    halves: Callable[[ir.IRBuilder, list[ir.Value], int], Vectors] | None = None
+
+
+# --- weights that fill a vector --------------------------------------------------------------------------------------
+
+
+def _bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int, to: int = 0) -> ir.Value:
+    """In every byte: its bits from `shift` on, as many as `mask` has, moved to bit `to`."""
+    wide = builder.bitcast(v, _EIGHT)
+    if shift > to:
+        wide = builder.lshr(wide, emit.const(shift - to, 8))
+    elif shift < to:
+        wide = builder.shl(wide, emit.const(to - shift, 8))
+    return builder.bitcast(builder.and_(wide, emit.const((mask << to) * 0x01010101, 8)), _BYTES)
+
+
+def _q8_0(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
+    return load(builder, at, _BYTES, 2)
+
+
+def _q4_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
+    return _bits(builder, load(builder, at, _BYTES, 16 + 32 * (step // 2)), 4 * (step % 2), 15)
+
+
+def _q5_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
+    low = _bits(builder, load(builder, at, _BYTES, 48 + 32 * (step // 2)), 4 * (step % 2), 15)
+    return builder.or_(low, _bits(builder, load(builder, at, _BYTES, 16), step, 1, to=4))
+
+
+def _q6_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
+    half, quarter = divmod(step, 4)
+    low = load(builder, at, _BYTES, 64 * half + 32 * (quarter % 2))
+    high = load(builder, at, _BYTES, 128 + 32 * half)
+    return builder.or_(_bits(builder, low, 4 * (quarter // 2), 15), _bits(builder, high, 2 * quarter, 3, to=4))
+
+
+# --- weights of which 16 bytes hold 32 -------------------------------------------------------------------------------
+
+
+def _nibbles(builder: ir.IRBuilder, pair: list[ir.Value], offset: int) -> Vectors:
+    """Of 16 bytes in each of two rows: the low halves, then the high halves."""
+    raw = emit.joined(builder, *(load(builder, at, _SIXTEEN, offset) for at in pair))
+    return [_bits(builder, raw, shift, 15) for shift in (0, 4)]
+
+
+def _look_up(builder: ir.IRBuilder, codes: Vectors, values: list[int]) -> Vectors:
+    eights = [builder.bitcast(v, _EIGHT) for v in codes]
+    return [builder.bitcast(emit.look_up_bytes(builder, v, values), _BYTES) for v in eights]
+
+
+def _with_fifth(builder: ir.IRBuilder, low: Vectors, pair: list[ir.Value], offset: int) -> Vectors:
+    """Bit i of the four bytes at `offset` of a row above the nibble of its weight i."""
+    four = [emit.splat(builder, load(builder, at, I32, offset), 4) for at in pair]
+    both = builder.bitcast(emit.joined(builder, *four), _BYTES)
+    bits, out = ir.Constant(_BYTES, [1 << (i % 8) for i in range(32)]), []
+    for half, v in enumerate(low):
+        places = ir.Constant(ir.VectorType(I32, 32), [16 * (i // 16) + 2 * half + i % 16 // 8 for i in range(32)])
+        spread = builder.shuffle_vector(both, both, places)
+        is_set = builder.icmp_unsigned("==", builder.and_(spread, bits), bits)
+        out.append(builder.or_(v, builder.and_(builder.sext(is_set, _BYTES), emit.const(16, 32, I8))))
+    return out
+
+
+def _q4_0(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _nibbles(builder, pair, 2)
+
+
+def _q4_1(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _nibbles(builder, pair, 4)
+
+
+def _q5_0(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _with_fifth(builder, _nibbles(builder, pair, 6), pair, 2)
+
+
+def _q5_1(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _with_fifth(builder, _nibbles(builder, pair, 8), pair, 4)
+
+
+def _iq4_nl(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _look_up(builder, _nibbles(builder, pair, 2), IQ4_VALUES.tolist())
+
+
+def _iq4_xs(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _look_up(builder, _nibbles(builder, pair, 8 + 16 * step), IQ4_VALUES.tolist())
+
+
+def _mxfp4(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
+    return _look_up(builder, _nibbles(builder, pair, 1), [v + 16 for v in E2M1_DOUBLED.tolist()])
+
+
+ROW_FORMS = {
+    "Q4_0": RowForm(halves=_q4_0),
+    "Q4_1": RowForm(halves=_q4_1),
+    "Q5_0": RowForm(halves=_q5_0),
+    "Q5_1": RowForm(halves=_q5_1),
+    "Q8_0": RowForm(whole=_q8_0),
+    "IQ4_NL": RowForm(halves=_iq4_nl),
+    "MXFP4": RowForm(halves=_mxfp4),
+    "Q4_K": RowForm(whole=_q4_k),
+    "Q5_K": RowForm(whole=_q5_k),
+    "Q6_K": RowForm(whole=_q6_k),
+    "IQ4_XS": RowForm(halves=_iq4_xs),
+}
+
+
+# --- their dots ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Partial sums of products, and how many pairs an int16 of them holds; 0: they are int32."""
+
+    value: ir.Value
+    n_pairs: int = 0
+
+
+class _Adder:
+    """Adds in int16 as long as every sum of a kind of weights must fit, then in int32."""
+
+    def __init__(self, builder: ir.IRBuilder, kind: Integers) -> None:
+        self.builder, self.kind = builder, kind
+
+    def widened(self, a: _Sums) -> _Sums:
+        return _Sums(quads_of(self.builder, a.value)) if a.n_pairs else a
+
+    def added(self, a: _Sums, b: _Sums) -> _Sums:
+        """a + b, lane by lane."""
+        a, b = self._with_room(a, b)
+        return _Sums(self.builder.add(a.value, b.value), 2 * a.n_pairs)
+
+    def folded(self, a: _Sums, b: _Sums, first: list[int], second: list[int]) -> _Sums:
+        """The 32-bit lanes `first` of a and b side by side (b's count from 8) plus the lanes `second`."""
+        a, b = self._with_room(a, b)
+        parts = [self.shuffled(a, b, places) for places in (first, second)]
+        return _Sums(self.builder.add(*parts), 2 * a.n_pairs)
+
+    def shuffled(self, a: _Sums, b: _Sums, places: list[int]) -> ir.Value:
+        left, right = (self.builder.bitcast(v.value, _EIGHT) for v in (a, b))
+        found = self.builder.shuffle_vector(left, right, ir.Constant(_EIGHT, places))
+        return self.builder.bitcast(found, a.value.type)
+
+    def four(self, sums: list[_Sums]) -> _Sums:
+        """Each of four vectors folded into one lane of the lower 16 bytes and one of the upper."""
+        even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+        pairs = [self.folded(*sums[i : i + 2], even, odd) for i in (0, 2)]
+        return self.folded(*pairs, even, odd)
+
+    def _with_room(self, a: _Sums, b: _Sums) -> tuple[_Sums, _Sums]:
+        fits = 2 * a.n_pairs <= sums_that_fit(self.kind.bits)
+        return (a, b) if fits else (self.widened(a), self.widened(b))
+
+
+def row_dots(builder: ir.IRBuilder, kind: Integers, form: RowForm, rows: Rows, step: int, x: ir.Value) -> Vectors:
+    """Per group of weights: 8 lanes of int32, the dots of one step of 8 rows with the activations at x."""
+    adder, at = _Adder(builder, kind), [rows.at(builder, row) for row in range(8)]
+
+    def products(weights: ir.Value, signed: ir.Value) -> _Sums:
+        return _Sums(pairs_of(builder, kind, weights, signed), 1)
+
+    if form.halves is not None:
+        sixteen = [load(builder, x, _SIXTEEN, offset) for offset in (0, 16)]
+        signed = [emit.joined(builder, v, v) for v in sixteen]
+        sums = []
+        for row in range(4):
+            halves = form.halves(builder, [at[row], at[row + 4]], step)
+            sums.append(adder.added(*map(products, halves, signed)))
+        out = [adder.four(sums)]
+    else:
+        assert form.whole is not None
+        signed = load(builder, x, _BYTES)
+        fours = [adder.four([products(form.whole(builder, a, step), signed) for a in at[i : i + 4]]) for i in (0, 4)]
+        low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+        if kind.n_groups == 1:
+            out = [adder.folded(*fours, low, high)]
+        else:
+            wide = [adder.widened(v) for v in fours]
+            out = [_Sums(adder.shuffled(*wide, places)) for places in (low, high)]
+    totals = [adder.widened(v).value for v in out]
+    starts = starts_of(builder, kind, x, 8)
+    return [v if start is None else builder.add(v, start) for v, start in zip(totals, starts, strict=True)]
