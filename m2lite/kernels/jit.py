@@ -172,6 +172,7 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
     return int(numba.cfunc(signature, cache=True, **options)(function).address)
 
 
+CHUNKS = 8  # per thread, of a product's tiles: whoever is done takes the next, so a slow core delays nobody for long
 SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us
 
 

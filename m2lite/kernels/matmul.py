@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from numba import prange
 
-from m2lite.kernels.jit import Split, kernel
-from m2lite.kernels.simd import call_tile
+from m2lite.kernels.jit import CHUNKS, Split, kernel
+from m2lite.kernels.simd import call_tile, scratch, take_number, write_i64
 
 
 @kernel
@@ -29,8 +29,13 @@ def matmul_part(part, n_parts, out, out_stride, tile, w, stride, n_out, n_blocks
 @kernel(parallel=True)
 def matmul_parallel(n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
     """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
-    for part in prange(n_parts):
-        matmul_part(part, n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x)
+    counter, n_chunks = scratch(1), n_parts * CHUNKS
+    write_i64(counter, 0)
+    for _ in prange(n_parts):
+        chunk = take_number(counter)
+        while chunk < n_chunks:
+            matmul_part(chunk, n_chunks, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x)
+            chunk = take_number(counter)
 
 
 matmul = Split(matmul_part, matmul_parallel)

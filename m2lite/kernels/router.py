@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 
 from m2lite.kernels.elementwise import sigmoid16
-from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.jit import CHUNKS, Split, kernel
 from m2lite.kernels.matmul import tile_at
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
@@ -17,9 +17,12 @@ from m2lite.kernels.simd import (
     read_i32,
     splat,
     store_f32,
+    take_number,
     write_f32,
     write_i32,
+    write_i64,
 )
+from m2lite.kernels.simd import scratch as vectors
 
 F = np.float32
 ZERO, MINUS_INFINITY = F(0.0), F(-np.inf)
@@ -103,105 +106,72 @@ def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, sl
 
 
 @kernel
-def part_of(cost, total, n_parts):
-    """The part that does the tile that begins at `cost` of `total`."""
-    return cost * n_parts // total
+def tiles_of(part, n_parts, total, cost, step, n_tiles):
+    """(first, last + 1) of an expert's tiles that are the part's: those that begin in its share of `total`.
+
+    cost: where the expert's first tile begins; step: from one tile to the next.
+    """
+    begin, end = -(-part * total // n_parts), -(-(part + 1) * total // n_parts)
+    return max(0, -((cost - begin) // step)), min(n_tiles, -((cost - end) // step))
 
 
 @kernel
 def experts_up_part(
-    part,
-    n_parts,
-    h,
-    gate_tile,
-    gate,
-    gate_slice,
-    up_tile,
-    up,
-    up_slice,
-    n_ff,
-    n_blocks,
-    gate_panel,
-    gate_row,
-    up_panel,
-    up_row,
-    active,
-    starts,
-    n_active,
-    scratch,
-    scratch_bytes,
-):
+    part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
+    up_panel, up_row, active, starts, n_active, scratch,
+):  # fmt: skip
     """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
 
-    Pairs are counted from starts[0], as in pack_groups.
+    Pairs are counted from starts[0], as in pack_groups. scratch: two tiles of 64 bytes a row of the largest expert.
     """
     n_tiles, base = (n_ff + 15) // 16, read_i32(starts)
-    total = n_tiles * (read_i32(starts + 4 * n_active) - base + TILE_OVERHEAD * n_active)
-    g, u, cost = scratch + part * scratch_bytes, scratch + part * scratch_bytes + scratch_bytes // 2, 0
+    n_pairs = read_i32(starts + 4 * n_active) - base
+    total, cost = n_tiles * (n_pairs + TILE_OVERHEAD * n_active), 0
     for i in range(n_active):
         e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
         n_x = read_i32(starts + 4 * i + 4) - base - first
-        for tile in range(n_tiles):
-            if part_of(cost, total, n_parts) == part:
-                r = min(tile * 16, n_ff - 16)
-                gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
-                up_at = up + e * up_slice + r * (up_slice // n_ff)
-                tile_at(
-                    gate_tile, 0, gate_at, gate_slice // n_ff, 16, n_blocks, gate_panel + first * gate_row, n_x, g, 64
-                )
-                tile_at(up_tile, 0, up_at, up_slice // n_ff, 16, n_blocks, up_panel + first * up_row, n_x, u, 64)
-                for t in range(n_x):
-                    gate_value = load_f32(g + 64 * t)
-                    silu = mul(gate_value, sigmoid16(gate_value))
-                    store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
-            cost += n_x + TILE_OVERHEAD
+        begin, end = tiles_of(part, n_parts, total, cost, n_x + TILE_OVERHEAD, n_tiles)
+        g, u = scratch, scratch + 64 * n_x
+        for tile in range(begin, end):
+            r = min(tile * 16, n_ff - 16)
+            gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
+            up_at = up + e * up_slice + r * (up_slice // n_ff)
+            tile_at(gate_tile, 0, gate_at, gate_slice // n_ff, 16, n_blocks, gate_panel + first * gate_row, n_x, g, 64)
+            tile_at(up_tile, 0, up_at, up_slice // n_ff, 16, n_blocks, up_panel + first * up_row, n_x, u, 64)
+            for t in range(n_x):
+                gate_value = load_f32(g + 64 * t)
+                silu = mul(gate_value, sigmoid16(gate_value))
+                store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
+        cost += n_tiles * (n_x + TILE_OVERHEAD)
 
 
 @kernel(parallel=True)
 def experts_up_parallel(
-    n_parts,
-    h,
-    gate_tile,
-    gate,
-    gate_slice,
-    up_tile,
-    up,
-    up_slice,
-    n_ff,
-    n_blocks,
-    gate_panel,
-    gate_row,
-    up_panel,
-    up_row,
-    active,
-    starts,
-    n_active,
-    scratch,
-    scratch_bytes,
-):
-    for part in prange(n_parts):
-        experts_up_part(
-            part,
-            n_parts,
-            h,
-            gate_tile,
-            gate,
-            gate_slice,
-            up_tile,
-            up,
-            up_slice,
-            n_ff,
-            n_blocks,
-            gate_panel,
-            gate_row,
-            up_panel,
-            up_row,
-            active,
-            starts,
-            n_active,
-            scratch,
-            scratch_bytes,
-        )
+    n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
+    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
+):  # fmt: skip
+    """As experts_up_part; scratch: scratch_bytes for each thread."""
+    counter, n_chunks = vectors(1), n_parts * CHUNKS
+    write_i64(counter, 0)
+    for thread in prange(n_parts):
+        chunk = take_number(counter)
+        while chunk < n_chunks:
+            experts_up_part(
+                chunk, n_chunks, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel,
+                gate_row, up_panel, up_row, active, starts, n_active, scratch + thread * scratch_bytes,
+            )  # fmt: skip
+            chunk = take_number(counter)
+
+
+@kernel
+def experts_up_serial(
+    part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
+    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
+):  # fmt: skip
+    experts_up_part(
+        part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
+        up_panel, up_row, active, starts, n_active, scratch,
+    )  # fmt: skip
 
 
 @kernel
@@ -210,36 +180,31 @@ def experts_down_part(
 ):
     """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
     n_tiles, stride, base = (n_out + 15) // 16, slice_bytes // n_out, read_i32(starts)
-    total, cost = n_tiles * (read_i32(starts + 4 * n_active) - base + TILE_OVERHEAD * n_active), 0
+    n_pairs = read_i32(starts + 4 * n_active) - base
+    total, cost = n_tiles * (n_pairs + TILE_OVERHEAD * n_active), 0
     for i in range(n_active):
         e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
         n_x = read_i32(starts + 4 * i + 4) - base - first
-        for k in range(n_tiles):
-            if part_of(cost, total, n_parts) == part:
-                out = y + 4 * first * n_out
-                tile_at(
-                    tile,
-                    k,
-                    w + e * slice_bytes,
-                    stride,
-                    n_out,
-                    n_blocks,
-                    panel + first * panel_row,
-                    n_x,
-                    out,
-                    4 * n_out,
-                )
-            cost += n_x + TILE_OVERHEAD
+        begin, end = tiles_of(part, n_parts, total, cost, n_x + TILE_OVERHEAD, n_tiles)
+        at, out = panel + first * panel_row, y + 4 * first * n_out
+        for k in range(begin, end):
+            tile_at(tile, k, w + e * slice_bytes, stride, n_out, n_blocks, at, n_x, out, 4 * n_out)
+        cost += n_tiles * (n_x + TILE_OVERHEAD)
 
 
 @kernel(parallel=True)
 def experts_down_parallel(
     n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
-    for part in prange(n_parts):
-        experts_down_part(
-            part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
-        )
+    counter, n_chunks = vectors(1), n_parts * CHUNKS
+    write_i64(counter, 0)
+    for _ in prange(n_parts):
+        chunk = take_number(counter)
+        while chunk < n_chunks:
+            experts_down_part(
+                chunk, n_chunks, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+            )
+            chunk = take_number(counter)
 
 
 @kernel
@@ -271,5 +236,5 @@ def combine_parallel(n_parts, x, total, y, slots, weights, n_rows, n_used, n, fi
 
 
 combine = Split(combine_part, combine_parallel)
-experts_up = Split(experts_up_part, experts_up_parallel)
+experts_up = Split(experts_up_serial, experts_up_parallel)
 experts_down = Split(experts_down_part, experts_down_parallel)

@@ -307,7 +307,7 @@ def _scalar_access(name: str, kind: types.Type, llvm_type: ir.Type) -> tuple[Any
 
 read_f32, write_f32 = _scalar_access("f32", types.float32, emit.F32)
 read_i32, write_i32 = _scalar_access("i32", types.int32, emit.I32)
-read_i64, _ = _scalar_access("i64", types.int64, emit.I64)
+read_i64, write_i64 = _scalar_access("i64", types.int64, emit.I64)
 read_u16, _ = _scalar_access("u16", types.uint16, emit.I16)
 read_u8, _ = _scalar_access("u8", types.uint8, emit.I8)
 
@@ -483,6 +483,17 @@ def scratch(typingctx: Any, n: Any) -> Any:
         return builder.ptrtoint(area, emit.I64)
 
     return types.int64(n), codegen
+
+
+@intrinsic
+def take_number(typingctx: Any, counter: Any) -> Any:
+    """The int64 at address `counter`, which is one more afterwards; threads never get the same."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], emit.I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, emit.I64(1), "monotonic")
+
+    return types.int64(types.int64), codegen
 
 
 def _store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
