@@ -35,9 +35,9 @@ class PANEL:
     """A block of 32 activations in a panel: byte offsets of what follows its 32 int8, and its size."""
 
     SCALE = 32  # float32: activation = scale x int8
-    SUM = 36  # int32: -8 x (sum of the 32)
+    SUM = 36  # two int16: -8 x (sum of those of the 32 whose place modulo 4 is below 2), -8 x (sum of the others)
     SCALED_SUM = 40  # float32: -(scale x sum), for formats whose blocks have a minimum
-    HALF_SUM = 44  # int32: -8 x (sum of the first 16), for formats with a scale per 16
+    HALF_SUM = 44  # as SUM, of the first 16, for formats with a scale per 16
     BYTES = 48
 
 
@@ -69,8 +69,9 @@ def prepare(builder: ir.IRBuilder, kind: Integers, tile: Vectors) -> Vectors:
 
 def integer_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
     """Per row (an address) and group of weights: 16 lanes of int32, the dots of the 16 weight rows with that group."""
-    starts = [starts_of(builder, kind, row) for row in rows]
-    return (_dots_maddubs if FORM == "avx2" else _dots_dot4)(builder, kind, tile, rows, starts)
+    if FORM != "avx2":
+        return _dots_dot4(builder, kind, tile, rows)
+    return (_dots_signed if kind.is_signed else _dots_unsigned)(builder, kind, tile, rows)
 
 
 def starts_of(builder: ir.IRBuilder, kind: Integers, row: ir.Value, n_lanes: int = LANES) -> list[ir.Value | None]:
@@ -78,25 +79,31 @@ def starts_of(builder: ir.IRBuilder, kind: Integers, row: ir.Value, n_lanes: int
     offset = 128 if kind.is_signed and _WANTS_UNSIGNED else kind.offset
     if offset == 0:
         return [None] * kind.n_groups
-    assert offset in (8, 16, 32, 64, 128)
-    places = [PANEL.SUM] if kind.n_groups == 1 else [PANEL.HALF_SUM, PANEL.SUM]
-    sums = [splat(builder, load(builder, row, I32, place), n_lanes) for place in places]
+    sums = []
+    for place in [PANEL.SUM] if kind.n_groups == 1 else [PANEL.HALF_SUM, PANEL.SUM]:
+        both = load(builder, row, I32, place)
+        low = builder.sext(builder.trunc(both, I16), I32)
+        sums.append(splat(builder, builder.add(low, builder.ashr(both, I32(16))), n_lanes))
     if kind.n_groups == 2:
         sums[1] = builder.sub(sums[1], sums[0])
-    shift = (offset // 8).bit_length() - 1
+    shift = _eighths(offset)
     return [builder.shl(v, const(shift, n_lanes)) if shift else v for v in sums]
+
+
+def _eighths(offset: int) -> int:
+    """log2 of offset / 8: panels keep sums times 8."""
+    assert offset in (8, 16, 32, 64, 128)
+    return (offset // 8).bit_length() - 1
 
 
 # --- forms with an instruction for four products in 32 bits ----------------------------------------------------------
 
 
-def _dots_dot4(
-    builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
-) -> list[Vectors]:
+def _dots_dot4(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
     """Two chains per row, since one would wait for its own last sum."""
     out = []
-    for row, start in zip(rows, starts, strict=True):
-        chains = [const(0) if s is None else s for s in (*start, None)[:2]]
+    for row in rows:
+        chains = [const(0) if s is None else s for s in (*starts_of(builder, kind, row), None)[:2]]
         for i in range(4):
             for chain, d in ((0, i), (1, i + 4)):
                 chains[chain] = dot4(builder, chains[chain], tile[d], load(builder, row, I32, 4 * d))
@@ -158,37 +165,65 @@ def sums_that_fit(bits: int) -> int:
     return 1 if bits == 8 else 32767 // (2 * ((1 << bits) - 1) * 127)
 
 
-def _dots_maddubs(
-    builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, starts: list[Vectors]
-) -> list[Vectors]:
-    """Pairs of products are added in int16 while they must fit, then widened: about 2 operations per 32 products."""
-    out: list[list[Vectors]] = [[[], []] for _ in rows]
-    fits, per_group = sums_that_fit(kind.bits), 8 // kind.n_groups
+def _dots_unsigned(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
+    """Pairs of products are added in int16 and widened once per group: about 2 operations per 32 products.
 
-    def add(a: ir.Value, b: ir.Value) -> ir.Value:
-        """Long chains stay chains: LLVM would make trees of them, for which it lacks registers."""
-        return pinned(builder, builder.add(a, b)) if fits >= 8 else builder.add(a, b)
-
+    Sums may pass int16 on the way: they wrap, and end inside. For that they begin with - center x (the activations that
+    the lane sums), which makes them those of weights within +-center.
+    """
+    n = 8 // kind.n_groups
+    center = kind.offset or (0 if sums_that_fit(kind.bits) >= n else 1 << (kind.bits - 1))
+    assert n * 2 * center * 127 <= 32767
+    out: list[Vectors] = [[] for _ in rows]
     for g in range(kind.n_groups):
-        wide = [list(halves(builder, s[g])) if s[g] is not None else [None, None] for s in starts]
-        narrow = [[None, None] for _ in rows]
-        for d in range(g * per_group, (g + 1) * per_group):
+        starts = [_pair_sums(builder, kind, row, g) if center else None for row in rows]
+        sums = [[_shifted(builder, start, center)] * 2 if start is not None else [None] * 2 for start in starts]
+        for d in range(g * n, (g + 1) * n):
             weights = [builder.bitcast(h, _BYTES) for h in halves(builder, tile[d])]
-            sizes = [_magnitude(builder, w) for w in weights] if kind.is_signed else weights
-            flush = (d + 1) % min(fits, per_group) == 0 or d + 1 == (g + 1) * per_group
             for r, row in enumerate(rows):
                 x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
                 for h in (0, 1):
-                    signed = _with_sign(builder, x, weights[h]) if kind.is_signed else x
-                    pairs = _pairs(builder, sizes[h], signed)
-                    narrow[r][h] = pairs if narrow[r][h] is None else add(narrow[r][h], pairs)
-                    if flush:
-                        quads = quads_of(builder, narrow[r][h])
-                        wide[r][h] = quads if wide[r][h] is None else builder.add(wide[r][h], quads)
-                        narrow[r][h] = None
-        for r in range(len(rows)):
-            out[r][g] = joined(builder, *wide[r])
-    return [groups[: kind.n_groups] for groups in out]
+                    pairs = _pairs(builder, weights[h], x)
+                    if sums[r][h] is not None:  # LLVM would make trees of the chains, for which it lacks registers
+                        pairs = pinned(builder, builder.add(sums[r][h], pairs))
+                    sums[r][h] = pairs
+        for r, start in enumerate(starts):
+            wide = [quads_of(builder, v) for v in sums[r]]
+            if start is not None and center != kind.offset:
+                lost = quads_of(builder, start, -(center // 8))
+                wide = [builder.add(v, lost) for v in wide]
+            out[r].append(joined(builder, *wide))
+    return out
+
+
+def _pair_sums(builder: ir.IRBuilder, kind: Integers, row: ir.Value, group: int) -> ir.Value:
+    """16 int16: what panels keep of the activations that each lane of a group's sums meets."""
+
+    def sums(place: int) -> ir.Value:
+        return builder.bitcast(splat(builder, load(builder, row, I32, place), 8), _WORDS)
+
+    if kind.n_groups == 1:
+        return sums(PANEL.SUM)
+    return builder.sub(sums(PANEL.SUM), sums(PANEL.HALF_SUM)) if group else sums(PANEL.HALF_SUM)
+
+
+def _shifted(builder: ir.IRBuilder, pair_sums: ir.Value, center: int) -> ir.Value:
+    shift = _eighths(center)
+    return builder.shl(pair_sums, const(shift, 16, I16)) if shift else pair_sums
+
+
+def _dots_signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
+    """Two products fill an int16, so each pair is widened at once: about 4 operations per 32 products."""
+    sums: list[Vectors] = [[const(0, 8)] * 2 for _ in rows]
+    for d in range(8):
+        weights = [builder.bitcast(h, _BYTES) for h in halves(builder, tile[d])]
+        sizes = [_magnitude(builder, w) for w in weights]
+        for r, row in enumerate(rows):
+            x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
+            for h in (0, 1):
+                pairs = _pairs(builder, sizes[h], _with_sign(builder, x, weights[h]))
+                sums[r][h] = builder.add(sums[r][h], quads_of(builder, pairs))
+    return [[joined(builder, *row)] for row in sums]
 
 
 def pairs_of(builder: ir.IRBuilder, kind: Integers, w: ir.Value, x: ir.Value) -> ir.Value:
@@ -200,9 +235,9 @@ def pairs_of(builder: ir.IRBuilder, kind: Integers, w: ir.Value, x: ir.Value) ->
     return _pairs(builder, w, x)
 
 
-def quads_of(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """8 int32 from 16 int16, neighbours added."""
-    return call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [pairs, const(1, 16, I16)])
+def quads_of(builder: ir.IRBuilder, pairs: ir.Value, factor: int = 1) -> ir.Value:
+    """8 int32 from 16 int16: the sums of neighbours, times a factor."""
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _HALF, [pairs, const(factor, 16, I16)])
 
 
 def _pairs(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:

@@ -152,6 +152,15 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
 
 
 @kernel
+def write_sums(at, both):
+    """Write -8 a and -8 b as int16 where `both` is a + 65536 b, and return a + b."""
+    a = np.int32(np.int16(both))
+    b = (both - a) >> 16
+    write_i32(at, np.int32((-8 * a & 0xFFFF) | (-8 * b << 16)))
+    return np.int32(a + b)
+
+
+@kernel
 def pack_row_int8(panel, step, x, n_blocks):
     """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.PANEL); to nearest even."""
     for b in range(n_blocks):
@@ -161,11 +170,11 @@ def pack_row_int8(panel, step, x, n_blocks):
         inverse = INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
         at = panel + b * step
         first = clamp_and_store_i8(at, round_to_i32(mul(low, splat(inverse))))
-        total = first + clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
+        second = clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
         write_f32(at + SCALE_AT, scale)
-        write_i32(at + SUM_AT, np.int32(-8 * total))
+        total = write_sums(at + SUM_AT, first + second)
         write_f32(at + SCALED_SUM_AT, -(scale * F(total)))
-        write_i32(at + HALF_SUM_AT, np.int32(-8 * first))
+        write_sums(at + HALF_SUM_AT, first)
 
 
 @kernel

@@ -152,9 +152,11 @@ def panel_rows(x: F32, kind: str) -> npt.NDArray[np.uint8]:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(amax > constants.SMALLEST_AMAX, F(127) / amax, F(0)).astype(F)
     q = np.clip(np.rint(parts * inverse[..., None]), -127, 127).astype(np.int8)
-    total, first = (v.sum(axis=-1, dtype=np.int32) for v in (q, q[..., :16]))
-    behind = (scale, -8 * total, -(scale * total.astype(F)), -8 * first)
-    return np.concatenate([q.view(np.uint8), *(v[..., None].view(np.uint8) for v in behind)], axis=-1)
+    pairs = q.reshape(*q.shape[:2], 2, 4, 2, 2).sum(axis=-1, dtype=np.int16).sum(axis=-2, dtype=np.int16)
+    first, total = pairs[..., 0, :], pairs.sum(axis=-2, dtype=np.int16)
+    scaled_sum = -(scale * total.sum(axis=-1).astype(F))
+    behind = (scale[..., None], -8 * total, scaled_sum[..., None], -8 * first)
+    return np.concatenate([q.view(np.uint8), *(v.view(np.uint8) for v in behind)], axis=-1)
 
 
 def pack(n_parts: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks: int, is_int8: int) -> None:

@@ -228,14 +228,16 @@ def first_lanes(typingctx: Any, value: Any, n: Any, otherwise: Any) -> Any:
 
 @intrinsic
 def clamp_and_store_i8(typingctx: Any, address: Any, value: Any) -> Any:
-    """Clamp 16 int32 to -127..127, write them as int8 and return their sum."""
+    """Clamp 16 int32 to -127..127, write them as int8 and return two sums, a + 65536 b: of places 0 and 1 modulo 4, of
+    places 2 and 3."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         v = args[1]
         v = builder.select(builder.icmp_signed(">", v, emit.const(127)), emit.const(127), v)
         v = builder.select(builder.icmp_signed("<", v, emit.const(-127)), emit.const(-127), v)
         emit.store(builder, builder.trunc(v, ir.VectorType(emit.I8, emit.LANES)), args[0])
-        return emit.call_llvm(builder, "llvm.vector.reduce.add.v16i32", emit.I32, [v])
+        places = ir.Constant(emit.V_I32, [16 * (lane // 2 % 2) for lane in range(emit.LANES)])
+        return emit.call_llvm(builder, "llvm.vector.reduce.add.v16i32", emit.I32, [builder.shl(v, places)])
 
     return types.int32(types.int64, i32x16), codegen
 
