@@ -26,7 +26,9 @@ FLOORS = [
 ]
 FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
-QUANT_MAY = ("quant", "errors", "storage", "kernels.jit", "kernels.simd", "kernels.emit", "text.tokenizer")
+QUANT_MAY = (
+    "quant", "errors", "storage", "kernels.jit", "kernels.simd", "kernels.simd_bits", "kernels.emit", "text.tokenizer",
+)  # fmt: skip
 
 
 def python_files() -> list[Path]:

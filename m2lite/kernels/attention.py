@@ -31,7 +31,6 @@ from m2lite.kernels.simd import (
     i32_to_f32,
     load_f16,
     load_f32,
-    load_i8,
     max_lanes,
     maximum,
     mul,
@@ -45,6 +44,7 @@ from m2lite.kernels.simd import (
     tree_sum,
     write_f32,
 )
+from m2lite.kernels.simd_bits import load_i8
 
 F = np.float32
 ZERO, ONE, MINUS_INFINITY = F(0.0), F(1.0), F(-np.inf)

@@ -222,7 +222,7 @@ def _dots_signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vec
             x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
             for h in (0, 1):
                 pairs = _pairs(builder, sizes[h], _with_sign(builder, x, weights[h]))
-                sums[r][h] = builder.add(sums[r][h], quads_of(builder, pairs))
+                sums[r][h] = pinned(builder, builder.add(sums[r][h], quads_of(builder, pairs)))
     return [[joined(builder, *row)] for row in sums]
 
 

@@ -15,29 +15,31 @@ import numpy as np
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.simd import (
     add,
+    half_to_f32,
+    i32_to_f32,
+    mul,
+    read_i32,
+    read_u8,
+    read_u16,
+    splat,
+    store_f32,
+    sub,
+    write_f32,
+)
+from m2lite.kernels.simd_bits import (
     add_int,
     and_bits,
     flip_signs,
-    half_to_f32,
-    i32_to_f32,
     lane_bits,
     load_pair,
     load_quad,
     load_u8,
     lookup_of,
-    mul,
     mul_int,
     or_i32,
-    read_i32,
-    read_u8,
-    read_u16,
     shift_left,
     shift_right,
     shift_right_by,
-    splat,
-    store_f32,
-    sub,
-    write_f32,
 )
 from m2lite.storage import blocks, iquants
 
