@@ -48,12 +48,11 @@ from m2lite.kernels.simd import (
     load_f32,
     scratch,
     splat,
-    store_eight,
     store_f32,
     store_lanes,
     tree_sum,
     write_f32,
-    zeros_of_eight,
+    zeros_of,
 )
 from m2lite.kernels.tiles import TILES, TileForm
 from m2lite.storage.blocks import FORMATS
@@ -166,56 +165,39 @@ def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: in
         emit.fence(builder)
 
 
+# Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
+AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
+
+
 def _dot_block_of(form: TileForm) -> Any:
-    """dot_block(acc, w, stride, x, ahead): acc after all steps of one block of 16 rows and the activation row at x."""
+    """dot_block(acc, w, stride, x, ahead): acc after all steps of a block of AT_ONCE rows and the activation row at x.
+
+    AVX2 multiplies the rows as they lie; nothing uses the tile's weights then, so they are not made.
+    """
 
     @intrinsic
     def dot_block(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             acc_value, w_value, stride_value, x_value, ahead_value = args
-            steps = iter(range(form.n_steps))
+            rows, steps = emit.rows_of(builder, w_value, stride_value, AT_ONCE), iter(range(form.n_steps))
 
             def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
                 nonlocal acc_value
                 s = next(steps)
                 row = builder.add(x_value, emit.I64(PANEL.BYTES * s))
-                _prefetch_step(builder, form, ahead_value, s)
-                dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])
-                acc_value = _add_step(builder, acc_value, dots[0], scales, minimum, row)
-
-            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
-            return acc_value
-
-        return simd.f32x16(simd.f32x16, *[types.int64] * 4), codegen
-
-    return dot_block
-
-
-def _dot_eight_of(form: TileForm) -> Any:
-    """dot_eight(acc, w, stride, x, ahead): as dot_block with 8 rows, whose weights are multiplied as they lie."""
-    row_form = ROW_FORMS[form.name]
-
-    @intrinsic
-    def dot_eight(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            acc_value, w_value, stride_value, x_value, ahead_value = args
-            rows, steps = emit.rows_of(builder, w_value, stride_value, 8), iter(range(form.n_steps))
-
-            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
-                """Nothing uses the tile's weights, so they are not made."""
-                nonlocal acc_value
-                s = next(steps)
-                row = builder.add(x_value, emit.I64(PANEL.BYTES * s))
-                _prefetch_step(builder, form, ahead_value, s, 8)
-                dots = row_dots(builder, form.integers, row_form, rows, s, row)
+                _prefetch_step(builder, form, ahead_value, s, AT_ONCE)
+                if emit.FORM == "avx2":
+                    dots = row_dots(builder, form.integers, ROW_FORMS[form.name], rows, s, row)
+                else:
+                    dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
                 acc_value = _add_step(builder, acc_value, dots, scales, minimum, row)
 
             form.read(builder, rows, step)
             return acc_value
 
-        return simd.f32x8(simd.f32x8, *[types.int64] * 4), codegen
+        return _SUMS(_SUMS, *[types.int64] * 4), codegen
 
-    return dot_eight
+    return dot_block
 
 
 def _unpack_tile_of(form: TileForm) -> Any:
@@ -296,11 +278,12 @@ def unpack_of(name: str) -> Any:
     return unpack
 
 
+zeros = zeros_of(_SUMS)
+
 # Names that `specialise` fills in: the templates below see them as globals.
 step_bytes = block_bytes = step_vectors = tile_vectors = 0
 n_steps = 1
 dot_block: Any = None
-dot_eight: Any = None
 unpack_tile: Any = None
 load_step: Any = None
 dot_four: Any = None
@@ -316,20 +299,13 @@ n_vectors = 2
 
 
 def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    acc, ahead = splat(ZERO), w + 16 * stride
-    for b in range(n_blocks // n_steps):
-        acc = dot_block(acc, w + b * block_bytes, stride, x + b * n_steps * PANEL_BYTES, ahead + b * 16 * block_bytes)
-    store_lanes(out, acc, n_store)
-
-
-def _int8_one_by_eights(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    for first in range(0, n_store, 8):
-        acc, rows = zeros_of_eight(), w + first * stride
+    for first in range(0, n_store, AT_ONCE):
+        acc, rows = zeros(), w + first * stride
         ahead = rows + 16 * stride
         for b in range(n_blocks // n_steps):
             at = rows + b * block_bytes
-            acc = dot_eight(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * 8 * block_bytes)
-        store_eight(out + 4 * first, acc, n_store)
+            acc = dot_block(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * AT_ONCE * block_bytes)
+        store_lanes(out + 4 * first, acc, n_store)
 
 
 def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
@@ -444,7 +420,6 @@ def _names_of_integers(form: TileForm) -> dict[str, Any]:
         "step_vectors": form.step_vectors,
         "tile_vectors": form.n_steps * form.step_vectors,
         "dot_block": _dot_block_of(form),
-        "dot_eight": _dot_eight_of(form),
         "unpack_tile": _unpack_tile_of(form),
         "load_step": _load_step_of(form),
         "dot_four": _dot_rows_of(form, 4),
@@ -459,7 +434,7 @@ def _tile_function(name: str, kind: str) -> Any:
     names: dict[str, Any] = {"step_bytes": form.step_bytes}
     if kind == "int8":
         names = _names_of_integers(TILES[name])
-        one, many = _int8_one_by_eights if emit.FORM == "avx2" else _int8_one, _int8_many
+        one, many = _int8_one, _int8_many
     elif form.unpack is not None:
         names |= {"unpack": unpack_of(name)}
         one, many = _float32_one, _float32_many

@@ -48,7 +48,7 @@ class Integers:
     bits: int
     offset: int = 0
     n_groups: int = 1  # scales per 32 weights: 1, or 2 of 16 weights each
-    has_negatives: bool = False  # signed bytes of which none is -128, so that each can change its sign
+    can_change_sign: bool = False  # signed bytes of which none is -128
 
     @property
     def is_signed(self) -> bool:
@@ -228,7 +228,7 @@ def _dots_signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vec
 
 def pairs_of(builder: ir.IRBuilder, kind: Integers, w: ir.Value, x: ir.Value) -> ir.Value:
     """16 int16: the sums of two products each of 32 weights with 32 int8 (of which none is -128)."""
-    if kind.has_negatives:  # activations serve many weights, so their magnitudes cost nothing
+    if kind.can_change_sign:  # activations serve many weights, so their magnitudes cost nothing
         return _pairs(builder, _magnitude(builder, x), _with_sign(builder, w, x))
     if kind.is_signed:
         return _pairs(builder, _magnitude(builder, w), _with_sign(builder, x, w))

@@ -106,33 +106,41 @@ def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, sl
 
 
 @kernel
-def tiles_of(part, n_parts, total, cost, step, n_tiles):
-    """(first, last + 1) of an expert's tiles that are the part's: those that begin in its share of `total`.
+def share_of(part, n_parts, n_tiles, starts, n_active):
+    """(begin, end) of a part, in cost: each of an expert's n_tiles costs its pairs and TILE_OVERHEAD."""
+    total = n_tiles * (read_i32(starts + 4 * n_active) - read_i32(starts) + TILE_OVERHEAD * n_active)
+    return -(-part * total // n_parts), -(-(part + 1) * total // n_parts)
 
-    cost: where the expert's first tile begins; step: from one tile to the next.
+
+@kernel
+def tiles_of(i, n_tiles, begin, end, active, starts):
+    """(expert, its first pair, its number of pairs, its first tile, its last tile + 1) of chosen expert i in a share.
+
+    A tile belongs to the share in which its cost begins. Pairs are counted from starts[0], as in pack_groups.
     """
-    begin, end = -(-part * total // n_parts), -(-(part + 1) * total // n_parts)
-    return max(0, -((cost - begin) // step)), min(n_tiles, -((cost - end) // step))
+    base = read_i32(starts)
+    first = read_i32(starts + 4 * i) - base
+    n_x = read_i32(starts + 4 * i + 4) - base - first
+    cost, step = n_tiles * (first + TILE_OVERHEAD * i), n_x + TILE_OVERHEAD
+    first_tile, end_tile = max(0, -((cost - begin) // step)), min(n_tiles, -((cost - end) // step))
+    return read_i32(active + 4 * i), first, n_x, first_tile, end_tile
 
 
 @kernel
 def experts_up_part(
     part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
-    up_panel, up_row, active, starts, n_active, scratch,
+    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
 ):  # fmt: skip
     """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
 
-    Pairs are counted from starts[0], as in pack_groups. scratch: two tiles of 64 bytes a row of the largest expert.
+    Pairs are counted from starts[0]. scratch: scratch_bytes, two tiles of 64 bytes a row of the largest expert.
     """
-    n_tiles, base = (n_ff + 15) // 16, read_i32(starts)
-    n_pairs = read_i32(starts + 4 * n_active) - base
-    total, cost = n_tiles * (n_pairs + TILE_OVERHEAD * n_active), 0
+    n_tiles = (n_ff + 15) // 16
+    begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
-        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
-        n_x = read_i32(starts + 4 * i + 4) - base - first
-        begin, end = tiles_of(part, n_parts, total, cost, n_x + TILE_OVERHEAD, n_tiles)
+        e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
         g, u = scratch, scratch + 64 * n_x
-        for tile in range(begin, end):
+        for tile in range(first_tile, end_tile):
             r = min(tile * 16, n_ff - 16)
             gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
             up_at = up + e * up_slice + r * (up_slice // n_ff)
@@ -142,7 +150,6 @@ def experts_up_part(
                 gate_value = load_f32(g + 64 * t)
                 silu = mul(gate_value, sigmoid16(gate_value))
                 store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
-        cost += n_tiles * (n_x + TILE_OVERHEAD)
 
 
 @kernel(parallel=True)
@@ -159,19 +166,9 @@ def experts_up_parallel(
             experts_up_part(
                 chunk, n_chunks, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel,
                 gate_row, up_panel, up_row, active, starts, n_active, scratch + thread * scratch_bytes,
+                scratch_bytes,
             )  # fmt: skip
             chunk = take_number(counter)
-
-
-@kernel
-def experts_up_serial(
-    part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
-    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
-):  # fmt: skip
-    experts_up_part(
-        part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
-        up_panel, up_row, active, starts, n_active, scratch,
-    )  # fmt: skip
 
 
 @kernel
@@ -179,17 +176,13 @@ def experts_down_part(
     part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
     """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
-    n_tiles, stride, base = (n_out + 15) // 16, slice_bytes // n_out, read_i32(starts)
-    n_pairs = read_i32(starts + 4 * n_active) - base
-    total, cost = n_tiles * (n_pairs + TILE_OVERHEAD * n_active), 0
+    n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
+    begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
-        e, first = read_i32(active + 4 * i), read_i32(starts + 4 * i) - base
-        n_x = read_i32(starts + 4 * i + 4) - base - first
-        begin, end = tiles_of(part, n_parts, total, cost, n_x + TILE_OVERHEAD, n_tiles)
+        e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
         at, out = panel + first * panel_row, y + 4 * first * n_out
-        for k in range(begin, end):
+        for k in range(first_tile, end_tile):
             tile_at(tile, k, w + e * slice_bytes, stride, n_out, n_blocks, at, n_x, out, 4 * n_out)
-        cost += n_tiles * (n_x + TILE_OVERHEAD)
 
 
 @kernel(parallel=True)
@@ -236,5 +229,5 @@ def combine_parallel(n_parts, x, total, y, slots, weights, n_rows, n_used, n, fi
 
 
 combine = Split(combine_part, combine_parallel)
-experts_up = Split(experts_up_serial, experts_up_parallel)
+experts_up = Split(experts_up_part, experts_up_parallel)
 experts_down = Split(experts_down_part, experts_down_parallel)

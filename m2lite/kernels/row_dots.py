@@ -14,16 +14,15 @@ from llvmlite import ir
 
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
-from m2lite.kernels.emit import I8, I32, Rows, load
-from m2lite.storage.blocks import E2M1_DOUBLED
-from m2lite.storage.iquants import IQ4_VALUES
+from m2lite.kernels.emit import I8, I32, Rows, load, look_up_bytes
+from m2lite.kernels.tiles import IQ4_BYTES, MXFP4_BYTES, bits, nibbles
 
 _SIXTEEN, _BYTES, _EIGHT = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I32, 8)
 
 
 @dataclass(frozen=True)
 class RowForm:
-    """How a format's weights come out of a row, as bytes that `Integers` describes; one of the two.
+    """How a format's weights come out of a row, as bytes that `Integers` describes, four to a lane; one of the two.
 
     whole: (builder, address of the row's block, step) -> the 32 weights of the step in their order.
     halves: (builder, addresses of two rows' blocks, step) -> the first 16 weights of both, the last 16 of both.
@@ -36,34 +35,24 @@ class RowForm:
 # --- weights that fill a vector --------------------------------------------------------------------------------------
 
 
-def _bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int, to: int = 0) -> ir.Value:
-    """In every byte: its bits from `shift` on, as many as `mask` has, moved to bit `to`."""
-    wide = builder.bitcast(v, _EIGHT)
-    if shift > to:
-        wide = builder.lshr(wide, emit.const(shift - to, 8))
-    elif shift < to:
-        wide = builder.shl(wide, emit.const(to - shift, 8))
-    return builder.bitcast(builder.and_(wide, emit.const((mask << to) * 0x01010101, 8)), _BYTES)
-
-
 def _q8_0(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    return load(builder, at, _BYTES, 2)
+    return load(builder, at, _EIGHT, 2)
 
 
 def _q4_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    return _bits(builder, load(builder, at, _BYTES, 16 + 32 * (step // 2)), 4 * (step % 2), 15)
+    return bits(builder, load(builder, at, _EIGHT, 16 + 32 * (step // 2)), 4 * (step % 2), 15)
 
 
 def _q5_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    low = _bits(builder, load(builder, at, _BYTES, 48 + 32 * (step // 2)), 4 * (step % 2), 15)
-    return builder.or_(low, _bits(builder, load(builder, at, _BYTES, 16), step, 1, to=4))
+    low = bits(builder, load(builder, at, _EIGHT, 48 + 32 * (step // 2)), 4 * (step % 2), 15)
+    return builder.or_(low, bits(builder, load(builder, at, _EIGHT, 16), step, 1, to=4))
 
 
 def _q6_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
     half, quarter = divmod(step, 4)
-    low = load(builder, at, _BYTES, 64 * half + 32 * (quarter % 2))
-    high = load(builder, at, _BYTES, 128 + 32 * half)
-    return builder.or_(_bits(builder, low, 4 * (quarter // 2), 15), _bits(builder, high, 2 * quarter, 3, to=4))
+    low = load(builder, at, _EIGHT, 64 * half + 32 * (quarter % 2))
+    high = load(builder, at, _EIGHT, 128 + 32 * half)
+    return builder.or_(bits(builder, low, 4 * (quarter // 2), 15), bits(builder, high, 2 * quarter, 3, to=4))
 
 
 # --- weights of which 16 bytes hold 32 -------------------------------------------------------------------------------
@@ -71,25 +60,21 @@ def _q6_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
 
 def _nibbles(builder: ir.IRBuilder, pair: list[ir.Value], offset: int) -> Vectors:
     """Of 16 bytes in each of two rows: the low halves, then the high halves."""
-    raw = emit.joined(builder, *(load(builder, at, _SIXTEEN, offset) for at in pair))
-    return [_bits(builder, raw, shift, 15) for shift in (0, 4)]
-
-
-def _look_up(builder: ir.IRBuilder, codes: Vectors, values: list[int]) -> Vectors:
-    eights = [builder.bitcast(v, _EIGHT) for v in codes]
-    return [builder.bitcast(emit.look_up_bytes(builder, v, values), _BYTES) for v in eights]
+    quad = ir.VectorType(I32, 4)
+    return nibbles(builder, [emit.joined(builder, *(load(builder, at, quad, offset) for at in pair))])
 
 
 def _with_fifth(builder: ir.IRBuilder, low: Vectors, pair: list[ir.Value], offset: int) -> Vectors:
     """Bit i of the four bytes at `offset` of a row above the nibble of its weight i."""
     four = [emit.splat(builder, load(builder, at, I32, offset), 4) for at in pair]
     both = builder.bitcast(emit.joined(builder, *four), _BYTES)
-    bits, out = ir.Constant(_BYTES, [1 << (i % 8) for i in range(32)]), []
+    masks, out = ir.Constant(_BYTES, [1 << (i % 8) for i in range(32)]), []
     for half, v in enumerate(low):
         places = ir.Constant(ir.VectorType(I32, 32), [16 * (i // 16) + 2 * half + i % 16 // 8 for i in range(32)])
         spread = builder.shuffle_vector(both, both, places)
-        is_set = builder.icmp_unsigned("==", builder.and_(spread, bits), bits)
-        out.append(builder.or_(v, builder.and_(builder.sext(is_set, _BYTES), emit.const(16, 32, I8))))
+        is_set = builder.icmp_unsigned("==", builder.and_(spread, masks), masks)
+        fifth = builder.and_(builder.sext(is_set, _BYTES), emit.const(16, 32, I8))
+        out.append(builder.or_(v, builder.bitcast(fifth, _EIGHT)))
     return out
 
 
@@ -110,15 +95,15 @@ def _q5_1(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
 
 
 def _iq4_nl(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _look_up(builder, _nibbles(builder, pair, 2), IQ4_VALUES.tolist())
+    return [look_up_bytes(builder, v, IQ4_BYTES) for v in _nibbles(builder, pair, 2)]
 
 
 def _iq4_xs(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _look_up(builder, _nibbles(builder, pair, 8 + 16 * step), IQ4_VALUES.tolist())
+    return [look_up_bytes(builder, v, IQ4_BYTES) for v in _nibbles(builder, pair, 8 + 16 * step)]
 
 
 def _mxfp4(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _look_up(builder, _nibbles(builder, pair, 1), [v + 16 for v in E2M1_DOUBLED.tolist()])
+    return [look_up_bytes(builder, v, MXFP4_BYTES) for v in _nibbles(builder, pair, 1)]
 
 
 ROW_FORMS = {
@@ -188,7 +173,7 @@ def row_dots(builder: ir.IRBuilder, kind: Integers, form: RowForm, rows: Rows, s
     adder, at = _Adder(builder, kind), [rows.at(builder, row) for row in range(8)]
 
     def products(weights: ir.Value, signed: ir.Value) -> _Sums:
-        return _Sums(pairs_of(builder, kind, weights, signed), 1)
+        return _Sums(pairs_of(builder, kind, builder.bitcast(weights, _BYTES), signed), 1)
 
     if form.halves is not None:
         sixteen = [load(builder, x, _SIXTEEN, offset) for offset in (0, 16)]

@@ -389,7 +389,8 @@ def take_number(typingctx: Any, counter: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-def _store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
+@intrinsic
+def store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
     """Write all lanes to `address`, or lane 0 alone when n is 1."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -404,17 +405,17 @@ def _store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
     return types.void(types.int64, value, types.int64), codegen
 
 
-store_lanes = store_eight = intrinsic(_store_lanes)
+def zeros_of(vector: VectorType) -> Any:
+    """zeros() -> a vector of that type."""
 
+    @intrinsic
+    def zeros(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(vector.llvm_type, None)
 
-@intrinsic
-def zeros_of_eight(typingctx: Any) -> Any:
-    """8 lanes of 0."""
+        return vector(), codegen
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(f32x8.llvm_type, [0.0] * 8)
-
-    return f32x8(), codegen
+    return zeros
 
 
 @intrinsic

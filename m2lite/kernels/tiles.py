@@ -54,6 +54,11 @@ class TileForm:
         return 8 + self.integers.n_groups + self.has_minimum
 
 
+# What codes of 4 bits stand for, as `Integers` has it.
+IQ4_BYTES = IQ4_VALUES.tolist()
+MXFP4_BYTES = [v + 16 for v in E2M1_DOUBLED.tolist()]
+
+
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -66,15 +71,18 @@ def _floats(v: ir.Value) -> ir.VectorType:
     return ir.VectorType(emit.F32, v.type.count)
 
 
-def _bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int) -> ir.Value:
-    """In every byte: its bits from `shift` on, as many as the byte `mask` has."""
-    moved = builder.lshr(v, _const(v, shift)) if shift else v
-    return builder.and_(moved, _const(v, mask * 0x01010101))
+def bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int, to: int = 0) -> ir.Value:
+    """In every byte: its bits from `shift` on, as many as the byte `mask` has, moved to bit `to`."""
+    if shift > to:
+        v = builder.lshr(v, _const(v, shift - to))
+    elif shift < to:
+        v = builder.shl(v, _const(v, to - shift))
+    return builder.and_(v, _const(v, (mask << to) * 0x01010101))
 
 
-def _nibbles(builder: ir.IRBuilder, raw: Vectors) -> Vectors:
+def nibbles(builder: ir.IRBuilder, raw: Vectors) -> Vectors:
     """16 low halves, then 16 high halves."""
-    return [_bits(builder, v, shift, 15) for shift in (0, 4) for v in raw]
+    return [bits(builder, v, shift, 15) for shift in (0, 4) for v in raw]
 
 
 def _byte_of(builder: ir.IRBuilder, v: ir.Value, i: int) -> ir.Value:
@@ -106,13 +114,13 @@ def _negative(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
 
 
 def _q4_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
-    step(_nibbles(builder, load_tile(builder, rows, 2)), [_scale_at(builder, rows)])
+    step(nibbles(builder, load_tile(builder, rows, 2)), [_scale_at(builder, rows)])
 
 
 def _q4_1(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
     both = gather(builder, rows, 0, I32)
     minimum = _negative(builder, _high_half(builder, both))
-    step(_nibbles(builder, load_tile(builder, rows, 4)), [_low_half(builder, both)], minimum)
+    step(nibbles(builder, load_tile(builder, rows, 4)), [_low_half(builder, both)], minimum)
 
 
 def _with_fifth(builder: ir.IRBuilder, low: Vectors, fifth: ir.Value) -> Vectors:
@@ -127,13 +135,13 @@ def _with_fifth(builder: ir.IRBuilder, low: Vectors, fifth: ir.Value) -> Vectors
 
 def _q5_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
     fifth = gather(builder, rows, 2, I32)
-    low = _nibbles(builder, load_tile(builder, rows, 6))
+    low = nibbles(builder, load_tile(builder, rows, 6))
     step(_with_fifth(builder, low, fifth), [_scale_at(builder, rows)])
 
 
 def _q5_1(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
     both, fifth = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
-    low = _nibbles(builder, load_tile(builder, rows, 8))
+    low = nibbles(builder, load_tile(builder, rows, 8))
     minimum = _negative(builder, _high_half(builder, both))
     step(_with_fifth(builder, low, fifth), [_low_half(builder, both)], minimum)
 
@@ -144,9 +152,8 @@ def _q8_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
 
 
 def _iq4_nl(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
-    codes = _nibbles(builder, load_tile(builder, rows, 2))
-    values = IQ4_VALUES.tolist()
-    step([emit.look_up_bytes(builder, v, values) for v in codes], [_scale_at(builder, rows)])
+    codes = nibbles(builder, load_tile(builder, rows, 2))
+    step([emit.look_up_bytes(builder, v, IQ4_BYTES) for v in codes], [_scale_at(builder, rows)])
 
 
 def _mxfp4(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
@@ -159,9 +166,8 @@ def _mxfp4(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
     normal = builder.sub(builder.shl(quarter, _const(e, 2)), _const(e, 1 << 23))
     denormal = builder.add(quarter, _const(e, 1 << 21))
     scale = builder.select(builder.icmp_signed(">", normal, denormal), normal, denormal)
-    codes = _nibbles(builder, load_tile(builder, rows, 1))
-    values = [v + 16 for v in E2M1_DOUBLED.tolist()]
-    step([emit.look_up_bytes(builder, v, values) for v in codes], [builder.bitcast(scale, _floats(scale))])
+    codes = nibbles(builder, load_tile(builder, rows, 1))
+    step([emit.look_up_bytes(builder, v, MXFP4_BYTES) for v in codes], [builder.bitcast(scale, _floats(scale))])
 
 
 # --- super-blocks of 256 ---------------------------------------------------------------------------------------------
@@ -174,10 +180,10 @@ def _scales_and_minima(builder: ir.IRBuilder, rows: Rows) -> Callable[[int], tup
     """
     halves, first, second, third = load_tile(builder, rows, 0)
     d, dmin = _low_half(builder, halves), _high_half(builder, halves)
-    scales = [_bits(builder, first, 0, 63), _bits(builder, third, 0, 15)]
-    scales[1] = builder.or_(scales[1], _bits(builder, first, 2, 0x30))
-    minima = [_bits(builder, second, 0, 63), _bits(builder, third, 4, 15)]
-    minima[1] = builder.or_(minima[1], _bits(builder, second, 2, 0x30))
+    scales = [bits(builder, first, 0, 63), bits(builder, third, 0, 15)]
+    scales[1] = builder.or_(scales[1], bits(builder, first, 2, 0x30))
+    minima = [bits(builder, second, 0, 63), bits(builder, third, 4, 15)]
+    minima[1] = builder.or_(minima[1], bits(builder, second, 2, 0x30))
 
     def group(g: int) -> tuple[Vectors, ir.Value]:
         scale, minimum = (_byte_of(builder, packed[g // 4], g % 4) for packed in (scales, minima))
@@ -192,7 +198,7 @@ def _q4_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
         raw = load_tile(builder, rows, 16 + 32 * pair) + load_tile(builder, rows, 32 + 32 * pair)
         for half in (0, 1):
             g = 2 * pair + half
-            step([_bits(builder, v, 4 * half, 15) for v in raw], *scales_of(g))
+            step([bits(builder, v, 4 * half, 15) for v in raw], *scales_of(g))
 
 
 def _q5_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
@@ -202,8 +208,8 @@ def _q5_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
         raw = load_tile(builder, rows, 48 + 32 * pair) + load_tile(builder, rows, 64 + 32 * pair)
         for half in (0, 1):
             g = 2 * pair + half
-            low = [_bits(builder, v, 4 * half, 15) for v in raw]
-            high = [builder.shl(_bits(builder, v, g, 1), _const(v, 4)) for v in fifth]
+            low = [bits(builder, v, 4 * half, 15) for v in raw]
+            high = [bits(builder, v, g, 1, to=4) for v in fifth]
             weights = [builder.or_(a, b) for a, b in zip(low, high, strict=True)]
             step(weights, *scales_of(g))
 
@@ -223,23 +229,23 @@ def _q6_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
         high = load_tile(builder, rows, 128 + 32 * half) + load_tile(builder, rows, 144 + 32 * half)
         for quarter in range(4):
             part = low[2 * (quarter % 2)] + low[2 * (quarter % 2) + 1]
-            nibbles = [_bits(builder, v, 4 * (quarter // 2), 15) for v in part]
-            top = [builder.shl(_bits(builder, v, 2 * quarter, 3), _const(v, 4)) for v in high]
+            lower = [bits(builder, v, 4 * (quarter // 2), 15) for v in part]
+            top = [bits(builder, v, 2 * quarter, 3, to=4) for v in high]
             first = 8 * half + 2 * quarter
-            weights = [builder.or_(a, b) for a, b in zip(nibbles, top, strict=True)]
+            weights = [builder.or_(a, b) for a, b in zip(lower, top, strict=True)]
             step(weights, [scale(first), scale(first + 1)])
 
 
 def _iq4_xs(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
     """d, 8 high pairs of scales, 8 low nibbles, then 8 x 16 bytes as in IQ4_NL; scales count from -32."""
     start, low = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
-    d, high, values = _low_half(builder, start), builder.lshr(start, _const(low, 16)), IQ4_VALUES.tolist()
+    d, high = _low_half(builder, start), builder.lshr(start, _const(low, 16))
     for g in range(8):
         nibble = builder.and_(builder.lshr(low, _const(low, 4 * g)), _const(low, 15))
         pair = builder.and_(builder.lshr(high, _const(low, 2 * g)), _const(low, 3))
         scale = builder.sub(builder.or_(nibble, builder.shl(pair, _const(low, 4))), _const(low, 32))
-        codes = _nibbles(builder, load_tile(builder, rows, 8 + 16 * g))
-        step([emit.look_up_bytes(builder, v, values) for v in codes], [_times(builder, d, scale)])
+        codes = nibbles(builder, load_tile(builder, rows, 8 + 16 * g))
+        step([emit.look_up_bytes(builder, v, IQ4_BYTES) for v in codes], [_times(builder, d, scale)])
 
 
 TILES = {
@@ -250,11 +256,11 @@ TILES = {
         TileForm("Q5_0", Integers(5, offset=16), _q5_0),
         TileForm("Q5_1", Integers(5), _q5_1, has_minimum=True),
         TileForm("Q8_0", Integers(8), _q8_0),
-        TileForm("IQ4_NL", Integers(8, has_negatives=True), _iq4_nl),
+        TileForm("IQ4_NL", Integers(8, can_change_sign=True), _iq4_nl),
         TileForm("MXFP4", Integers(5, offset=16), _mxfp4),
         TileForm("Q4_K", Integers(4), _q4_k, has_minimum=True),
         TileForm("Q5_K", Integers(5), _q5_k, has_minimum=True),
         TileForm("Q6_K", Integers(6, offset=32, n_groups=2), _q6_k),
-        TileForm("IQ4_XS", Integers(8, has_negatives=True), _iq4_xs),
+        TileForm("IQ4_XS", Integers(8, can_change_sign=True), _iq4_xs),
     )
 }
