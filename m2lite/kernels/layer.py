@@ -65,6 +65,10 @@ pack_pairs: Any = None
 pair_panel: Any = None
 multiply: Any = None
 product: Any = None
+project: Any = None
+attend_rows: Any = None
+choose: Any = None
+run_experts: Any = None
 
 
 def _pack_dense(team, s, x, n_in, n, int8, float32):
@@ -176,6 +180,19 @@ def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs,
     )  # fmt: skip
 
 
+def _layer(team, layer, scratch, places, n, macs, layer_offset):
+    """All of a layer for rows whose pairs fit into the buffers; returns how many have a score that is NaN or infinite.
+
+    macs: of attention, as for attend_rows.
+    """
+    s = scratch[0]
+    project(team, layer, scratch, places, n, layer_offset)
+    attend_rows(team, scratch, places, 0, n, macs, layer_offset)
+    n_active, n_bad = choose(team, layer, scratch, n)
+    run_experts(team, layer, scratch, s.active, s.starts, n_active, 0, n * s.n_used, n)
+    return n_bad
+
+
 _HELPERS = {  # each may call those before it
     "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "multiply": _multiply,
     "product": _product,
@@ -184,6 +201,7 @@ _STEPS = {
     "project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts,
     "product": _product_of_record,
 }  # fmt: skip
+_OF_STEPS = {"layer": _layer}
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
     "group_pairs", "experts_up", "experts_down", "combine",
@@ -195,7 +213,9 @@ def steps(kernels: dict[str, Any], made: Any) -> SimpleNamespace:
     names = {"parts": made(parts_of)} | {name: kernels[name] for name in _KERNELS}
     for name, template in _HELPERS.items():
         names[name] = made(specialise(template, f"{name}_of_step", **names))
-    return SimpleNamespace(**{n: made(specialise(template, n, **names)) for n, template in _STEPS.items()})
+    found = {n: made(specialise(template, n, **names)) for n, template in _STEPS.items()}
+    found |= {n: made(specialise(template, n, **found)) for n, template in _OF_STEPS.items()}
+    return SimpleNamespace(**found)
 
 
 def interpreted(kernels: Any) -> SimpleNamespace:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,22 +35,50 @@ def kv_layer_bytes(config: Config, kv: str) -> int:
     return 2 * config.n_kv * BYTES_PER_32[kv] // 32
 
 
-@dataclass(frozen=True)
+class Part(NamedTuple):
+    """Token ids that a timeline gets from place `start` on."""
+
+    timeline: Timeline
+    start: int
+    ids: list[int]
+
+
 class Rows:
-    """What one forward call computes: T tokens, each of one timeline at one position."""
+    """What one forward call computes: T tokens, each of one timeline at one position.
 
-    tokens: npt.NDArray[np.int32]  # [T]
-    positions: npt.NDArray[np.int32]  # [T] for the rotation
-    indices: npt.NDArray[np.int32]  # [T] place in the timeline, from 0: what attention sees
-    slots: npt.NDArray[np.int32]  # [T] index within the page
-    pages: npt.NDArray[np.int64]  # [T] address of the page that takes the row's K and V
-    tables: npt.NDArray[np.int64]  # [T] address of the timeline's page addresses
-    last: npt.NDArray[np.intp]  # [timelines] each timeline's last row
-    lengths: tuple[tuple[Timeline, int], ...]  # what the timelines' lengths will be
+    Made of Python's lists: of one row, as in decode, each call of NumPy would cost more than all of it does.
+    """
 
-    @property
-    def n(self) -> int:
-        return len(self.tokens)
+    def __init__(self, parts: Sequence[Part], lengths: tuple[tuple[Timeline, int], ...]) -> None:
+        self.lengths = lengths  # what the timelines' lengths will be
+        self.n_positions = max(start + len(ids) for _, start, ids in parts)  # of the longest, these rows included
+        self.last: list[int] = []  # each timeline's last row
+        tokens: list[int] = []
+        positions: list[int] = []
+        indices: list[int] = []
+        pages: list[int] = []
+        tables: list[int] = []
+        for timeline, start, ids in parts:
+            index, first, address = range(start, start + len(ids)), timeline.first_position, timeline.pool.page_address
+            tokens += ids
+            positions += range(start + first, start + first + len(ids))
+            indices += index
+            pages += [address(timeline.pages[i // PAGE]) for i in index]
+            tables += [timeline.table_address] * len(ids)
+            self.last.append(len(tokens) - 1)
+        self.n = len(tokens)
+        small = np.array([tokens, positions, indices, [i % PAGE for i in indices]], np.int32)
+        wide = np.array([pages, tables], np.int64)
+        # [T] ids; positions for the rotation; places in the timeline, from 0: what attention sees; indices in the page
+        self.tokens, self.positions, self.indices, self.slots = small
+        # [T] addresses of the page that takes the row's K and V, and of its timeline's page addresses
+        self.pages, self.tables = wide
+        self._arrays = small, wide
+
+    def addresses(self) -> tuple[int, int, int, int, int, int]:
+        """Of tokens, positions, indices, slots, pages and tables."""
+        at, wide = (a.__array_interface__["data"][0] for a in self._arrays)  # .ctypes takes ten times as long
+        return at, at + 4 * self.n, at + 8 * self.n, at + 12 * self.n, wide, wide + 8 * self.n
 
 
 class KVPool:
@@ -71,7 +98,7 @@ class KVPool:
         self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
         self._free = list(range(self.n_pages - 1, -1, -1))
         self._users = [0] * self.n_pages
-        self._n_angles = 0
+        self._n_angles = self._angles_address = 0
         self._angles = np.empty((0, config.rotary_dim), np.float32)
 
     @property
@@ -93,23 +120,22 @@ class KVPool:
 
         Nothing is appended until `forward` has run. Raises ContextError when no page is left.
         """
-        checked = [(timeline, self._check_ids(ids)) for timeline, ids in parts]
+        checked = [Part(timeline, timeline.length, self._check_ids(ids)) for timeline, ids in parts]
         if not checked:
             raise UsageError("There is no row to compute.", "Give at least one token.")
-        starts = [timeline.length for timeline, _ in checked]
-        self._take_room(checked, starts)
-        return self._rows(checked, starts, lengths=tuple((t, t.length + len(ids)) for t, ids in checked))
+        self._take_room(checked)
+        return Rows(checked, lengths=tuple((t, start + len(ids)) for t, start, ids in checked))
 
     def rows_at(self, timeline: Timeline, start: int, ids: npt.ArrayLike) -> Rows:
         """Rows from position `start` on that leave the timeline's length as it is: for prediction modules."""
-        part = (timeline, self._check_ids(ids))
+        parts = [Part(timeline, start, self._check_ids(ids))]
         assert start >= 0
-        self._take_room([part], [start])
-        return self._rows([part], [start], lengths=())
+        self._take_room(parts)
+        return Rows(parts, lengths=())
 
-    def _take_room(self, parts: Sequence[tuple[Timeline, npt.NDArray[np.int32]]], starts: Sequence[int]) -> None:
-        counts = [max(0, start + len(ids) - t.length) for (t, ids), start in zip(parts, starts, strict=True)]
-        needed = sum(t.pages_needed(n) for (t, _), n in zip(parts, counts, strict=True))
+    def _take_room(self, parts: Sequence[Part]) -> None:
+        counts = [max(0, start + len(ids) - t.length) for t, start, ids in parts]
+        needed = sum(part.timeline.pages_needed(n) for part, n in zip(parts, counts, strict=True))
         if needed > len(self._free):
             raise ContextError(
                 f"{sum(counts):,} more tokens need {needed:,} pages of {PAGE} positions; {len(self._free):,} of "
@@ -119,44 +145,23 @@ class KVPool:
                 free=self.n_free,
                 limit=self.n_positions,
             )
-        for (timeline, _), n in zip(parts, counts, strict=True):
-            timeline.make_room(n)
+        for part, n in zip(parts, counts, strict=True):
+            part.timeline.make_room(n)
+        top = max(t.first_position + start + len(ids) for t, start, ids in parts)
+        self._extend_angles(self._check_position(top - 1) + 1)
 
-    def _rows(
-        self,
-        parts: Sequence[tuple[Timeline, npt.NDArray[np.int32]]],
-        starts: Sequence[int],
-        lengths: tuple[tuple[Timeline, int], ...],
-    ) -> Rows:
-        columns = [self._columns(t, ids, start) for (t, ids), start in zip(parts, starts, strict=True)]
-        # One part is what decoding asks for, token by token: nothing is joined there.
-        joined = columns[0] if len(columns) == 1 else [np.concatenate(c) for c in zip(*columns, strict=True)]
-        tokens, positions, indices, slots, pages, tables = joined
-        self._extend_angles(self._check_position(int(positions.max())) + 1)
-        last = np.cumsum([len(ids) for _, ids in parts]) - 1
-        return Rows(tokens, positions, indices, slots, pages, tables, last, lengths)
-
-    @staticmethod
-    def _columns(timeline: Timeline, ids: npt.NDArray[np.int32], start: int) -> list[npt.NDArray[Any]]:
-        """tokens, positions, indices, slots, pages and tables of one part, as in `Rows`."""
-        index = np.arange(start, start + len(ids), dtype=np.int32)
-        position = index + np.int32(timeline.first_position)
-        page, slot = np.divmod(index, np.int32(PAGE))
-        return [ids, position, index, slot, timeline.table[page], np.full(len(ids), timeline.table_address)]
-
-    def _check_ids(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        values = np.atleast_1d(np.asarray(ids))
-        if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer):
-            raise UsageError(
-                f"Token ids must be a list of integers, got {values.dtype} {values.shape}.", "Encode first."
-            )
-        low, high = int(values.min()), int(values.max())
+    def _check_ids(self, ids: npt.ArrayLike) -> list[int]:
+        array = np.asarray(ids)
+        if array.ndim > 1 or not array.size or array.dtype.kind not in "iu":
+            raise UsageError(f"Token ids must be a list of integers, got {array.dtype} {array.shape}.", "Encode first.")
+        values = array.reshape(-1).tolist()
+        low, high = min(values), max(values)
         if low < 0 or high >= self.config.n_vocab:
             bad = low if low < 0 else high
             raise UsageError(
                 f"Token id {bad} is outside the vocabulary of {self.config.n_vocab:,}.", "Encode with its tokenizer."
             )
-        return values.astype(np.int32)
+        return values
 
     def _check_position(self, position: int) -> int:
         """`position`, if the model was made for it."""
@@ -188,7 +193,11 @@ class KVPool:
         angles = (positions[:, None] * frequencies[None]).astype(np.float32).astype(np.float64)
         self._angles[self._n_angles :, :half] = np.cos(angles)
         self._angles[self._n_angles :, half:] = np.sin(angles)
-        self._n_angles = len(self._angles)
+        self._n_angles, self._angles_address = len(self._angles), int(self._angles.ctypes.data)
+
+    @property
+    def angles_address(self) -> int:
+        return self._angles_address
 
     @property
     def angles(self) -> npt.NDArray[np.float32]:
@@ -231,7 +240,7 @@ class Timeline:
         self.length = 0
         self.pages: list[int] = []
         self.table = np.zeros(pool.n_pages, np.int64)
-        self.table_address = np.int64(self.table.ctypes.data)
+        self.table_address = int(self.table.ctypes.data)
 
     def pages_needed(self, n_new: int) -> int:
         """Pages that `n_new` more positions take from the pool, a copy of a shared last page included."""

@@ -31,6 +31,7 @@ from m2lite.model.config import Config
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
 MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
+FEW_ROWS = 8  # that go through a layer in one kernel call
 MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
 Check = Callable[[], None]
 _DAMAGED = "The weights may be damaged: download or convert the file again."
@@ -68,7 +69,7 @@ class Buffers:
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
-        self.n_pairs = n_pairs = min(n_all, max(n_rows, MAX_PAIRS))
+        self.n_pairs = n_pairs = min(n_all, max(n_rows, MAX_PAIRS, FEW_ROWS * c.n_experts_used))
         self._arrays: dict[str, npt.NDArray[Any]] = {}
         self.x = self._new("x", (n_rows, c.n_embd), f32)
         self.h = self._new("h", (n_rows, c.n_embd), f32)
@@ -151,13 +152,12 @@ def forward(
     assert jit.n_threads() <= b.n_threads, "the buffers hold scratch for fewer threads"
     embd = weights.token_embd
     k.embed_rows(
-        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.x, 4 * c.n_embd
+        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.addresses()[0], n, b.x, 4 * c.n_embd
     )
     place = Place(pool, rows, k)
     for i, layer in enumerate(weights.layers):
         check()
-        attention(c, layer, b, place, n, i * pool.layer_bytes, check)
-        if not experts(c, layer, b, n, check):
+        if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     logits = _head(weights, b, rows, outputs)
     for timeline, length in rows.lengths:
@@ -169,12 +169,11 @@ class Place:
     """Addresses of where the rows stand, looked up once per call."""
 
     def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType) -> None:
-        self.n_positions = int(rows.indices.max()) + 1
-        arrays = (pool.angles, rows.positions, rows.indices, rows.slots, rows.pages, rows.tables)
+        self.n_positions = rows.n_positions
+        _, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
         self.record = np.empty(1, records.PLACES)
-        addresses = (a.__array_interface__["data"][0] for a in arrays)  # .ctypes takes ten times as long
-        self.record[0] = (*addresses, *cache)
+        self.record[0] = (pool.angles_address, *addresses, *cache)
 
 
 def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
@@ -182,6 +181,21 @@ def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
     b.kernels.steps.product(jit.team(), m.record, b.record, out, 4 * m.n_out, x, n)
     if b.tap is not None:
         b.tap.dense((m,), x, m.n_in, n)
+
+
+def run_layer(
+    c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_offset: int, check: Check = go_on
+) -> bool:
+    """One layer for n rows; False when a router score is NaN or infinite.
+
+    Few rows take one call of a kernel for all of it; more go through the steps below, with a look up between them.
+    """
+    assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
+    macs = n * 2 * c.n_q * place.n_positions
+    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and b.tap is None:
+        return int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset)) == 0
+    attention(c, layer, b, place, n, layer_offset, check)
+    return experts(c, layer, b, n, check)
 
 
 def attention(
@@ -194,7 +208,6 @@ def attention(
     check: Check = go_on,
 ) -> None:
     """attended = attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) with h = rms_norm(x)."""
-    assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     steps = b.kernels.steps
     steps.project(jit.team(), layer.record, b.record, place.record, n, layer_offset)
     if b.tap is not None:
@@ -255,8 +268,10 @@ def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray
     """rms_norm(x) @ output for the rows that are asked for."""
     n, source = rows.n, b.x
     if outputs == "last":
-        n, source = len(rows.last), b.h
-        b.array("h")[:n] = b.array("x")[rows.last]
+        n, source = len(rows.last), b.x + 4 * weights.config.n_embd * rows.last[0]
+        if n > 1:
+            b.array("h")[:n] = b.array("x")[rows.last]
+            source = b.h
     return head(weights, b, source, weights.output_norm, n)
 
 

@@ -19,7 +19,7 @@ from m2lite.errors import BadModelError, M2liteError
 from m2lite.kernels import jit
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
-from m2lite.model.forward import Buffers, Place, attention, experts, head, multiply
+from m2lite.model.forward import Buffers, Place, head, multiply, run_layer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.identity import trunk_identity
@@ -115,7 +115,7 @@ def run_module(
     assert n <= b.n_rows and previous.shape == (n, c.n_embd) and jit.n_threads() <= b.n_threads
     embd = weights.token_embd
     b.kernels.embed_rows(
-        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.tokens.ctypes.data, n, b.h, 4 * c.n_embd
+        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.addresses()[0], n, b.h, 4 * c.n_embd
     )
     if mtp.zero_at_0:
         b.array("h")[:n][rows.positions == 0] = 0
@@ -126,8 +126,7 @@ def run_module(
         b.kernels.rms_norm(int(normed.ctypes.data), source, norm.address, n, c.n_embd, eps)
         joined[:, half] = normed
     multiply(b, b.x, module.eh_proj, int(joined.ctypes.data), n)
-    attention(c, module.layer, b, Place(pool, rows, b.kernels), n, (c.n_layers + k) * pool.layer_bytes)
-    if not experts(c, module.layer, b, n):
+    if not run_layer(c, module.layer, b, Place(pool, rows, b.kernels), n, (c.n_layers + k) * pool.layer_bytes):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
     state = b.array("x")[:n].copy()
     return state, head(weights, b, b.x, module.norm, n)

@@ -16,6 +16,7 @@ import tinymodel
 from m2lite import ContextError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
 from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
+from m2lite.model.forward import FEW_ROWS
 
 Opened = Callable[[str], Model]
 GREEDY = Sampling(temperature=0, seed=0)
@@ -141,12 +142,15 @@ def test_sessions_do_not_disturb_each_other(opened: Opened) -> None:
         assert [list(x) for x in zip(*both, strict=True)] == expected
 
 
-@pytest.mark.parametrize("n_rows", [1, 512])
-@pytest.mark.parametrize("n_asked", [0, 1, 2, 6, 7, 8, 20, 36])
+@pytest.mark.parametrize(("n_rows", "n_of_prompt"), [(1, 3 * 9), (512, 7)])
+@pytest.mark.parametrize("n_asked", [0, 1, 2, 5, 6, 7, 8, 9, 20, 26, 27, 36])
 def test_stop_between_products_and_calls(
-    opened: Opened, monkeypatch: pytest.MonkeyPatch, n_rows: int, n_asked: int
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, n_rows: int, n_of_prompt: int, n_asked: int
 ) -> None:
+    """Asked before each call and each of two layers, and in those of many rows twice more: before products."""
     model = opened("endless")
+    prompt = list(b"say:\nsay\n")
+    assert len(prompt) == 9 > FEW_ROWS
     monkeypatch.setattr(model, "n_rows", n_rows)
     with model.session() as session:
         calls = 0
@@ -156,13 +160,13 @@ def test_stop_between_products_and_calls(
             calls += 1
             return calls > n_asked
 
-        answer = list(session.generate("say\n", sampling=GREEDY, stop=stop))
+        answer = list(session.generate(prompt, sampling=GREEDY, stop=stop))
         assert session.finish_reason == "interrupted"
-        assert calls == n_asked + 1  # heard at once: between calls, and three times in each of two layers
-        assert len(answer) == max(0, n_asked // 7 - (3 if n_rows == 1 else 0))
+        assert calls == n_asked + 1  # heard at once
+        assert len(answer) == (0 if n_asked < n_of_prompt else 1 + (n_asked - n_of_prompt) // 3)
         # nothing is lost: going on gives what would have come
         rest = list(session.generate((), max_tokens=4, sampling=GREEDY, ignore_stop=True))
-        assert answer + rest == fresh(model, list(b"say\n"), len(answer) + 4, GREEDY)
+        assert answer + rest == fresh(model, prompt, len(answer) + 4, GREEDY)
 
 
 def test_an_abandoned_call_leaves_nothing_behind(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
