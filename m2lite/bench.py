@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from m2lite import __version__, machine
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model, Session, Stop, kv_bytes_per_position
+from m2lite.decode.session import Model, Session, kv_bytes_per_position
 from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
 

@@ -11,19 +11,20 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.engine import Engine, Stop, Stopped, ask
 from m2lite.decode.locate import locate_model
 from m2lite.decode.sampling import Sampling, draw
-from m2lite.errors import ContextError, ResourceError, UsageError
+from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
@@ -32,17 +33,16 @@ from m2lite.text.template import Template, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
-    from m2lite.model.cache import KVPool, Timeline
-    from m2lite.model.forward import Buffers
+    from m2lite.model.cache import Timeline
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
 MAX_ROWS = 2048  # of one forward call
 MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
+BURST_S = 0.004  # for which one job decodes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 MAX_CALL_MACS = 50e9  # of all rows in one product: a stop is heard between them, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
-Stop = Callable[[], bool]
 
 
 @dataclass
@@ -64,70 +64,6 @@ class Stats:
     @property
     def tokens_per_s(self) -> float | None:
         return (self.n_generated - 1) / self.decode_s if self.n_generated > 1 and self.decode_s > 0 else None
-
-
-class Stopped(Exception):
-    """The caller's `stop` said so in the middle of a call."""
-
-
-class Engine:
-    """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
-
-    def __init__(self, gguf: GGUFFile, config: Config, n_threads: int, ctx: int, n_rows: int, kv: str) -> None:
-        from m2lite.kernels import jit
-
-        self.layer = jit.start(n_threads)
-        self.layer_advice = jit.layer_advice()
-        self.n_threads = jit.n_threads()
-
-        from m2lite.model.cache import KVPool
-        from m2lite.model.forward import Buffers, forward
-        from m2lite.model.weights import bind_weights
-
-        self._jit, self._forward = jit, forward
-        self.weights: Weights = bind_weights(gguf, config)
-        self.pool: KVPool = KVPool(config, ctx, kv=kv)
-        self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
-        for n in sorted({min(n_rows, ctx, PAGE), 1}):
-            self._load_kernels(n)
-        draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
-
-    def _load_kernels(self, n_rows: int) -> None:
-        """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.
-
-        One layer is enough for that, and reads little of a model that is larger than memory.
-        """
-        timeline = self.pool.timeline()
-        rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
-        one_layer = replace(self.weights, layers=self.weights.layers[:1])
-        self._forward(one_layer, self.pool, self.buffers, rows)
-        timeline.release()
-
-    def evaluate(
-        self,
-        timeline: Timeline,
-        start: int,
-        tokens: Sequence[int],
-        outputs: str = "last",
-        stop: Stop | None = None,
-    ) -> Any:
-        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
-
-        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before.
-        """
-
-        def check() -> None:
-            compute_thread().check()
-            if stop is not None and stop():
-                raise Stopped
-
-        if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
-            self._jit.start(self.n_threads)
-        if timeline.length > start:
-            timeline.rewind(start)
-        assert timeline.length == start, (timeline.length, start)
-        rows = self.pool.rows([(timeline, np.asarray(tokens, np.int64))])
-        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check)
 
 
 class Model:
@@ -339,62 +275,83 @@ class Session:
         self.finish_reason = "interrupted"  # until it is known better
         self.n_cached = min(self.n_cached, len(self.tokens) - 1)  # the last row's logits are needed
         self.stats = Stats(n_prompt=len(self.tokens), n_reused=self.n_cached)
-        step = partial(self._step, sampling or Sampling(), stream, stop, progress)
-        return self._generate(step, max_tokens, frozenset() if ignore_stop else self.model.tokenizer.stop_ids)
+        stop_ids = frozenset() if ignore_stop else self.model.tokenizer.stop_ids
+        n_most = self.model.ctx + 1  # the last drawn token needs no position of its own
+        if max_tokens is not None:
+            n_most = min(n_most, len(self.tokens) + max_tokens)
+        step = partial(self._step, sampling or Sampling(), stream, stop, progress, stop_ids, n_most)
+        return self._generate(step, stop_ids, n_most)
 
-    def _generate(
-        self, step: Callable[[], int | None], max_tokens: int | None, stop_ids: frozenset[int]
-    ) -> Iterator[int]:
+    def _generate(self, step: Callable[[], list[int | None]], stop_ids: frozenset[int], n_most: int) -> Iterator[int]:
         stats = self.stats
         while True:
             started = time.perf_counter()
-            token = step()
+            drawn = step()
             elapsed = time.perf_counter() - started
             if stats.first_token_s is None:
                 stats.prompt_s = elapsed
             else:
                 stats.decode_s += elapsed
-            if token is None:
-                return
-            if stats.first_token_s is None:
-                stats.first_token_s = elapsed
-            self.tokens.append(token)
-            if token in stop_ids:
-                self.finish_reason = "stop"
-                return
-            stats.n_generated += 1
-            # The last drawn token needs no position of its own.
-            done = stats.n_generated == max_tokens or len(self.tokens) > self.model.ctx
-            if done:
-                self.finish_reason = "length"
-            yield token
-            if done:
-                return
+            for token in drawn:
+                if token is None:
+                    return
+                if stats.first_token_s is None:
+                    stats.first_token_s = elapsed
+                self.n_cached = len(self.tokens)
+                self.tokens.append(token)
+                if token in stop_ids:
+                    self.finish_reason = "stop"
+                    return
+                stats.n_generated += 1
+                done = len(self.tokens) >= n_most
+                if done:
+                    self.finish_reason = "length"
+                yield token
+                if done:
+                    return
 
-    def _step(self, sampling: Sampling, stream: int, stop: Stop | None, progress: Progress | None) -> int | None:
-        """Evaluate what the cache lacks, in chunks, and draw the next id; None when stopped before that."""
-        engine, timeline = self.model.engine, self._timeline
-        n_total = len(self.tokens)
-        n_at_first = self.n_cached
-        token = None
-        while self.n_cached < n_total:
-            if stop is not None and stop():
-                return None
-            start, end = self.n_cached, min(self.n_cached + self.model.n_rows, n_total)
-            chunk = self.tokens[start:end]
+    def _step(
+        self,
+        sampling: Sampling,
+        stream: int,
+        stop: Stop | None,
+        progress: Progress | None,
+        stop_ids: frozenset[int],
+        n_most: int,
+    ) -> list[int | None]:
+        """Evaluate what the cache lacks, in chunks, and draw the next ids: None behind them when stopped.
 
-            def call(start: int = start, chunk: list[int] = chunk, is_last: bool = end == n_total) -> int | None:
-                logits = engine.evaluate(timeline, start, chunk, stop=stop)
-                return draw(logits[-1], sampling, stream, n_total) if is_last else None
+        The first id of an answer alone, whose time is told; later as many as BURST_S has time for, up to the end.
+        """
+        engine, timeline, drawn = self.model.engine, self._timeline, list[int]()
+        n_at_first, n_total, is_first = self.n_cached, len(self.tokens), self.stats.first_token_s is None
 
-            try:
-                token = compute_thread().run(call)
-            except Stopped:
-                return None
-            self.n_cached = end
-            if progress is not None and n_total - n_at_first > 1:
-                progress(end - n_at_first, n_total - n_at_first)
-        return token
+        def call(start: int, chunk: list[int]) -> None:
+            until = time.perf_counter() + (0 if is_first else BURST_S)
+            logits = engine.evaluate(timeline, start, chunk, stop=stop)
+            n = start + len(chunk)
+            while n >= n_total:
+                drawn.append(draw(logits[-1], sampling, stream, n))
+                if drawn[-1] in stop_ids or n + 1 >= n_most or time.perf_counter() >= until:
+                    return
+                ask(stop)
+                logits = engine.evaluate(timeline, n, drawn[-1:], stop=stop)
+                n += 1
+
+        try:
+            while self.n_cached < n_total:
+                ask(stop)
+                start, end = self.n_cached, min(self.n_cached + self.model.n_rows, n_total)
+                compute_thread().run(partial(call, start, self.tokens[start:end]))
+                self.n_cached = end
+                if progress is not None and n_total - n_at_first > 1:
+                    progress(end - n_at_first, n_total - n_at_first)
+        except Stopped:
+            return [*drawn, None]
+        except M2liteError:
+            if not drawn:  # else it comes again when those are used up
+                raise
+        return list(drawn)
 
     def close(self) -> None:
         """Give the KV pages back."""

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from m2lite.errors import UsageError
 
 if TYPE_CHECKING:
-    from m2lite.decode.session import Model, Stop
+    from m2lite.decode.engine import Stop
+    from m2lite.decode.session import Model
 
 MIN_CTX = 8
 

@@ -18,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.session import Stopped
+from m2lite.decode.engine import Stopped
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
 from m2lite.model.weights import Matrix
 
 if TYPE_CHECKING:
-    from m2lite.decode.session import Model, Stop
+    from m2lite.decode.engine import Stop
+    from m2lite.decode.session import Model
     from m2lite.model.forward import Tap
 
 F32_MAX = float(np.finfo(np.float32).max)

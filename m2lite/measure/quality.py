@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.session import Stopped
+from m2lite.decode.engine import Stopped
 from m2lite.errors import UsageError
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
 from m2lite.model.forward import head
 
 if TYPE_CHECKING:
-    from m2lite.decode.session import Engine, Model, Stop
+    from m2lite.decode.engine import Engine, Stop
+    from m2lite.decode.session import Model
 
 SLICE_ROWS = 64
 PERCENTILES = (50, 90, 95, 99, 99.9)

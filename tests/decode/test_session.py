@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tinymodel
-from m2lite import ContextError, Model, ResourceError, Sampling, UsageError, machine
+from m2lite import ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
 from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
 from m2lite.model.forward import FEW_ROWS
@@ -167,6 +167,26 @@ def test_stop_between_products_and_calls(
         # nothing is lost: going on gives what would have come
         rest = list(session.generate((), max_tokens=4, sampling=GREEDY, ignore_stop=True))
         assert answer + rest == fresh(model, prompt, len(answer) + 4, GREEDY)
+
+
+def test_an_error_takes_no_id_with_it(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids that were drawn before an error within the same job are handed out before it."""
+    model = opened("random")
+    expected = fresh(model, PROMPT, 6, GREEDY)
+    real = model.engine.evaluate
+
+    def damaged(timeline: object, start: int, *args: object, **kwargs: object) -> object:
+        if start >= len(PROMPT) + 5:
+            raise M2liteError("NaN or infinity in the logits.")
+        return real(timeline, start, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model.engine, "evaluate", damaged)
+    monkeypatch.setattr("m2lite.decode.session.BURST_S", 60.0)
+    answer: list[int] = []
+    with model.session() as session, pytest.raises(M2liteError):
+        for token in session.generate(PROMPT, max_tokens=20, sampling=GREEDY, ignore_stop=True):
+            answer.append(token)
+    assert answer == expected
 
 
 def test_an_abandoned_call_leaves_nothing_behind(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,91 @@
+"""What the compute thread works with: weights, KV pool and scratch buffers. Knows timelines, not sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from m2lite.decode.compute import compute_thread
+from m2lite.decode.sampling import Sampling, draw
+from m2lite.model.cache import PAGE
+from m2lite.model.config import Config
+from m2lite.storage.gguf_reader import GGUFFile
+
+if TYPE_CHECKING:  # these import Numba
+    from m2lite.model.cache import KVPool, Timeline
+    from m2lite.model.forward import Buffers
+    from m2lite.model.weights import Weights
+
+Stop = Callable[[], bool]
+
+
+class Stopped(Exception):
+    """The caller's `stop` said so in the middle of a call."""
+
+
+def ask(stop: Stop | None) -> None:
+    """Raises Stopped if `stop` says so."""
+    if stop is not None and stop():
+        raise Stopped
+
+
+class Engine:
+    """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
+
+    def __init__(self, gguf: GGUFFile, config: Config, n_threads: int, ctx: int, n_rows: int, kv: str) -> None:
+        from m2lite.kernels import jit
+
+        self.layer = jit.start(n_threads)
+        self.layer_advice = jit.layer_advice()
+        self.n_threads = jit.n_threads()
+
+        from m2lite.model.cache import KVPool
+        from m2lite.model.forward import Buffers, forward
+        from m2lite.model.weights import bind_weights
+
+        self._jit, self._forward = jit, forward
+        self.weights: Weights = bind_weights(gguf, config)
+        self.pool: KVPool = KVPool(config, ctx, kv=kv)
+        self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
+        for n in sorted({min(n_rows, ctx, PAGE), 1}):
+            self._load_kernels(n)
+        draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+
+    def _load_kernels(self, n_rows: int) -> None:
+        """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.
+
+        One layer is enough for that, and reads little of a model that is larger than memory.
+        """
+        timeline = self.pool.timeline()
+        rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
+        one_layer = replace(self.weights, layers=self.weights.layers[:1])
+        self._forward(one_layer, self.pool, self.buffers, rows)
+        timeline.release()
+
+    def evaluate(
+        self,
+        timeline: Timeline,
+        start: int,
+        tokens: Sequence[int],
+        outputs: str = "last",
+        stop: Stop | None = None,
+    ) -> Any:
+        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
+
+        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before.
+        """
+
+        def check() -> None:
+            compute_thread().check()
+            ask(stop)
+
+        if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
+            self._jit.start(self.n_threads)
+        if timeline.length > start:
+            timeline.rewind(start)
+        assert timeline.length == start, (timeline.length, start)
+        rows = self.pool.rows([(timeline, np.asarray(tokens, np.int64))])
+        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check)
