@@ -51,11 +51,13 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def parse_arguments(description: str | None, prompts: str, decodes: str) -> tuple[argparse.Namespace, Work]:
-    """What every comparison with llama-bench asks, and the work that it means."""
+def parse_arguments(
+    description: str | None, prompts: str, decodes: str, program: str = "llama-bench"
+) -> tuple[argparse.Namespace, Work]:
+    """What every comparison with a program of llama.cpp's asks, and the work that it means."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
+    parser.add_argument(f"--{program}", dest="program", type=Path, required=True, metavar="PATH")
     parser.add_argument("-p", type=parse_counts, default=parse_counts(prompts), metavar="N,...", help="prompt tokens")
     parser.add_argument("-n", type=parse_counts, default=parse_counts(decodes), metavar="N,...", help="decoded tokens")
     parser.add_argument("-d", type=parse_counts, default=(0,), metavar="N,...", help="cached positions before a test")
@@ -90,8 +92,8 @@ class Bench:
     """One series of rounds: `name` of the kind of benchmark, its arguments and its work."""
 
     def __init__(self, name: str, args: argparse.Namespace, work: Work) -> None:
-        self.args, self.work, self.llama_bench = args, work, args.llama_bench.resolve()
-        self.versions, self.computer = describe_versions(self.llama_bench), describe_machine()
+        self.args, self.work, self.program = args, work, args.program.resolve()
+        self.versions, self.computer = describe_versions(self.program), describe_machine()
         self.identity = identity(name, args.label, work.as_json(), self.versions, self.computer)
 
     def rows(self) -> list[Json]:
@@ -100,7 +102,7 @@ class Bench:
 
     def run(self, side: str, title: str, spared: Sequence[psutil.Process] = ()) -> Json:
         """One run of one side, when the machine is quiet but for `spared`."""
-        argv, parse = self._side(side, self.work)
+        argv, parse = self.side(side, self.work)
         found = run(argv, parse, spared)
         shown = ", ".join(f"{t['kind']} {t['n']} at {t['depth']}: {t['tokens_per_s']:.2f}" for t in found["tests"])
         print(f"{title}: {shown} tok/s; others {found['foreign_cores']:.2f} cores", flush=True)
@@ -115,8 +117,9 @@ class Bench:
         if not wait_for_quiet(self.args.patience) and not self.args.allow_noise:
             raise RunError("Other programs are busy. Wait for them, or say --allow-noise.")
 
-    def _side(self, side: str, work: Work) -> tuple[list[str], Callable[[str], object]]:
-        return (ours_argv(work), parse_ours) if side == "ours" else (llama_argv(work, self.llama_bench), parse_llama)
+    def side(self, side: str, work: Work) -> tuple[list[str], Callable[[str], object]]:
+        """A side's command for this work, and what makes figures of its output."""
+        return (ours_argv(work), parse_ours) if side == "ours" else (llama_argv(work, self.program), parse_llama)
 
     def collect(self, make_round: Callable[[int], Runs]) -> list[Json]:
         """The rows of this series, made where they are missing: make_round(how many there are) is one of them."""
@@ -126,7 +129,7 @@ class Bench:
         speed = read_through(self.work.model)
         print(f"{len(rows)} of {wanted} rounds are there; read the file at {speed:.1f} GB/s, warming up", flush=True)
         for side in SIDES:
-            run(*self._side(side, replace(self.work, repeats=1)))
+            run(*self.side(side, replace(self.work, repeats=1)))
         for _ in range(2 * wanted):  # as many as wanted may be disturbed
             if len(rows) >= wanted:
                 break
@@ -159,10 +162,11 @@ def main(
     work: Work,
     make: Callable[[Bench, int], Runs],
     say: Callable[[list[Json]], str],
+    kind: type[Bench] = Bench,
 ) -> None:
     """Collect, print the summary, and exit with 1 when rounds are missing."""
     try:
-        bench = Bench(name, args, work)
+        bench = kind(name, args, work)
         rows = bench.collect(lambda number: make(bench, number))
     except (RunError, OSError) as error:
         print(error, file=sys.stderr)

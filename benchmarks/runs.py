@@ -131,7 +131,9 @@ def run(argv: Sequence[str], parse: Any, spared: Iterable[psutil.Process] = ()) 
     spared = list(spared)
     started, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
     before = _times(spared)
-    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT, check=False)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, cwd=ROOT, check=False
+    )
     after = _times(spared)
     if done.returncode:
         raise RunError(f"{shlex.join(argv)} ended with {done.returncode}: {done.stderr[-2000:].strip()}")

@@ -81,6 +81,7 @@ def run_bench(
         "kv_bytes_per_position": kv_bytes_per_position(model.config, model.kv),
         "read_bytes_per_s": read_bandwidth(model.n_threads),
         **read_mapped(model),
+        "kv": model.kv,
         "threads": model.n_threads,
         "layer": model.engine.layer,
         "processor": machine.processor_name(),

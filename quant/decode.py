@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
-from m2lite.kernels.jit import Split, kernel, n_parts, n_threads, specialise
+from m2lite.kernels.jit import kernel, n_parts, n_threads, specialise
 from m2lite.kernels.simd import load_f16, load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
+from m2lite.kernels.split import Split
 from m2lite.quant.lanes import (
     bits_of,
     from_bits,
@@ -65,7 +65,7 @@ def write_flag(flag, worst):
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-item_bytes, load, part_of = 1, None, None
+item_bytes, load = 1, None
 
 
 def _part(part, n_parts, raw, n, out, flags):
@@ -79,14 +79,8 @@ def _part(part, n_parts, raw, n, out, flags):
     write_flag(flags + 4 * part, worst)
 
 
-def _parallel(n_parts, raw, n, out, flags):
-    for part in prange(n_parts):
-        part_of(part, n_parts, raw, n, out, flags)
-
-
 def _decoder(name: str, load: Any) -> Split:
-    part = kernel(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name]))
-    return Split(part, kernel(specialise(_parallel, f"decode_{name}_parallel", part_of=part), parallel=True))
+    return Split(kernel(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name])))
 
 
 _PLAIN = {"F32": _decoder("F32", load_f32), "F16": _decoder("F16", load_f16), "BF16": _decoder("BF16", load_bf16)}
@@ -116,15 +110,7 @@ def _scaled_part(part, n_parts, raw, scale, n_scales, block_rows, block_columns,
     write_flag(flags + 4 * part, worst)
 
 
-@kernel(parallel=True)
-def _scaled_parallel(n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags):
-    for part in prange(n_parts):
-        _scaled_part(
-            part, n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags
-        )
-
-
-_scaled = Split(_scaled_part, _scaled_parallel)
+_scaled = Split(_scaled_part)
 
 
 def decode_rows(

@@ -12,10 +12,11 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
-from m2lite.kernels.jit import Split, address_of, kernel, n_parts, specialise
+from m2lite.kernels.jit import address_of, kernel, n_parts, specialise
 from m2lite.kernels.simd import load_f32, scratch, splat, store_f16, tree_sum, write_f32
+from m2lite.kernels.split import Split
 from m2lite.quant import search_affine as affine
 from m2lite.quant import search_plain as plain
 from m2lite.quant import search_signed as signed
@@ -42,13 +43,7 @@ def _part(part, n_parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_
         call_encoder(tile, area, at, sigma + 4 * row, out + row * out_row + column * n_bytes, out_row)
 
 
-@kernel(parallel=True)
-def _parallel(n_parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_rows, n_columns):
-    for part in prange(n_parts):
-        _part(part, n_parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_rows, n_columns)
-
-
-_encode_tiles = Split(_part, _parallel)
+_encode_tiles = Split(_part)
 _SIGNATURE = types.void(*([types.int64] * 5))
 
 
@@ -108,7 +103,7 @@ def store_bf16(to, v):
     store_u16(to, bf16_bits(v))
 
 
-store = encode_part = None  # `specialise` fills them in
+store = None  # `specialise` fills it in
 
 
 def _elements(part, n_parts, x, out, n):
@@ -118,16 +113,8 @@ def _elements(part, n_parts, x, out, n):
         store(out + 32 * i, load_f32(x + 64 * i))
 
 
-def _elements_parallel(n_parts, x, out, n):
-    for part in prange(n_parts):
-        encode_part(part, n_parts, x, out, n)
-
-
 def _element_encoder(name: str, store: Any) -> Split:
-    part = kernel(specialise(_elements, f"encode_{name}", store=store))
-    return Split(
-        part, kernel(specialise(_elements_parallel, f"encode_{name}_parallel", encode_part=part), parallel=True)
-    )
+    return Split(kernel(specialise(_elements, f"encode_{name}", store=store)))
 
 
 ELEMENTS = {"F16": _element_encoder("f16", store_half), "BF16": _element_encoder("bf16", store_bf16)}
@@ -147,10 +134,4 @@ def _squares_part(part, n_parts, x, sigma, n_rows, width):
         write_f32(sigma + 4 * row, tree_sum(total) / F(width))
 
 
-@kernel(parallel=True)
-def _squares_parallel(n_parts, x, sigma, n_rows, width):
-    for part in prange(n_parts):
-        _squares_part(part, n_parts, x, sigma, n_rows, width)
-
-
-row_squares = Split(_squares_part, _squares_parallel)
+row_squares = Split(_squares_part)

@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange, types
 
 from m2lite.kernels.elementwise import exp16
-from m2lite.kernels.jit import Split, address_of, kernel, specialise
+from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.kernels.pages import PAGE
 from m2lite.kernels.simd import (
@@ -45,6 +45,7 @@ from m2lite.kernels.simd import (
     write_f32,
 )
 from m2lite.kernels.simd_bits import load_i8
+from m2lite.kernels.split import Split
 
 F = np.float32
 ZERO, ONE, MINUS_INFINITY = F(0.0), F(1.0), F(-np.inf)
@@ -482,4 +483,4 @@ def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positio
     return int(state_places(0, group, head_dim)[2]) + n_blocks * int(state_bytes(group, head_dim))
 
 
-attend = Split(attend_part, attend_parallel)
+attend = Split(attend_part, parallel=attend_parallel)

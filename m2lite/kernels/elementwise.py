@@ -7,11 +7,10 @@ are in bytes, values are float32, row lengths are multiples of 32. `part` of `n_
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from m2lite.kernels.dot import GROUP
 from m2lite.kernels.dots import PANEL
-from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.jit import kernel
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
     call_unpack,
@@ -36,6 +35,7 @@ from m2lite.kernels.simd import (
     write_f32,
     write_i32,
 )
+from m2lite.kernels.split import Split
 
 F = np.float32
 ZERO, ONE, MINUS_ONE = F(0.0), F(1.0), F(-1.0)
@@ -97,12 +97,6 @@ def read_part(part, n_parts, address, n_bytes, sums):
         a, b = maximum(a, load_f32(at)), maximum(b, load_f32(at + 64))
         c, d = maximum(c, load_f32(at + 128)), maximum(d, load_f32(at + 192))
     write_f32(sums + 4 * part, tree_sum(add16(add16(a, b), add16(c, d))))
-
-
-@kernel(parallel=True)
-def read_parallel(n_parts, address, n_bytes, sums):
-    for part in prange(n_parts):
-        read_part(part, n_parts, address, n_bytes, sums)
 
 
 @kernel
@@ -202,12 +196,6 @@ def pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
         pack_one(panel, x + t * x_stride, t, n_rows, n_blocks, is_int8)
 
 
-@kernel(parallel=True)
-def pack_parallel(n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
-    for part in prange(n_parts):
-        pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8)
-
-
 @kernel
 def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
     """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x.
@@ -224,12 +212,6 @@ def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, 
             pack_one(panel + begin * row_bytes, row, p - begin, end - begin, n_blocks, is_int8)
 
 
-@kernel(parallel=True)
-def pack_groups_parallel(n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
-    for part in prange(n_parts):
-        pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8)
-
-
-read_memory = Split(read_part, read_parallel)
-pack = Split(pack_part, pack_parallel)
-pack_groups = Split(pack_groups_part, pack_groups_parallel)
+read_memory = Split(read_part)
+pack = Split(pack_part)
+pack_groups = Split(pack_groups_part)

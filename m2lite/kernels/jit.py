@@ -172,7 +172,6 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
     return int(numba.cfunc(signature, cache=True, **options)(function).address)
 
 
-CHUNKS = 8  # per thread, of a product's tiles: whoever is done takes the next, so a slow core delays nobody for long
 SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us
 
 
@@ -243,33 +242,6 @@ def parts_of(team, work):  # type: ignore[no-untyped-def]
 def n_parts(work: int) -> int:
     """Parts that `work` (multiply-adds or the like) is worth now; a kernel's result is the same for any number."""
     return int(parts_of(team(), work))
-
-
-part: Any = None
-parallel: Any = None
-
-
-def _in_parts(n_parts, *args):  # type: ignore[no-untyped-def]
-    if n_parts == 1:
-        part(0, 1, *args)
-    else:
-        parallel(n_parts, *args)
-
-
-class Split:
-    """A kernel in two compiled forms: one call for all of it, or a parallel region with a part per thread."""
-
-    def __init__(self, part: Any, parallel: Any) -> None:
-        self.part, self.parallel = part, parallel
-        template = specialise(_in_parts, part.__name__.removesuffix("part") + "in_parts", part=part, parallel=parallel)
-        self.compiled = kernel(template)  # for other kernels to call
-
-    def __call__(self, n_parts: int, *args: Any) -> None:
-        assert 1 <= n_parts <= _crowd.n_threads, n_parts  # callers keep scratch for as many
-        if n_parts == 1:
-            self.part(0, 1, *args)
-        else:
-            self.parallel(n_parts, *args)
 
 
 def n_threads() -> int:

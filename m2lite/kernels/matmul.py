@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from numba import prange
-
-from m2lite.kernels.jit import CHUNKS, Split, kernel
-from m2lite.kernels.simd import call_tile, scratch, take_number, write_i64
+from m2lite.kernels.jit import kernel
+from m2lite.kernels.simd import call_tile
+from m2lite.kernels.split import Split
 
 
 @kernel
@@ -20,22 +19,11 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride):
 
 
 @kernel
-def matmul_part(part, n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
+def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
+    """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
     n_tiles = (n_out + 15) // 16
     for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
         tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride)
 
 
-@kernel(parallel=True)
-def matmul_parallel(n_parts, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
-    """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
-    counter, n_chunks = scratch(1), n_parts * CHUNKS
-    write_i64(counter, 0)
-    for _ in prange(n_parts):
-        chunk = take_number(counter)
-        while chunk < n_chunks:
-            matmul_part(chunk, n_chunks, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x)
-            chunk = take_number(counter)
-
-
-matmul = Split(matmul_part, matmul_parallel)
+matmul = Split(matmul_part, in_chunks=True)

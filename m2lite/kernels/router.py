@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from m2lite.kernels.elementwise import sigmoid16
-from m2lite.kernels.jit import CHUNKS, Split, kernel
+from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import tile_at
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
@@ -17,12 +16,10 @@ from m2lite.kernels.simd import (
     read_i32,
     splat,
     store_f32,
-    take_number,
     write_f32,
     write_i32,
-    write_i64,
 )
-from m2lite.kernels.simd import scratch as vectors
+from m2lite.kernels.split import Split
 
 F = np.float32
 ZERO, MINUS_INFINITY = F(0.0), F(-np.inf)
@@ -128,18 +125,20 @@ def tiles_of(i, n_tiles, begin, end, active, starts):
 
 @kernel
 def experts_up_part(
-    part, n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
+    part, n_parts, thread, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
     up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
 ):  # fmt: skip
     """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
 
-    Pairs are counted from starts[0]. scratch: scratch_bytes, two tiles of 64 bytes a row of the largest expert.
+    Pairs are counted from starts[0]. scratch: scratch_bytes for each thread, two tiles of 64 bytes a row of the largest
+    expert.
     """
     n_tiles = (n_ff + 15) // 16
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
         e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
-        g, u = scratch, scratch + 64 * n_x
+        g = scratch + thread * scratch_bytes
+        u = g + 64 * n_x
         for tile in range(first_tile, end_tile):
             r = min(tile * 16, n_ff - 16)
             gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
@@ -152,28 +151,9 @@ def experts_up_part(
                 store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
 
 
-@kernel(parallel=True)
-def experts_up_parallel(
-    n_parts, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
-    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
-):  # fmt: skip
-    """As experts_up_part; scratch: scratch_bytes for each thread."""
-    counter, n_chunks = vectors(1), n_parts * CHUNKS
-    write_i64(counter, 0)
-    for thread in prange(n_parts):
-        chunk = take_number(counter)
-        while chunk < n_chunks:
-            experts_up_part(
-                chunk, n_chunks, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel,
-                gate_row, up_panel, up_row, active, starts, n_active, scratch + thread * scratch_bytes,
-                scratch_bytes,
-            )  # fmt: skip
-            chunk = take_number(counter)
-
-
 @kernel
 def experts_down_part(
-    part, n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+    part, n_parts, thread, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
     """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
     n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
@@ -183,21 +163,6 @@ def experts_down_part(
         at, out = panel + first * panel_row, y + 4 * first * n_out
         for k in range(first_tile, end_tile):
             tile_at(tile, k, w + e * slice_bytes, stride, n_out, n_blocks, at, n_x, out, 4 * n_out)
-
-
-@kernel(parallel=True)
-def experts_down_parallel(
-    n_parts, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
-):
-    counter, n_chunks = vectors(1), n_parts * CHUNKS
-    write_i64(counter, 0)
-    for _ in prange(n_parts):
-        chunk = take_number(counter)
-        while chunk < n_chunks:
-            experts_down_part(
-                chunk, n_chunks, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
-            )
-            chunk = take_number(counter)
 
 
 @kernel
@@ -222,12 +187,6 @@ def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, 
                 store_f32(total + at, sums)
 
 
-@kernel(parallel=True)
-def combine_parallel(n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last):
-    for part in prange(n_parts):
-        combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last)
-
-
-combine = Split(combine_part, combine_parallel)
-experts_up = Split(experts_up_part, experts_up_parallel)
-experts_down = Split(experts_down_part, experts_down_parallel)
+combine = Split(combine_part)
+experts_up = Split(experts_up_part, in_chunks=True)
+experts_down = Split(experts_down_part, in_chunks=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from m2lite.kernels.jit import Split, kernel
+from m2lite.kernels.jit import kernel
+from m2lite.kernels.split import Split
 
 D = np.float64
 
@@ -27,10 +27,4 @@ def add_squares_part(part, n_parts, sums, x, rows, starts, active):
                 total[j] += D(row[j]) * D(row[j])
 
 
-@kernel(parallel=True)
-def add_squares_parallel(n_parts, sums, x, rows, starts, active):
-    for part in prange(n_parts):
-        add_squares_part(part, n_parts, sums, x, rows, starts, active)
-
-
-add_squares = Split(add_squares_part, add_squares_parallel)
+add_squares = Split(add_squares_part)

@@ -195,7 +195,7 @@ def run_layer(
     if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and b.tap is None:
         return int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset)) == 0
     attention(c, layer, b, place, n, layer_offset, check)
-    return experts(c, layer, b, n, check)
+    return rest_of_layer(c, layer, b, n, check)
 
 
 def attention(
@@ -221,7 +221,7 @@ def attention(
         steps.attend_rows(jit.team(), b.record, place.record, first, size, size * macs, layer_offset)
 
 
-def experts(c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on) -> bool:
+def rest_of_layer(c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on) -> bool:
     """x += attended Wo; x += the chosen experts' outputs for h = rms_norm(x).
 
     False when a router score is NaN or infinite.
