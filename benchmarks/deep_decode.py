@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,25 +42,13 @@ class DeepBench(Bench):
     def side(self, side: str, work: Work) -> tuple[list[str], Callable[[str], object]]:
         if side == "ours":
             return super().side(side, work)
-        return self._argv(work, work.decodes[0], "--prompt-cache-ro"), self._parse
+        return self._argv(work, work.decodes[0], "--prompt-cache-ro"), partial(parse_completion, work)
 
     def _argv(self, work: Work, n: int, *others: str) -> list[str]:
         fixed = ["-no-cnv", "--no-escape", "--simple-io", "--temp", "0", "--ignore-eos", "--log-file", "/dev/stdout"]
         files = ["-f", str(self.kept / "prompt.txt"), "--prompt-cache", str(self.kept / "state.bin")]
         sizes = ["-c", str(work.ctx), "-n", str(n), "-t", str(work.threads)]
         return [str(self.program), "-m", str(work.model), *sizes, *files, *fixed, *work.llama_args, *others]
-
-    def _parse(self, text: str) -> tuple[list[Json], Json]:
-        """(tests, about) from what llama-completion logs; refuses a run that computed its prompt again."""
-        found, prompt = EVAL.search(text), PROMPT.search(text)
-        if found is None or prompt is None:
-            raise RunError(f"llama-completion said no times: {text[-500:]!r}")
-        if int(prompt[1]) > 64:
-            raise RunError(f"llama-completion computed {prompt[1]} tokens of a prompt that it should have kept.")
-        speed = int(found[2]) / (float(found[1]) / 1e3)
-        [depth], [n] = self.work.depths, self.work.decodes
-        test = {"kind": "decode", "n": n, "depth": depth, "samples": [speed], "tokens_per_s": speed}
-        return [test], {"kept": "state of the prompt", "runs": int(found[2])}
 
     def collect(self, make_round: Callable[[int], Runs]) -> list[Json]:
         self.fill()
@@ -81,20 +70,39 @@ class DeepBench(Bench):
         (self.kept / "done").touch()
 
 
+def parse_completion(work: Work, text: str) -> tuple[list[Json], Json]:
+    """(tests, about) from what llama-completion logs; refuses a run that computed its prompt again."""
+    found, prompt = EVAL.search(text), PROMPT.search(text)
+    if found is None or prompt is None:
+        raise RunError(f"llama-completion said no times: {text[-500:]!r}")
+    if int(prompt[1]) > 64:
+        raise RunError(f"llama-completion computed {prompt[1]} tokens of a prompt that it should have kept.")
+    speed = int(found[2]) / (float(found[1]) / 1e3)
+    [depth], [n] = work.depths, work.decodes
+    test = {"kind": "decode", "n": n, "depth": depth, "samples": [speed], "tokens_per_s": speed}
+    return [test], {"kept": "state of the prompt", "runs": int(found[2])}
+
+
 def prompt_of(path: Path, n: int) -> str:
     """A text of exactly n tokens: words of random letters, of which the last ones are tried out."""
     letters, rng = np.array(list("etaoinshrdlucmfwypvbg")), np.random.default_rng(0)
     with Model.open(path, ctx=64) as model:
+
+        def count(text: str) -> int:
+            return len(model.encode_prompt(text))
+
         words = ["".join(rng.choice(letters, size)) for size in rng.integers(2, 9, n)]
         low, high = 0, len(words)
         while low < high:  # the most words that are no more than n tokens
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(model.encode_prompt(" ".join(words[:middle]))) <= n else (low, middle - 1)
+            low, high = (middle, high) if count(" ".join(words[:middle])) <= n else (low, middle - 1)
         text = " ".join(words[:low])
-        while (left := n - len(model.encode_prompt(text))) > 0:
-            text += " e" * left
-        if left < 0:
-            raise RunError(f"No text of exactly {n} tokens was found.")
+        while (before := count(text)) < n:
+            longer = (text + piece for piece in (" e", "e", " .", "."))
+            found = next((more for more in longer if before < count(more) <= n), None)
+            if found is None:
+                raise RunError(f"No text of exactly {n} tokens was found.")
+            text = found
     return text
 
 

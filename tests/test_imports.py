@@ -27,7 +27,8 @@ FLOORS = [
 FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
 QUANT_MAY = (
-    "quant", "errors", "storage", "kernels.jit", "kernels.simd", "kernels.simd_bits", "kernels.emit", "text.tokenizer",
+    "quant", "errors", "storage", "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
+    "text.tokenizer",
 )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def arguments(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(pairs, "describe_versions", lambda path: VERSIONS)
     monkeypatch.setattr(pairs, "describe_machine", lambda: COMPUTER)
     args = argparse.Namespace(
-        llama_bench=tmp_path / "llama-bench", label="x", output=tmp_path / "rows.jsonl", pairs=3, allow_noise=False,
+        program=tmp_path / "llama-bench", label="x", output=tmp_path / "rows.jsonl", pairs=3, allow_noise=False,
         patience=0, calls=calls, disturbed=(),
     )  # fmt: skip
     yield args
