@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 
 from m2lite import Model
 from pairs import Bench, Runs, main, parse_arguments
 from runs import Json, RunError, Work, run
 from side_by_side import BENCH, make_pair, summary
 
-STATE = Path.home() / ".cache" / "m2lite-benchmarks"
+STATE = Path(platformdirs.user_cache_dir("m2lite")) / "benchmarks"
 EVAL = re.compile(r"(?<!prompt) eval time =\s*([\d.]+) ms /\s*(\d+) runs")
 PROMPT = re.compile(r"prompt eval time =\s*[\d.]+ ms /\s*(\d+) tokens")
 

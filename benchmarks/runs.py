@@ -218,7 +218,7 @@ def _processor_flags() -> set[str]:
     return {flag for flag in listed if flag.startswith(_FLAGS)}
 
 
-def describe_versions(llama_bench: Path) -> Json:
+def describe_versions(program: Path) -> Json:
     """`tree` names the code that is measured: it stays while only documents or benchmarks change."""
     changed = _git("status", "--porcelain", "--", "m2lite")
     return {
@@ -228,7 +228,7 @@ def describe_versions(llama_bench: Path) -> Json:
         "python": platform.python_version(),
         "numba": importlib.metadata.version("numba"),
         "numpy": importlib.metadata.version("numpy"),
-        "llama.cpp": _llama_version(llama_bench),
+        "llama.cpp": _llama_version(program),
     }
 
 
@@ -237,11 +237,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _llama_version(llama_bench: Path) -> str:
+def _llama_version(program: Path) -> str:
     try:
-        done = subprocess.run([llama_bench, "--version"], capture_output=True, text=True, check=False)
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise RunError(f"{llama_bench} does not run: {error.strerror}.") from None
+        raise RunError(f"{program} does not run: {error.strerror}.") from None
     lines = (done.stdout + done.stderr).splitlines()
     return next((line.removeprefix("version: ") for line in lines if line.startswith("version")), "unknown")
 

@@ -87,5 +87,5 @@ class Engine:
         if timeline.length > start:
             timeline.rewind(start)
         assert timeline.length == start, (timeline.length, start)
-        rows = self.pool.rows([(timeline, np.asarray(tokens, np.int64))])
+        rows = self.pool.rows([(timeline, tokens)])
         return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check)

@@ -197,11 +197,10 @@ _HELPERS = {  # each may call those before it
     "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "multiply": _multiply,
     "product": _product,
 }  # fmt: skip
-_STEPS = {
-    "project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts,
+_STEPS = {  # each may call those before it
+    "project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts, "layer": _layer,
     "product": _product_of_record,
 }  # fmt: skip
-_OF_STEPS = {"layer": _layer}
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
     "group_pairs", "experts_up", "experts_down", "combine",
@@ -213,8 +212,9 @@ def steps(kernels: dict[str, Any], made: Any) -> SimpleNamespace:
     names = {"parts": made(parts_of)} | {name: kernels[name] for name in _KERNELS}
     for name, template in _HELPERS.items():
         names[name] = made(specialise(template, f"{name}_of_step", **names))
-    found = {n: made(specialise(template, n, **names)) for n, template in _STEPS.items()}
-    found |= {n: made(specialise(template, n, **found)) for n, template in _OF_STEPS.items()}
+    found: dict[str, Any] = {}
+    for name, template in _STEPS.items():
+        found[name] = made(specialise(template, name, **names, **found))
     return SimpleNamespace(**found)
 
 

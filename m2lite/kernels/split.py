@@ -19,18 +19,12 @@ CHUNKS = 8  # per thread: a slow core delays nobody for long
 # Names that `specialise` fills in: the templates below see them as globals.
 part: Any = None
 parallel: Any = None
+one_share: Any = None  # what a part is told that does all of the work alone
 
 
 def _parts(n_parts, *args):  # type: ignore[no-untyped-def]
     for i in prange(n_parts):
         part(i, n_parts, *args)
-
-
-def _parts_or_all(n_parts, *args):  # type: ignore[no-untyped-def]
-    if n_parts == 1:
-        part(0, 1, *args)
-    else:
-        parallel(n_parts, *args)
 
 
 def _chunks(n_parts, *args):  # type: ignore[no-untyped-def]
@@ -43,9 +37,9 @@ def _chunks(n_parts, *args):  # type: ignore[no-untyped-def]
             chunk = take_number(counter)
 
 
-def _chunks_or_all(n_parts, *args):  # type: ignore[no-untyped-def]
+def _shared(n_parts, *args):  # type: ignore[no-untyped-def]
     if n_parts == 1:
-        part(0, 1, 0, *args)
+        part(*one_share, *args)
     else:
         parallel(n_parts, *args)
 
@@ -59,15 +53,15 @@ class Split:
     def __init__(self, part: Any, *, in_chunks: bool = False, parallel: Any = None) -> None:
         # The name is what tells functions of one template apart in Numba's cache.
         name = f"{part.__module__}.{part.__name__}".replace(".", "_")
-        region, either = (_chunks, _chunks_or_all) if in_chunks else (_parts, _parts_or_all)
-        self.part, self._all = part, (0, 1, 0) if in_chunks else (0, 1)
+        region, one_share = (_chunks, (0, 1, 0)) if in_chunks else (_parts, (0, 1))
+        self.part, self._one_share = part, one_share
         self.parallel = parallel or kernel(specialise(region, f"{name}_parallel", part=part), parallel=True)
-        # For other kernels to call:
-        self.compiled = kernel(specialise(either, f"{name}_shared", part=part, parallel=self.parallel))
+        forms = {"part": part, "parallel": self.parallel, "one_share": one_share}
+        self.compiled = kernel(specialise(_shared, f"{name}_shared", **forms))  # for other kernels to call
 
     def __call__(self, n_parts: int, *args: Any) -> None:
         assert 1 <= n_parts <= jit.n_threads(), n_parts  # callers keep scratch for as many
         if n_parts == 1:
-            self.part(*self._all, *args)
+            self.part(*self._one_share, *args)
         else:
             self.parallel(n_parts, *args)

@@ -98,7 +98,7 @@ class KVPool:
         self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
         self._free = list(range(self.n_pages - 1, -1, -1))
         self._users = [0] * self.n_pages
-        self._n_angles = self._angles_address = 0
+        self._n_angles = self.angles_address = 0
         self._angles = np.empty((0, config.rotary_dim), np.float32)
 
     @property
@@ -123,17 +123,18 @@ class KVPool:
         checked = [Part(timeline, timeline.length, self._check_ids(ids)) for timeline, ids in parts]
         if not checked:
             raise UsageError("There is no row to compute.", "Give at least one token.")
-        self._take_room(checked)
+        self._prepare(checked)
         return Rows(checked, lengths=tuple((t, start + len(ids)) for t, start, ids in checked))
 
     def rows_at(self, timeline: Timeline, start: int, ids: npt.ArrayLike) -> Rows:
         """Rows from position `start` on that leave the timeline's length as it is: for prediction modules."""
         parts = [Part(timeline, start, self._check_ids(ids))]
         assert start >= 0
-        self._take_room(parts)
+        self._prepare(parts)
         return Rows(parts, lengths=())
 
-    def _take_room(self, parts: Sequence[Part]) -> None:
+    def _prepare(self, parts: Sequence[Part]) -> None:
+        """Take the pages that the parts need, and compute the angles of their positions."""
         counts = [max(0, start + len(ids) - t.length) for t, start, ids in parts]
         needed = sum(part.timeline.pages_needed(n) for part, n in zip(parts, counts, strict=True))
         if needed > len(self._free):
@@ -193,11 +194,7 @@ class KVPool:
         angles = (positions[:, None] * frequencies[None]).astype(np.float32).astype(np.float64)
         self._angles[self._n_angles :, :half] = np.cos(angles)
         self._angles[self._n_angles :, half:] = np.sin(angles)
-        self._n_angles, self._angles_address = len(self._angles), int(self._angles.ctypes.data)
-
-    @property
-    def angles_address(self) -> int:
-        return self._angles_address
+        self._n_angles, self.angles_address = len(self._angles), int(self._angles.ctypes.data)
 
     @property
     def angles(self) -> npt.NDArray[np.float32]:

@@ -151,10 +151,8 @@ def forward(
     assert n <= b.n_rows, (n, b.n_rows)
     assert jit.n_threads() <= b.n_threads, "the buffers hold scratch for fewer threads"
     embd = weights.token_embd
-    k.embed_rows(
-        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.addresses()[0], n, b.x, 4 * c.n_embd
-    )
     place = Place(pool, rows, k)
+    k.embed_rows(weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.x, 4 * c.n_embd)
     for i, layer in enumerate(weights.layers):
         check()
         if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check):
@@ -170,7 +168,7 @@ class Place:
 
     def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType) -> None:
         self.n_positions = rows.n_positions
-        _, *addresses = rows.addresses()
+        self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
         self.record = np.empty(1, records.PLACES)
         self.record[0] = (pool.angles_address, *addresses, *cache)

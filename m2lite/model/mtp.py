@@ -113,9 +113,9 @@ def run_module(
     weights, module, b = mtp.trunk, mtp.modules[k], buffers
     c, n = weights.config, rows.n
     assert n <= b.n_rows and previous.shape == (n, c.n_embd) and jit.n_threads() <= b.n_threads
-    embd = weights.token_embd
+    embd, place = weights.token_embd, Place(pool, rows, b.kernels)
     b.kernels.embed_rows(
-        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, rows.addresses()[0], n, b.h, 4 * c.n_embd
+        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.h, 4 * c.n_embd
     )
     if mtp.zero_at_0:
         b.array("h")[:n][rows.positions == 0] = 0
@@ -126,7 +126,7 @@ def run_module(
         b.kernels.rms_norm(int(normed.ctypes.data), source, norm.address, n, c.n_embd, eps)
         joined[:, half] = normed
     multiply(b, b.x, module.eh_proj, int(joined.ctypes.data), n)
-    if not run_layer(c, module.layer, b, Place(pool, rows, b.kernels), n, (c.n_layers + k) * pool.layer_bytes):
+    if not run_layer(c, module.layer, b, place, n, (c.n_layers + k) * pool.layer_bytes):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
     state = b.array("x")[:n].copy()
     return state, head(weights, b, b.x, module.norm, n)
