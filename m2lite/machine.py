@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 60  # version 1 writes the largest page count for none
 
 
 def free_memory_bytes() -> int:
@@ -19,26 +22,63 @@ def free_memory_bytes() -> int:
 
 
 def _cgroup_free_bytes() -> int | None:
-    """The tightest limit (cgroup v2) above this process; cached file pages count as free."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().split("::", 1)[1].splitlines()[0].lstrip("/")
-    except (OSError, IndexError):
-        return None
+    """The tightest limit above this process (cgroup v2 or v1); cached file pages count as free."""
     found: list[int] = []
-    folder = _CGROUP / own
-    while True:
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / "memory.current").read_text())
-                cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-                found.append(max(0, int(limit) - max(0, used - cached)))
-        except (OSError, ValueError):
-            pass
-        if folder == _CGROUP or _CGROUP not in folder.parents:
-            return min(found, default=None)
-        folder = folder.parent
+    for root, own, limit, current, scope in _cgroups():
+        folder = root / own
+        while True:
+            free = _free_below(folder / limit, folder / current, folder / "memory.stat", scope)
+            if free is not None:
+                found.append(free)
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+    return min(found, default=None)
+
+
+def _cgroups() -> Iterator[tuple[Path, str, str, str, str]]:
+    """(root, our group, file of the limit, file of what is used, prefix of memory.stat's totals) of each hierarchy."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if not controllers:
+            yield _CGROUP, own.lstrip("/"), "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            yield _CGROUP / "memory", own.lstrip("/"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+
+
+def _free_below(limit_file: Path, used_file: Path, stat_file: Path, scope: str) -> int | None:
+    """What one group's limit leaves, or None where it has none."""
+    try:
+        limit = limit_file.read_text().strip()
+        if limit == "max" or int(limit) >= _NO_LIMIT:
+            return None
+        stat = dict(line.split() for line in stat_file.read_text().splitlines())
+        cached = sum(int(stat.get(f"{scope}{name}", 0)) for name in ("inactive_file", "active_file"))
+        return max(0, int(limit) - max(0, int(used_file.read_text()) - cached))
+    except (OSError, ValueError):
+        return None
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def major_faults() -> int:
+    """Of this process so far: pages that were touched and had to come from a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def n_usable_cores() -> int:

@@ -44,6 +44,8 @@ class Settings:
     threads: int | None
     ctx: int | None
     kv: str
+    load: str
+    ram: int | None
     temp: float
     top_k: int
     top_p: float
@@ -105,6 +107,8 @@ OPTIONS: dict[str, Option] = {
         Option("threads", ("--threads", "-t"), "N", parse_positive, None, "Threads [default: one per core]"),
         Option("ctx", ("--ctx",), "N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]"),
         Option("kv", ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half"),
+        Option("load", ("--load",), "mmap|direct", parse_choice("mmap", "direct"), "mmap", "Page cache or own memory"),
+        Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
         Option("temp", ("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy"),
         Option("top_k", ("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off"),
         Option("top_p", ("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability"),

@@ -81,6 +81,10 @@ def status_line(conversation: Conversation) -> str:
         parts.append(f"first {stats.first_token_s:.2f} s")
     if stats.prompt_tokens_per_s is not None:
         parts.append(f"prompt {stats.prompt_tokens_per_s:,.0f} tok/s ({stats.n_prompt - stats.n_reused} tok)")
+    if stats.traffic is not None and stats.traffic.hit_rate is not None:
+        traffic = stats.traffic
+        parts.append(f"experts {traffic.hit_rate:.0%} in memory, {traffic.read_bytes / 1e6:,.0f} MB read")
+        parts.append(f"waited {traffic.stall_s:.1f} s for the disk")
     parts.append(f"ctx {100 * len(session.tokens) / session.model.ctx:.0f} %")
     return " · ".join(parts)
 

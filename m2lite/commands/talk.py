@@ -115,5 +115,7 @@ def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
             "tokens_per_s": stats.tokens_per_s,
             "time_to_first_token_s": stats.first_token_s,
             "load_s": model.load_s,
+            "major_faults": stats.major_faults,
+            **(stats.traffic.as_dict() if stats.traffic else {}),
         },
     }

@@ -17,6 +17,8 @@ from m2lite.storage.gguf_reader import GGUFFile
 if TYPE_CHECKING:  # these import Numba
     from m2lite.model.cache import KVPool, Timeline
     from m2lite.model.forward import Buffers
+    from m2lite.model.residency import Residency
+    from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
 
 Stop = Callable[[], bool]
@@ -35,7 +37,18 @@ def ask(stop: Stop | None) -> None:
 class Engine:
     """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
 
-    def __init__(self, gguf: GGUFFile, config: Config, n_threads: int, ctx: int, n_rows: int, kv: str) -> None:
+    def __init__(
+        self,
+        gguf: GGUFFile,
+        config: Config,
+        n_threads: int,
+        ctx: int,
+        n_rows: int,
+        kv: str,
+        load: str = "mmap",
+        ram: int | None = None,
+    ) -> None:
+        """Weights, KV pool for `ctx` positions and buffers for `n_rows`; weights that do not fit come and go."""
         from m2lite.kernels import jit
 
         self.layer = jit.start(n_threads)
@@ -44,15 +57,32 @@ class Engine:
 
         from m2lite.model.cache import KVPool
         from m2lite.model.forward import Buffers, forward
+        from m2lite.model.residency import Residency, choose_budget
         from m2lite.model.weights import bind_weights
 
         self._jit, self._forward = jit, forward
-        self.weights: Weights = bind_weights(gguf, config)
         self.pool: KVPool = KVPool(config, ctx, kv=kv)
         self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
+        self.residency: Residency | None = None
+        address: Callable[[str], int] | None = None
+        budget = choose_budget(gguf, load, ram, self.pool.n_bytes + self.buffers.n_bytes)
+        if budget is not None:
+            self.residency = Residency(gguf, config, load)
+            self.buffers.stream, address = self.residency.stream(budget), self.residency.address
+        self.weights: Weights = bind_weights(gguf, config, address=address)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
         draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+
+    @property
+    def stream(self) -> Stream | None:
+        """What brings the weights of a model that is larger than its memory."""
+        return self.buffers.stream
+
+    def close(self) -> None:
+        """Before the file is closed."""
+        if self.residency is not None:
+            self.residency.close()
 
     def _load_kernels(self, n_rows: int) -> None:
         """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.

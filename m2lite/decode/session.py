@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -27,6 +27,7 @@ from m2lite.decode.sampling import Sampling, draw
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
+from m2lite.model.residency import check_load
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.storage.prefault import Prefault
 from m2lite.text.template import Template, load_template
@@ -34,6 +35,7 @@ from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
     from m2lite.model.cache import Timeline
+    from m2lite.model.stream import Traffic
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
@@ -55,6 +57,8 @@ class Stats:
     first_token_s: float | None = None
     prompt_s: float = 0.0
     decode_s: float = 0.0  # of all tokens but the first
+    traffic: Traffic | None = None  # of a model that is larger than its memory
+    major_faults: int = 0  # pages of the process that had to be waited for one by one
 
     @property
     def prompt_tokens_per_s(self) -> float | None:
@@ -91,11 +95,15 @@ class Model:
         ctx: int | None = None,
         kv: str = "f16",
         template: str = "file",
+        load: str = "mmap",
+        ram: int | None = None,
         on_compile: Callable[[], None] | None = None,
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
 
         `ctx` is the number of KV positions, by default what `default_ctx` says; `kv` is their type, f16 or q8_0.
+        `ram` is the memory, in bytes, that this process and the file's pages may take, by default what is free. Weights
+        of a larger model come and go: read through the mapping, or with `load` "direct" past the page cache.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
         to be compiled, which takes most of a minute on the first run on a machine.
         """
@@ -107,13 +115,14 @@ class Model:
             n_positions = default_ctx(config, kv) if ctx is None else check_ctx(config, ctx, kv)
             n_threads = threads or machine.n_usable_cores()
             n_rows = chunk_rows(config)
+            check_load(load, ram)
 
             def build() -> Engine:
                 from m2lite.kernels import jit
 
                 if on_compile is not None:
                     jit.on_compile(on_compile)
-                return Engine(gguf, config, n_threads, n_positions, n_rows, kv)
+                return Engine(gguf, config, n_threads, n_positions, n_rows, kv, load, ram)
 
             job = compute_thread().submit(build)  # imports Numba while this thread builds the tokenizer
             tokenizer = load_tokenizer(gguf)
@@ -124,7 +133,7 @@ class Model:
             raise
         model = cls(gguf, config, tokenizer, chat_template, engine)
         model.ctx, model.n_rows = n_positions, n_rows
-        if gguf.size_bytes + model.kv_bytes <= machine.free_memory_bytes():
+        if engine.stream is None and gguf.size_bytes + model.kv_bytes <= machine.free_memory_bytes():
             model._prefault = gguf.prefault()
         model.load_s = time.perf_counter() - started
         return model
@@ -180,9 +189,13 @@ class Model:
         if self._prefault is not None:
             self._prefault.stop()
         abandoned = compute_thread().busy  # a call or compilation that nobody waits for any more
-        job = compute_thread().submit(self.gguf.close)
+        job = compute_thread().submit(self._close)
         if not abandoned:
             job.result()
+
+    def _close(self) -> None:
+        self.engine.close()
+        self.gguf.close()
 
     def __enter__(self) -> Self:
         return self
@@ -283,11 +296,16 @@ class Session:
         return self._generate(step, stop_ids, n_most)
 
     def _generate(self, step: Callable[[], list[int | None]], stop_ids: frozenset[int], n_most: int) -> Iterator[int]:
-        stats = self.stats
+        stats, weights = self.stats, self.model.engine.stream
+        traffic = None if weights is None else replace(weights.traffic)
+        faults = machine.major_faults()
         while True:
             started = time.perf_counter()
             drawn = step()
             elapsed = time.perf_counter() - started
+            if weights is not None and traffic is not None:
+                stats.traffic = weights.traffic.since(traffic)
+            stats.major_faults = machine.major_faults() - faults
             if stats.first_token_s is None:
                 stats.prompt_s = elapsed
             else:

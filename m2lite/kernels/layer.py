@@ -68,6 +68,8 @@ product: Any = None
 project: Any = None
 attend_rows: Any = None
 choose: Any = None
+experts: Any = None
+add_experts: Any = None
 run_experts: Any = None
 
 
@@ -154,8 +156,8 @@ def _choose(team, layer, scratch, n):
     return n_active, n_bad
 
 
-def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
-    """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
+def _experts(team, layer, scratch, active, starts, n_active, first, n_pairs, place):
+    """expert_out[place:] = what n_active experts make of h, for their n_pairs pairs, which begin with pair `first`."""
     la, s = layer[0], scratch[0]
     gate, up, down = la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps
     n_int8 = gate.is_int8 + up.is_int8
@@ -171,13 +173,24 @@ def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs,
         down.is_int8 == 0,
     )  # fmt: skip
     experts_down(
-        parts(team, macs), s.expert_out, down.tile, down.address, down.slice_bytes, s.n_embd, down.n_blocks,
-        pair_panel(s, down), down.panel_row_bytes, active, starts, n_active,
+        parts(team, macs), s.expert_out + 4 * s.n_embd * place, down.tile, down.address, down.slice_bytes, s.n_embd,
+        down.n_blocks, pair_panel(s, down), down.panel_row_bytes, active, starts, n_active,
     )  # fmt: skip
+
+
+def _add_experts(team, scratch, first, n_pairs, n):
+    """x += expert_out, which holds pairs first to first + n_pairs, each row's in ascending order of the experts."""
+    s = scratch[0]
     combine(
         parts(team, n_pairs * s.n_embd), s.x, s.expert_sums, s.expert_out, s.pair_slots, s.expert_weights, n, s.n_used,
         s.n_embd, first, first + n_pairs,
     )  # fmt: skip
+
+
+def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
+    """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
+    experts(team, layer, scratch, active, starts, n_active, first, n_pairs, 0)
+    add_experts(team, scratch, first, n_pairs, n)
 
 
 def _layer(team, layer, scratch, places, n, macs, layer_offset):
@@ -198,8 +211,8 @@ _HELPERS = {  # each may call those before it
     "product": _product,
 }  # fmt: skip
 _STEPS = {  # each may call those before it
-    "project": _project, "attend_rows": _attend, "choose": _choose, "run_experts": _run_experts, "layer": _layer,
-    "product": _product_of_record,
+    "project": _project, "attend_rows": _attend, "choose": _choose, "experts": _experts, "add_experts": _add_experts,
+    "run_experts": _run_experts, "layer": _layer, "product": _product_of_record,
 }  # fmt: skip
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",

@@ -28,6 +28,7 @@ from m2lite.kernels import layer as records
 from m2lite.kernels.dot import panel_bytes
 from m2lite.model.cache import PAGE, KVPool, Rows
 from m2lite.model.config import Config
+from m2lite.model.stream import Stream
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
 MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
@@ -67,6 +68,7 @@ class Buffers:
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
         self.kernels = kernels or load_kernels()
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
+        self.stream: Stream | None = None  # set where the model is larger than its memory
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
         self.n_pairs = n_pairs = min(n_all, max(n_rows, MAX_PAIRS, FEW_ROWS * c.n_experts_used))
@@ -126,6 +128,11 @@ class Buffers:
         self._arrays[name] = raw[offset : offset + n_bytes].view(dtype).reshape(shape)
         return int(self._arrays[name].ctypes.data)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of all of them."""
+        return sum(a.nbytes for a in self._arrays.values())
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """One of the buffers as an array, for tests and measurements."""
         return self._arrays[name]
@@ -155,8 +162,12 @@ def forward(
     k.embed_rows(weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.x, 4 * c.n_embd)
     for i, layer in enumerate(weights.layers):
         check()
-        if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check):
+        if b.stream is not None:
+            b.stream.enter(i, is_last=i == len(weights.layers) - 1)
+        if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check, b.stream):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
+    if b.stream is not None:
+        b.stream.enter(c.n_layers)
     logits = _head(weights, b, rows, outputs)
     for timeline, length in rows.lengths:
         timeline.length = length
@@ -182,18 +193,26 @@ def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
 
 
 def run_layer(
-    c: Config, layer: Layer, b: Buffers, place: Place, n: int, layer_offset: int, check: Check = go_on
+    c: Config,
+    layer: Layer,
+    b: Buffers,
+    place: Place,
+    n: int,
+    layer_offset: int,
+    check: Check = go_on,
+    stream: Stream | None = None,
 ) -> bool:
     """One layer for n rows; False when a router score is NaN or infinite.
 
-    Few rows take one call of a kernel for all of it; more go through the steps below, with a look up between them.
+    Few rows take one call of a kernel for all of it; more go through the steps below, with a look up between them; so
+    does a layer whose experts come from `stream`.
     """
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     macs = n * 2 * c.n_q * place.n_positions
-    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and b.tap is None:
+    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and b.tap is None and stream is None:
         return int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset)) == 0
     attention(c, layer, b, place, n, layer_offset, check)
-    return rest_of_layer(c, layer, b, n, check)
+    return rest_of_layer(c, layer, b, n, check, stream)
 
 
 def attention(
@@ -219,25 +238,41 @@ def attention(
         steps.attend_rows(jit.team(), b.record, place.record, first, size, size * macs, layer_offset)
 
 
-def rest_of_layer(c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on) -> bool:
+def rest_of_layer(
+    c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on, stream: Stream | None = None
+) -> bool:
     """x += attended Wo; x += the chosen experts' outputs for h = rms_norm(x).
 
     False when a router score is NaN or infinite.
     """
-    steps, gate, up, down = b.kernels.steps, layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
+    steps = b.kernels.steps
     check()
     n_active, n_bad = steps.choose(jit.team(), layer.record, b.record, n)
     if b.tap is not None:
         b.tap.dense((layer.attn_output,), b.attended, c.n_q, n)
         b.tap.dense((layer.ffn_gate_inp,), b.h, c.n_embd, n)
+    if stream is not None:
+        counts = np.diff(b.array("starts")[: n_active + 1])
+        stream.begin(b.array("active")[:n_active].tolist(), counts.tolist(), n)
     for slab in slabs(b, n_active, n * c.n_experts_used):
         check()
-        steps.run_experts(jit.team(), layer.record, b.record, *slab, n)
-        if b.tap is not None:
-            pairs = slab.active, slab.starts, slab.n_active
-            b.tap.experts((gate, up), b.h, c.n_embd, b.pair_rows, *pairs)
-            b.tap.experts((down,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
+        if stream is None:
+            steps.run_experts(jit.team(), layer.record, b.record, *slab, n)
+            _show_experts(c, layer, b, slab)
+            continue
+        for part in _as_they_come(stream, b, slab):
+            check()
+            steps.experts(jit.team(), layer.record, b.record, *part, part.first - slab.first)
+            _show_experts(c, layer, b, part)
+        steps.add_experts(jit.team(), b.record, slab.first, slab.n_pairs, n)
     return int(n_bad) == 0
+
+
+def _show_experts(c: Config, layer: Layer, b: Buffers, slab: Slab) -> None:
+    if b.tap is not None:
+        pairs = slab.active, slab.starts, slab.n_active
+        b.tap.experts((layer.ffn_gate_exps, layer.ffn_up_exps), b.h, c.n_embd, b.pair_rows, *pairs)
+        b.tap.experts((layer.ffn_down_exps,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
 
 
 class Slab(NamedTuple):
@@ -260,6 +295,14 @@ def slabs(b: Buffers, n_active: int, n_pairs: int) -> Iterator[Slab]:
         end = bisect_right(starts, starts[i] + b.n_pairs) - 1
         yield Slab(b.active + 4 * i, b.starts + 4 * i, end - i, starts[i], starts[end] - starts[i])
         i = end
+
+
+def _as_they_come(stream: Stream, b: Buffers, slab: Slab) -> Iterator[Slab]:
+    """The slab in parts whose experts are in memory, in the order in which they are."""
+    starts, at = b.array("starts"), (slab.active - b.active) // 4
+    for first, end in stream.arrive(at, at + slab.n_active):
+        pair = int(starts[first])
+        yield Slab(b.active + 4 * first, b.starts + 4 * first, end - first, pair, int(starts[end]) - pair)
 
 
 def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ A matrix is described, not loaded: where it lies in the mapping, how its rows ar
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -123,14 +123,21 @@ def load_kernels() -> ModuleType:
     return fast
 
 
-def bind_weights(gguf: GGUFFile, config: Config, kernels: ModuleType | None = None, generic: bool = False) -> Weights:
+def bind_weights(
+    gguf: GGUFFile,
+    config: Config,
+    kernels: ModuleType | None = None,
+    generic: bool = False,
+    address: Callable[[str], int] | None = None,
+) -> Weights:
     """Bind every tensor of `gguf`. Raises BadModelError for a tensor that is missing, foreign or of another shape.
 
-    `generic` runs every matrix through the unpack-to-float32 kernels (float32 activations): slower, no rounding of
-    activations to int8. `kernels` is kernels.fast or kernels.reference, by default what `load_kernels` says.
+    `address` says where a matrix is or will be, if not in the mapping. `generic` runs every matrix through the
+    unpack-to-float32 kernels (float32 activations): slower, no rounding of activations to int8. `kernels` is
+    kernels.fast or kernels.reference, by default what `load_kernels` says.
     """
     kernels = kernels or load_kernels()
-    names = TensorNames(gguf, config, kernels, generic)
+    names = TensorNames(gguf, config, kernels, generic, address)
     token_embd, output = (
         names.matrix("token_embd.weight", "vocab", "embd"),
         names.matrix("output.weight", "vocab", "embd"),
@@ -186,8 +193,16 @@ def bind_layer(names: TensorNames, prefix: str) -> Layer:
 class TensorNames:
     """The tensor table with a tick behind every name that was bound."""
 
-    def __init__(self, gguf: GGUFFile, config: Config, kernels: ModuleType, generic: bool) -> None:
+    def __init__(
+        self,
+        gguf: GGUFFile,
+        config: Config,
+        kernels: ModuleType,
+        generic: bool,
+        address: Callable[[str], int] | None = None,
+    ) -> None:
         self.gguf, self.kernels, self.generic = gguf, kernels, generic
+        self.address = address or gguf.address
         self.left = set(gguf.tensors)
         self.sizes: Mapping[str, int] = {
             "vocab": config.n_vocab,
@@ -218,7 +233,7 @@ class TensorNames:
 
     def matrix(self, name: str, *shape: str) -> Matrix:
         info = self.take(name, shape)
-        return self._matrix(info, self.gguf.address(name), info.shape[-2])
+        return self._matrix(info, self.address(name), info.shape[-2])
 
     def _matrix(self, info: TensorInfo, address: int, n_out: int) -> Matrix:
         fmt, n_in = info.format, info.shape[-1]
@@ -241,7 +256,7 @@ class TensorNames:
     def fused_qkv(self, name: str) -> tuple[Matrix, Matrix, Matrix]:
         """q, k and v as rows of one matrix, in this order."""
         info = self.take(name, ("qkv", "embd"))
-        row_bytes, address = info.format.row_bytes(info.shape[-1]), self.gguf.address(name)
+        row_bytes, address = info.format.row_bytes(info.shape[-1]), self.address(name)
         n_q, n_kv = self.sizes["q"], self.sizes["kv"]
         q, k, v = (
             self._matrix(info, address + first * row_bytes, n)

@@ -32,6 +32,7 @@ from m2lite.storage.gguf_header import (
     parse_header,
 )
 from m2lite.storage.prefault import Prefault
+from m2lite.storage.reads import File
 
 __all__ = ["GGUFArray", "GGUFFile", "TensorInfo", "open_gguf"]
 
@@ -174,6 +175,10 @@ class GGUFFile:
         """Where the tensor's first byte is mapped."""
         tensor = self.tensors[name]
         return int(self._open_parts()[tensor.part].bytes.ctypes.data) + tensor.offset
+
+    def files(self) -> list[File]:
+        """The parts, for whoever reads ranges of them."""
+        return [File(p.path, p.fd, int(p.bytes.ctypes.data), p.state[2]) for p in self._open_parts()]
 
     def prefault(self) -> Prefault:
         """Begin to map every page; to be stopped before `close`."""

@@ -1,0 +1,251 @@
+"""A model larger than its memory: what a layer needs is read before it is used, and the ledger says what stays.
+
+Dense weights come once, a layer ahead of their first use, and stay. Of the experts those that a layer chose are asked
+for all at once; those in memory are computed while the others come. Rows of a prompt choose nearly all experts, so for
+many rows the next layer's are read ahead in the order in which they will be computed. Knows layers and experts, not
+how a range is read (storage/reads.py) nor what leaves (storage/ledger.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from m2lite.model.config import Config
+from m2lite.storage.gguf_reader import GGUFFile
+from m2lite.storage.ledger import Ledger
+from m2lite.storage.reads import Range, Reads
+
+WINDOW_BYTES = 256 * 1024**2  # of experts on their way: 0.2 s of a fast disk, for which no layer computes longer alone
+AHEAD_FROM = 0.8  # share of a layer's experts that the rows will choose if they choose independently
+
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+class Run(NamedTuple):
+    """Places first to end - 1 among a layer's active experts."""
+
+    first: int
+    end: int
+
+
+@dataclass
+class Traffic:
+    """What was asked for and what had to be read, since the model was opened."""
+
+    wanted_bytes: int = 0  # of experts
+    read_bytes: int = 0  # of these; the rest was in memory
+    dense_bytes: int = 0  # read of dense weights
+    ahead_bytes: int = 0  # read and not wanted
+    stall_s: float = 0.0  # for which computing waited
+
+    def since(self, before: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) - getattr(before, name) for name in vars(self)))
+
+    def as_dict(self) -> dict[str, float | None]:
+        return vars(self) | {"hit_rate": self.hit_rate}
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the wanted bytes that were in memory."""
+        return 1 - self.read_bytes / self.wanted_bytes if self.wanted_bytes else None
+
+
+class Stream:
+    """The experts of all layers as units of a ledger, and the reads under way. Used by the compute thread only."""
+
+    def __init__(self, gguf: GGUFFile, config: Config, experts: Reads, dense: Reads, capacity_bytes: int) -> None:
+        c = self._config = config
+        self._experts, self._dense = experts, dense
+        self._stacks = [
+            [_base(gguf, f"blk.{i}.{name}.weight", c.n_experts) for name in STACKS] for i in range(c.n_layers)
+        ]
+        self._sizes = [sum(r.n_bytes for r in stacks) for stacks in self._stacks]
+        self.ledger = Ledger(np.repeat(np.array(self._sizes, np.int64), c.n_experts), capacity_bytes)
+        self._window = min(WINDOW_BYTES, capacity_bytes // 2)
+        self._flights: dict[int, list[Future[int]]] = {}  # units whose reads were begun, until they are computed with
+        self._n_flying = 0  # bytes of these
+        self._leaving: dict[int, Future[int]] = {}  # units that left the ledger last, and the job that releases them
+        self._queue: deque[int] = deque()  # units to be read, in the order of their use
+        self._layer, self._is_last, self._active = 0, False, list[int]()
+        self._dense_ranges = dense_ranges(gguf, c)
+        self._dense_flights: dict[int, list[Future[int]]] = {}
+        self._has_dense: set[int] = set()  # layers (the head is the last) whose dense weights are in memory
+        self.traffic = Traffic()
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a capacity with which it can run: a unit that is computed with, and one that comes."""
+        return 2 * max(self._sizes)
+
+    def enter(self, layer: int, is_last: bool = False) -> None:
+        """Wait until a layer's dense weights are in memory (n_layers: the head), and begin to read the next one's."""
+        self._layer, self._is_last = layer, is_last
+        if layer in self._has_dense:
+            return
+        for i in range(layer, min(layer + 2, len(self._dense_ranges))):
+            if i not in self._dense_flights and i not in self._has_dense:
+                self._dense_flights[i] = [self._dense.submit(r) for r in self._dense_ranges[i]]
+        self.traffic.dense_bytes += self._await(self._dense_flights.pop(layer))
+        self._has_dense.add(layer)
+
+    def begin(self, active: Sequence[int], counts: Sequence[int], n_rows: int) -> None:
+        """The rows have chosen the experts `active` of the layer, ascending; counts[i] rows active[i]."""
+        n, ledger, layer = self._config.n_experts, self.ledger, self._layer
+        first = layer * n
+        self._active = [first + e for e in active]
+        for unit, count in zip(self._active, counts, strict=True):
+            ledger.use(unit, count)
+            if ledger.has(unit) and unit not in self._flights and self._is_damaged(unit):
+                ledger.forget(unit)
+        if self._is_last:
+            ledger.advance(n_rows)
+        self._drop_flights()
+        self._queue = deque(self._active)
+        if not self._is_last and 1 - (1 - self._config.n_experts_used / n) ** n_rows >= AHEAD_FROM:
+            self._queue.extend(range(first + n, first + 2 * n))
+        self.traffic.wanted_bytes += len(active) * self._sizes[layer]
+
+    def arrive(self, first: int, end: int) -> Iterator[Run]:
+        """Runs of active[first:end] as they are in memory: first what is there, then the others in their order.
+
+        A run must be computed with before the next is asked for.
+        """
+        units, ledger = self._active, self.ledger
+        there = [i for i in range(first, end) if ledger.has(units[i]) and units[i] not in self._flights]
+        coming = sorted(set(range(first, end)) - set(there))
+        for i in there:
+            ledger.pin(units[i])
+        try:
+            self._top_up()
+            yield from runs(there)
+        finally:
+            for i in there:
+                ledger.unpin(units[i])
+        for i in coming:
+            self._land(units[i])
+            try:
+                yield Run(i, i + 1)
+            finally:
+                ledger.unpin(units[i])
+            self._top_up()
+
+    def _land(self, unit: int) -> None:
+        """Wait for a unit, which is pinned afterwards."""
+        if unit not in self._flights:  # the window was full, or it left memory while others came
+            self._queue = deque(u for u in self._queue if u != unit)
+            if self.ledger.has(unit):
+                self.ledger.pin(unit)
+                return
+            started = self._take_off(unit)
+            assert started, "the window leaves room for one unit"
+        self._n_flying -= self._size(unit)
+        try:
+            self.traffic.read_bytes += self._await(self._flights.pop(unit))
+        except BaseException:
+            self.ledger.unpin(unit)
+            self._lose(unit)
+            raise
+
+    def _lose(self, unit: int) -> None:
+        """It is not whole in memory: what there is of it goes."""
+        self.ledger.forget(unit)
+        for r in self.ranges(unit):
+            self._experts.release(r)
+
+    def _await(self, futures: list[Future[int]]) -> int:
+        """The sum of what they return; the time is counted."""
+        started = time.perf_counter()
+        try:
+            wait(futures)
+            return sum(f.result() for f in futures)
+        finally:
+            self.traffic.stall_s += time.perf_counter() - started
+
+    def _top_up(self) -> None:
+        """Begin reads in the order of the queue while the window and the memory allow it."""
+        while self._queue and self._n_flying < self._window:
+            unit = self._queue[0]
+            if not self.ledger.has(unit) and not self._take_off(unit):
+                return
+            self._queue.popleft()
+
+    def _take_off(self, unit: int) -> bool:
+        """Begin to read a unit, where memory can be had for it."""
+        size = self._size(unit)
+        leaving = self.ledger.make_room(size)
+        if leaving is None:
+            return False
+        released = [r for other in leaving for r in self.ranges(other)]
+        self.ledger.add(unit)
+        self.ledger.pin(unit)
+        self._n_flying += size
+        after = self._leaving.pop(unit, None)  # its own memory may still be on its way back
+        first, *others = self.ranges(unit)
+        flight = [self._experts.submit(first, released, after)]
+        self._leaving.update(dict.fromkeys(leaving, flight[0]))
+        self._flights[unit] = flight + [self._experts.submit(r, (), after) for r in others]
+        return True
+
+    def _drop_flights(self) -> None:
+        """Reads that were begun ahead and are not wanted: what is there stays as long as the ledger likes."""
+        wanted = set(self._active)
+        for unit in [u for u in self._flights if u not in wanted]:
+            futures = self._flights.pop(unit)
+            self._n_flying -= self._size(unit)
+            self.ledger.unpin(unit)
+            cancelled = [f.cancel() for f in futures[1:]]  # not the first, which releases others
+            done = [f for f in futures if not f.cancelled()]
+            wait(done)
+            self.traffic.ahead_bytes += sum(f.result() for f in done if f.exception() is None)
+            if any(cancelled) or any(f.exception() for f in done):
+                self._lose(unit)
+
+    def _is_damaged(self, unit: int) -> bool:
+        """Whether something of a unit has left memory without our doing."""
+        return any(self._experts.missing_bytes(r) for r in self.ranges(unit))
+
+    def _size(self, unit: int) -> int:
+        return self._sizes[unit // self._config.n_experts]
+
+    def ranges(self, unit: int) -> list[Range]:
+        """A unit's three slices."""
+        layer, e = divmod(unit, self._config.n_experts)
+        return [Range(r.part, r.offset + e * r.n_bytes, r.n_bytes) for r in self._stacks[layer]]
+
+
+def runs(places: Sequence[int]) -> Iterator[Run]:
+    """Ascending numbers as runs of neighbours."""
+    first = 0
+    for i in range(1, len(places) + 1):
+        if i == len(places) or places[i] != places[i - 1] + 1:
+            yield Run(places[first], places[i - 1] + 1)
+            first = i
+
+
+def _base(gguf: GGUFFile, name: str, n_experts: int) -> Range:
+    """The first expert's slice of a stack."""
+    tensor = gguf.tensors[name]
+    return Range(tensor.part, tensor.offset, tensor.n_bytes // n_experts)
+
+
+def is_dense(name: str, n_dims: int) -> bool:
+    """A matrix that every token needs: not the experts, not the embedding (a row at a time), not the small vectors."""
+    return n_dims == 2 and name != "token_embd.weight"
+
+
+def dense_ranges(gguf: GGUFFile, config: Config) -> list[list[Range]]:
+    """Of every layer, and of the head behind them."""
+    found: list[list[Range]] = [[] for _ in range(config.n_layers + 1)]
+    for tensor in gguf.tensors.values():
+        if is_dense(tensor.name, len(tensor.shape)):
+            prefix, _, rest = tensor.name.removeprefix("blk.").partition(".")
+            layer = int(prefix) if tensor.name.startswith("blk.") and rest else config.n_layers
+            found[layer].append(Range(tensor.part, tensor.offset, tensor.n_bytes))
+    return found

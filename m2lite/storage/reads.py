@@ -1,0 +1,234 @@
+"""Brings ranges of model files into memory before they are computed with, and lets them go. Knows bytes, not experts.
+
+Mapped: WILLNEED starts the reads, POPULATE_READ waits for them and maps the pages; what the page cache holds already
+costs microseconds. Direct: O_DIRECT into memory of our own that mirrors the file's layout, so that a range has its
+address whether it is there or not. Both keep up to DEPTH reads under way, on threads of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m2lite.errors import BadModelError, ResourceError
+from m2lite.storage import syscalls
+from m2lite.storage.durable import advise
+
+DEPTH = 8  # reads under way: deeper queues gained nothing on the disks measured, shallower ones lost a tenth
+_SMALLEST_PIECE = 128 * 1024  # of one announcement, where the disk does not say
+_N_PROBES = 4  # pages of a range that are asked for where mincore does not tell
+_DIRECT_STEP = 4 * 1024**2  # bytes of one O_DIRECT call
+_EHWPOISON = 133
+_CHECK = "Check the disk."
+
+
+class Range(NamedTuple):
+    """Bytes of one part of a model: a file that may be split."""
+
+    part: int
+    offset: int
+    n_bytes: int
+
+
+class File(NamedTuple):
+    """An open, mapped part."""
+
+    path: Path
+    fd: int
+    address: int
+    n_bytes: int
+
+
+def piece_bytes(fd: int) -> int:
+    """What Linux reads for one WILLNEED at most: more is cut silently, at the larger of two settings of the disk."""
+    device = os.fstat(fd).st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    found = []
+    for queue in (folder / "queue", folder.resolve().parent / "queue"):  # a partition's lies with its disk
+        for name in ("read_ahead_kb", "max_sectors_kb"):
+            try:
+                found.append(1024 * int((queue / name).read_text()))
+            except (OSError, ValueError):
+                continue
+    # Of a disk that reads ahead less than it takes at once Linux has been seen to use either.
+    return max(_SMALLEST_PIECE, min(found, default=0)) // syscalls.PAGE * syscalls.PAGE
+
+
+class Reads(ABC):
+    """Ranges of the parts of one model, and the threads that read them. Close it before the files."""
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self._files = list(files)
+        self._pool = ThreadPoolExecutor(DEPTH, thread_name_prefix="m2lite-read")
+
+    @abstractmethod
+    def address(self, part: int, offset: int) -> int:
+        """Where the byte is, or will be once a range with it was read."""
+
+    @abstractmethod
+    def missing_bytes(self, r: Range) -> int:
+        """How much of a range that was read before has left memory since."""
+
+    @abstractmethod
+    def read(self, r: Range) -> int:
+        """Wait until the range is in memory; returns how many bytes were not. BadModelError where the disk fails."""
+
+    @abstractmethod
+    def release(self, r: Range) -> None:
+        """Give the range's memory back, but for pages that it shares with its neighbours."""
+
+    def submit(self, r: Range, release: Sequence[Range] = (), after: Future[int] | None = None) -> Future[int]:
+        """`read` on one of the threads, once the memory of others was released, and once an earlier job has ended."""
+        return self._pool.submit(self._swap, r, release, after)
+
+    def _swap(self, r: Range, release: Sequence[Range], after: Future[int] | None) -> int:
+        for other in release:
+            self.release(other)
+        if after is not None:
+            wait([after])
+        return self.read(r)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class MappedReads(Reads):
+    """In the page cache, through the mappings that the files have anyway."""
+
+    def __init__(self, files: Sequence[File]) -> None:
+        super().__init__(files)
+        self._pieces = [piece_bytes(file.fd) for file in files]
+        self._tells = [syscalls.tells_residency(file.fd) for file in files]
+        self._scratch = threading.local()
+
+    def address(self, part: int, offset: int) -> int:
+        return self._files[part].address + offset
+
+    def missing_bytes(self, r: Range) -> int:
+        start, size = syscalls.whole_pages(self.address(r.part, r.offset), r.n_bytes)
+        if self._tells[r.part]:
+            into = getattr(self._scratch, "pages", None)
+            if into is None or len(into) * syscalls.PAGE < size:
+                into = self._scratch.pages = np.empty(size // syscalls.PAGE, np.uint8)
+            return min(r.n_bytes, size - syscalls.PAGE * syscalls.mincore(start, size, into))
+        return 0 if self._probe(r) else r.n_bytes
+
+    def _probe(self, r: Range) -> bool:
+        """Whether some pages of the range, from its first to its last, can be read without waiting."""
+        byte, last = bytearray(1), r.n_bytes - 1
+        for i in range(_N_PROBES):
+            try:
+                if not os.preadv(self._files[r.part].fd, [byte], r.offset + last * i // (_N_PROBES - 1), os.RWF_NOWAIT):
+                    return False
+            except BlockingIOError:
+                return False
+            except OSError as error:  # a file system that cannot tell
+                return error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
+        return True
+
+    def read(self, r: Range) -> int:
+        missing = self.missing_bytes(r)
+        start, size = syscalls.whole_pages(self.address(r.part, r.offset), r.n_bytes)
+        if missing:
+            step = self._pieces[r.part]
+            for at in range(0, size, step):
+                syscalls.madvise(start + at, min(step, size - at), syscalls.WILLNEED)
+        failure = syscalls.madvise(start, size, syscalls.POPULATE_READ)
+        if failure in (errno.EFAULT, errno.EIO, _EHWPOISON):
+            file = self._files[r.part]
+            what = (
+                f"{file.path}: bytes {r.offset:,} to {r.offset + r.n_bytes:,} cannot be read: {os.strerror(failure)}."
+            )
+            raise BadModelError(what, _CHECK)
+        return missing
+
+    def release(self, r: Range) -> None:
+        start, size = syscalls.inner_pages(r.offset, r.n_bytes)
+        if size:
+            syscalls.madvise(self.address(r.part, start), size, syscalls.DONTNEED)  # unmaps: the cache keeps its pages
+            advise(self._files[r.part].fd, start, size, "DONTNEED")
+
+
+class DirectReads(Reads):
+    """In memory of our own, past the page cache."""
+
+    def __init__(self, files: Sequence[File]) -> None:
+        super().__init__(files)
+        self._memory: list[mmap.mmap] = []
+        self._fds: list[int] = []
+        self._addresses: list[int] = []
+        try:
+            for file in files:
+                self._mirror(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def _mirror(self, file: File) -> None:
+        """Address space as large as the file, which takes memory where it is read into."""
+        n_bytes = syscalls.whole_pages(0, file.n_bytes)[1]
+        try:
+            memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE)
+        except (OSError, ValueError) as error:
+            raise ResourceError(
+                f"{file.path}: no address space for its {file.n_bytes:,} bytes: {error}.",
+                "Check `ulimit -v` and /proc/sys/vm/overcommit_memory, or leave out --load direct.",
+            ) from None
+        address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        syscalls.madvise(address, n_bytes, syscalls.NOHUGEPAGE)  # 2 MB at a time would fill what is not to be read
+        self._memory.append(memory)
+        self._addresses.append(address)
+        self._fds.append(open_direct(file.fd))
+
+    def address(self, part: int, offset: int) -> int:
+        return self._addresses[part] + offset
+
+    def missing_bytes(self, r: Range) -> int:
+        return 0  # memory of our own stays
+
+    def read(self, r: Range) -> int:
+        start, size = syscalls.whole_pages(r.offset, r.n_bytes)
+        view, end = memoryview(self._memory[r.part]), start + size
+        at = start
+        while at < end:
+            stop = min(end, at + _DIRECT_STEP)
+            try:
+                done = os.preadv(self._fds[r.part], [view[at:stop]], at)
+            except OSError as error:
+                what = f"{self._files[r.part].path}: cannot be read at byte {at:,}: {error.strerror}."
+                raise BadModelError(what, _CHECK) from error
+            at += done
+            if not done or done % syscalls.PAGE:
+                break  # the end of the file
+        if at < r.offset + r.n_bytes:
+            raise BadModelError(f"{self._files[r.part].path}: ends at byte {at:,}.", "The file was cut: start again.")
+        return r.n_bytes
+
+    def release(self, r: Range) -> None:
+        start, size = syscalls.inner_pages(r.offset, r.n_bytes)
+        if size:
+            syscalls.madvise(self.address(r.part, start), size, syscalls.DONTNEED)
+
+    def close(self) -> None:
+        super().close()
+        while self._fds:
+            os.close(self._fds.pop())
+        self._memory.clear()  # unmapped with the last view
+
+
+def open_direct(fd: int) -> int:
+    """Another descriptor of the open file that reads past the page cache, or through it where that is not to be had."""
+    path = f"/proc/self/fd/{fd}"
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
