@@ -163,11 +163,11 @@ def forward(
     for i, layer in enumerate(weights.layers):
         check()
         if b.stream is not None:
-            b.stream.enter(i, is_last=i == len(weights.layers) - 1)
+            b.stream.enter(i, n, is_last=i == len(weights.layers) - 1)
         if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check, b.stream):
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     if b.stream is not None:
-        b.stream.enter(c.n_layers)
+        b.stream.enter(c.n_layers, n, is_last=True)
     logits = _head(weights, b, rows, outputs)
     for timeline, length in rows.lengths:
         timeline.length = length

@@ -74,6 +74,7 @@ class Stream:
         self._leaving: dict[int, Future[int]] = {}  # units that left the ledger last, and the job that releases them
         self._queue: deque[int] = deque()  # units to be read, in the order of their use
         self._layer, self._is_last, self._active = 0, False, list[int]()
+        self._is_sweep = False  # the rows choose nearly all experts
         self._dense_ranges = dense_ranges(gguf, c)
         self._dense_flights: dict[int, list[Future[int]]] = {}
         self._has_dense: set[int] = set()  # layers (the head is the last) whose dense weights are in memory
@@ -84,9 +85,22 @@ class Stream:
         """Of a capacity with which it can run: a unit that is computed with, and one that comes."""
         return 2 * max(self._sizes)
 
-    def enter(self, layer: int, is_last: bool = False) -> None:
-        """Wait until a layer's dense weights are in memory (n_layers: the head), and begin to read the next one's."""
+    def enter(self, layer: int, n_rows: int, is_last: bool) -> None:
+        """Wait until a layer's dense weights are in memory, and begin to read the next one's; many rows' experts, too.
+
+        `n_layers` stands for the head. After the last layer nothing is read ahead.
+        """
+        n = self._config.n_experts
         self._layer, self._is_last = layer, is_last
+        self._is_sweep = 1 - (1 - self._config.n_experts_used / n) ** n_rows >= AHEAD_FROM
+        if self._is_sweep and layer < self._config.n_layers:
+            self.ledger.sweep(layer * n)
+            if not self._queue:
+                self._queue.extend(range(layer * n, (layer + 1) * n))
+            self._top_up()
+        self._load_dense(layer)
+
+    def _load_dense(self, layer: int) -> None:
         if layer in self._has_dense:
             return
         for i in range(layer, min(layer + 2, len(self._dense_ranges))):
@@ -107,8 +121,10 @@ class Stream:
         if self._is_last:
             ledger.advance(n_rows)
         self._drop_flights()
-        self._queue = deque(self._active)
-        if not self._is_last and 1 - (1 - self._config.n_experts_used / n) ** n_rows >= AHEAD_FROM:
+        self._queue = deque(u for u in self._active if not ledger.has(u))
+        if not self._is_sweep:
+            ledger.sweep(None)
+        elif not self._is_last:
             self._queue.extend(range(first + n, first + 2 * n))
         self.traffic.wanted_bytes += len(active) * self._sizes[layer]
 
@@ -119,7 +135,7 @@ class Stream:
         """
         units, ledger = self._active, self.ledger
         there = [i for i in range(first, end) if ledger.has(units[i]) and units[i] not in self._flights]
-        coming = sorted(set(range(first, end)) - set(there))
+        coming = deque(sorted(set(range(first, end)) - set(there)))
         for i in there:
             ledger.pin(units[i])
         try:
@@ -128,13 +144,29 @@ class Stream:
         finally:
             for i in there:
                 ledger.unpin(units[i])
-        for i in coming:
-            self._land(units[i])
+                ledger.pass_by(units[i])
+        while coming:
+            landed = self._land_some(coming)
             try:
-                yield Run(i, i + 1)
+                yield landed
             finally:
-                ledger.unpin(units[i])
+                for i in range(*landed):
+                    ledger.unpin(units[i])
+                    ledger.pass_by(units[i])
             self._top_up()
+
+    def _land_some(self, coming: deque[int]) -> Run:
+        """Wait for the first of the places, and take with it what is there of those behind it; all are pinned."""
+        first = coming.popleft()
+        self._land(self._active[first])
+        end = first + 1
+        while coming and coming[0] == end and self._has_landed(self._active[end]):
+            self._land(self._active[coming.popleft()])
+            end += 1
+        return Run(first, end)
+
+    def _has_landed(self, unit: int) -> bool:
+        return all(f.done() and f.exception() is None for f in self._flights.get(unit, ())) and unit in self._flights
 
     def _land(self, unit: int) -> None:
         """Wait for a unit, which is pinned afterwards."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 HALF_LIFE = 128.0
 _RESCALE_AT = 1e100
+_DUE = 1e200  # more than any heat
 
 
 class Ledger:
@@ -26,6 +27,7 @@ class Ledger:
         self._is_resident = np.zeros(n_units, np.bool_)
         self._heat = np.zeros(n_units, np.float64)  # times _weight
         self._leaves = np.full(n_units, np.inf)  # heat of those that may leave, else infinity: the lowest goes first
+        self._is_due = np.zeros(n_units, np.bool_)
         self._pins = np.zeros(n_units, np.int32)
         self._weight = 1.0
         self._growth = 2.0 ** (1.0 / half_life)
@@ -37,9 +39,9 @@ class Ledger:
         """Time passes: heat gathered before counts less."""
         self._weight *= self._growth**n_steps
         if self._weight > _RESCALE_AT:
-            for heat in (self._heat, self._leaves):
-                heat /= self._weight
+            self._heat /= self._weight
             self._weight = 1.0
+            self._update_all()
 
     def use(self, unit: int, n: float = 1.0) -> None:
         self._heat[unit] += n * self._weight
@@ -68,9 +70,29 @@ class Ledger:
         assert self._pins[unit] >= 0
         self._update(unit)
 
+    def sweep(self, first: int | None) -> None:
+        """From `first` on every unit is due, and leaves only after all that are not; None: no unit is."""
+        if first is None and not self._is_due.any():
+            return
+        self._is_due[:] = False
+        if first is not None:
+            self._is_due[first:] = True
+        self._update_all()
+
+    def pass_by(self, unit: int) -> None:
+        """A unit that was due is not any more."""
+        self._is_due[unit] = False
+        self._update(unit)
+
+    def _update_all(self) -> None:
+        is_free = self._is_resident & (self._pins == 0)
+        self._leaves[:] = np.where(is_free, self._heat + _DUE * self._is_due, np.inf)
+
     def _update(self, unit: int) -> None:
-        free = self._is_resident[unit] and not self._pins[unit]
-        self._leaves[unit] = self._heat[unit] if free else np.inf
+        if self._is_resident[unit] and not self._pins[unit]:
+            self._leaves[unit] = self._heat[unit] + _DUE * self._is_due[unit]
+        else:
+            self._leaves[unit] = np.inf
 
     def make_room(self, n_bytes: int) -> list[int] | None:
         """Forget units until `n_bytes` more fit, and name them; None, and nothing forgotten, where pins forbid it."""
@@ -93,8 +115,7 @@ class Ledger:
     def warm(self, heat: NDArray[np.float64]) -> None:
         """Begin with the heat of an earlier run."""
         self._heat[:] = heat * self._weight
-        for unit in np.flatnonzero(self._is_resident):
-            self._update(int(unit))
+        self._update_all()
 
     def hottest(self) -> Iterable[int]:
         """The units with heat that are not in memory, the hottest first."""
