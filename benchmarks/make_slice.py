@@ -35,6 +35,7 @@ from m2lite.storage.iquants import IQ4_VALUES
 Bytes = npt.NDArray[np.uint8]
 
 CHUNK_BYTES = 32 << 20
+SKEW = 0.02  # standard deviation of the router's bias
 N_ADDED = 64  # ids at the end of M2's vocabulary that are not byte pairs: 200000 and on
 CONTROL, USER_DEFINED = 3, 4
 ADDED = {
@@ -207,13 +208,13 @@ DRAW: dict[str, Callable[[Bytes, np.random.Generator, float], None]] = {
 }  # fmt: skip
 
 
-def fill(chunk: Chunk) -> Bytes:
-    """The chunk's bytes; a function of the tensor's name and the place alone."""
+def fill(chunk: Chunk, skew: float = SKEW) -> Bytes:
+    """The chunk's bytes; a function of the tensor's name, the place and the skew alone."""
     slot, role = chunk.slot, chunk.role
     rng = np.random.Generator(np.random.SFC64([*slot.name.encode(), chunk.offset - slot.offset]))
     block = slot.block_format
     if block.name == "F32":
-        mean, std = {"norm": (1.0, 0.1), "bias": (0.0, 0.02)}.get(role, (0.0, slot.shape[-1] ** -0.5))
+        mean, std = {"norm": (1.0, 0.1), "bias": (0.0, skew)}.get(role, (0.0, slot.shape[-1] ** -0.5))
         values = rng.standard_normal(chunk.n_bytes // 4, np.float32) * np.float32(std) + np.float32(mean)
         return values.view(np.uint8)
     data = rng.integers(0, 1 << 64, (chunk.n_bytes + 7) // 8, np.uint64).view(np.uint8)[: chunk.n_bytes]
@@ -224,8 +225,8 @@ def fill(chunk: Chunk) -> Bytes:
     return data
 
 
-def write_slice(out: Path, config: SourceConfig, type_name: str) -> int:
-    """Writes the file and returns its size."""
+def write_slice(out: Path, config: SourceConfig, type_name: str, skew: float = SKEW) -> int:
+    """Writes the file and returns its size; skew is the standard deviation of the router's bias."""
     recipe, dims = find_recipe(type_name), config.dims()
     entries = list(slice_entries(config.n_layers))
     plan = [Tensor(name, tuple(dims[w] for w in e.shape), e.role) for name, e in entries]
@@ -245,7 +246,7 @@ def write_slice(out: Path, config: SourceConfig, type_name: str) -> int:
     part = durable.PartFile(out, header.size_bytes)
     try:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda chunk: part.write(chunk.offset, fill(chunk).data), chunks))
+            list(pool.map(lambda chunk: part.write(chunk.offset, fill(chunk, skew).data), chunks))
         part.write(len(MAGIC), header.data[len(MAGIC) :])
         part.finish(MAGIC)
     except BaseException:
@@ -260,13 +261,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=200_064)
+    parser.add_argument("--skew", type=float, default=SKEW, help="of the router's bias: more makes favourites")
     parser.add_argument("--type", choices=TYPES, default="q4_0")
     args = parser.parse_args()
     if args.layers < 1 or not 1 <= args.experts <= 1024:
         parser.error("--layers must be at least 1, --experts from 1 to 1024")
     start = time.perf_counter()
     try:
-        n_bytes = write_slice(args.output, slice_config(args.layers, args.experts, args.vocab), args.type)
+        n_bytes = write_slice(args.output, slice_config(args.layers, args.experts, args.vocab), args.type, args.skew)
     except M2liteError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
