@@ -226,9 +226,12 @@ class Stream:
         return True
 
     def _drop_flights(self) -> None:
-        """Reads that were begun ahead and are not wanted: what is there stays as long as the ledger likes."""
+        """Reads that an earlier call began and that are not wanted, or that failed: those are tried again.
+
+        What is there stays as long as the ledger likes.
+        """
         wanted = set(self._active)
-        for unit in [u for u in self._flights if u not in wanted]:
+        for unit in [u for u, flight in self._flights.items() if u not in wanted or any(map(_has_failed, flight))]:
             futures = self._flights.pop(unit)
             self._n_flying -= self._size(unit)
             self.ledger.unpin(unit)
@@ -236,7 +239,7 @@ class Stream:
             done = [f for f in futures if not f.cancelled()]
             wait(done)
             self.traffic.ahead_bytes += sum(f.result() for f in done if f.exception() is None)
-            if any(cancelled) or any(f.exception() for f in done):
+            if any(cancelled) or any(map(_has_failed, done)):
                 self._lose(unit)
 
     def _is_damaged(self, unit: int) -> bool:
@@ -250,6 +253,10 @@ class Stream:
         """A unit's three slices."""
         layer, e = divmod(unit, self._config.n_experts)
         return [Range(r.part, r.offset + e * r.n_bytes, r.n_bytes) for r in self._stacks[layer]]
+
+
+def _has_failed(future: Future[int]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def runs(places: Sequence[int]) -> Iterator[Run]:

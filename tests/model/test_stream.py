@@ -1,0 +1,194 @@
+"""A model larger than its memory: the same bits whatever comes when, within the capacity, and errors leave it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from m2lite import Model
+from m2lite.decode.sampling import Sampling
+from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
+from m2lite.model import residency as residency_module
+from m2lite.model.stream import Run, Stream, runs
+from m2lite.storage import syscalls
+from m2lite.storage.reads import Range
+
+pytestmark = pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def always_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a model that would fit."""
+    budget = residency_module.Budget(1 << 30, True, 0)
+    monkeypatch.setattr(residency_module, "choose_budget", lambda *_: budget)
+
+
+@pytest.fixture(scope="module")
+def tokens(bundled_model: Path) -> list[int]:
+    with Model.open(bundled_model, ctx=512) as model:
+        return model.encode_prompt("Once upon a time there was a small fox who lived near the river. " * 12)[:150]
+
+
+@pytest.fixture(scope="module")
+def expected(bundled_model: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """From the whole model in memory: opened before `always_stream` acts."""
+    with Model.open(bundled_model, ctx=512) as model:
+        assert model.engine.stream is None
+        return model.logits(tokens)
+
+
+@pytest.fixture(params=["mmap", "direct", "owned copy"])
+def model(
+    request: pytest.FixtureRequest, bundled_model: Path, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Model]:
+    if request.param == "owned copy":
+        monkeypatch.setattr(syscalls, "lock_on_fault", lambda *_: False)
+    with Model.open(bundled_model, ctx=512, load="direct" if request.param == "direct" else "mmap") as opened:
+        yield opened
+
+
+def stream_of(model: Model, n_units: int | None = None) -> Stream:
+    """The model's stream, with room for so many experts."""
+    stream = model.engine.stream
+    assert stream is not None
+    if n_units is not None:
+        ledger = stream.ledger
+        ledger.capacity = n_units * int(ledger.sizes[0])
+        stream._window = ledger.capacity // 2
+        for unit in ledger.make_room(0) or ():
+            for r in stream.ranges(unit):
+                stream._experts.release(r)
+    return stream
+
+
+def n_pins(stream: Stream) -> int:
+    """Pinned is what is under way, and nothing else, between two calls."""
+    return int(stream.ledger._pins.sum())
+
+
+@pytest.mark.parametrize("n_units", [2, 9, 40, 1000])
+def test_same_bits(model: Model, tokens: list[int], expected: npt.NDArray[np.float32], n_units: int) -> None:
+    """In one prompt, in pieces, token by token; with room for nearly nothing and for all."""
+    stream = stream_of(model, n_units)
+    assert np.array_equal(model.logits(tokens), expected)
+    got = np.empty_like(expected)
+    with model.session() as session:
+        for first, end in ((0, 40), (40, 41), (41, 49), (49, 80), *((i, i + 1) for i in range(80, 100))):
+            session.evaluate(tokens[first:end], into=got[first:end])
+            assert stream.ledger.resident_bytes <= stream.ledger.capacity
+    assert np.array_equal(got[:100], expected[:100])
+    assert n_pins(stream) == len(stream._flights)
+    assert stream.traffic.hit_rate is not None and 0 <= stream.traffic.hit_rate < 1
+
+
+def test_generates_the_same_and_tells_the_traffic(model: Model, tokens: list[int], bundled_model: Path) -> None:
+    stream_of(model, 20)
+
+    def answer(of: Model) -> list[int]:
+        with of.session() as session:
+            ids = list(session.generate(tokens[:30], max_tokens=40, sampling=Sampling(seed=7), ignore_stop=True))
+            traffic = session.stats.traffic
+            if of is model:
+                assert traffic is not None and traffic.wanted_bytes > traffic.read_bytes > 0
+            return ids
+
+    streamed = answer(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residency_module, "choose_budget", lambda *_: None)
+        with Model.open(bundled_model, ctx=512) as whole:
+            assert answer(whole) == streamed
+
+
+def test_an_error_leaves_everything_as_it_was(
+    model: Model, tokens: list[int], expected: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(model, 30)
+    real, n_left = stream._experts.read, 25
+
+    def read(r: Range) -> int:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise BadModelError("the disk is gone")
+        return real(r)
+
+    got = np.empty_like(expected)
+    with model.session() as session:
+        session.evaluate(tokens[:20], into=got[:20])
+        monkeypatch.setattr(stream._experts, "read", read)
+        for n in (1, 60, 120):
+            n_left = n
+            with pytest.raises(M2liteError, match="the disk is gone"):
+                session.evaluate(tokens[20:], into=got[20:])
+            assert session.n_cached == 20
+        monkeypatch.undo()
+        session.evaluate(tokens[20:], into=got[20:])
+    assert np.array_equal(got, expected)
+    assert n_pins(stream) == len(stream._flights)
+
+
+def test_stopped_anywhere(model: Model, tokens: list[int], expected: npt.NDArray[np.float32]) -> None:
+    stream = stream_of(model, 30)
+    got = np.empty_like(expected)
+    for n in range(1, 40, 3):
+        asked = iter(range(1000))
+        with model.session() as session:
+            list(session.generate(tokens, max_tokens=1, stop=lambda a=asked, n=n: next(a) >= n))
+    with model.session() as session:
+        session.evaluate(tokens, into=got)
+    assert np.array_equal(got, expected)
+    assert n_pins(stream) == len(stream._flights)
+
+
+def test_pages_that_left_are_read_again(
+    bundled_model: Path, tokens: list[int], expected: npt.NDArray[np.float32]
+) -> None:
+    """The system may take pages of the cache behind our back; the ledger finds out, and says what was read."""
+    with Model.open(bundled_model, ctx=512) as model:
+        stream = stream_of(model, 1000)
+        assert np.array_equal(model.logits(tokens), expected)
+        before = stream.traffic.read_bytes
+        model.logits(tokens)
+        assert stream.traffic.read_bytes == before  # all is there
+        for unit in range(0, len(stream.ledger.sizes), 2):
+            for r in stream.ranges(unit):
+                stream._experts.release(r)
+        assert np.array_equal(model.logits(tokens), expected)
+        assert stream.traffic.read_bytes > before
+
+
+def test_budget_that_cannot_do(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        residency_module, "choose_budget", lambda *_: residency_module.Budget(3_000_000, True, 2_000_000)
+    )
+    with pytest.raises(
+        ResourceError, match=r"needs at least 4,[\d,]+ bytes of memory.*the budget is 3,000,000"
+    ) as told:
+        Model.open(bundled_model, ctx=512)
+    assert "--ram" in told.value.todo
+    with pytest.raises(UsageError, match="Load mode 'tape' does not exist"):
+        Model.open(bundled_model, load="tape")
+
+
+def test_runs() -> None:
+    assert list(runs([])) == []
+    assert list(runs([0, 1, 2, 5, 7, 8])) == [Run(0, 3), Run(5, 6), Run(7, 9)]
+
+
+def test_reads_ahead_are_dropped_when_not_wanted(model: Model, tokens: list[int]) -> None:
+    """A sweep reads the next layer ahead; a stop then leaves reads under way that a decode does not want."""
+    stream = stream_of(model, 100)
+    many = (tokens * 2)[:200]
+    asked = iter(range(1000))
+    with model.session() as session:
+        list(session.generate(many, max_tokens=1, stop=lambda: next(asked) >= 4))
+        flights: list[list[Future[int]]] = list(stream._flights.values())
+        assert flights
+        list(session.generate(tokens[:5], max_tokens=3, ignore_stop=True))
+    assert all(f.done() for flight in flights for f in flight)
+    assert n_pins(stream) == len(stream._flights)
