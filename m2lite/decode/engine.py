@@ -65,19 +65,26 @@ class Engine:
         self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
         self.residency: Residency | None = None
         address: Callable[[str], int] | None = None
-        budget = choose_budget(gguf, load, ram, self.pool.n_bytes + self.buffers.n_bytes)
+        memory = [self.pool.memory, *self.buffers.memory]
+        budget = choose_budget(gguf, load, ram, memory)
         if budget is not None:
-            self.residency = Residency(gguf, config, load)
-            self.buffers.stream, address = self.residency.stream(budget), self.residency.address
+            self.residency = Residency(gguf, config, load, budget, memory)
+            self.buffers.stream, address = self.residency.stream, self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
         draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+        self.fit()
 
     @property
     def stream(self) -> Stream | None:
         """What brings the weights of a model that is larger than its memory."""
         return self.buffers.stream
+
+    def fit(self) -> None:
+        """Keep weights that come and go within their budget, whatever else has grown."""
+        if self.residency is not None:
+            self.residency.fit()
 
     def close(self) -> None:
         """Before the file is closed."""

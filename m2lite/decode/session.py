@@ -114,7 +114,7 @@ class Model:
             check_kv(config, kv)
             n_positions = default_ctx(config, kv) if ctx is None else check_ctx(config, ctx, kv)
             n_threads = threads or machine.n_usable_cores()
-            n_rows = chunk_rows(config)
+            n_rows = min(chunk_rows(config), n_positions)
             check_load(load, ram)
 
             def build() -> Engine:
@@ -285,6 +285,8 @@ class Session:
             raise UsageError("The prompt is empty.", "Give at least one token.")
         self.check_room(len(new), len(self.tokens))
         self.tokens += new
+        if self.model.engine.residency is not None:
+            compute_thread().run(self.model.engine.fit)
         self.finish_reason = "interrupted"  # until it is known better
         self.n_cached = min(self.n_cached, len(self.tokens) - 1)  # the last row's logits are needed
         self.stats = Stats(n_prompt=len(self.tokens), n_reused=self.n_cached)

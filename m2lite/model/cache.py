@@ -6,6 +6,7 @@ K and V of each kv head in turn, as kernels/pages.py lays them out.
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,10 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.errors import ContextError, M2liteError, UsageError
+from m2lite import machine
+from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.config import Config
+from m2lite.storage import syscalls
 
 PAGE = 64
+_LARGE = 1 << 20  # bytes from which on it is worth asking whether they can be had
 BYTES_PER_32 = {"f16": 64, "q8_0": 34}  # q8_0: int8 and a float16 scale
 
 
@@ -95,7 +99,9 @@ class KVPool:
         self.layer_bytes = PAGE * kv_layer_bytes(config, kv)
         self.page_bytes = (config.n_layers + n_extra_layers) * self.layer_bytes
         self._memory = mmap.mmap(-1, self.n_pages * self.page_bytes)
-        self._base = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
+        self.memory = np.frombuffer(self._memory, np.uint8)
+        self._base = int(self.memory.ctypes.data)
+        self._is_touched = bytearray(self.n_pages)
         self._free = list(range(self.n_pages - 1, -1, -1))
         self._users = [0] * self.n_pages
         self._n_angles = self.angles_address = 0
@@ -146,10 +152,32 @@ class KVPool:
                 free=self.n_free,
                 limit=self.n_positions,
             )
+        self._touch(self._free[len(self._free) - needed :])
         for part, n in zip(parts, counts, strict=True):
             part.timeline.make_room(n)
         top = max(t.first_position + start + len(ids) for t, start, ids in parts)
         self._extend_angles(self._check_position(top - 1) + 1)
+
+    def _touch(self, pages: Sequence[int]) -> None:
+        """Get the memory of pages that will be taken; ResourceError if it is not to be had, before it is needed."""
+        new = [page for page in pages if not self._is_touched[page]]
+        n_bytes = len(new) * self.page_bytes
+        if n_bytes < _LARGE or not syscalls.AVAILABLE:
+            return
+        free = machine.free_memory_bytes()
+        if n_bytes <= free:
+            for page in new:
+                failure = syscalls.madvise(self.page_address(page), self.page_bytes, syscalls.POPULATE_WRITE)
+                if failure == errno.ENOMEM:
+                    break
+                self._is_touched[page] = True
+            else:
+                return
+        raise ResourceError(
+            f"The context grows by {len(new) * PAGE:,} positions, which take {n_bytes:,} bytes; {free:,} bytes of "
+            f"memory are free.",
+            "Free memory, or open the model with a smaller --ctx or --kv q8_0.",
+        )
 
     def _check_ids(self, ids: npt.ArrayLike) -> list[int]:
         array = np.asarray(ids)

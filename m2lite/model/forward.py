@@ -129,9 +129,9 @@ class Buffers:
         return int(self._arrays[name].ctypes.data)
 
     @property
-    def n_bytes(self) -> int:
-        """Of all of them."""
-        return sum(a.nbytes for a in self._arrays.values())
+    def memory(self) -> list[npt.NDArray[Any]]:
+        """All of them."""
+        return list(self._arrays.values())
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """One of the buffers as an array, for tests and measurements."""

@@ -7,7 +7,10 @@ that, else they are an owned copy.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from m2lite import machine
 from m2lite.errors import ResourceError, UsageError
@@ -17,8 +20,9 @@ from m2lite.storage import syscalls
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.reads import DirectReads, MappedReads, Range, Reads
 
+Memory = NDArray[Any]  # of our own
 LOADS = ("mmap", "direct")
-RESERVE_BYTES = 128 * 1024**2  # for what is not known when a model is opened: compiled kernels, logits, page tables
+RESERVE_BYTES = 64 * 1024**2  # for what is not known yet: logits, rows of the embedding, the file's header
 _OF_FREE = 0.95  # is used where no budget is given: others need some, too
 
 
@@ -35,26 +39,28 @@ class Budget(NamedTuple):
 
     total: int
     is_given: bool  # by the user; else what is free
-    own: int  # of the total, what is not for weights
 
 
-def choose_budget(gguf: GGUFFile, load: str, ram: int | None, buffer_bytes: int) -> Budget | None:
-    """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct".
-
-    buffer_bytes: KV cache and scratch memory, touched or not yet.
-    """
+def choose_budget(gguf: GGUFFile, load: str, ram: int | None, buffers: Sequence[Memory]) -> Budget | None:
+    """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct"."""
     if not syscalls.AVAILABLE:
         return None
-    own = machine.anonymous_bytes() + buffer_bytes + RESERVE_BYTES
     total = int(machine.free_memory_bytes() * _OF_FREE) + machine.anonymous_bytes() if ram is None else ram
-    return Budget(total, ram is not None, own) if own + gguf.size_bytes > total or load == "direct" else None
+    is_larger = own_bytes(buffers) + gguf.size_bytes > total
+    return Budget(total, ram is not None) if is_larger or load == "direct" else None
+
+
+def own_bytes(buffers: Sequence[Memory]) -> int:
+    """Memory that no file stands behind: what is touched, what of the buffers will be, and what is not known yet."""
+    to_come = sum(b.nbytes - syscalls.resident_bytes(b) for b in buffers)
+    return machine.anonymous_bytes() + to_come + RESERVE_BYTES
 
 
 class Residency:
     """The reads of a model that is streamed, and where they put its matrices."""
 
-    def __init__(self, gguf: GGUFFile, config: Config, load: str) -> None:
-        self._gguf, self._config = gguf, config
+    def __init__(self, gguf: GGUFFile, config: Config, load: str, budget: Budget, buffers: Sequence[Memory]) -> None:
+        self._gguf, self._config, self._budget, self._buffers = gguf, config, budget, buffers
         files, dense = gguf.files(), [r for ranges in dense_ranges(gguf, config) for r in ranges]
         self.dense_bytes = sum(r.n_bytes for r in dense)
         if load == "direct":
@@ -66,7 +72,12 @@ class Residency:
             locked = all(_lock(self.experts, r) for r in dense)
             self.dense = self.experts if locked else DirectReads(files)
             self.keeps_dense = "locked" if locked else "owned"
+        if self.keeps_dense == "owned":
+            for r in dense:
+                self.dense.adopt(r)  # not in the page cache as well
         self._expect_small()
+        self.stream = Stream(gguf, config, self.experts, self.dense)
+        self.fit()
 
     def _expect_small(self) -> None:
         """The vectors will be read at once, rows of the embedding here and there: say so, else each reads megabytes."""
@@ -84,18 +95,23 @@ class Residency:
         reads = self.experts if "_exps." in name else self.dense
         return reads.address(tensor.part, tensor.offset)
 
-    def stream(self, budget: Budget) -> Stream:
-        """What the budget leaves is for experts."""
-        taken = budget.own + self.dense_bytes
-        stream = Stream(self._gguf, self._config, self.experts, self.dense, max(0, budget.total - taken))
-        least = taken + stream.least_bytes
+    def fit(self) -> None:
+        """The experts get what the budget leaves beside our own memory and the dense weights.
+
+        Our own memory grows, most while kernels are compiled: so this is asked again before every answer.
+        """
+        stream, budget = self.stream, self._budget
+        resident = stream.ledger.resident_bytes if self.experts is self.dense and self.keeps_dense == "owned" else 0
+        owned = resident + (stream.traffic.dense_bytes if self.keeps_dense == "owned" else 0)  # weights in own memory
+        own = own_bytes(self._buffers) - owned
+        least = own + self.dense_bytes + stream.least_bytes
         if budget.total < least:
             raise ResourceError(
                 f"The model needs at least {least:,} bytes of memory ({self.dense_bytes:,} of them for the weights "
-                f"that every token needs, {budget.own:,} for KV cache and buffers); the budget is {budget.total:,}.",
+                f"that every token needs, {own:,} for KV cache and buffers); the budget is {budget.total:,}.",
                 "Use a larger --ram or a smaller --ctx." if budget.is_given else "Free memory or use a smaller --ctx.",
             )
-        return stream
+        stream.resize(budget.total - own - self.dense_bytes)
 
     def close(self) -> None:
         """Before the file is closed."""

@@ -49,7 +49,15 @@ class Traffic:
         return Traffic(*(getattr(self, name) - getattr(before, name) for name in vars(self)))
 
     def as_dict(self) -> dict[str, float | None]:
-        return vars(self) | {"hit_rate": self.hit_rate}
+        """For JSON."""
+        return {
+            "hit_rate": self.hit_rate,
+            "bytes_wanted": self.wanted_bytes,
+            "bytes_read": self.read_bytes,
+            "bytes_read_dense": self.dense_bytes,
+            "bytes_read_in_vain": self.ahead_bytes,
+            "stall_s": self.stall_s,
+        }
 
     @property
     def hit_rate(self) -> float | None:
@@ -60,15 +68,15 @@ class Traffic:
 class Stream:
     """The experts of all layers as units of a ledger, and the reads under way. Used by the compute thread only."""
 
-    def __init__(self, gguf: GGUFFile, config: Config, experts: Reads, dense: Reads, capacity_bytes: int) -> None:
+    def __init__(self, gguf: GGUFFile, config: Config, experts: Reads, dense: Reads) -> None:
         c = self._config = config
         self._experts, self._dense = experts, dense
         self._stacks = [
             [_base(gguf, f"blk.{i}.{name}.weight", c.n_experts) for name in STACKS] for i in range(c.n_layers)
         ]
         self._sizes = [sum(r.n_bytes for r in stacks) for stacks in self._stacks]
-        self.ledger = Ledger(np.repeat(np.array(self._sizes, np.int64), c.n_experts), capacity_bytes)
-        self._window = min(WINDOW_BYTES, capacity_bytes // 2)
+        self.ledger = Ledger(np.repeat(np.array(self._sizes, np.int64), c.n_experts), 0)
+        self._window = 0  # bytes of experts that may be on their way
         self._flights: dict[int, list[Future[int]]] = {}  # units whose reads were begun, until they are computed with
         self._n_flying = 0  # bytes of these
         self._leaving: dict[int, Future[int]] = {}  # units that left the ledger last, and the job that releases them
@@ -77,6 +85,7 @@ class Stream:
         self._is_sweep = False  # the rows choose nearly all experts
         self._dense_ranges = dense_ranges(gguf, c)
         self._dense_flights: dict[int, list[Future[int]]] = {}
+        self._n_adopted = 0  # units
         self._has_dense: set[int] = set()  # layers (the head is the last) whose dense weights are in memory
         self.traffic = Traffic()
 
@@ -84,6 +93,13 @@ class Stream:
     def least_bytes(self) -> int:
         """Of a capacity with which it can run: a unit that is computed with, and one that comes."""
         return 2 * max(self._sizes)
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Experts may take so many bytes from now on."""
+        self.ledger.capacity = capacity_bytes
+        self._window = min(WINDOW_BYTES, capacity_bytes // 2)
+        for unit in self.ledger.make_room(0) or ():
+            self._release(unit)
 
     def enter(self, layer: int, n_rows: int, is_last: bool) -> None:
         """Wait until a layer's dense weights are in memory, and begin to read the next one's; many rows' experts, too.
@@ -93,16 +109,30 @@ class Stream:
         n = self._config.n_experts
         self._layer, self._is_last = layer, is_last
         self._is_sweep = 1 - (1 - self._config.n_experts_used / n) ** n_rows >= AHEAD_FROM
-        if self._is_sweep and layer < self._config.n_layers:
-            self.ledger.sweep(layer * n)
+        units = range(layer * n, (layer + 1) * n) if layer < self._config.n_layers else range(0)
+        if layer not in self._has_dense:
+            self._adopt(min(layer + 2, self._config.n_layers))
+            self._load_dense(layer)
+        if self._is_sweep and units:
+            self.ledger.sweep(units[0])
             if not self._queue:
-                self._queue.extend(range(layer * n, (layer + 1) * n))
+                self._queue.extend(units)
             self._top_up()
-        self._load_dense(layer)
+
+    def _adopt(self, n_layers: int) -> None:
+        """What an earlier run left of the experts of the first layers counts, as far as there is room for it.
+
+        Before anything of a layer is read; and a layer at a time, since to ask takes 15 ms for one of M2's.
+        """
+        for unit in range(self._n_adopted, n_layers * self._config.n_experts):
+            there = [self._experts.adopt(r) for r in self.ranges(unit)]
+            if all(there) and self.ledger.resident_bytes + self._size(unit) <= self.ledger.capacity:
+                self.ledger.add(unit)
+            elif any(there):
+                self._release(unit)
+            self._n_adopted = unit + 1
 
     def _load_dense(self, layer: int) -> None:
-        if layer in self._has_dense:
-            return
         for i in range(layer, min(layer + 2, len(self._dense_ranges))):
             if i not in self._dense_flights and i not in self._has_dense:
                 self._dense_flights[i] = [self._dense.submit(r) for r in self._dense_ranges[i]]
@@ -188,6 +218,9 @@ class Stream:
     def _lose(self, unit: int) -> None:
         """It is not whole in memory: what there is of it goes."""
         self.ledger.forget(unit)
+        self._release(unit)
+
+    def _release(self, unit: int) -> None:
         for r in self.ranges(unit):
             self._experts.release(r)
 

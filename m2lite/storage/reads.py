@@ -79,6 +79,10 @@ class Reads(ABC):
         """How much of a range that was read before has left memory since."""
 
     @abstractmethod
+    def adopt(self, r: Range) -> bool:
+        """Whether an earlier run left the whole range where `read` would put it; what else it left of it is let go."""
+
+    @abstractmethod
     def read(self, r: Range) -> int:
         """Wait until the range is in memory; returns how many bytes were not. BadModelError where the disk fails."""
 
@@ -107,7 +111,7 @@ class MappedReads(Reads):
     def __init__(self, files: Sequence[File]) -> None:
         super().__init__(files)
         self._pieces = [piece_bytes(file.fd) for file in files]
-        self._tells = [syscalls.tells_residency(file.fd) for file in files]
+        self._probes = [None if syscalls.tells_residency(file.fd) else open_probe(file.fd) for file in files]
         self._scratch = threading.local()
 
     def address(self, part: int, offset: int) -> int:
@@ -115,25 +119,19 @@ class MappedReads(Reads):
 
     def missing_bytes(self, r: Range) -> int:
         start, size = syscalls.whole_pages(self.address(r.part, r.offset), r.n_bytes)
-        if self._tells[r.part]:
+        probe = self._probes[r.part]
+        if probe is None:
             into = getattr(self._scratch, "pages", None)
             if into is None or len(into) * syscalls.PAGE < size:
                 into = self._scratch.pages = np.empty(size // syscalls.PAGE, np.uint8)
             return min(r.n_bytes, size - syscalls.PAGE * syscalls.mincore(start, size, into))
-        return 0 if self._probe(r) else r.n_bytes
+        return 0 if _is_cached(probe, r) else r.n_bytes
 
-    def _probe(self, r: Range) -> bool:
-        """Whether some pages of the range, from its first to its last, can be read without waiting."""
-        byte, last = bytearray(1), r.n_bytes - 1
-        for i in range(_N_PROBES):
-            try:
-                if not os.preadv(self._files[r.part].fd, [byte], r.offset + last * i // (_N_PROBES - 1), os.RWF_NOWAIT):
-                    return False
-            except BlockingIOError:
-                return False
-            except OSError as error:  # a file system that cannot tell
-                return error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
-        return True
+    def adopt(self, r: Range) -> bool:
+        if self.missing_bytes(r) == 0:
+            return True
+        self.release(r)
+        return False
 
     def read(self, r: Range) -> int:
         missing = self.missing_bytes(r)
@@ -156,6 +154,13 @@ class MappedReads(Reads):
         if size:
             syscalls.madvise(self.address(r.part, start), size, syscalls.DONTNEED)  # unmaps: the cache keeps its pages
             advise(self._files[r.part].fd, start, size, "DONTNEED")
+
+    def close(self) -> None:
+        super().close()
+        for fd in self._probes:
+            if fd is not None:
+                os.close(fd)
+        self._probes.clear()
 
 
 class DirectReads(Reads):
@@ -195,6 +200,10 @@ class DirectReads(Reads):
     def missing_bytes(self, r: Range) -> int:
         return 0  # memory of our own stays
 
+    def adopt(self, r: Range) -> bool:
+        advise(self._files[r.part].fd, r.offset, r.n_bytes, "DONTNEED")  # else it would be in memory twice
+        return False
+
     def read(self, r: Range) -> int:
         start, size = syscalls.whole_pages(r.offset, r.n_bytes)
         view, end = memoryview(self._memory[r.part]), start + size
@@ -223,6 +232,30 @@ class DirectReads(Reads):
         while self._fds:
             os.close(self._fds.pop())
         self._memory.clear()  # unmapped with the last view
+
+
+def open_probe(fd: int) -> int:
+    """Another descriptor, for reads of which a page that is not there brings itself only, not those behind it."""
+    probe = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    os.posix_fadvise(probe, 0, 0, os.POSIX_FADV_RANDOM)
+    return probe
+
+
+def _is_cached(probe: int, r: Range) -> bool:
+    """Whether some pages of the range, from its first to its last, can be read without waiting.
+
+    The first that cannot is on its way afterwards: whoever asks reads the range then, or releases it.
+    """
+    byte, last = bytearray(1), r.n_bytes - 1
+    for i in range(_N_PROBES):
+        try:
+            if not os.preadv(probe, [byte], r.offset + last * i // (_N_PROBES - 1), os.RWF_NOWAIT):
+                return False
+        except BlockingIOError:
+            return False
+        except OSError as error:  # a file system that cannot tell
+            return error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
+    return True
 
 
 def open_direct(fd: int) -> int:

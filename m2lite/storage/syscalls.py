@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ MAP_NORESERVE = 0x4000
 
 RANDOM, WILLNEED, DONTNEED = 1, 3, 4
 NOHUGEPAGE = 15
-POPULATE_READ = 22  # Linux 5.14
+POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14
 
 _MLOCK_ONFAULT = 1
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
@@ -66,6 +67,12 @@ def mincore(address: int, n_bytes: int, into: NDArray[np.uint8]) -> int:
     if _libc().mincore(address, n_bytes, into.ctypes.data):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(np.count_nonzero(into[:n_pages] & 1))
+
+
+def resident_bytes(memory: NDArray[Any]) -> int:
+    """How much of memory of our own was touched."""
+    start, size = whole_pages(memory.ctypes.data, memory.nbytes)
+    return PAGE * mincore(start, size, np.empty(size // PAGE, np.uint8)) if size else 0
 
 
 def tells_residency(fd: int) -> bool:

@@ -16,6 +16,7 @@ import tinymodel
 from m2lite import ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
 from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
+from m2lite.model import residency
 from m2lite.model.forward import FEW_ROWS
 
 Opened = Callable[[str], Model]
@@ -35,6 +36,7 @@ def test_only_a_model_that_fits_is_mapped_ahead(model_files: dict[str, Path], mo
         assert model._prefault is not None
         needed = model.gguf.size_bytes + model.kv_bytes
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(1 << 30, is_given=False))
     with Model.open(path, ctx=64) as model:
         model.wait_mapped()
         assert model._prefault is None
