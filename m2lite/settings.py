@@ -46,6 +46,7 @@ class Settings:
     kv: str
     load: str
     ram: int | None
+    heat: str
     temp: float
     top_k: int
     top_p: float
@@ -109,6 +110,7 @@ OPTIONS: dict[str, Option] = {
         Option("kv", ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half"),
         Option("load", ("--load",), "mmap|direct", parse_choice("mmap", "direct"), "mmap", "Page cache or own memory"),
         Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
+        Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
         Option("temp", ("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy"),
         Option("top_k", ("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off"),
         Option("top_p", ("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability"),

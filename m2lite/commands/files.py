@@ -292,12 +292,17 @@ def inspect_(
     settings: Settings,
     *,
     file: Annotated[str, typer.Argument(metavar="FILE", help="GGUF file")],
+    heat: Annotated[bool, typer.Option("--heat", help="Draw which experts were used while it was streamed")] = False,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="With --heat: as a picture")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
     from m2lite.decode.locate import locate_model
     from m2lite.describe import describe_file, format_bytes
 
+    if heat or png is not None:
+        _draw_heat(str(locate_model(file)), png)
+        return
     found = describe_file(str(locate_model(file)))
     if as_json:
         print_json(found)
@@ -315,6 +320,30 @@ def inspect_(
         print(f"  {key} = {_one_line(value)}")
     for tensor in found["tensors"]:
         print(f"  {tensor['name']}  {tensor['type']}  {'x'.join(map(str, tensor['shape']))}")
+
+
+def _draw_heat(path: str, png: Path | None) -> None:
+    import shutil
+
+    from m2lite.model.config import parse_config
+    from m2lite.storage.durable import atomic_write
+    from m2lite.storage.gguf_reader import open_gguf
+    from m2lite.storage.heat import draw_png, draw_text, heat_path, load_heat
+    from m2lite.storage.identity import trunk_identity
+
+    with open_gguf(path) as gguf:
+        config, kept = parse_config(gguf.metadata), heat_path(trunk_identity(gguf))
+    heat = load_heat(kept, config.n_layers, config.n_experts)
+    if heat is None:
+        what = f"No use of {path} is on record: it is kept while a model larger than its memory is streamed."
+        raise UsageError(what, "Run it first, for one with --ram or --load direct.")
+    if png is not None:
+        atomic_write(png, draw_png(heat), mode=0o644)
+        note(f"{png}: a row for each of {config.n_layers} layers, a column for each of {config.n_experts} experts")
+        return
+    width = shutil.get_terminal_size().columns - 5
+    for i, line in enumerate(draw_text(heat, width)):
+        print(f"{i:>3}  {line}")
 
 
 def _one_line(value: Any) -> str:

@@ -20,7 +20,7 @@ from m2lite.signals import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from m2lite.decode.session import Model
 
-MODEL = ("model", "threads", "ctx", "kv", "load", "ram")
+MODEL = ("model", "threads", "ctx", "kv", "load", "ram", "heat")
 SAMPLING = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")
 _PANELS = {"model": None, **dict.fromkeys(MODEL[1:], "Engine"), **dict.fromkeys(SAMPLING, "Sampling")}
 
@@ -143,6 +143,7 @@ def open_model(settings: Settings) -> Model:
         template=settings.template,
         load=settings.load,
         ram=settings.ram,
+        heat=settings.heat == "on",
         on_compile=say_compiling,
     )
     parts = [

@@ -74,6 +74,8 @@ class Engine:
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
         draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+        if self.stream is not None:
+            self.stream.ledger.warm(np.zeros(len(self.stream.ledger.sizes)))  # those tokens were nobody's
         self.fit()
 
     @property

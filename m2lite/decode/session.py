@@ -24,18 +24,21 @@ from m2lite.decode.compute import compute_thread
 from m2lite.decode.engine import Engine, Stop, Stopped, ask
 from m2lite.decode.locate import locate_model
 from m2lite.decode.sampling import Sampling, draw
+from m2lite.decode.warm import Warmer
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
 from m2lite.model.config import Config, parse_config
 from m2lite.model.residency import check_load
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.storage.heat import heat_path, load_heat, save_heat
+from m2lite.storage.identity import trunk_identity
 from m2lite.storage.prefault import Prefault
 from m2lite.text.template import Template, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
     from m2lite.model.cache import Timeline
-    from m2lite.model.stream import Traffic
+    from m2lite.model.stream import Stream, Traffic
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
@@ -85,6 +88,8 @@ class Model:
         self.n_rows = 0
         self.load_s = 0.0
         self._prefault: Prefault | None = None
+        self._warmer: Warmer | None = None
+        self._heat_path: Path | None = None
 
     @classmethod
     def open(
@@ -97,6 +102,7 @@ class Model:
         template: str = "file",
         load: str = "mmap",
         ram: int | None = None,
+        heat: bool = True,
         on_compile: Callable[[], None] | None = None,
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
@@ -104,6 +110,7 @@ class Model:
         `ctx` is the number of KV positions, by default what `default_ctx` says; `kv` is their type, f16 or q8_0.
         `ram` is the memory, in bytes, that this process and the file's pages may take, by default what is free. Weights
         of a larger model come and go: read through the mapping, or with `load` "direct" past the page cache.
+        With `heat` it is kept in the cache directory which of such a model's experts are used, for the next start.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
         to be compiled, which takes most of a minute on the first run on a machine.
         """
@@ -135,6 +142,8 @@ class Model:
         model.ctx, model.n_rows = n_positions, n_rows
         if engine.stream is None and gguf.size_bytes + model.kv_bytes <= machine.free_memory_bytes():
             model._prefault = gguf.prefault()
+        elif engine.stream is not None and heat:
+            model._remember(engine.stream)
         model.load_s = time.perf_counter() - started
         return model
 
@@ -184,10 +193,27 @@ class Model:
         if self._prefault is not None:
             self._prefault.wait(stop)
 
+    def _remember(self, stream: Stream) -> None:
+        """Begin with what earlier runs used most, and keep what this one uses."""
+        self._heat_path = heat_path(trunk_identity(self.gguf))
+        heat = load_heat(self._heat_path, self.config.n_layers, self.config.n_experts)
+        if heat is not None:
+            compute_thread().run(partial(stream.ledger.warm, heat.reshape(-1)))
+            self._warmer = Warmer(stream)
+
+    def save_heat(self) -> None:
+        """Keep which experts were used, where that is wanted; `close` does it, too."""
+        stream = self.engine.stream
+        if self._heat_path is not None and stream is not None and stream.traffic.wanted_bytes:
+            save_heat(self._heat_path, stream.ledger.heat.reshape(self.config.n_layers, -1))
+
     def close(self) -> None:
         """Unmap the file. Sessions of this model must not be used any more."""
         if self._prefault is not None:
             self._prefault.stop()
+        if self._warmer is not None:
+            self._warmer.stop()
+        self.save_heat()
         abandoned = compute_thread().busy  # a call or compilation that nobody waits for any more
         job = compute_thread().submit(self._close)
         if not abandoned:

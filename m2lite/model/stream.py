@@ -35,6 +35,14 @@ class Run(NamedTuple):
     end: int
 
 
+class Warming(NamedTuple):
+    """A unit that is read because earlier runs used it; nothing to read (an empty list) is no reason to end."""
+
+    unit: int
+    ranges: list[Range]
+    flight: Future[int]
+
+
 @dataclass
 class Traffic:
     """What was asked for and what had to be read, since the model was opened."""
@@ -274,6 +282,41 @@ class Stream:
             self.traffic.ahead_bytes += sum(f.result() for f in done if f.exception() is None)
             if any(cancelled) or any(map(_has_failed, done)):
                 self._lose(unit)
+
+    def begin_warming(self) -> Warming | None:
+        """The hottest unit that is not in memory, if it fits; None when none is left that does.
+
+        Whoever gets it reads it, sets the result of its flight, and calls `end_warming`.
+        """
+        n, warming = self._config.n_experts, Warming(-1, [], Future())
+        if self._n_adopted < n * self._config.n_layers:  # first see what is there: a layer at a time
+            self._adopt(self._n_adopted // n + 1)
+            return warming
+        unit = self.ledger.hottest()
+        if unit is None or self.ledger.resident_bytes + self._size(unit) > self.ledger.capacity:
+            return None
+        self.ledger.add(unit)
+        self.ledger.pin(unit)
+        self._n_flying += self._size(unit)
+        after = self._leaving.pop(unit, None)
+        if after is not None:
+            wait([after])
+        warming = Warming(unit, self.ranges(unit), warming.flight)
+        self._flights[unit] = [warming.flight]
+        return warming
+
+    def end_warming(self, warming: Warming) -> None:
+        """What was read stays until it is used or has to leave; who wanted it meanwhile has landed it."""
+        if self._flights.get(warming.unit) == [warming.flight]:
+            del self._flights[warming.unit]
+            self._n_flying -= self._size(warming.unit)
+            self.ledger.unpin(warming.unit)
+            if _has_failed(warming.flight):
+                self._lose(warming.unit)
+
+    def read(self, r: Range) -> int:
+        """On the caller's thread; returns how many bytes were not in memory."""
+        return self._experts.read(r)
 
     def _is_damaged(self, unit: int) -> bool:
         """Whether something of a unit has left memory without our doing."""

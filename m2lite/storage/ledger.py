@@ -6,8 +6,6 @@ one LFU, and what lies between is LRFU (Lee et al., 2001). A sweep over everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -117,7 +115,8 @@ class Ledger:
         self._heat[:] = heat * self._weight
         self._update_all()
 
-    def hottest(self) -> Iterable[int]:
-        """The units with heat that are not in memory, the hottest first."""
-        order = np.argsort(-self._heat, kind="stable")
-        return (int(u) for u in order if self._heat[u] > 0 and not self._is_resident[u])
+    def hottest(self) -> int | None:
+        """The hottest unit that is not in memory, if any has heat."""
+        outside = np.where(self._is_resident, 0.0, self._heat)
+        unit = int(np.argmax(outside))
+        return unit if outside[unit] > 0 else None

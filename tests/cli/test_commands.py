@@ -132,6 +132,20 @@ def test_what_a_streamed_answer_cost(run_inline: Run, bundled_model: Path) -> No
     assert "hit_rate" not in mapped["stats"]
 
 
+def test_heat_is_drawn(run_inline: Run, bundled_model: Path, tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path), "M2LITE_HEAT": "on", "COLUMNS": "80"}
+    done = run_inline("inspect", bundled_model, "--heat", env=cache)
+    assert done.returncode == 2 and "--load direct" in done.stderr
+    answer = run_inline("generate", bundled_model, "-p", "Hello", "-n", "20", "--load", "direct", env=cache)
+    assert answer.returncode == 0
+    drawn = run_inline("inspect", bundled_model, "--heat", env=cache).stdout.splitlines()
+    assert [line[:5] for line in drawn] == [f"{i:>3}  " for i in range(4)]
+    assert all(len(line) == 69 for line in drawn) and "@" in "".join(drawn)
+    picture = tmp_path / "heat.png"
+    assert run_inline("inspect", bundled_model, "--heat", "--png", picture, env=cache).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_budget_that_is_too_small(run_inline: Run, bundled_model: Path) -> None:
     done = run_inline("generate", bundled_model, "-p", "Hello", "--ram", "50m")
     assert done.returncode == 5

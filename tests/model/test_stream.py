@@ -48,7 +48,9 @@ def model(
 ) -> Iterator[Model]:
     if request.param == "owned copy":
         monkeypatch.setattr(syscalls, "lock_on_fault", lambda *_: False)
-    with Model.open(bundled_model, ctx=512, load="direct" if request.param == "direct" else "mmap") as opened:
+    with Model.open(
+        bundled_model, ctx=512, heat=False, load="direct" if request.param == "direct" else "mmap"
+    ) as opened:
         yield opened
 
 
@@ -146,7 +148,7 @@ def test_pages_that_left_are_read_again(
     bundled_model: Path, tokens: list[int], expected: npt.NDArray[np.float32]
 ) -> None:
     """The system may take pages of the cache behind our back; the ledger finds out, and says what was read."""
-    with Model.open(bundled_model, ctx=512) as model:
+    with Model.open(bundled_model, ctx=512, heat=False) as model:
         stream = stream_of(model, 1000)
         assert np.array_equal(model.logits(tokens), expected)
         before = stream.traffic.read_bytes

@@ -1,0 +1,76 @@
+"""How often each expert was used in earlier runs: a small file per model in the user's cache directory. Knows numbers.
+
+It depends on the model, not on its precision, and losing it costs nothing but reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2lite.errors import M2liteError
+from m2lite.storage.durable import atomic_write
+
+_MAX_BYTES = 64 << 20
+
+
+def heat_path(identity: str) -> Path:
+    """Where a model's heat is kept; the file need not exist."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("m2lite", appauthor=False)) / "heat" / f"{identity[:32]}.npy"
+
+
+def load_heat(path: Path, n_layers: int, n_experts: int) -> NDArray[np.float64] | None:
+    """float64 [n_layers, n_experts], or None where there is none or it is damaged."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return None
+        heat = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_sound = heat.dtype == np.float32 and heat.shape == (n_layers, n_experts) and np.isfinite(heat).all()
+    return heat.astype(np.float64) if is_sound and (heat >= 0).all() else None
+
+
+def save_heat(path: Path, heat: NDArray[np.float64]) -> None:
+    """Keep heat [n_layers, n_experts]; where it cannot be written it is not."""
+    content = io.BytesIO()
+    np.save(content, heat.astype(np.float32))
+    with contextlib.suppress(OSError, M2liteError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_write(path, content.getvalue())
+
+
+def draw_text(heat: NDArray[np.float64], width: int) -> list[str]:
+    """A line per layer and a character per expert, or per a few neighbours where `width` has no more room."""
+    shades = " .:-=+*#%@"
+    n_layers, n_experts = heat.shape
+    per_mark = -(-n_experts // max(1, width))
+    padded = np.zeros((n_layers, -(-n_experts // per_mark) * per_mark))
+    padded[:, :n_experts] = heat
+    means = padded.reshape(n_layers, -1, per_mark).mean(axis=2)
+    levels = np.ceil(np.sqrt(means / max(means.max(), 1e-30)) * (len(shades) - 1)).astype(int)
+    return ["".join(shades[level] for level in row) for row in levels]
+
+
+def draw_png(heat: NDArray[np.float64], scale: int = 4) -> bytes:
+    """A grey picture, a row per layer and a column per expert, white for the hottest."""
+    grey = np.sqrt(heat / max(float(heat.max()), 1e-30)) * 255
+    pixels = grey.astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width = pixels.shape
+    rows = np.zeros((height, width + 1), np.uint8)  # each line begins with its filter: none
+    rows[:, 1:] = pixels
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body

@@ -1,0 +1,63 @@
+"""What is on record of the experts' use: read back as it was, ignored when damaged, drawn."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m2lite.storage.heat import draw_png, draw_text, load_heat, save_heat
+
+HEAT = np.random.default_rng(0).gamma(0.5, 3, (3, 10))
+
+
+def test_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "heat.npy"
+    assert load_heat(path, 3, 10) is None
+    save_heat(path, HEAT)
+    found = load_heat(path, 3, 10)
+    assert found is not None and np.array_equal(found, HEAT.astype(np.float32))
+    assert load_heat(path, 4, 10) is None  # another model's
+
+
+@pytest.mark.parametrize("bad", [b"", b"\x93NUMPY", b"x" * 500, "nan", "negative", "object"])
+def test_damage_is_ignored(tmp_path: Path, bad: bytes | str) -> None:
+    path = tmp_path / "heat.npy"
+    if isinstance(bad, bytes):
+        path.write_bytes(bad)
+    else:
+        values = {"nan": np.nan, "negative": -1.0, "object": None}[bad]
+        content = io.BytesIO()
+        np.save(content, np.full((3, 10), values, object if bad == "object" else np.float32), allow_pickle=True)
+        path.write_bytes(content.getvalue())
+    assert load_heat(path, 3, 10) is None
+
+
+def test_nowhere_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    save_heat(tmp_path / "file" / "heat.npy", HEAT)
+
+
+def test_drawn_as_text() -> None:
+    heat = np.zeros((2, 8))
+    heat[0, 3], heat[1, 7] = 100, 1
+    assert draw_text(heat, 80) == ["   @    ", "       ."]
+    assert draw_text(heat, 4) == [" @  ", "   ."]
+    assert draw_text(heat, 3) == [" @ ", "  ."]  # three experts to a mark
+    assert draw_text(np.zeros((1, 4)), 4) == ["    "]
+
+
+def test_drawn_as_png() -> None:
+    data = draw_png(HEAT, scale=2)
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (20, 6)
+    at = data.index(b"IDAT")
+    (n_bytes,) = struct.unpack(">I", data[at - 4 : at])
+    rows = np.frombuffer(zlib.decompress(data[at + 4 : at + 4 + n_bytes]), np.uint8).reshape(height, width + 1)
+    hottest = np.unravel_index(np.argmax(HEAT), HEAT.shape)
+    assert rows[2 * hottest[0], 1 + 2 * hottest[1]] == 255
