@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_FAR_AWAY = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "glusterfs", "afs")
 _NO_LIMIT = 1 << 60  # version 1 writes the largest page count for none
 
 
@@ -79,6 +80,21 @@ def anonymous_bytes() -> int:
 def major_faults() -> int:
     """Of this process so far: pages that were touched and had to come from a disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def network_file_system(path: Path) -> str | None:
+    """The kind of file system that `path` lies on, if it is one of another machine's or of another program's."""
+    try:
+        device = path.stat().st_dev
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in lines:
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == number and kind.startswith(_FAR_AWAY):
+            return kind.split()[0]
+    return None
 
 
 def n_usable_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,41 @@ def test_the_tightest_limit_counts(cgroup: Path) -> None:
     assert machine.free_memory_bytes() == 800
     limit(cgroup / "a" / "b", "100", 300, 10)
     assert machine.free_memory_bytes() == 0
+
+
+def test_version_1(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path) -> str:
+        if str(path) == "/proc/self/cgroup":
+            return "5:cpuset:/\n4:cpu,memory:/a/b\n0::/\n"
+        return REAL_READ(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    for name, limited in (("memory/a/b", 9223372036854771712), ("memory/a", 1000)):
+        folder = cgroup / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.limit_in_bytes").write_text(f"{limited}\n")
+        (folder / "memory.usage_in_bytes").write_text("700\n")
+        (folder / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 300\ntotal_active_file 200\n")
+    assert machine.free_memory_bytes() == 800
+
+
+def test_own_memory() -> None:
+    before = machine.anonymous_bytes()
+    block = bytearray(64 << 20)
+    assert machine.anonymous_bytes() >= before + (60 << 20)
+    del block
+
+
+def test_file_systems_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.network_file_system(tmp_path) is None
+    device = tmp_path.stat().st_dev
+    line = f"22 1 {os.major(device)}:{os.minor(device)} / / rw,relatime shared:1 - nfs4 server:/x rw\n"
+
+    def read_text(path: Path) -> str:
+        return line if str(path) == "/proc/self/mountinfo" else REAL_READ(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert machine.network_file_system(tmp_path) == "nfs4"
 
 
 def test_without_a_container() -> None:

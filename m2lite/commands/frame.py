@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from m2lite import machine
 from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings, resolve_settings
 from m2lite.signals import EXIT_INTERRUPTED
@@ -158,6 +159,9 @@ def open_model(settings: Settings) -> Model:
     note(" · ".join(parts))
     if model.engine.layer_advice:
         note(f"warning: {model.engine.layer_advice}")
+    kind = machine.network_file_system(model.path)
+    if kind is not None and settings.load == "mmap":
+        note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
     if model.template.warning:
         note(f"warning: {model.template.warning}")
     return model

@@ -121,6 +121,7 @@ class Engine:
             compute_thread().check()
             ask(stop)
 
+        self.weights.gguf.check_unchanged()  # of a file that was cut, the first touch would end the process
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
         if timeline.length > start:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import tinymodel
-from m2lite import ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
+from m2lite import BadModelError, ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
 from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
 from m2lite.model import residency
@@ -332,3 +334,35 @@ def test_small_functions(opened: Opened) -> None:
     assert chunk_rows(config) == MAX_ROWS
     assert chunk_rows(replace(config, n_embd=1 << 20)) == int(50e9 / (config.n_q << 20))
     assert isinstance(opened("random").session(), Session)
+
+
+@pytest.mark.parametrize("load", ["mmap", "direct"])
+@pytest.mark.parametrize("change", ["cut", "written"])
+def test_a_file_that_changes_while_it_is_open(bundled_model: Path, tmp_path: Path, load: str, change: str) -> None:
+    """Told in words before a page of it is touched; a file put in its place is no change."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(bundled_model, path)
+    with Model.open(path, ctx=256, load=load, heat=False) as model, model.session() as session:
+        other = tmp_path / "other"
+        other.write_bytes(b"x" * 100)
+        answer = session.generate("Once upon a time", max_tokens=40, sampling=Sampling(seed=1), ignore_stop=True)
+        first = [next(answer) for _ in range(3)]
+        if change == "cut":
+            os.truncate(path, 1_000_000)
+        else:
+            with path.open("r+b") as file:
+                file.write(b"GGUF")
+        with pytest.raises(BadModelError, match="model file changed on disk"):
+            for token in answer:
+                first.append(token)
+        assert session.tokens[-len(first) :] == first
+
+
+def test_a_file_that_is_replaced_while_it_is_open(bundled_model: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other"
+    shutil.copy(bundled_model, path)
+    other.write_bytes(b"x" * 100)
+    with Model.open(path, ctx=256) as model:
+        before = fresh(model, [1, 2, 3], 5, Sampling(seed=1))
+        other.replace(path)
+        assert fresh(model, [1, 2, 3], 5, Sampling(seed=1)) == before

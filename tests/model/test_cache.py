@@ -126,3 +126,20 @@ def test_positions_beyond_the_models_context_are_refused(engine: Engine) -> None
     assert engine.pool.rows([(engine.pool.timeline(limit - 1), np.asarray([1]))]).n == 1
     with pytest.raises(ContextError, match="beyond the model's context of 4,096"):
         engine.pool.rows([(engine.pool.timeline(limit), np.asarray([1]))])
+
+
+def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the page is written to; what was there stays, and goes on when there is memory again."""
+    monkeypatch.setattr(cache_module, "_LARGE", 0)
+    pool = KVPool(CONFIG, 256)
+    timeline = pool.timeline()
+    rows = pool.rows([(timeline, [1] * 60)])
+    timeline.length = rows.lengths[0][1]
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100)
+    with pytest.raises(ResourceError, match=r"grows by 64 positions, which take [\d,]+ bytes; 100 bytes"):
+        pool.rows([(timeline, [1] * 10)])
+    assert timeline.length == 60 and pool.n_free == 192
+    pool.rows([(timeline, [1] * 4)])  # of the page that is there
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 40)
+    pool.rows([(timeline, [1] * 10)])
+    assert pool.n_free == 128
