@@ -25,7 +25,7 @@ app = typer.Typer(
 # As --help lists them.
 COMMANDS = (
     talk.chat, talk.generate, files.convert, files.quantize, files.imatrix, files.verify, files.inspect_,
-    measures.bench, measures.perplexity, measures.doctor,
+    measures.plan, measures.bench, measures.perplexity, measures.doctor,
 )  # fmt: skip
 for _run in COMMANDS:
     app.command(_run.__name__.rstrip("_"))(_run)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Model, Session, kv_bytes_per_position
 from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
+from m2lite.model.stream import Traffic
 
 _READ_BYTES = 512 * 1024**2
 _MAPPED_BYTES = 2 * 1024**3
@@ -53,15 +54,24 @@ def plan_tests(prompts: Sequence[int], decodes: Sequence[int], depths: Sequence[
 
 
 def run_bench(
-    model: Model, tests: Sequence[Test], repeats: int, *, note: Callable[[str], None], stop: Stop
+    model: Model,
+    tests: Sequence[Test],
+    repeats: int,
+    *,
+    note: Callable[[str], None],
+    stop: Stop,
+    cold: bool = False,
+    rotating: bool = False,
 ) -> dict[str, Any]:
     """What every test reached in `repeats` runs, or in fewer when `stop` says so.
 
     Stop tokens are decoded through, and tokens are sampled, so that the routing is as varied as that of text; what
     sampling costs is in the figures. Every test runs once before it is timed. The file's pages are mapped before, as
-    they are in any process that has run for a while.
+    they are in any process that has run for a while. `cold` drops the file from memory before every timed run;
+    `rotating` gives every run other tokens, so that a model larger than its memory meets other experts.
     """
     model.wait_mapped(stop)
+    how = _How(cold, rotating)
     with model.session() as session:
         session.check_room(max(test.n_positions for test in tests))
     results = []
@@ -69,14 +79,15 @@ def run_bench(
         with model.session() as session:
             fill(session, depth)
             for test in (test for test in tests if test.depth == depth):
-                samples = list(_run(session, test, repeats, note, stop))
-                results.append(_result(model, test, samples))
+                samples, traffic = _run(session, test, repeats, how, note, stop)
+                results.append(_result(model, test, samples) | _traffic(traffic, test))
     return {
         "model": str(model.path),
         "size_bytes": model.gguf.size_bytes,
         "repeats": repeats,
         "tests": results,
         "filled": FILLED,
+        **asdict(how),
         "weight_bytes_per_token": bytes_per_token(model),
         "kv_bytes_per_position": kv_bytes_per_position(model.config, model.kv),
         "read_bytes_per_s": read_bandwidth(model.n_threads),
@@ -120,23 +131,51 @@ def fill(session: Session, depth: int) -> None:
     session.n_cached = depth
 
 
-def _run(session: Session, test: Test, repeats: int, note: Callable[[str], None], stop: Stop) -> Iterator[float]:
-    """Tokens a second of every timed run."""
-    warm = min(test.n, _WARM_ROWS) if test.kind == "prefill" else 1
-    _measure(session, Test(test.kind, warm, test.depth), 0, stop)
+@dataclass(frozen=True)
+class _How:
+    cold: bool
+    rotating: bool
+
+
+def _run(
+    session: Session, test: Test, repeats: int, how: _How, note: Callable[[str], None], stop: Stop
+) -> tuple[list[float], list[Traffic]]:
+    """Tokens a second, and what was read, of every timed run."""
+    warm, samples, traffic = min(test.n, _WARM_ROWS) if test.kind == "prefill" else 1, list[float](), list[Traffic]()
+    _measure(session, Test(test.kind, warm, test.depth), 0, 0, stop)
     for n in range(repeats):
         note(f"{test.kind} of {test.n:,} at depth {test.depth:,}: run {n + 1} of {repeats}")
-        seconds = _measure(session, test, n, stop)
+        if how.cold:
+            compute_thread().run(partial(_drop, session.model))
+        seconds = _measure(session, test, n, n + 1 if how.rotating else 0, stop)
         if seconds is None:
-            return
-        yield test.n / seconds
+            break
+        samples.append(test.n / seconds)
+        if session.stats.traffic is not None:
+            traffic.append(session.stats.traffic)
+    return samples, traffic
 
 
-def _measure(session: Session, test: Test, seed: int, stop: Stop) -> float | None:
+def _drop(model: Model) -> None:
+    if model.engine.stream is not None:
+        model.engine.stream.drop()
+    model.gguf.drop_cache()
+
+
+def _traffic(traffic: list[Traffic], test: Test) -> dict[str, Any]:
+    """Of all runs, what a streamed model read for a token and for how long that was waited for."""
+    if not traffic:
+        return {}
+    wanted, read, stall = (sum(getattr(t, name) for t in traffic) for name in ("wanted_bytes", "read_bytes", "stall_s"))
+    n = len(traffic) * (test.n + int(test.kind == "decode"))
+    return {"hit_rate": 1 - read / max(1, wanted), "read_bytes_per_token": read / n, "stall_s_per_token": stall / n}
+
+
+def _measure(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop) -> float | None:
     """Seconds of one run, or None when it was stopped."""
     session.rewind(test.depth)
     is_prefill = test.kind == "prefill"
-    ids, n_answer = random_ids(session.model, test.n if is_prefill else 1), 1 if is_prefill else test.n + 1
+    ids, n_answer = random_ids(session.model, test.n if is_prefill else 1, ids_seed), 1 if is_prefill else test.n + 1
     for _ in session.generate(ids, max_tokens=n_answer, sampling=Sampling(seed=seed), stop=stop, ignore_stop=True):
         pass
     stats = session.stats
@@ -230,7 +269,12 @@ def format_result(result: dict[str, Any]) -> str:
 def _format_test(test: dict[str, Any]) -> str:
     found, n = test["tokens_per_s"], len(test["samples"])
     where = f"at depth {test['depth']:,}" if test["depth"] else ""
-    return (
-        f"{test['kind']:<8}{test['n']:>7,} tokens {where:<18}{found['median']:>9.1f} tok/s  "
-        f"({found['min']:.1f} to {found['max']:.1f}, {n} run{'s' if n > 1 else ''})"
+    digits = 1 if found["median"] >= 10 else 2
+    line = (
+        f"{test['kind']:<8}{test['n']:>7,} tokens {where:<18}{found['median']:>9.{digits}f} tok/s  "
+        f"({found['min']:.{digits}f} to {found['max']:.{digits}f}, {n} run{'s' if n > 1 else ''})"
     )
+    if "hit_rate" in test:
+        read, stall = test["read_bytes_per_token"], test["stall_s_per_token"]
+        line += f"; {test['hit_rate']:.0%} hits, {format_bytes(int(read))} read and {stall:.3f} s waited a token"
+    return line

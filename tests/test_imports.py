@@ -19,7 +19,7 @@ FLOORS = [
     ["kernels"],
     ["model", "text"],
     ["decode", "describe"],
-    ["chat", "bench", "measure", "doctor", "quant"],
+    ["chat", "plan", "bench", "measure", "doctor", "quant"],
     ["commands"],
     ["cli"],
     ["__main__"],

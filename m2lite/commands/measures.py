@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ def bench(
         str, typer.Option("-d", metavar="N,...", help="Positions that are in the KV cache before each test")
     ] = "0",
     repeats: Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repetitions")] = 5,
+    cold: Annotated[bool, typer.Option("--cold", help="Drop the file from memory before every run")] = False,
+    rotating: Annotated[bool, typer.Option("--rotating", help="Other tokens, so other experts, in every run")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Measure prefill and decode on this machine, next to its read bandwidth."""
@@ -33,13 +36,46 @@ def bench(
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
     with open_model(settings) as model, stop_on_signals() as stop:
-        result = run_bench(model, tests, repeats, note=note, stop=stop)
+        result = run_bench(model, tests, repeats, note=note, stop=stop, cold=cold, rotating=rotating)
         if stop():
             raise typer.Exit(stop.exit_code)
         if as_json:
             print_json(result)
         else:
             print(format_result(result))
+
+
+@command(*MODEL)
+def plan(
+    settings: Settings,
+    *,
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="SPEED", help="Assume bytes a second, e.g. 3.5g, and do not measure")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """What a model will cost here: memory, tokens a second by hit rate, and what binds them."""
+    from m2lite.plan import format_plan, make_plan
+
+    speed = _speed(disk)
+    with open_model(settings) as model:
+        found = make_plan(model, speed)
+        if as_json:
+            print_json(found)
+        else:
+            print(format_plan(found))
+
+
+def _speed(text: str | None) -> float | None:
+    """3.5g -> 3.5e9: a disk's speed is told in powers of 1000."""
+    match = re.fullmatch(r"([0-9.]+) *([kmg]?)", text.lower()) if text is not None else None
+    try:
+        found = None if match is None else float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
+    except ValueError:
+        found = None
+    if text is not None and not found:
+        raise UsageError(f"--disk {text!r}: expected bytes a second, such as 800m or 3.5g.", "Correct it.")
+    return found
 
 
 def _counts(flag: str, text: str) -> list[int]:

@@ -95,6 +95,10 @@ class Residency:
         reads = self.experts if "_exps." in name else self.dense
         return reads.address(tensor.part, tensor.offset)
 
+    @property
+    def budget_bytes(self) -> int:
+        return self._budget.total
+
     def fit(self) -> None:
         """The experts get what the budget leaves beside our own memory and the dense weights.
 

@@ -283,6 +283,20 @@ class Stream:
             if any(cancelled) or any(map(_has_failed, done)):
                 self._lose(unit)
 
+    def drop(self) -> None:
+        """Everything that was read leaves memory, the dense weights, too: for measurements of a cold start."""
+        self._active = []
+        self._drop_flights()
+        for unit in range(len(self.ledger.sizes)):
+            if self.ledger.has(unit):
+                self._lose(unit)
+        for layer, ranges in enumerate(self._dense_ranges):
+            wait(self._dense_flights.pop(layer, []))
+            for r in ranges:
+                self._dense.release(r)
+        self._has_dense.clear()
+        self.traffic.dense_bytes = 0
+
     def begin_warming(self) -> Warming | None:
         """The hottest unit that is not in memory, if it fits; None when none is left that does.
 

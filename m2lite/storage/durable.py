@@ -286,7 +286,7 @@ def part_path(path: Path) -> Path:
 def advise(fd: int, offset: int, n_bytes: int, what: str) -> None:
     """Tell the page cache what comes ("WILLNEED") or is done with ("DONTNEED"); only speed and memory depend on it."""
     advice = getattr(os, f"POSIX_FADV_{what}", None)
-    if advice is not None and n_bytes:
+    if advice is not None:
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, n_bytes, advice)
 

@@ -33,6 +33,7 @@ from m2lite.storage.gguf_header import (
 )
 from m2lite.storage.prefault import Prefault
 from m2lite.storage.reads import File
+from m2lite.storage.syscalls import DONTNEED, madvise
 
 __all__ = ["GGUFArray", "GGUFFile", "TensorInfo", "open_gguf"]
 
@@ -179,6 +180,12 @@ class GGUFFile:
     def files(self) -> list[File]:
         """The parts, for whoever reads ranges of them."""
         return [File(p.path, p.fd, int(p.bytes.ctypes.data), p.state[2]) for p in self._open_parts()]
+
+    def drop_cache(self) -> None:
+        """The page cache forgets the file: for measurements of a cold start."""
+        for part in self._open_parts():
+            madvise(int(part.bytes.ctypes.data), part.state[2], DONTNEED)
+            advise(part.fd, 0, 0, "DONTNEED")
 
     def prefault(self) -> Prefault:
         """Begin to map every page; to be stopped before `close`."""

@@ -498,3 +498,15 @@ def test_the_slow_threading_layer_is_said(run_m2lite: Run, model_files: dict[str
     assert "threads (workqueue)" in done.stderr
     assert "install libgomp" in done.stderr
     assert done.stdout == run_m2lite(*arguments).stdout
+
+
+def test_bench_of_a_streamed_model(run_inline: Run, bundled_model: Path) -> None:
+    """Cold runs read every expert again, warm ones of the same tokens none."""
+    arguments = ("bench", bundled_model, "-p", "64", "-n", "8", "-r", "2", "--json", "--load", "direct")
+    warm, cold = (json.loads(run_inline(*arguments, *more).stdout) for more in ((), ("--cold", "--rotating")))
+    assert not warm["cold"] and cold["cold"] and cold["rotating"]
+    assert warm["tests"][0]["hit_rate"] == 1 and warm["tests"][0]["read_bytes_per_token"] == 0
+    assert cold["tests"][0]["hit_rate"] < 0.2 and cold["tests"][1]["hit_rate"] < 1
+    assert all(test["stall_s_per_token"] > 0 for test in cold["tests"])
+    shown = run_inline(*arguments[:-3], "--load", "direct", "--cold").stdout
+    assert "% hits," in shown and "waited a token" in shown

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import tinymodel
-from m2lite.errors import ContextError, UsageError
+from m2lite import machine
+from m2lite.errors import ContextError, ResourceError, UsageError
 from m2lite.kernels import fast, reference
+from m2lite.model import cache as cache_module
 from m2lite.model.cache import PAGE, KVPool, kv_layer_bytes
 from tests.model.engine import Engine
 
@@ -128,10 +130,10 @@ def test_positions_beyond_the_models_context_are_refused(engine: Engine) -> None
         engine.pool.rows([(engine.pool.timeline(limit), np.asarray([1]))])
 
 
-def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_had(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before the page is written to; what was there stays, and goes on when there is memory again."""
     monkeypatch.setattr(cache_module, "_LARGE", 0)
-    pool = KVPool(CONFIG, 256)
+    pool = engine.pool
     timeline = pool.timeline()
     rows = pool.rows([(timeline, [1] * 60)])
     timeline.length = rows.lengths[0][1]
