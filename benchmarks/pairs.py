@@ -52,7 +52,11 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 
 def parse_arguments(
-    description: str | None, prompts: str, decodes: str, program: str = "llama-bench"
+    description: str | None,
+    prompts: str,
+    decodes: str,
+    program: str = "llama-bench",
+    more: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> tuple[argparse.Namespace, Work]:
     """What every comparison with a program of llama.cpp's asks, and the work that it means."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +74,7 @@ def parse_arguments(
     parser.add_argument("--output", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="wait so long for a quiet machine")
     parser.add_argument("--allow-noise", action="store_true", help="measure, and count, while others are busy")
+    more(parser)
     args = parser.parse_args()
     work = Work(
         model=args.model.resolve(),
@@ -126,16 +131,20 @@ class Bench:
         rows, wanted = self.rows(), self.args.pairs
         if len(rows) >= wanted:
             return rows
-        speed = read_through(self.work.model)
-        print(f"{len(rows)} of {wanted} rounds are there; read the file at {speed:.1f} GB/s, warming up", flush=True)
-        for side in SIDES:
-            run(*self.side(side, replace(self.work, repeats=1)))
+        print(f"{len(rows)} of {wanted} rounds are there", flush=True)
+        self.warm_up()
         for _ in range(2 * wanted):  # as many as wanted may be disturbed
             if len(rows) >= wanted:
                 break
             append_row(self.args.output, self._row(make_round(len(rows))))
             rows = self.rows()
         return rows
+
+    def warm_up(self) -> None:
+        """A run of each side that is not counted."""
+        print(f"read the file at {read_through(self.work.model):.1f} GB/s, warming up", flush=True)
+        for side in SIDES:
+            run(*self.side(side, replace(self.work, repeats=1)))
 
     def _row(self, runs: Runs) -> Json:
         return {

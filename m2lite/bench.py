@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +22,11 @@ from m2lite.decode.session import Model, Session, kv_bytes_per_position
 from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
 from m2lite.model.stream import Traffic
+from m2lite.storage.reads import Range, measure_disk
 
 _READ_BYTES = 512 * 1024**2
 _MAPPED_BYTES = 2 * 1024**3
+_DISK_S = 3.0  # for which the disk is measured
 _WARM_ROWS = 512  # of a prompt, before it is timed
 _N_COMPUTED = 4 * PAGE  # positions of a depth that are really computed; the rest are copies of their pages
 FILLED = f"the first {_N_COMPUTED} positions of a depth are computed, the others are copies of their pages"
@@ -79,8 +82,9 @@ def run_bench(
         with model.session() as session:
             fill(session, depth)
             for test in (test for test in tests if test.depth == depth):
-                samples, traffic = _run(session, test, repeats, how, note, stop)
-                results.append(_result(model, test, samples) | _traffic(traffic, test))
+                with _logged(model) as log:
+                    samples, traffic = _run(session, test, repeats, how, note, stop)
+                results.append(_result(model, test, samples) | _traffic(model, traffic, test, log))
     return {
         "model": str(model.path),
         "size_bytes": model.gguf.size_bytes,
@@ -162,13 +166,32 @@ def _drop(model: Model) -> None:
     model.gguf.drop_cache()
 
 
-def _traffic(traffic: list[Traffic], test: Test) -> dict[str, Any]:
-    """Of all runs, what a streamed model read for a token and for how long that was waited for."""
+@contextmanager
+def _logged(model: Model) -> Iterator[list[Range]]:
+    """What a streamed model reads of its experts meanwhile."""
+    log: list[Range] = []
+    if model.engine.stream is not None:
+        model.engine.stream.log = log
+    yield log
+    if model.engine.stream is not None:
+        model.engine.stream.log = None
+
+
+def _traffic(model: Model, traffic: list[Traffic], test: Test, log: list[Range]) -> dict[str, Any]:
+    """Of all runs, what a streamed model read for a token, for how long that was waited for, and what the disk can do.
+
+    The disk is measured with the same ranges in the same order, past the page cache.
+    """
     if not traffic:
         return {}
+    found: dict[str, Any] = {}
+    ranges = [r for r in log if r.part == 0]
+    if ranges:
+        found["disk_bytes_per_s"] = measure_disk(model.gguf.files()[0], ranges, _DISK_S)
     wanted, read, stall = (sum(getattr(t, name) for t in traffic) for name in ("wanted_bytes", "read_bytes", "stall_s"))
     n = len(traffic) * (test.n + int(test.kind == "decode"))
-    return {"hit_rate": 1 - read / max(1, wanted), "read_bytes_per_token": read / n, "stall_s_per_token": stall / n}
+    found |= {"hit_rate": 1 - read / max(1, wanted), "read_bytes_per_token": read / n, "stall_s_per_token": stall / n}
+    return found
 
 
 def _measure(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop) -> float | None:
@@ -276,5 +299,8 @@ def _format_test(test: dict[str, Any]) -> str:
     )
     if "hit_rate" in test:
         read, stall = test["read_bytes_per_token"], test["stall_s_per_token"]
-        line += f"; {test['hit_rate']:.0%} hits, {format_bytes(int(read))} read and {stall:.3f} s waited a token"
+        line += f"\n{'':<8}{test['hit_rate']:.0%} hits; a token read {format_bytes(int(read))} and waited {stall:.3f} s"
+    if "disk_bytes_per_s" in test and stall:
+        disk = test["disk_bytes_per_s"]
+        line += f": {read / stall / 1e9:.2f} GB/s; the disk gives {disk / 1e9:.2f} for the same reads, 8 at once"
     return line

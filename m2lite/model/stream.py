@@ -96,6 +96,7 @@ class Stream:
         self._n_adopted = 0  # units
         self._has_dense: set[int] = set()  # layers (the head is the last) whose dense weights are in memory
         self.traffic = Traffic()
+        self.log: list[Range] | None = None  # for measurements: what was read
 
     @property
     def least_bytes(self) -> int:
@@ -261,6 +262,8 @@ class Stream:
         self._n_flying += size
         after = self._leaving.pop(unit, None)  # its own memory may still be on its way back
         first, *others = self.ranges(unit)
+        if self.log is not None:
+            self.log += [first, *others]
         flight = [self._experts.submit(first, released, after)]
         self._leaving.update(dict.fromkeys(leaving, flight[0]))
         self._flights[unit] = flight + [self._experts.submit(r, (), after) for r in others]
