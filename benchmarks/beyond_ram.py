@@ -151,8 +151,8 @@ def summary(rows: list[Json]) -> str:
                 for name in ("hit_rate", "read_bytes_per_token", "stall_s_per_token", "disk_bytes_per_s")
             )
             lines.append(
-                f"{side}: {hits:.0%} hits, {read / 1e6:,.0f} MB of experts a token at {read / max(stall, 1e-9) / 1e9:.2f} "
-                f"GB/s of waiting; the disk gives {disk / 1e9:.2f}"
+                f"{side}: {hits:.0%} hits, {read / 1e6:,.0f} MB of experts a token at "
+                f"{read / max(stall, 1e-9) / 1e9:.2f} GB/s of waiting; the disk gives {disk / 1e9:.2f}"
             )
     return "\n".join(lines)
 
