@@ -107,7 +107,7 @@ class Residency:
         stream, budget = self.stream, self._budget
         resident = stream.ledger.resident_bytes if self.experts is self.dense and self.keeps_dense == "owned" else 0
         owned = resident + (stream.traffic.dense_bytes if self.keeps_dense == "owned" else 0)  # weights in own memory
-        own = own_bytes(self._buffers) - owned
+        own = own_bytes(self._buffers) - owned + stream.edge_bytes
         least = own + self.dense_bytes + stream.least_bytes
         if budget.total < least:
             raise ResourceError(

@@ -21,6 +21,7 @@ from m2lite.model.config import Config
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.ledger import Ledger
 from m2lite.storage.reads import Range, Reads
+from m2lite.storage.syscalls import PAGE
 
 WINDOW_BYTES = 256 * 1024**2  # of experts on their way: 0.2 s of a fast disk, for which no layer computes longer alone
 AHEAD_FROM = 0.8  # share of a layer's experts that the rows will choose if they choose independently
@@ -103,6 +104,12 @@ class Stream:
         """Of a capacity with which it can run: a unit that is computed with, and one that comes."""
         return 2 * max(self._sizes)
 
+    @property
+    def edge_bytes(self) -> int:
+        """At most: pages that two slices share stay when one of them leaves, where slices are not whole pages."""
+        odd = [r for stacks in self._stacks for r in stacks if r.offset % PAGE or r.n_bytes % PAGE]
+        return len(odd) * self._config.n_experts * PAGE
+
     def resize(self, capacity_bytes: int) -> None:
         """Experts may take so many bytes from now on."""
         self.ledger.capacity = capacity_bytes
@@ -117,6 +124,8 @@ class Stream:
         """
         n = self._config.n_experts
         self._layer, self._is_last = layer, is_last
+        if layer == 0:
+            self._queue.clear()  # of a call that was stopped
         self._is_sweep = 1 - (1 - self._config.n_experts_used / n) ** n_rows >= AHEAD_FROM
         units = range(layer * n, (layer + 1) * n) if layer < self._config.n_layers else range(0)
         if layer not in self._has_dense:
