@@ -50,7 +50,8 @@ class Warmer:
 
     def _read(self, warming: Warming) -> None:
         try:
-            warming.flight.set_result(sum(self._stream.read(r) for r in warming.ranges))
+            if warming.unit is not None:
+                warming.flight.set_result(self._stream.fill(warming.unit))
         except BaseException as error:
             warming.flight.set_exception(error)
             raise

@@ -87,6 +87,7 @@ class Buffers:
         self.expert_weights = self._new("expert_weights", (n_rows, c.n_experts_used), f32)
         self.counts = self._new("counts", (c.n_experts,), i32)
         self.active = self._new("active", (c.n_experts,), i32)
+        self.places = self._new("places", (c.n_experts,), i32)  # of the active experts, where they are streamed
         self.starts = self._new("starts", (c.n_experts + 1,), i32)
         self.pair_rows = self._new("pair_rows", (n_all,), i32)
         self.pair_slots = self._new("pair_slots", (n_rows, c.n_experts_used), i32)
@@ -263,7 +264,7 @@ def rest_of_layer(
         for part in _as_they_come(stream, b, slab):
             check()
             steps.experts(jit.team(), layer.record, b.record, *part, part.first - slab.first)
-            _show_experts(c, layer, b, part)
+            _show_experts(c, layer, b, part._replace(active=part.active - b.places + b.active))
         steps.add_experts(jit.team(), b.record, slab.first, slab.n_pairs, n)
     return int(n_bad) == 0
 
@@ -298,11 +299,13 @@ def slabs(b: Buffers, n_active: int, n_pairs: int) -> Iterator[Slab]:
 
 
 def _as_they_come(stream: Stream, b: Buffers, slab: Slab) -> Iterator[Slab]:
-    """The slab in parts whose experts are in memory, in the order in which they are."""
-    starts, at = b.array("starts"), (slab.active - b.active) // 4
-    for first, end in stream.arrive(at, at + slab.n_active):
+    """The slab in parts whose experts are in memory, in the order in which they are, with their places as ids."""
+    starts, places, at = b.array("starts"), b.array("places"), (slab.active - b.active) // 4
+    for run in stream.arrive(at, at + slab.n_active):
+        first, end = run
+        places[first:end] = stream.places(run)
         pair = int(starts[first])
-        yield Slab(b.active + 4 * first, b.starts + 4 * first, end - first, pair, int(starts[end]) - pair)
+        yield Slab(b.places + 4 * first, b.starts + 4 * first, end - first, pair, int(starts[end]) - pair)
 
 
 def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray[np.float32]:

@@ -8,6 +8,7 @@ that, else they are an owned copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from m2lite import machine
 from m2lite.errors import ResourceError, UsageError
 from m2lite.model.config import Config
-from m2lite.model.stream import Stream, dense_ranges
+from m2lite.model.stream import STACKS, Stream, dense_ranges, slices, stacks_of
 from m2lite.storage import syscalls
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.reads import DirectReads, MappedReads, Range, Reads
+from m2lite.storage.units import MappedUnits, SlotUnits, Units
 
 Memory = NDArray[Any]  # of our own
 LOADS = ("mmap", "direct")
@@ -63,20 +65,25 @@ class Residency:
         self._gguf, self._config, self._budget, self._buffers = gguf, config, budget, buffers
         files, dense = gguf.files(), [r for ranges in dense_ranges(gguf, config) for r in ranges]
         self.dense_bytes = sum(r.n_bytes for r in dense)
+        ranges = partial(slices, stacks_of(gguf, config), config.n_experts)
         if load == "direct":
-            self.experts: Reads = DirectReads(files)
-            self.dense: Reads = self.experts
-            self.keeps_dense = "owned"
+            direct = DirectReads(files)
+            units: Units = SlotUnits(direct, ranges, config.n_layers * config.n_experts)
+            self.dense: Reads = direct
+            self._reads: list[Reads] = [direct]
         else:
-            self.experts = MappedReads(files)
-            locked = all(_lock(self.experts, r) for r in dense)
-            self.dense = self.experts if locked else DirectReads(files)
-            self.keeps_dense = "locked" if locked else "owned"
+            mapped = MappedReads(files)
+            units = MappedUnits(mapped, ranges)
+            locked = all(_lock(mapped, r) for r in dense)
+            self.dense = mapped if locked else DirectReads(files)
+            self._reads = [mapped] if locked else [mapped, self.dense]
+        self.keeps_dense = "locked" if isinstance(self.dense, MappedReads) else "owned"
+        self._units = units
         if self.keeps_dense == "owned":
             for r in dense:
                 self.dense.adopt(r)  # not in the page cache as well
         self._expect_small()
-        self.stream = Stream(gguf, config, self.experts, self.dense)
+        self.stream = Stream(gguf, config, units, self.dense)
         self.fit()
 
     def _expect_small(self) -> None:
@@ -91,9 +98,13 @@ class Residency:
         """Where a matrix is, or will be when it was read."""
         if name == "token_embd.weight":
             return self._gguf.address(name)
-        tensor = self._gguf.tensors[name]
-        reads = self.experts if "_exps." in name else self.dense
-        return reads.address(tensor.part, tensor.offset)
+        tensor, units = self._gguf.tensors[name], self._units
+        if "_exps." not in name:
+            return self.dense.address(tensor.part, tensor.offset)
+        if isinstance(units, SlotUnits):
+            _, layer, stack, _ = name.split(".")
+            return units.base(int(layer) * self._config.n_experts, STACKS.index(stack))
+        return self._gguf.address(name)
 
     @property
     def budget_bytes(self) -> int:
@@ -105,9 +116,10 @@ class Residency:
         Our own memory grows, most while kernels are compiled: so this is asked again before every answer.
         """
         stream, budget = self.stream, self._budget
-        resident = stream.ledger.resident_bytes if self.experts is self.dense and self.keeps_dense == "owned" else 0
+        is_direct = isinstance(self._units, SlotUnits)
+        resident = stream.ledger.resident_bytes if is_direct else 0
         owned = resident + (stream.traffic.dense_bytes if self.keeps_dense == "owned" else 0)  # weights in own memory
-        own = own_bytes(self._buffers) - owned + stream.edge_bytes
+        own = own_bytes(self._buffers) - owned + (0 if is_direct else stream.edge_bytes)
         least = own + self.dense_bytes + stream.least_bytes
         if budget.total < least:
             raise ResourceError(
@@ -119,8 +131,8 @@ class Residency:
 
     def close(self) -> None:
         """Before the file is closed."""
-        self.experts.close()
-        self.dense.close()
+        for reads in self._reads:
+            reads.close()
 
 
 def _lock(reads: Reads, r: Range) -> bool:

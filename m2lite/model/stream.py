@@ -3,7 +3,7 @@
 Dense weights come once, a layer ahead of their first use, and stay. Of the experts those that a layer chose are asked
 for all at once; those in memory are computed while the others come. Rows of a prompt choose nearly all experts, so for
 many rows the next layer's are read ahead in the order in which they will be computed. Knows layers and experts, not
-how a range is read (storage/reads.py) nor what leaves (storage/ledger.py).
+how an expert is read (storage/units.py) nor what leaves (storage/ledger.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.ledger import Ledger
 from m2lite.storage.reads import Range, Reads
 from m2lite.storage.syscalls import PAGE
+from m2lite.storage.units import Units
 
 WINDOW_BYTES = 256 * 1024**2  # of experts on their way: 0.2 s of a fast disk, for which no layer computes longer alone
 AHEAD_FROM = 0.8  # share of a layer's experts that the rows will choose if they choose independently
@@ -37,10 +38,9 @@ class Run(NamedTuple):
 
 
 class Warming(NamedTuple):
-    """A unit that is read because earlier runs used it; nothing to read (an empty list) is no reason to end."""
+    """A unit that is read because earlier runs used it; None is nothing yet."""
 
-    unit: int
-    ranges: list[Range]
+    unit: int | None
     flight: Future[int]
 
 
@@ -77,18 +77,15 @@ class Traffic:
 class Stream:
     """The experts of all layers as units of a ledger, and the reads under way. Used by the compute thread only."""
 
-    def __init__(self, gguf: GGUFFile, config: Config, experts: Reads, dense: Reads) -> None:
+    def __init__(self, gguf: GGUFFile, config: Config, experts: Units, dense: Reads) -> None:
         c = self._config = config
         self._experts, self._dense = experts, dense
-        self._stacks = [
-            [_base(gguf, f"blk.{i}.{name}.weight", c.n_experts) for name in STACKS] for i in range(c.n_layers)
-        ]
+        self._stacks = stacks_of(gguf, c)
         self._sizes = [sum(r.n_bytes for r in stacks) for stacks in self._stacks]
         self.ledger = Ledger(np.repeat(np.array(self._sizes, np.int64), c.n_experts), 0)
         self._window = 0  # bytes of experts that may be on their way
         self._flights: dict[int, list[Future[int]]] = {}  # units whose reads were begun, until they are computed with
         self._n_flying = 0  # bytes of these
-        self._leaving: dict[int, Future[int]] = {}  # units that left the ledger last, and the job that releases them
         self._queue: deque[int] = deque()  # units to be read, in the order of their use
         self._layer, self._is_last, self._active = 0, False, list[int]()
         self._is_sweep = False  # the rows choose nearly all experts
@@ -115,7 +112,7 @@ class Stream:
         self.ledger.capacity = capacity_bytes
         self._window = min(WINDOW_BYTES, capacity_bytes // 2)
         for unit in self.ledger.make_room(0) or ():
-            self._release(unit)
+            self._experts.drop(unit)
 
     def enter(self, layer: int, n_rows: int, is_last: bool) -> None:
         """Wait until a layer's dense weights are in memory, and begin to read the next one's; many rows' experts, too.
@@ -143,11 +140,11 @@ class Stream:
         Before anything of a layer is read; and a layer at a time, since to ask takes 15 ms for one of M2's.
         """
         for unit in range(self._n_adopted, n_layers * self._config.n_experts):
-            there = [self._experts.adopt(r) for r in self.ranges(unit)]
-            if all(there) and self.ledger.resident_bytes + self._size(unit) <= self.ledger.capacity:
-                self.ledger.add(unit)
-            elif any(there):
-                self._release(unit)
+            if self._experts.adopt(unit):
+                if self.ledger.resident_bytes + self._size(unit) <= self.ledger.capacity:
+                    self.ledger.add(unit)
+                else:
+                    self._experts.drop(unit)
             self._n_adopted = unit + 1
 
     def _load_dense(self, layer: int) -> None:
@@ -164,7 +161,7 @@ class Stream:
         self._active = [first + e for e in active]
         for unit, count in zip(self._active, counts, strict=True):
             ledger.use(unit, count)
-            if ledger.has(unit) and unit not in self._flights and self._is_damaged(unit):
+            if ledger.has(unit) and unit not in self._flights and self._experts.is_damaged(unit):
                 ledger.forget(unit)
         if self._is_last:
             ledger.advance(n_rows)
@@ -236,11 +233,7 @@ class Stream:
     def _lose(self, unit: int) -> None:
         """It is not whole in memory: what there is of it goes."""
         self.ledger.forget(unit)
-        self._release(unit)
-
-    def _release(self, unit: int) -> None:
-        for r in self.ranges(unit):
-            self._experts.release(r)
+        self._experts.drop(unit)
 
     def _await(self, futures: list[Future[int]]) -> int:
         """The sum of what they return; the time is counted."""
@@ -265,17 +258,12 @@ class Stream:
         leaving = self.ledger.make_room(size)
         if leaving is None:
             return False
-        released = [r for other in leaving for r in self.ranges(other)]
         self.ledger.add(unit)
         self.ledger.pin(unit)
         self._n_flying += size
-        after = self._leaving.pop(unit, None)  # its own memory may still be on its way back
-        first, *others = self.ranges(unit)
+        self._flights[unit] = self._experts.fetch(unit, leaving)
         if self.log is not None:
-            self.log += [first, *others]
-        flight = [self._experts.submit(first, released, after)]
-        self._leaving.update(dict.fromkeys(leaving, flight[0]))
-        self._flights[unit] = flight + [self._experts.submit(r, (), after) for r in others]
+            self.log += self.ranges(unit)
         return True
 
     def _drop_flights(self) -> None:
@@ -314,47 +302,45 @@ class Stream:
 
         Whoever gets it reads it, sets the result of its flight, and calls `end_warming`.
         """
-        n, warming = self._config.n_experts, Warming(-1, [], Future())
+        n, nothing = self._config.n_experts, Warming(None, Future())
         if self._n_adopted < n * self._config.n_layers:  # first see what is there: a layer at a time
             self._adopt(self._n_adopted // n + 1)
-            return warming
+            return nothing
         unit = self.ledger.hottest()
         if unit is None or self.ledger.resident_bytes + self._size(unit) > self.ledger.capacity:
             return None
         self.ledger.add(unit)
         self.ledger.pin(unit)
         self._n_flying += self._size(unit)
-        after = self._leaving.pop(unit, None)
-        if after is not None:
-            wait([after])
-        warming = Warming(unit, self.ranges(unit), warming.flight)
+        self._experts.reserve(unit)
+        warming = Warming(unit, Future())
         self._flights[unit] = [warming.flight]
         return warming
 
     def end_warming(self, warming: Warming) -> None:
         """What was read stays until it is used or has to leave; who wanted it meanwhile has landed it."""
-        if self._flights.get(warming.unit) == [warming.flight]:
+        if warming.unit is not None and self._flights.get(warming.unit) == [warming.flight]:
             del self._flights[warming.unit]
             self._n_flying -= self._size(warming.unit)
             self.ledger.unpin(warming.unit)
             if _has_failed(warming.flight):
                 self._lose(warming.unit)
 
-    def read(self, r: Range) -> int:
-        """On the caller's thread; returns how many bytes were not in memory."""
-        return self._experts.read(r)
+    def fill(self, unit: int) -> int:
+        """Read a unit that is warmed, on the caller's thread; returns how many bytes were read."""
+        return self._experts.fill(unit)
 
-    def _is_damaged(self, unit: int) -> bool:
-        """Whether something of a unit has left memory without our doing."""
-        return any(self._experts.missing_bytes(r) for r in self.ranges(unit))
+    def places(self, run: Run) -> list[int]:
+        """Where the run's experts lie from their matrices' addresses on, counted in experts."""
+        n = self._config.n_experts
+        return [self._experts.place(unit, unit % n) for unit in self._active[run.first : run.end]]
 
     def _size(self, unit: int) -> int:
         return self._sizes[unit // self._config.n_experts]
 
     def ranges(self, unit: int) -> list[Range]:
         """A unit's three slices."""
-        layer, e = divmod(unit, self._config.n_experts)
-        return [Range(r.part, r.offset + e * r.n_bytes, r.n_bytes) for r in self._stacks[layer]]
+        return slices(self._stacks, self._config.n_experts, unit)
 
 
 def _has_failed(future: Future[int]) -> bool:
@@ -370,10 +356,20 @@ def runs(places: Sequence[int]) -> Iterator[Run]:
             first = i
 
 
-def _base(gguf: GGUFFile, name: str, n_experts: int) -> Range:
-    """The first expert's slice of a stack."""
-    tensor = gguf.tensors[name]
-    return Range(tensor.part, tensor.offset, tensor.n_bytes // n_experts)
+def stacks_of(gguf: GGUFFile, config: Config) -> list[list[Range]]:
+    """Of every layer, the first expert's slice of each stack."""
+
+    def base(name: str) -> Range:
+        tensor = gguf.tensors[name]
+        return Range(tensor.part, tensor.offset, tensor.n_bytes // config.n_experts)
+
+    return [[base(f"blk.{i}.{name}.weight") for name in STACKS] for i in range(config.n_layers)]
+
+
+def slices(stacks: list[list[Range]], n_experts: int, unit: int) -> list[Range]:
+    """The slices of unit layer x n_experts + expert."""
+    layer, e = divmod(unit, n_experts)
+    return [Range(r.part, r.offset + e * r.n_bytes, r.n_bytes) for r in stacks[layer]]
 
 
 def is_dense(name: str, n_dims: int) -> bool:

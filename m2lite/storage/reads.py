@@ -1,12 +1,13 @@
 """Brings ranges of model files into memory before they are computed with, and lets them go. Knows bytes, not experts.
 
 Mapped: WILLNEED starts the reads, POPULATE_READ waits for them and maps the pages; what the page cache holds already
-costs microseconds. Direct: O_DIRECT into memory of our own that mirrors the file's layout, so that a range has its
-address whether it is there or not. Both keep up to DEPTH reads under way, on threads of their own.
+costs microseconds. Direct: O_DIRECT into memory of the caller's, or of our own that mirrors the file's layout, so that
+a range has its address whether it is there or not. Both keep up to DEPTH reads under way, on threads of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -170,6 +171,7 @@ class DirectReads(Reads):
     def __init__(self, files: Sequence[File]) -> None:
         super().__init__(files)
         self._memory: list[mmap.mmap] = []
+        self._scratch = threading.local()
         self._fds: list[int] = []
         self._addresses: list[int] = []
         try:
@@ -207,21 +209,43 @@ class DirectReads(Reads):
 
     def read(self, r: Range) -> int:
         start, size = syscalls.whole_pages(r.offset, r.n_bytes)
-        view, end = memoryview(self._memory[r.part]), start + size
-        at = start
-        while at < end:
-            stop = min(end, at + _DIRECT_STEP)
+        self._read(r, start, memoryview(self._memory[r.part])[start : start + size])
+        return r.n_bytes
+
+    def submit_into(self, r: Range, address: int) -> Future[int]:
+        """`read_into` on one of the threads."""
+        return self._pool.submit(self.read_into, r, address)
+
+    def read_into(self, r: Range, address: int) -> int:
+        """Wait until the range's bytes are at an address of the caller's own; returns how many they are."""
+        start, size = syscalls.whole_pages(r.offset, r.n_bytes)
+        if (start, size) == (r.offset, r.n_bytes) and address % syscalls.PAGE == 0:
+            target = (ctypes.c_uint8 * size).from_address(address)
+            self._read(r, start, memoryview(target).cast("B"))
+            return r.n_bytes
+        scratch = getattr(self._scratch, "memory", None)
+        if scratch is None or len(scratch) < size:
+            scratch = self._scratch.memory = mmap.mmap(-1, size)
+            self._scratch.address = int(np.frombuffer(scratch, np.uint8).ctypes.data)
+        self._read(r, start, memoryview(scratch)[:size])
+        ctypes.memmove(address, self._scratch.address + r.offset - start, r.n_bytes)
+        return r.n_bytes
+
+    def _read(self, r: Range, start: int, into: memoryview) -> None:
+        """Whole pages from `start` on; the last may lie behind the end of the file."""
+        path, at = self._files[r.part].path, 0
+        while at < len(into):
+            stop = min(len(into), at + _DIRECT_STEP)
             try:
-                done = os.preadv(self._fds[r.part], [view[at:stop]], at)
+                done = os.preadv(self._fds[r.part], [into[at:stop]], start + at)
             except OSError as error:
-                what = f"{self._files[r.part].path}: cannot be read at byte {at:,}: {error.strerror}."
+                what = f"{path}: cannot be read at byte {start + at:,}: {error.strerror}."
                 raise BadModelError(what, _CHECK) from error
             at += done
             if not done or done % syscalls.PAGE:
                 break  # the end of the file
-        if at < r.offset + r.n_bytes:
-            raise BadModelError(f"{self._files[r.part].path}: ends at byte {at:,}.", "The file was cut: start again.")
-        return r.n_bytes
+        if start + at < r.offset + r.n_bytes:
+            raise BadModelError(f"{path}: ends at byte {start + at:,}.", "The file was cut: start again.")
 
     def release(self, r: Range) -> None:
         start, size = syscalls.inner_pages(r.offset, r.n_bytes)

@@ -85,7 +85,7 @@ def test_disk_fails_while_warming(bundled_model: Path, record: Path, monkeypatch
     def fail(*_: object) -> int:
         raise BadModelError("the disk is gone")
 
-    monkeypatch.setattr(Stream, "read", fail)
+    monkeypatch.setattr(Stream, "fill", fail)
     with Model.open(bundled_model, ctx=256, load="direct") as model:
         assert model._warmer is not None
         model._warmer.wait()
