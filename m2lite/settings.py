@@ -108,7 +108,9 @@ OPTIONS: dict[str, Option] = {
         Option("threads", ("--threads", "-t"), "N", parse_positive, None, "Threads [default: one per core]"),
         Option("ctx", ("--ctx",), "N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]"),
         Option("kv", ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half"),
-        Option("load", ("--load",), "mmap|direct", parse_choice("mmap", "direct"), "mmap", "Page cache or own memory"),
+        Option(
+            "load", ("--load",), "auto|mmap|direct", parse_choice("auto", "mmap", "direct"), "auto", "Where weights lie"
+        ),
         Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
         Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
         Option("temp", ("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy"),

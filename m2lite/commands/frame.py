@@ -160,7 +160,7 @@ def open_model(settings: Settings) -> Model:
     if model.engine.layer_advice:
         note(f"warning: {model.engine.layer_advice}")
     kind = machine.network_file_system(model.path)
-    if kind is not None and settings.load == "mmap":
+    if kind is not None and settings.load != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
     if model.template.warning:
         note(f"warning: {model.template.warning}")

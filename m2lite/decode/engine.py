@@ -45,7 +45,7 @@ class Engine:
         ctx: int,
         n_rows: int,
         kv: str,
-        load: str = "mmap",
+        load: str = "auto",
         ram: int | None = None,
     ) -> None:
         """Weights, KV pool for `ctx` positions and buffers for `n_rows`; weights that do not fit come and go."""

@@ -100,7 +100,7 @@ class Model:
         ctx: int | None = None,
         kv: str = "f16",
         template: str = "file",
-        load: str = "mmap",
+        load: str = "auto",
         ram: int | None = None,
         heat: bool = True,
         on_compile: Callable[[], None] | None = None,
@@ -109,7 +109,8 @@ class Model:
 
         `ctx` is the number of KV positions, by default what `default_ctx` says; `kv` is their type, f16 or q8_0.
         `ram` is the memory, in bytes, that this process and the file's pages may take, by default what is free. Weights
-        of a larger model come and go: read through the mapping, or with `load` "direct" past the page cache.
+        of a larger model come and go: with `load` "mmap" in the page cache, else past it in memory of the process;
+        "direct" does so with a model that fits, too.
         With `heat` it is kept in the cache directory which of such a model's experts are used, for the next start.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
         to be compiled, which takes most of a minute on the first run on a machine.

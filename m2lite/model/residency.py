@@ -1,8 +1,8 @@
 """Where the weights of a model larger than its memory are kept, and how much of it the experts may take.
 
-Experts lie in the page cache, through the mapping, or with load "direct" in memory of our own. Dense weights, which
-every token needs, must never be pushed out by them: their pages are locked where the limit on locked memory allows
-that, else they are an owned copy.
+Experts lie in memory of our own, read past the page cache; with load "mmap" in the page cache, which costs a processor
+of two cores half its time, but is there for the next run. Dense weights, which every token needs, must never be pushed
+out by them: they are an owned copy, or with "mmap" pages that are locked, where the limit on locked memory allows that.
 """
 
 from __future__ import annotations
@@ -23,33 +23,38 @@ from m2lite.storage.reads import DirectReads, MappedReads, Range, Reads
 from m2lite.storage.units import MappedUnits, SlotUnits, Units
 
 Memory = NDArray[Any]  # of our own
-LOADS = ("mmap", "direct")
+LOADS = ("auto", "mmap", "direct")
 RESERVE_BYTES = 64 * 1024**2  # for what is not known yet: logits, rows of the embedding, the file's header
-_OF_FREE = 0.95  # is used where no budget is given: others need some, too
+_OF_FREE = 0.9  # is used where no budget is given: others need some, too
 
 
 def check_load(load: str, ram: int | None) -> None:
     """Raises UsageError for what cannot be meant here."""
     if load not in LOADS:
         raise UsageError(f"Load mode {load!r} does not exist.", f"Use one of: {', '.join(LOADS)}.")
-    if not syscalls.AVAILABLE and (load != "mmap" or ram is not None):
+    if not syscalls.AVAILABLE and (load == "direct" or ram is not None):
         raise UsageError("--load and --ram need Linux.", "Leave them out.")
 
 
 class Budget(NamedTuple):
     """Bytes that this process may take, in its own memory and in the file's pages in the page cache."""
 
-    total: int
-    is_given: bool  # by the user; else what is free
+    given: int | None  # by the user; else what is free, and what we have already
+
+    @property
+    def total(self) -> int:
+        if self.given is not None:
+            return self.given
+        return int(machine.free_memory_bytes() * _OF_FREE) + machine.anonymous_bytes()
 
 
 def choose_budget(gguf: GGUFFile, load: str, ram: int | None, buffers: Sequence[Memory]) -> Budget | None:
     """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct"."""
     if not syscalls.AVAILABLE:
         return None
-    total = int(machine.free_memory_bytes() * _OF_FREE) + machine.anonymous_bytes() if ram is None else ram
-    is_larger = own_bytes(buffers) + gguf.size_bytes > total
-    return Budget(total, ram is not None) if is_larger or load == "direct" else None
+    budget = Budget(ram)
+    is_larger = own_bytes(buffers) + gguf.size_bytes > budget.total
+    return budget if is_larger or load == "direct" else None
 
 
 def own_bytes(buffers: Sequence[Memory]) -> int:
@@ -66,7 +71,7 @@ class Residency:
         files, dense = gguf.files(), [r for ranges in dense_ranges(gguf, config) for r in ranges]
         self.dense_bytes = sum(r.n_bytes for r in dense)
         ranges = partial(slices, stacks_of(gguf, config), config.n_experts)
-        if load == "direct":
+        if load != "mmap":
             direct = DirectReads(files)
             units: Units = SlotUnits(direct, ranges, config.n_layers * config.n_experts)
             self.dense: Reads = direct
@@ -120,14 +125,14 @@ class Residency:
         resident = stream.ledger.resident_bytes if is_direct else 0
         owned = resident + (stream.traffic.dense_bytes if self.keeps_dense == "owned" else 0)  # weights in own memory
         own = own_bytes(self._buffers) - owned + (0 if is_direct else stream.edge_bytes)
-        least = own + self.dense_bytes + stream.least_bytes
-        if budget.total < least:
+        least, total = own + self.dense_bytes + stream.least_bytes, budget.total
+        if total < least:
             raise ResourceError(
                 f"The model needs at least {least:,} bytes of memory ({self.dense_bytes:,} of them for the weights "
-                f"that every token needs, {own:,} for KV cache and buffers); the budget is {budget.total:,}.",
-                "Use a larger --ram or a smaller --ctx." if budget.is_given else "Free memory or use a smaller --ctx.",
+                f"that every token needs, {own:,} for KV cache and buffers); the budget is {total:,}.",
+                "Use a larger --ram or a smaller --ctx." if budget.given else "Free memory or use a smaller --ctx.",
             )
-        stream.resize(budget.total - own - self.dense_bytes)
+        stream.resize(total - own - self.dense_bytes)
 
     def close(self) -> None:
         """Before the file is closed."""

@@ -25,7 +25,7 @@ from m2lite.storage.syscalls import PAGE
 from m2lite.storage.units import Units
 
 WINDOW_BYTES = 256 * 1024**2  # of experts on their way: 0.2 s of a fast disk, for which no layer computes longer alone
-AHEAD_FROM = 0.8  # share of a layer's experts that the rows will choose if they choose independently
+AHEAD_FROM = 0.9  # share of a layer's experts that the rows will choose if they choose independently
 
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -276,11 +276,10 @@ class Stream:
             futures = self._flights.pop(unit)
             self._n_flying -= self._size(unit)
             self.ledger.unpin(unit)
-            cancelled = [f.cancel() for f in futures[1:]]  # not the first, which releases others
+            is_broken = self._experts.cancel(futures)
             done = [f for f in futures if not f.cancelled()]
-            wait(done)
             self.traffic.ahead_bytes += sum(f.result() for f in done if f.exception() is None)
-            if any(cancelled) or any(map(_has_failed, done)):
+            if is_broken or any(map(_has_failed, done)):
                 self._lose(unit)
 
     def drop(self) -> None:
@@ -314,6 +313,7 @@ class Stream:
         self._n_flying += self._size(unit)
         self._experts.reserve(unit)
         warming = Warming(unit, Future())
+        warming.flight.set_running_or_notify_cancel()  # it can be waited for, but not called off
         self._flights[unit] = [warming.flight]
         return warming
 

@@ -27,6 +27,12 @@ class Units(ABC):
     def fetch(self, unit: int, leaving: Sequence[int]) -> list[Future[int]]:
         """Begin to read a unit into the memory that others leave; the results add up to the bytes that were read."""
 
+    def cancel(self, flight: Sequence[Future[int]]) -> bool:
+        """Call off what of a fetch was not begun and wait for the rest; whether something was called off."""
+        cancelled = [future.cancel() for future in flight]
+        wait([future for future in flight if not future.cancelled()])
+        return any(cancelled)
+
     @abstractmethod
     def reserve(self, unit: int) -> None:
         """Before `fill`."""
@@ -66,6 +72,10 @@ class MappedUnits(Units):
         flight = [self._reads.submit(first, released, after)]
         self._leaving.update(dict.fromkeys(leaving, flight[0]))
         return flight + [self._reads.submit(r, (), after) for r in others]
+
+    def cancel(self, flight: Sequence[Future[int]]) -> bool:
+        wait(flight[:1])  # it releases others
+        return super().cancel(flight[1:])
 
     def reserve(self, unit: int) -> None:
         after = self._leaving.pop(unit, None)

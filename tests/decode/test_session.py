@@ -38,7 +38,7 @@ def test_only_a_model_that_fits_is_mapped_ahead(model_files: dict[str, Path], mo
         assert model._prefault is not None
         needed = model.gguf.size_bytes + model.kv_bytes
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: needed - 1)
-    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(1 << 30, is_given=False))
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(1 << 30))
     with Model.open(path, ctx=64) as model:
         model.wait_mapped()
         assert model._prefault is None

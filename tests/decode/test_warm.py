@@ -22,7 +22,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where heat is kept in this test; every model is streamed."""
     path = tmp_path / "heat.npy"
     monkeypatch.setattr(session_module, "heat_path", lambda _: path)
-    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(2 << 30, True))
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(2 << 30))
     return path
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is con
 @pytest.fixture(autouse=True)
 def always_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even a model that would fit."""
-    budget = residency_module.Budget(2 << 30, True)
+    budget = residency_module.Budget(2 << 30)
     monkeypatch.setattr(residency_module, "choose_budget", lambda *_: budget)
 
 
@@ -49,9 +49,7 @@ def model(
 ) -> Iterator[Model]:
     if request.param == "owned copy":
         monkeypatch.setattr(syscalls, "lock_on_fault", lambda *_: False)
-    with Model.open(
-        bundled_model, ctx=512, heat=False, load="direct" if request.param == "direct" else "mmap"
-    ) as opened:
+    with Model.open(bundled_model, ctx=512, heat=False, load="auto" if request.param == "direct" else "mmap") as opened:
         yield opened
 
 
@@ -151,7 +149,7 @@ def test_pages_that_left_are_read_again(
     bundled_model: Path, tokens: list[int], expected: npt.NDArray[np.float32]
 ) -> None:
     """The system may take pages of the cache behind our back; the ledger finds out, and says what was read."""
-    with Model.open(bundled_model, ctx=512, heat=False) as model:
+    with Model.open(bundled_model, ctx=512, heat=False, load="mmap") as model:
         stream = stream_of(model, 1000)
         assert np.array_equal(model.logits(tokens), expected)
         before = stream.traffic.read_bytes
@@ -164,7 +162,7 @@ def test_pages_that_left_are_read_again(
 
 
 def test_budget_that_cannot_do(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency_module, "choose_budget", lambda *_: residency_module.Budget(3_000_000, True))
+    monkeypatch.setattr(residency_module, "choose_budget", lambda *_: residency_module.Budget(3_000_000))
     with pytest.raises(ResourceError, match=r"needs at least [\d,]+ bytes of memory.*the budget is 3,000,000") as told:
         Model.open(bundled_model, ctx=512)
     assert "--ram" in told.value.todo
