@@ -129,7 +129,7 @@ class Residency:
         if total < least:
             raise ResourceError(
                 f"The model needs at least {least:,} bytes of memory ({self.dense_bytes:,} of them for the weights "
-                f"that every token needs, {own:,} for KV cache and buffers); the budget is {total:,}.",
+                f"that every token needs, {own:,} for program, buffers and KV cache); the budget is {total:,}.",
                 "Use a larger --ram or a smaller --ctx." if budget.given else "Free memory or use a smaller --ctx.",
             )
         stream.resize(total - own - self.dense_bytes)

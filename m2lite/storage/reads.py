@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -244,6 +245,8 @@ class DirectReads(Reads):
             at += done
             if not done or done % syscalls.PAGE:
                 break  # the end of the file
+        if not is_direct(self._fds[r.part]):
+            advise(self._fds[r.part], start, at, "DONTNEED")  # else it would be in memory twice
         if start + at < r.offset + r.n_bytes:
             raise BadModelError(f"{path}: ends at byte {start + at:,}.", "The file was cut: start again.")
 
@@ -257,6 +260,11 @@ class DirectReads(Reads):
         while self._fds:
             os.close(self._fds.pop())
         self._memory.clear()  # unmapped with the last view
+
+
+def is_direct(fd: int) -> bool:
+    """Whether reads go past the page cache."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def open_probe(fd: int) -> int:

@@ -126,6 +126,7 @@ def test_no_direct_access(file: File, monkeypatch: pytest.MonkeyPatch, content: 
     reads, r = DirectReads([file]), Range(0, 12_345, 1_000_000)
     reads.read(r)
     assert ctypes.string_at(reads.address(0, r.offset), r.n_bytes) == content[r.offset : r.offset + r.n_bytes]
+    assert resident_pages(file.address + r.offset, r.n_bytes) < 10  # and do not stay there
     reads.close()
 
 
