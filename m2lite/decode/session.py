@@ -311,9 +311,9 @@ class Session:
         if not self.tokens and not new:
             raise UsageError("The prompt is empty.", "Give at least one token.")
         self.check_room(len(new), len(self.tokens))
-        self.tokens += new
         if self.model.engine.residency is not None:
             compute_thread().run(self.model.engine.fit)
+        self.tokens += new
         self.finish_reason = "interrupted"  # until it is known better
         self.n_cached = min(self.n_cached, len(self.tokens) - 1)  # the last row's logits are needed
         self.stats = Stats(n_prompt=len(self.tokens), n_reused=self.n_cached)
