@@ -157,6 +157,9 @@ def open_model(settings: Settings) -> Model:
         f"loaded in {model.load_s:.1f} s",
     ]
     note(" · ".join(parts))
+    residency = model.engine.residency
+    if residency is not None:
+        note(f"streamed: {residency.describe()}")
     if model.engine.layer_advice:
         note(f"warning: {model.engine.layer_advice}")
     kind = machine.network_file_system(model.path)

@@ -115,6 +115,17 @@ class Residency:
     def budget_bytes(self) -> int:
         return self._budget.total
 
+    def describe(self) -> str:
+        """For the start line."""
+        ledger = self.stream.ledger
+        total = int(ledger.sizes.sum())
+        where = "own memory" if isinstance(self._units, SlotUnits) else "the page cache"
+        dense = "locked in the page cache" if self.keeps_dense == "locked" else "copied to own memory"
+        return (
+            f"{min(ledger.capacity, total) / 1e9:.1f} of {total / 1e9:.1f} GB of experts fit into {where}; what every token "
+            f"needs, {self.dense_bytes / 1e9:.1f} GB, is {dense}"
+        )
+
     def fit(self) -> None:
         """The experts get what the budget leaves beside our own memory and the dense weights.
 

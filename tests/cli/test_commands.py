@@ -121,6 +121,7 @@ def test_what_a_streamed_answer_cost(run_inline: Run, bundled_model: Path) -> No
     def answer(*options: str) -> dict[str, Any]:
         done = run_inline("generate", bundled_model, "-p", "Hello", "--json", "--seed", "7", "-n", "20", *options)
         assert done.returncode == 0, done.stderr
+        assert ("streamed: 0.0 of 0.0 GB of experts fit into own memory" in done.stderr) == bool(options)
         return dict(json.loads(done.stdout))
 
     streamed, mapped = answer("--load", "direct"), answer()
