@@ -122,8 +122,8 @@ class Residency:
         where = "own memory" if isinstance(self._units, SlotUnits) else "the page cache"
         dense = "locked in the page cache" if self.keeps_dense == "locked" else "copied to own memory"
         return (
-            f"{min(ledger.capacity, total) / 1e9:.1f} of {total / 1e9:.1f} GB of experts fit into {where}; what every token "
-            f"needs, {self.dense_bytes / 1e9:.1f} GB, is {dense}"
+            f"{min(ledger.capacity, total) / 1e9:.1f} of {total / 1e9:.1f} GB of experts fit into {where}; "
+            f"what every token needs, {self.dense_bytes / 1e9:.1f} GB, is {dense}"
         )
 
     def fit(self) -> None:
