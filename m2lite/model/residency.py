@@ -25,7 +25,7 @@ from m2lite.storage.units import MappedUnits, SlotUnits, Units
 Memory = NDArray[Any]  # of our own
 LOADS = ("auto", "mmap", "direct")
 RESERVE_BYTES = 64 * 1024**2  # for what is not known yet: logits, rows of the embedding, the file's header
-_OF_FREE = 0.9  # is used where no budget is given: others need some, too
+_KEPT = 0.1  # of free memory, where no budget is given: others need some, too
 
 
 def check_load(load: str, ram: int | None) -> None:
@@ -39,20 +39,21 @@ def check_load(load: str, ram: int | None) -> None:
 class Budget(NamedTuple):
     """Bytes that this process may take, in its own memory and in the file's pages in the page cache."""
 
-    given: int | None  # by the user; else what is free, and what we have already
+    given: int | None  # by the user; else what is free and what we have already, less `kept` for others
+    kept: int = 0
 
     @property
     def total(self) -> int:
         if self.given is not None:
             return self.given
-        return int(machine.free_memory_bytes() * _OF_FREE) + machine.anonymous_bytes()
+        return machine.free_memory_bytes() + machine.anonymous_bytes() - self.kept
 
 
 def choose_budget(gguf: GGUFFile, load: str, ram: int | None, buffers: Sequence[Memory]) -> Budget | None:
     """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct"."""
     if not syscalls.AVAILABLE:
         return None
-    budget = Budget(ram)
+    budget = Budget(ram, int(machine.free_memory_bytes() * _KEPT))
     is_larger = own_bytes(buffers) + gguf.size_bytes > budget.total
     return budget if is_larger or load == "direct" else None
 

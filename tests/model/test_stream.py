@@ -187,3 +187,18 @@ def test_reads_ahead_are_dropped_when_not_wanted(model: Model, tokens: list[int]
         list(session.generate(tokens[:5], max_tokens=3, ignore_stop=True))
     assert all(f.done() for flight in flights for f in flight)
     assert n_pins(stream) == len(stream._flights)
+
+
+def test_a_budget_that_is_not_given_does_not_creep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What experts took is counted as ours, not as free again; what others take is theirs."""
+    ours, free = 1 << 30, 10 << 30
+    monkeypatch.setattr(residency_module.machine, "anonymous_bytes", lambda: ours)
+    monkeypatch.setattr(residency_module.machine, "free_memory_bytes", lambda: free)
+    budget = residency_module.Budget(None, free // 10)
+    first = budget.total
+    assert first == 10 << 30
+    ours, free = ours + (8 << 30), free - (8 << 30)
+    assert budget.total == first
+    free -= 1 << 30
+    assert budget.total == first - (1 << 30)
+    assert residency_module.Budget(5).total == 5
