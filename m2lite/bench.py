@@ -94,8 +94,7 @@ def run_bench(
         **asdict(how),
         "weight_bytes_per_token": bytes_per_token(model),
         "kv_bytes_per_position": kv_bytes_per_position(model.config, model.kv),
-        "read_bytes_per_s": read_bandwidth(model.n_threads),
-        **read_mapped(model),
+        **_read_speeds(model),
         "kv": model.kv,
         "threads": model.n_threads,
         "layer": model.engine.layer,
@@ -224,6 +223,15 @@ def bytes_per_token(model: Model) -> int:
     return int(weights.dense_bytes + experts)
 
 
+def _read_speeds(model: Model) -> dict[str, float]:
+    """Of plain memory and of the mapped file; of a streamed model, which is let go first, of memory only."""
+    stream = model.engine.stream
+    if stream is None:
+        return {"read_bytes_per_s": read_bandwidth(model.n_threads), **read_mapped(model)}
+    compute_thread().run(stream.drop)
+    return {"read_bytes_per_s": read_bandwidth(model.n_threads)}
+
+
 def read_bandwidth(n_threads: int) -> float:
     """Bytes a second of loading plain memory with that many threads and the widest vectors, the best of five."""
     memory, sums = np.ones(_READ_BYTES // 8, np.uint64), np.zeros(n_threads, np.float32)
@@ -271,14 +279,14 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
     lines += [_format_test(test) for test in result["tests"]]
-    plain, mapped = result["read_bytes_per_s"], result["read_mapped_bytes_per_s"]
+    plain, mapped = result["read_bytes_per_s"], result.get("read_mapped_bytes_per_s")
     weights, kv = format_bytes(result["weight_bytes_per_token"]), format_bytes(result["kv_bytes_per_position"])
     lines.append(
-        f"weights {weights} a token, KV {kv} a position; plain reading {plain / 1e9:.1f} GB/s, "
-        f"of the mapped file {mapped / 1e9:.1f} GB/s"
+        f"weights {weights} a token, KV {kv} a position; plain reading {plain / 1e9:.1f} GB/s"
+        + (f", of the mapped file {mapped / 1e9:.1f} GB/s" if mapped else "")
     )
     for test in result["tests"]:
-        if "bytes_per_s" in test:
+        if "bytes_per_s" in test and mapped:
             used = test["bytes_per_s"]
             lines.append(
                 f"decode at depth {test['depth']:,} reads {used / 1e9:.1f} GB/s: {used / plain:.0%} of plain reading, "
