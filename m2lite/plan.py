@@ -32,7 +32,7 @@ _N_PROBES = 4096  # ranges, which the probe does not read through
 # Hit rate by share of the experts that memory holds, of m2-tiny's text, with the engine's rule: benchmarks/routing.py.
 _TRAINED = ((0.0, 0.0), (0.05, 0.10), (0.1, 0.23), (0.2, 0.40), (0.3, 0.54), (0.4, 0.64), (0.5, 0.74), (0.6, 0.82),
             (0.7, 0.89), (0.8, 0.94), (0.9, 0.98), (1.0, 1.0))  # fmt: skip
-_OVERHEAD = 1.15  # of a prompt's time over that of its products alone: norms, packing, attention
+_OVERHEAD = 1.3  # of a prompt's time over that of its products alone: norms, packing, attention, what reading costs
 
 
 @dataclass(frozen=True)
