@@ -37,6 +37,8 @@ def file(tmp_path: Path, content: bytes) -> Iterator[File]:
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     data = mmap.mmap(fd, N_BYTES, prot=mmap.PROT_READ)
+    if resident_pages(int(np.frombuffer(data, np.uint8).ctypes.data), N_BYTES) > N_BYTES // syscalls.PAGE // 2:
+        pytest.skip("this file system has no pages to let go: its files are in memory, as in tmpfs")
     yield File(path, fd, int(np.frombuffer(data, np.uint8).ctypes.data), N_BYTES)
     os.close(fd)
 
