@@ -73,7 +73,7 @@ class Residency:
         self.dense_bytes = sum(r.n_bytes for r in dense)
         ranges = partial(slices, stacks_of(gguf, config), config.n_experts)
         if load != "mmap":
-            direct = DirectReads(files)
+            direct = DirectReads(files, is_alone=True)
             units: Units = SlotUnits(direct, ranges, config.n_layers * config.n_experts)
             self.dense: Reads = direct
             self._reads: list[Reads] = [direct]
@@ -83,11 +83,11 @@ class Residency:
             locked = all(_lock(mapped, r) for r in dense)
             self.dense = mapped if locked else DirectReads(files)
             self._reads = [mapped] if locked else [mapped, self.dense]
+            if not locked:
+                for r in dense:
+                    self.dense.adopt(r)  # not in the page cache as well
         self.keeps_dense = "locked" if isinstance(self.dense, MappedReads) else "owned"
         self._units = units
-        if self.keeps_dense == "owned":
-            for r in dense:
-                self.dense.adopt(r)  # not in the page cache as well
         self._expect_small()
         self.stream = Stream(gguf, config, units, self.dense)
         self.fit()

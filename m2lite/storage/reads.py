@@ -169,7 +169,11 @@ class MappedReads(Reads):
 class DirectReads(Reads):
     """In memory of our own, past the page cache."""
 
-    def __init__(self, files: Sequence[File]) -> None:
+    def __init__(self, files: Sequence[File], is_alone: bool = False) -> None:
+        """Alone: nobody here reads through the page cache, which forgets what an earlier run left of the files there.
+
+        All at once, since a piece at a time leaves large folios that lie across two pieces.
+        """
         super().__init__(files)
         self._memory: list[mmap.mmap] = []
         self._scratch = threading.local()
@@ -181,6 +185,9 @@ class DirectReads(Reads):
         except BaseException:
             self.close()
             raise
+        if is_alone:
+            for file in files:
+                self._pool.submit(advise, file.fd, 0, 0, "DONTNEED")  # takes a second for 20 GB
 
     def _mirror(self, file: File) -> None:
         """Address space as large as the file, which takes memory where it is read into."""

@@ -145,8 +145,6 @@ class SlotUnits(Units):
         self._kind[unit].give(self._slot.pop(unit))
 
     def adopt(self, unit: int) -> bool:
-        for r in self._ranges(unit):
-            self._reads.adopt(r)
         return False
 
     def is_damaged(self, unit: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,26 +32,38 @@ def always_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokens(bundled_model: Path) -> list[int]:
-    with Model.open(bundled_model, ctx=512) as model:
+def own_copy(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nobody else's, and read by the page cache a page at a time: what was written lies in large folios there."""
+    path = tmp_path_factory.mktemp("stream") / "m2-tiny.gguf"
+    shutil.copy(bundled_model, path)
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(own_copy: Path) -> list[int]:
+    with Model.open(own_copy, ctx=512) as model:
         return model.encode_prompt("Once upon a time there was a small fox who lived near the river. " * 12)[:150]
 
 
 @pytest.fixture(scope="module")
-def expected(bundled_model: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+def expected(own_copy: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
     """From the whole model in memory: opened before `always_stream` acts."""
-    with Model.open(bundled_model, ctx=512) as model:
+    with Model.open(own_copy, ctx=512) as model:
         assert model.engine.stream is None
         return model.logits(tokens)
 
 
 @pytest.fixture(params=["mmap", "direct", "owned copy"])
 def model(
-    request: pytest.FixtureRequest, bundled_model: Path, expected: object, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, own_copy: Path, expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Model]:
     if request.param == "owned copy":
         monkeypatch.setattr(syscalls, "lock_on_fault", lambda *_: False)
-    with Model.open(bundled_model, ctx=512, heat=False, load="auto" if request.param == "direct" else "mmap") as opened:
+    with Model.open(own_copy, ctx=512, heat=False, load="auto" if request.param == "direct" else "mmap") as opened:
         yield opened
 
 
@@ -84,7 +98,7 @@ def test_same_bits(model: Model, tokens: list[int], expected: npt.NDArray[np.flo
     assert stream.traffic.hit_rate is not None and 0 <= stream.traffic.hit_rate < 1
 
 
-def test_generates_the_same_and_tells_the_traffic(model: Model, tokens: list[int], bundled_model: Path) -> None:
+def test_generates_the_same_and_tells_the_traffic(model: Model, tokens: list[int], own_copy: Path) -> None:
     stream_of(model, 20)
 
     def answer(of: Model) -> list[int]:
@@ -98,7 +112,7 @@ def test_generates_the_same_and_tells_the_traffic(model: Model, tokens: list[int
     streamed = answer(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(residency_module, "choose_budget", lambda *_: None)
-        with Model.open(bundled_model, ctx=512) as whole:
+        with Model.open(own_copy, ctx=512) as whole:
             assert answer(whole) == streamed
 
 
@@ -145,11 +159,9 @@ def test_stopped_anywhere(model: Model, tokens: list[int], expected: npt.NDArray
     assert n_pins(stream) == len(stream._flights)
 
 
-def test_pages_that_left_are_read_again(
-    bundled_model: Path, tokens: list[int], expected: npt.NDArray[np.float32]
-) -> None:
+def test_pages_that_left_are_read_again(own_copy: Path, tokens: list[int], expected: npt.NDArray[np.float32]) -> None:
     """The system may take pages of the cache behind our back; the ledger finds out, and says what was read."""
-    with Model.open(bundled_model, ctx=512, heat=False, load="mmap") as model:
+    with Model.open(own_copy, ctx=512, heat=False, load="mmap") as model:
         stream = stream_of(model, 1000)
         assert np.array_equal(model.logits(tokens), expected)
         before = stream.traffic.read_bytes
@@ -161,13 +173,13 @@ def test_pages_that_left_are_read_again(
         assert stream.traffic.read_bytes > before
 
 
-def test_budget_that_cannot_do(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_that_cannot_do(own_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "choose_budget", lambda *_: residency_module.Budget(3_000_000))
     with pytest.raises(ResourceError, match=r"needs at least [\d,]+ bytes of memory.*the budget is 3,000,000") as told:
-        Model.open(bundled_model, ctx=512)
+        Model.open(own_copy, ctx=512)
     assert "--ram" in told.value.todo
     with pytest.raises(UsageError, match="Load mode 'tape' does not exist"):
-        Model.open(bundled_model, load="tape")
+        Model.open(own_copy, load="tape")
 
 
 def test_runs() -> None:
