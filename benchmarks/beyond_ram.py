@@ -23,8 +23,9 @@ from pathlib import Path
 
 import psutil
 
-from pairs import SIDES, Bench, Runs, main, parse_arguments, say_ratio
+from pairs import SIDES, Bench, main, parse_arguments, say_ratio
 from runs import Json, RunError, Work, figures, run, wait_for_quiet
+from side_by_side import make_pair
 
 BENCH = "beyond_ram"
 N_START = 32
@@ -125,15 +126,6 @@ def disk_reads(path: Path) -> Iterator[list[tuple[float, int]]]:
         ended.set()
         thread.join()
         found.append((time.perf_counter(), 512 * int(stat.read_text().split()[2])))
-
-
-def make_pair(bench: Bench, number: int) -> Runs:
-    """Both runs, the second side first in every other pair."""
-    runs: Runs = {}
-    for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-        bench.wait()
-        runs[side] = bench.run(side, f"pair {number + 1}, {side}")
-    return runs
 
 
 def summary(rows: list[Json]) -> str:

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from m2lite.model.stream import STACKS
+from m2lite.model.config import parse_config
+from m2lite.model.stream import slices, stacks_of
 from m2lite.storage import syscalls
-from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.reads import DirectReads, File, MappedReads, Range, Reads, piece_bytes
 
 N_EXPERTS = 8
@@ -88,24 +89,15 @@ def pread(flags: int) -> Callable[[File, Range], None]:
     return step
 
 
-def layers(gguf: GGUFFile) -> list[list[Range]]:
-    """Of every layer in the first part, the first expert's slice of each stack."""
-    found: dict[str, list[Range]] = {}
-    for tensor in gguf.tensors.values():
-        if any(f".{name}." in tensor.name for name in STACKS) and tensor.part == 0:
-            prefix = tensor.name.split(".ffn_")[0]
-            found.setdefault(prefix, []).append(Range(0, tensor.offset, tensor.n_bytes // tensor.shape[0]))
-    return [slices for slices in found.values() if len(slices) == len(STACKS)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with open_gguf(args.model) as gguf:
-        [file, *_], stacks, rng = gguf.files(), layers(gguf), random.Random()
-        n_experts = next(t for t in gguf.tensors.values() if f".{STACKS[0]}." in t.name).shape[0]
+        [file, *_], config, rng = gguf.files(), parse_config(gguf.metadata), random.Random()
+        stacks, n = stacks_of(gguf, config), config.n_experts
+        layers = [i for i, stack in enumerate(stacks) if all(r.part == 0 for r in stack)]
         mapped, direct = MappedReads([file]), DirectReads([file])
         ways: dict[str, Way] = {
             "mapped: fault, 1 thread": one_by_one(touch),
@@ -124,8 +116,8 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():
-                slices, experts = rng.choice(stacks), rng.sample(range(n_experts), N_EXPERTS)
-                ranges = [Range(0, r.offset + e * r.n_bytes, r.n_bytes) for e in sorted(experts) for r in slices]
+                first, experts = n * rng.choice(layers), sorted(rng.sample(range(n), N_EXPERTS))
+                ranges = [r for e in experts for r in slices(stacks, n, first + e)]
                 for r in ranges:
                     mapped.release(r)
                     direct.release(r)

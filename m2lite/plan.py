@@ -2,11 +2,11 @@
 
     memory  = own memory (program, buffers, KV cache) + dense weights + experts
     decode  = dense / stream + max(experts / stream, experts (1 - hit) / disk)          seconds a token
-    prefill = max(products / kernels, pool x chosen (1 - hit) / disk)                    seconds a chunk
+    prefill = max(products / kernels, pool x chosen (1 - hit) / disk, all that is read / stream)    seconds a chunk
 
 A token's dense weights and KV are read from memory; its experts' reads overlap with computing those that are there. A
 chunk of a prompt reads each chosen expert once. `stream`, `kernels` and `disk` are measured here, on the file's own
-bytes; the rest is in the header. What a run then showed next to this: benchmarks/RESULTS.md.
+bytes; the rest is in the header. What a run then showed next to this: benchmarks/BEYOND_RAM.md.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.session import Model, kv_bytes_per_position
 from m2lite.describe import format_bytes
-from m2lite.model.stream import STACKS
-from m2lite.storage.reads import Range, measure_disk
+from m2lite.model.stream import slices, stacks_of
+from m2lite.storage.reads import measure_disk
 
 HIT_RATES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 PROMPTS = (512, 2048)
 _PROBE_S = 1.0
-_N_PROBES = 4096  # ranges, which the probe does not read through
+_N_PROBES = 4096  # experts, which the probe does not read through
 # Hit rate by share of the experts that memory holds, of m2-tiny's text, with the engine's rule: benchmarks/routing.py.
 _TRAINED = ((0.0, 0.0), (0.05, 0.10), (0.1, 0.23), (0.2, 0.40), (0.3, 0.54), (0.4, 0.64), (0.5, 0.74), (0.6, 0.82),
             (0.7, 0.89), (0.8, 0.94), (0.9, 0.98), (1.0, 1.0))  # fmt: skip
@@ -148,16 +148,12 @@ def measure(model: Model, disk: float | None = None) -> Costs:
 
 
 def _measure_disk(model: Model) -> float:
-    gguf, rng = model.gguf, random.Random()  # other places every time: what was read lately is faster on some disks
-    stacks = [t for t in gguf.tensors.values() if any(f".{name}." in t.name for name in STACKS)]
-    part = stacks[0].part
-    n, stacks = model.config.n_experts, [t for t in stacks if t.part == part]
-    ranges = []
-    for _ in range(_N_PROBES):
-        tensor = rng.choice(stacks)
-        size = tensor.n_bytes // n
-        ranges.append(Range(part, tensor.offset + size * rng.randrange(n), size))
-    return measure_disk(gguf.files()[part], ranges, _PROBE_S)
+    c, rng = model.config, random.Random()  # other places every time: what was read lately is faster on some disks
+    stacks = stacks_of(model.gguf, c)
+    part, n_units = stacks[0][0].part, c.n_layers * c.n_experts
+    units = [slices(stacks, c.n_experts, rng.randrange(n_units)) for _ in range(_N_PROBES)]
+    ranges = [r for unit in units for r in unit if r.part == part]
+    return measure_disk(model.gguf.files()[part], ranges, _PROBE_S)
 
 
 def _measure_kernels(model: Model) -> tuple[float, float]:

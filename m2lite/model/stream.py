@@ -211,7 +211,8 @@ class Stream:
         return Run(first, end)
 
     def _has_landed(self, unit: int) -> bool:
-        return all(f.done() and f.exception() is None for f in self._flights.get(unit, ())) and unit in self._flights
+        flight = self._flights.get(unit)
+        return flight is not None and all(f.done() and f.exception() is None for f in flight)
 
     def _land(self, unit: int) -> None:
         """Wait for a unit, which is pinned afterwards."""
@@ -254,17 +255,20 @@ class Stream:
 
     def _take_off(self, unit: int) -> bool:
         """Begin to read a unit, where memory can be had for it."""
-        size = self._size(unit)
-        leaving = self.ledger.make_room(size)
+        leaving = self.ledger.make_room(self._size(unit))
         if leaving is None:
             return False
-        self.ledger.add(unit)
-        self.ledger.pin(unit)
-        self._n_flying += size
+        self._claim(unit)
         self._flights[unit] = self._experts.fetch(unit, leaving)
         if self.log is not None:
             self.log += self.ranges(unit)
         return True
+
+    def _claim(self, unit: int) -> None:
+        """The memory of a unit that is to be read is its own, and stays so until it is computed with."""
+        self.ledger.add(unit)
+        self.ledger.pin(unit)
+        self._n_flying += self._size(unit)
 
     def _drop_flights(self) -> None:
         """Reads that an earlier call began and that are not wanted, or that failed: those are tried again.
@@ -308,9 +312,7 @@ class Stream:
         unit = self.ledger.hottest()
         if unit is None or self.ledger.resident_bytes + self._size(unit) > self.ledger.capacity:
             return None
-        self.ledger.add(unit)
-        self.ledger.pin(unit)
-        self._n_flying += self._size(unit)
+        self._claim(unit)
         self._experts.reserve(unit)
         warming = Warming(unit, Future())
         warming.flight.set_running_or_notify_cancel()  # it can be waited for, but not called off
@@ -372,16 +374,14 @@ def slices(stacks: list[list[Range]], n_experts: int, unit: int) -> list[Range]:
     return [Range(r.part, r.offset + e * r.n_bytes, r.n_bytes) for r in stacks[layer]]
 
 
-def is_dense(name: str, n_dims: int) -> bool:
-    """A matrix that every token needs: not the experts, not the embedding (a row at a time), not the small vectors."""
-    return n_dims == 2 and name != "token_embd.weight"
-
-
 def dense_ranges(gguf: GGUFFile, config: Config) -> list[list[Range]]:
-    """Of every layer, and of the head behind them."""
+    """Of every layer, and of the head behind them: the matrices that every token needs.
+
+    Not the experts, not the embedding (a row at a time), not the small vectors.
+    """
     found: list[list[Range]] = [[] for _ in range(config.n_layers + 1)]
     for tensor in gguf.tensors.values():
-        if is_dense(tensor.name, len(tensor.shape)):
+        if len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
             prefix, _, rest = tensor.name.removeprefix("blk.").partition(".")
             layer = int(prefix) if tensor.name.startswith("blk.") and rest else config.n_layers
             found[layer].append(Range(tensor.part, tensor.offset, tensor.n_bytes))

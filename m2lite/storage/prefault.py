@@ -5,15 +5,14 @@ The first touch of a mapped page costs a fault though the page cache holds the f
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and pages are mapped when they are touched
+from m2lite.storage import syscalls
+
 _ASK_S = 0.1  # seconds between two questions to `stop`
 _STEP = 8 * 1024**2  # bytes of one call: `stop` waits for no more, even where they come from a slow disk
 
@@ -39,15 +38,15 @@ class Prefault:
 
     def _run(self) -> None:
         try:
-            if sys.platform == "linux":
-                self._map(ctypes.CDLL(None))
+            if syscalls.AVAILABLE:
+                self._map()
         finally:
             self._arrays.clear()
 
-    def _map(self, libc: ctypes.CDLL) -> None:
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    def _map(self) -> None:
         for array in self._arrays:
             for start in range(0, array.nbytes, _STEP):
                 n_bytes = min(_STEP, array.nbytes - start)
-                if self._stopped.is_set() or libc.madvise(array.ctypes.data + start, n_bytes, _MADV_POPULATE_READ):
-                    return  # refused, or the disk fails: whoever touches the page will be told
+                at = array.ctypes.data + start
+                if self._stopped.is_set() or syscalls.madvise(at, n_bytes, syscalls.POPULATE_READ):
+                    return  # an older kernel refuses, or the disk fails: whoever touches the page will be told

@@ -35,7 +35,6 @@ def _libc() -> ctypes.CDLL:
     address, size = ctypes.c_void_p, ctypes.c_size_t
     libc.madvise.argtypes = (address, size, ctypes.c_int)
     libc.mincore.argtypes = (address, size, address)
-    libc.munlock.argtypes = (address, size)
     return libc
 
 

@@ -6,16 +6,14 @@ one, and the next one that is read into it needs no new page, which spares the p
 
 from __future__ import annotations
 
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
 import numpy as np
 
-from m2lite.errors import ResourceError
 from m2lite.storage import syscalls
-from m2lite.storage.reads import DirectReads, MappedReads, Range
+from m2lite.storage.reads import DirectReads, MappedReads, Range, reserve_memory
 
 RangesOf = Callable[[int], list[Range]]
 
@@ -159,10 +157,10 @@ class _Slots:
 
     def __init__(self, sizes: Sequence[int], n: int) -> None:
         self._sizes = sizes
-        self._memory = [_reserve(size * n) for size in sizes]
+        self._memory = [reserve_memory(size * n) for size in sizes]
         self.bases = [int(np.frombuffer(m, np.uint8).ctypes.data) for m in self._memory]
-        for base, size in zip(self.bases, sizes, strict=True):
-            syscalls.madvise(base, syscalls.whole_pages(0, size * n)[1], syscalls.HUGEPAGE)
+        for base, memory in zip(self.bases, self._memory, strict=True):
+            syscalls.madvise(base, len(memory), syscalls.HUGEPAGE)
         self._empty: list[int] = []
         self._n_taken = 0  # slots that were ever taken: the first ones
 
@@ -179,15 +177,3 @@ class _Slots:
             if n_bytes:
                 syscalls.madvise(start, n_bytes, syscalls.DONTNEED)
         self._empty.append(slot)
-
-
-def _reserve(n_bytes: int) -> mmap.mmap:
-    """Address space that takes memory where it is written to."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
-    try:
-        return mmap.mmap(-1, syscalls.whole_pages(0, n_bytes)[1], flags=flags)
-    except (OSError, ValueError) as error:
-        raise ResourceError(
-            f"No address space for {n_bytes:,} bytes: {error}.",
-            "Check `ulimit -v` and /proc/sys/vm/overcommit_memory, or leave out --load direct.",
-        ) from None
