@@ -18,7 +18,7 @@ from m2lite import __version__, machine
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model, Session, kv_bytes_per_position
+from m2lite.decode.session import Model, Session
 from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
 from m2lite.model.stream import Traffic
@@ -93,7 +93,7 @@ def run_bench(
         "filled": FILLED,
         **asdict(how),
         "weight_bytes_per_token": bytes_per_token(model),
-        "kv_bytes_per_position": kv_bytes_per_position(model.config, model.kv),
+        "kv_bytes_per_position": model.kv_bytes_per_position,
         **_read_speeds(model),
         "kv": model.kv,
         "threads": model.n_threads,
@@ -211,7 +211,7 @@ def _result(model: Model, test: Test, samples: list[float]) -> dict[str, Any]:
     found |= {"tokens_per_s": summarise(samples), "samples": samples}
     if test.kind == "decode" and samples:
         mean_depth = test.depth + 1 + test.n / 2
-        n_bytes = bytes_per_token(model) + int(kv_bytes_per_position(model.config, model.kv) * mean_depth)
+        n_bytes = bytes_per_token(model) + int(model.kv_bytes_per_position * mean_depth)
         found |= {"bytes_per_token": n_bytes, "bytes_per_s": n_bytes * found["tokens_per_s"]["median"]}
     return found
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.session import Model, kv_bytes_per_position
+from m2lite.decode.session import Model
 from m2lite.describe import format_bytes
 from m2lite.model.stream import slices, stacks_of
 from m2lite.storage.reads import measure_disk
@@ -137,7 +137,7 @@ def measure(model: Model, disk: float | None = None) -> Costs:
         n_used=c.n_experts_used,
         expert_bytes=weights.expert_bytes,
         dense_bytes=weights.dense_bytes,
-        kv_bytes=kv_bytes_per_position(c, model.kv) * min(model.ctx, 512),
+        kv_bytes=model.kv_bytes_per_position * min(model.ctx, 512),
         macs_per_token=c.n_layers * (attention + 3 * c.n_experts_used * c.n_embd * c.n_ff),
         expert_memory=weights.expert_bytes * c.n_layers * c.n_experts if stream is None else stream.ledger.capacity,
         n_rows=model.n_rows,

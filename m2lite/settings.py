@@ -47,6 +47,9 @@ class Settings:
     load: str
     ram: int | None
     heat: str
+    draft: str
+    draft_tokens: int | None
+    mtp: str | None
     temp: float
     top_k: int
     top_p: float
@@ -113,6 +116,18 @@ OPTIONS: dict[str, Option] = {
         ),
         Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
         Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
+        Option(
+            "draft",
+            ("--draft",),
+            "auto|mtp|ngram|off",
+            parse_choice("auto", "mtp", "ngram", "off"),
+            "auto",
+            "Tokens drafted for the model to verify: by prediction modules, by prompt lookup, or by what pays",
+        ),
+        Option(
+            "draft_tokens", ("--draft-tokens",), "K", parse_positive, None, "Most drafts a step [default: what pays]"
+        ),
+        Option("mtp", ("--mtp",), "FILE", str, None, "Prediction modules [default: mtp-MODEL.gguf beside the model]"),
         Option("temp", ("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy"),
         Option("top_k", ("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off"),
         Option("top_p", ("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability"),

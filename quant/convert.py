@@ -35,8 +35,8 @@ from m2lite.quant.recipes import Recipe
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
-from m2lite.storage.gguf_reader import SPLIT_NAME
 from m2lite.storage.identity import hash_trunk, trunk_sizes
+from m2lite.storage.sidecar import sidecar_path
 
 __all__ = ["ARCHITECTURE", "BoundTensor", "Conversion", "architecture_keys", "convert", "general_keys", "plan_convert"]
 
@@ -96,12 +96,6 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
         sidecar = plan_files(sidecar_path(out), ARCHITECTURE, keys, place(modules.bindings), options.alignment)
     job = Job((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
     return JobPlan(job, options, bound, choices, describe(model, sidecar, modules.n_modules if modules else 0))
-
-
-def sidecar_path(model: Path) -> Path:
-    """Where the prediction modules of a model file lie; of a split, beside the name without numbers."""
-    part = SPLIT_NAME.fullmatch(model.name)
-    return model.with_name(f"mtp-{part['stem']}.gguf" if part else f"mtp-{model.name}")
 
 
 def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options) -> list[Key]:

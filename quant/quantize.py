@@ -14,7 +14,7 @@ import numpy as np
 
 from m2lite.errors import BadModelError, UsageError
 from m2lite.quant import options as options_module
-from m2lite.quant.convert import sidecar_path
+from m2lite.storage.sidecar import sidecar_path
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.header import Key, Slot, raw, string, uint32
 from m2lite.quant.imatrix import Importance

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from m2lite.decode.session import Model
 
 MODEL = ("model", "threads", "ctx", "kv", "load", "ram", "heat")
+DRAFT = ("draft", "draft_tokens", "mtp")
 SAMPLING = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")
-_PANELS = {"model": None, **dict.fromkeys(MODEL[1:], "Engine"), **dict.fromkeys(SAMPLING, "Sampling")}
+_PANELS = {
+    "model": None,
+    **dict.fromkeys(MODEL[1:], "Engine"),
+    **dict.fromkeys(DRAFT, "Drafts"),
+    **dict.fromkeys(SAMPLING, "Sampling"),
+}
 
 
 def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -145,6 +151,9 @@ def open_model(settings: Settings) -> Model:
         load=settings.load,
         ram=settings.ram,
         heat=settings.heat == "on",
+        draft=settings.draft,
+        draft_tokens=settings.draft_tokens,
+        mtp=settings.mtp,
         on_compile=say_compiling,
     )
     parts = [

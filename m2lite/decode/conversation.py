@@ -8,7 +8,8 @@ from typing import Any
 
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Progress, Session, Stats, n_common
+from m2lite.decode.lookup import n_common
+from m2lite.decode.session import Progress, Session, Stats
 from m2lite.errors import ContextError
 from m2lite.text.reply import Piece, Reply, ReplyStream, opens_thinking
 from m2lite.text.template import encode_chat

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.drafts import Drafter, Drafting
+from m2lite.decode.gate import Gate
 from m2lite.decode.sampling import Sampling, draw
 from m2lite.model.cache import PAGE
 from m2lite.model.config import Config
 from m2lite.storage.gguf_reader import GGUFFile
 
 if TYPE_CHECKING:  # these import Numba
+    from m2lite.decode.replay import Modules
     from m2lite.model.cache import KVPool, Timeline
     from m2lite.model.forward import Buffers
     from m2lite.model.residency import Residency
@@ -47,30 +50,48 @@ class Engine:
         kv: str,
         load: str = "auto",
         ram: int | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
-        """Weights, KV pool for `ctx` positions and buffers for `n_rows`; weights that do not fit come and go."""
+        """Weights, KV pool for `ctx` positions and buffers for `n_rows`; weights that do not fit come and go.
+
+        Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
+        since the memory that they take is missed more.
+        """
         from m2lite.kernels import jit
 
         self.layer = jit.start(n_threads)
         self.layer_advice = jit.layer_advice()
         self.n_threads = jit.n_threads()
 
+        from m2lite.decode.replay import Modules
         from m2lite.model.cache import KVPool
         from m2lite.model.forward import Buffers, forward
+        from m2lite.model.mtp import bind_mtp
         from m2lite.model.residency import Residency, choose_budget
         from m2lite.model.weights import bind_weights
 
         self._jit, self._forward = jit, forward
-        self.pool: KVPool = KVPool(config, ctx, kv=kv)
+        self.drafting = drafting = drafting or Drafting()
+        self.pool: KVPool = KVPool(config, ctx, kv, drafting.n_modules)
         self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
         self.residency: Residency | None = None
         address: Callable[[str], int] | None = None
         memory = [self.pool.memory, *self.buffers.memory]
-        budget = choose_budget(gguf, load, ram, memory)
+        n_beside = 0 if drafting.sidecar is None else drafting.sidecar.size_bytes
+        budget = choose_budget(gguf, load, ram, memory, n_beside)
+        if budget is not None and drafting.sidecar is not None and drafting.mode == "auto":
+            drafting.leave_modules("the model does not fit into memory; --draft mtp uses them")
+            self.pool = KVPool(config, ctx, kv)
+            memory[0], budget = self.pool.memory, replace(budget, beside=0)
         if budget is not None:
             self.residency = Residency(gguf, config, load, budget, memory)
             self.buffers.stream, address = self.residency.stream, self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
+        self._modules: Modules | None = None
+        if drafting.sidecar is not None:
+            mtp = bind_mtp(drafting.sidecar, self.weights)
+            self._modules = Modules(mtp, drafting.n_modules, self.pool, self.buffers)
+        self.gate = Gate(drafting.n_modules, drafting.mode in ("auto", "ngram"))
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
         draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
@@ -82,6 +103,16 @@ class Engine:
     def stream(self) -> Stream | None:
         """What brings the weights of a model that is larger than its memory."""
         return self.buffers.stream
+
+    def drafter(self, timeline: Timeline) -> Drafter | None:
+        """Of a session with that timeline; None where nothing drafts."""
+        drafting = self.drafting
+        if drafting.mode == "off":
+            return None
+        from m2lite.decode.replay import Replay
+
+        replay = None if self._modules is None else Replay(self._modules, timeline)
+        return Drafter(drafting.mode, drafting.n_tokens, self.gate, replay)
 
     def fit(self) -> None:
         """Keep weights that come and go within their budget, whatever else has grown."""
@@ -100,8 +131,14 @@ class Engine:
         """
         timeline = self.pool.timeline()
         rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
+        from m2lite.decode.replay import Replay
+
         one_layer = replace(self.weights, layers=self.weights.layers[:1])
         self._forward(one_layer, self.pool, self.buffers, rows)
+        if self._modules is not None:
+            replay = Replay(self._modules, timeline)
+            replay.keep(0, n_rows, 0)
+            replay.draft(0, [0] * n_rows, (), Sampling(0.0, seed=0), 0)
         timeline.release()
 
     def evaluate(

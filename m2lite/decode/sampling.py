@@ -59,13 +59,38 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 def draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
     """The id drawn from `logits` [V] for `position`; `stream` separates answers that share a seed."""
-    kernels = _compiled()
-    if sampling.temperature > 0 and 0 < sampling.top_k <= min(kernels.MAX_TOP_K, logits.size):
-        options = sampling.top_k, sampling.temperature, sampling.top_p, sampling.min_p
-        numbers = np.uint64(sampling.seed), np.uint64(stream), np.uint64(position)
-        token = int(kernels.draw_top_k(logits, *options, *numbers))
+    if sampling.temperature == 0:
+        token = int(np.argmax(logits)) if math.isfinite(float(logits.max())) else -1
     else:
-        token = draw_sorted(logits, sampling, stream, position)
+        token, _ = _draw(logits, sampling, stream, position)
+    return _checked(token, position)
+
+
+def foresee(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> tuple[int, float]:
+    """(id, share): what `draw` gives for these logits, and its probability among the candidates.
+
+    With the random number that the model's own draw will use: where a draft's logits rank the candidates as the
+    model's do, both draw the same. Greedy, the share is that of the largest logit against the second.
+    """
+    if sampling.temperature == 0:
+        token, share = _compiled().choose_largest(logits)
+    else:
+        token, share = _draw(logits, sampling, stream, position)
+    return _checked(int(token), position), float(share)
+
+
+def _draw(logits: Logits, sampling: Sampling, stream: int, position: int) -> tuple[int, float]:
+    kernels = _compiled()
+    if not 0 < sampling.top_k <= min(kernels.MAX_TOP_K, logits.size):
+        return draw_sorted(logits, sampling, stream, position)
+    options = sampling.top_k, sampling.temperature, sampling.top_p, sampling.min_p
+    token, share = kernels.draw_top_k(
+        logits, *options, np.uint64(sampling.seed), np.uint64(stream), np.uint64(position)
+    )
+    return int(token), share
+
+
+def _checked(token: int, position: int) -> int:
     if token < 0:
         raise M2liteError(
             f"The model computed logits that are not finite at position {position}.",
@@ -82,16 +107,15 @@ def _compiled() -> ModuleType:
     return draw
 
 
-def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
-    """As `draw`, for any number of candidates; -1 for logits that are not finite."""
+def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> tuple[int, float]:
+    """(id, share) as kernels.draw gives them, for any number of candidates; the id is -1 where a logit is not finite."""
     if not math.isfinite(float(logits.max())):
-        return -1
-    if sampling.temperature == 0:
-        return int(np.argmax(logits))
+        return -1, 0.0
     ids, weights = candidates(logits, sampling)
     steps = np.cumsum(weights)
     u = uniform(sampling.seed, stream, position)
-    return int(ids[min(int(np.searchsorted(steps, u * steps[-1], side="right")), ids.size - 1)])
+    i = min(int(np.searchsorted(steps, u * steps[-1], side="right")), ids.size - 1)
+    return int(ids[i]), float(weights[i] / steps[-1])
 
 
 def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

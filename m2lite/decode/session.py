@@ -21,9 +21,12 @@ import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.drafts import Drafted, Drafter, Drafting, open_drafting
 from m2lite.decode.engine import Engine, Stop, Stopped, ask
+from m2lite.decode.generation import Generation
 from m2lite.decode.locate import locate_model
-from m2lite.decode.sampling import Sampling, draw
+from m2lite.decode.lookup import n_common
+from m2lite.decode.sampling import Sampling
 from m2lite.decode.warm import Warmer
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
@@ -44,7 +47,6 @@ if TYPE_CHECKING:  # these import Numba
 DEFAULT_CTX = 32 * 1024
 MAX_ROWS = 2048  # of one forward call
 MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
-BURST_S = 0.004  # for which one job decodes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 MAX_CALL_MACS = 50e9  # of all rows in one product: a stop is heard between them, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
@@ -61,6 +63,7 @@ class Stats:
     prompt_s: float = 0.0
     decode_s: float = 0.0  # of all tokens but the first
     traffic: Traffic | None = None  # of a model that is larger than its memory
+    drafted: Drafted | None = None  # with drafting
     major_faults: int = 0  # pages of the process that had to be waited for one by one
 
     @property
@@ -103,6 +106,9 @@ class Model:
         load: str = "auto",
         ram: int | None = None,
         heat: bool = True,
+        draft: str = "auto",
+        draft_tokens: int | None = None,
+        mtp: str | os.PathLike[str] | None = None,
         on_compile: Callable[[], None] | None = None,
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
@@ -111,16 +117,22 @@ class Model:
         `ram` is the memory, in bytes, that this process and the file's pages may take, by default what is free. Weights
         of a larger model come and go: with `load` "mmap" in the page cache, else past it in memory of the process;
         "direct" does so with a model that fits, too.
+        `draft` says where drafts come from: "mtp" from the prediction modules in the file `mtp`, by default the one
+        beside the model, "ngram" from earlier places of the row, "auto" from what pays, "off"; the tokens are the same.
+        `draft_tokens` bounds the drafts of one step.
         With `heat` it is kept in the cache directory which of such a model's experts are used, for the next start.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
         to be compiled, which takes most of a minute on the first run on a machine.
         """
         started = time.perf_counter()
         gguf = open_gguf(locate_model(path))
+        drafting = Drafting()
         try:
             config = parse_config(gguf.metadata)
             check_kv(config, kv)
-            n_positions = default_ctx(config, kv) if ctx is None else check_ctx(config, ctx, kv)
+            drafting = open_drafting(gguf, draft, draft_tokens, mtp)
+            kv_bytes = kv_bytes_per_position(config, kv, drafting.n_modules)
+            n_positions = default_ctx(config, kv_bytes) if ctx is None else check_ctx(config, ctx, kv_bytes)
             n_threads = threads or machine.n_usable_cores()
             n_rows = min(chunk_rows(config), n_positions)
             check_load(load, ram)
@@ -130,13 +142,14 @@ class Model:
 
                 if on_compile is not None:
                     jit.on_compile(on_compile)
-                return Engine(gguf, config, n_threads, n_positions, n_rows, kv, load, ram)
+                return Engine(gguf, config, n_threads, n_positions, n_rows, kv, load, ram, drafting)
 
             job = compute_thread().submit(build)  # imports Numba while this thread builds the tokenizer
             tokenizer = load_tokenizer(gguf)
             chat_template = load_template(gguf, builtin=template == "builtin")
             engine = job.result()
         except BaseException:
+            drafting.close()
             gguf.close()
             raise
         model = cls(gguf, config, tokenizer, chat_template, engine)
@@ -168,7 +181,12 @@ class Model:
     @property
     def kv_bytes(self) -> int:
         """The KV cache when it is full."""
-        return self.ctx * kv_bytes_per_position(self.config, self.kv)
+        return self.ctx * self.kv_bytes_per_position
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """K and V of all layers, those of the prediction modules that are used included."""
+        return kv_bytes_per_position(self.config, self.kv, self.engine.drafting.n_modules)
 
     def session(self) -> Session:
         return Session(self)
@@ -222,6 +240,7 @@ class Model:
 
     def _close(self) -> None:
         self.engine.close()
+        self.engine.drafting.close()
         self.gguf.close()
 
     def __enter__(self) -> Self:
@@ -241,6 +260,7 @@ class Session:
         self.stats = Stats()
         self.finish_reason: str | None = None  # "stop", "length" or "interrupted"
         self._timeline: Timeline = compute_thread().run(model.engine.pool.timeline)
+        self._drafter: Drafter | None = model.engine.drafter(self._timeline)
         self._release = weakref.finalize(self, _release, self._timeline)
         self._release.atexit = False
 
@@ -321,8 +341,13 @@ class Session:
         n_most = self.model.ctx + 1  # the last drawn token needs no position of its own
         if max_tokens is not None:
             n_most = min(n_most, len(self.tokens) + max_tokens)
-        step = partial(self._step, sampling or Sampling(), stream, stop, progress, stop_ids, n_most)
-        return self._generate(step, stop_ids, n_most)
+        if self._drafter is not None:
+            compute_thread().run(partial(self._drafter.follow, self.tokens))
+            self.stats.drafted = self._drafter.drafted
+        generation = Generation(
+            self.model.engine, self._timeline, self._drafter, sampling or Sampling(), stream, stop, stop_ids, n_most
+        )
+        return self._generate(partial(self._step, generation, progress), stop_ids, n_most)
 
     def _generate(self, step: Callable[[], list[int | None]], stop_ids: frozenset[int], n_most: int) -> Iterator[int]:
         stats, weights = self.stats, self.model.engine.stream
@@ -357,39 +382,26 @@ class Session:
                 if done:
                     return
 
-    def _step(
-        self,
-        sampling: Sampling,
-        stream: int,
-        stop: Stop | None,
-        progress: Progress | None,
-        stop_ids: frozenset[int],
-        n_most: int,
-    ) -> list[int | None]:
+    def _step(self, generation: Generation, progress: Progress | None) -> list[int | None]:
         """Evaluate what the cache lacks, in chunks, and draw the next ids: None behind them when stopped.
 
-        The first id of an answer alone, whose time is told; later as many as BURST_S has time for, up to the end.
+        The first id of an answer alone, whose time is told; later as many as one job has time for.
         """
-        engine, timeline, drawn = self.model.engine, self._timeline, list[int]()
-        n_at_first, n_total, is_first = self.n_cached, len(self.tokens), self.stats.first_token_s is None
-
-        def call(start: int, chunk: list[int]) -> None:
-            until = time.perf_counter() + (0 if is_first else BURST_S)
-            logits = engine.evaluate(timeline, start, chunk, stop=stop)
-            n = start + len(chunk)
-            while n >= n_total:
-                drawn.append(draw(logits[-1], sampling, stream, n))
-                if drawn[-1] in stop_ids or n + 1 >= n_most or time.perf_counter() >= until:
-                    return
-                ask(stop)
-                logits = engine.evaluate(timeline, n, drawn[-1:], stop=stop)
-                n += 1
-
+        n_at_first, n_total, drawn = self.n_cached, len(self.tokens), list[int]()
+        compute = compute_thread()
         try:
+            if self.stats.first_token_s is not None:
+                ask(generation.stop)
+                compute.run(partial(generation.decode, n_total - 1, self.tokens[-1], drawn))
+                return list(drawn)
             while self.n_cached < n_total:
-                ask(stop)
+                ask(generation.stop)
                 start, end = self.n_cached, min(self.n_cached + self.model.n_rows, n_total)
-                compute_thread().run(partial(call, start, self.tokens[start:end]))
+                chunk = self.tokens[start:end]
+                if end < n_total:
+                    compute.run(partial(generation.read, start, chunk))
+                else:
+                    drawn = compute.run(partial(generation.first, start, chunk))
                 self.n_cached = end
                 if progress is not None and n_total - n_at_first > 1:
                     progress(end - n_at_first, n_total - n_at_first)
@@ -415,30 +427,28 @@ def _release(timeline: Timeline) -> None:
     compute_thread().submit(timeline.release)
 
 
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def kv_bytes_per_position(config: Config, kv: str, n_modules: int = 0) -> int:
+    return (config.n_layers + n_modules) * kv_layer_bytes(config, kv)
 
 
-def kv_bytes_per_position(config: Config, kv: str) -> int:
-    return config.n_layers * kv_layer_bytes(config, kv)
+def default_ctx(config: Config, kv_bytes: int) -> int:
+    """The smaller of 32k, the model's limit and what a quarter of free memory holds, in whole pages.
 
-
-def default_ctx(config: Config, kv: str = "f16") -> int:
-    """The smaller of 32k, the model's limit and what a quarter of free memory holds, in whole pages."""
-    fits = machine.free_memory_bytes() // 4 // kv_bytes_per_position(config, kv) // PAGE * PAGE
+    kv_bytes: of the KV cache for a position.
+    """
+    fits = machine.free_memory_bytes() // 4 // kv_bytes // PAGE * PAGE
     return min(DEFAULT_CTX, config.n_ctx_train, max(PAGE, fits))
 
 
-def check_ctx(config: Config, ctx: int, kv: str = "f16") -> int:
+def check_ctx(config: Config, ctx: int, kv_bytes: int) -> int:
     """`ctx`, if the model and this machine's memory allow it."""
     if not 1 <= ctx <= config.n_ctx_train:
         raise UsageError(
             f"A context of {ctx:,} was asked for; the model allows 1 to {config.n_ctx_train:,}.", "Change --ctx."
         )
-    needed, free = ctx * kv_bytes_per_position(config, kv), machine.free_memory_bytes()
+    needed, free = ctx * kv_bytes, machine.free_memory_bytes()
     if needed > free:
-        most = free // kv_bytes_per_position(config, kv) // PAGE * PAGE
+        most = free // kv_bytes // PAGE * PAGE
         raise ResourceError(
             f"A context of {ctx:,} needs {needed:,} bytes of KV cache; {free:,} bytes of memory are free.",
             f"Use --ctx {most} or less.",

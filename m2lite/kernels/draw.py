@@ -75,13 +75,13 @@ def largest(logits, ids, values):
 
 @kernel
 def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position):
-    """The id drawn from float32 logits [V] among the top_k (1 to V) largest, or NOT_FINITE.
+    """(id, share): drawn from float32 logits [V] among the top_k (1 to V) largest, and its probability there.
 
-    seed, stream and position are uint64.
+    The id is NOT_FINITE where a logit is. seed, stream and position are uint64.
     """
     ids, values = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
     if not largest(logits, ids, values) or values[0] == -np.inf:
-        return NOT_FINITE
+        return NOT_FINITE, 0.0
     steps, total = np.empty(top_k, np.float64), 0.0
     weights = np.empty(top_k, np.float64)
     for i in range(top_k):
@@ -99,4 +99,16 @@ def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position)
     target, i = uniform(seed, stream, position) * steps[kept - 1], 0
     while i < kept - 1 and steps[i] <= target:
         i += 1
-    return ids[i]
+    return ids[i], weights[i] / steps[kept - 1]
+
+
+@kernel
+def choose_largest(logits):
+    """(id, share): of the largest of float32 logits [V], V > 1, and its probability against the second; or NOT_FINITE.
+
+    Of equal ones the lowest id.
+    """
+    ids, values = np.empty(2, np.int64), np.empty(2, np.float32)
+    if not largest(logits, ids, values) or values[0] == -np.inf:
+        return NOT_FINITE, 0.0
+    return ids[0], 1.0 / (1.0 + exp_below_0(np.float64(values[1]) - np.float64(values[0])))

@@ -32,6 +32,7 @@ _MATRICES = (
 LAYER = _record(
     "attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm", "exp_probs_b", **dict.fromkeys(_MATRICES, MATRIX)
 )
+MODULE = _record("enorm", "hnorm", eh_proj=MATRIX)
 PLACES = _record(
     "angles", "positions", "indices", "slots", "pages", "tables", "is_q8", "page_function", "kv_head_bytes"
 )  # fmt: skip
@@ -112,6 +113,20 @@ def _product(team, s, out, out_stride, x, m, n):
 def _product_of_record(team, matrix, scratch, out, out_stride, x, n):
     """out[n, n_out] = x[n, n_in] @ matrix.T, for a matrix that belongs to no layer; out_stride in bytes."""
     product(team, scratch[0], out, out_stride, x, matrix[0], n)
+
+
+def _join(team, module, scratch, joined, previous, n):
+    """x = [rms_norm(h, enorm), rms_norm(previous, hnorm)] @ eh_proj: what a prediction module's layer works on.
+
+    joined: room for float32 [n, 2 n_embd].
+    """
+    m, s = module[0], scratch[0]
+    width = 4 * s.n_embd
+    for t in range(n):
+        row = joined + 2 * width * t
+        rms_norm(row, s.h + width * t, m.enorm, 1, s.n_embd, s.eps)
+        rms_norm(row + width, previous + width * t, m.hnorm, 1, s.n_embd, s.eps)
+    product(team, s, s.x, width, joined, m.eh_proj, n)
 
 
 def _project(team, layer, scratch, places, n, layer_offset):
@@ -212,7 +227,7 @@ _HELPERS = {  # each may call those before it
 }  # fmt: skip
 _STEPS = {  # each may call those before it
     "project": _project, "attend_rows": _attend, "choose": _choose, "experts": _experts, "add_experts": _add_experts,
-    "run_experts": _run_experts, "layer": _layer, "product": _product_of_record,
+    "run_experts": _run_experts, "layer": _layer, "join": _join, "product": _product_of_record,
 }  # fmt: skip
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,18 +72,17 @@ class Rows:
             tables += [timeline.table_address] * len(ids)
             self.last.append(len(tokens) - 1)
         self.n = len(tokens)
-        small = np.array([tokens, positions, indices, [i % PAGE for i in indices]], np.int32)
-        wide = np.array([pages, tables], np.int64)
-        # [T] ids; positions for the rotation; places in the timeline, from 0: what attention sees; indices in the page
-        self.tokens, self.positions, self.indices, self.slots = small
-        # [T] addresses of the page that takes the row's K and V, and of its timeline's page addresses
-        self.pages, self.tables = wide
-        self._arrays = small, wide
+        # int32 [4, T]: ids; positions for the rotation; places in the timeline, from 0, which is what attention sees;
+        # indices in the page. int64 [2, T]: addresses of the page that takes the row's K and V, and of its timeline's
+        # page addresses. For one row, making NumPy arrays and asking for their addresses would take most of a call.
+        self._small = array("i", [*tokens, *positions, *indices, *[i % PAGE for i in indices]])
+        self._wide = array("q", [*pages, *tables])
+        self.starts_at_0 = positions[0] == 0
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """Of tokens, positions, indices, slots, pages and tables."""
-        at, wide = (a.__array_interface__["data"][0] for a in self._arrays)  # .ctypes takes ten times as long
-        return at, at + 4 * self.n, at + 8 * self.n, at + 12 * self.n, wide, wide + 8 * self.n
+        at, wide, n = self._small.buffer_info()[0], self._wide.buffer_info()[0], self.n
+        return at, at + 4 * n, at + 8 * n, at + 12 * n, wide, wide + 8 * n
 
 
 class KVPool:
@@ -141,6 +141,8 @@ class KVPool:
 
     def _prepare(self, parts: Sequence[Part]) -> None:
         """Take the pages that the parts need, and compute the angles of their positions."""
+        if len(parts) == 1 and parts[0].timeline.has_room(parts[0].start + len(parts[0].ids), self._n_angles):
+            return
         counts = [max(0, start + len(ids) - t.length) for t, start, ids in parts]
         needed = sum(part.timeline.pages_needed(n) for part, n in zip(parts, counts, strict=True))
         if needed > len(self._free):
@@ -180,16 +182,23 @@ class KVPool:
         )
 
     def _check_ids(self, ids: npt.ArrayLike) -> list[int]:
-        array = np.asarray(ids)
-        if array.ndim > 1 or not array.size or array.dtype.kind not in "iu":
-            raise UsageError(f"Token ids must be a list of integers, got {array.dtype} {array.shape}.", "Encode first.")
-        values = array.reshape(-1).tolist()
+        if type(ids) is list and all(type(i) is int for i in ids) and ids:
+            values = ids
+        else:
+            values = self._whole_numbers(ids)
         low, high = min(values), max(values)
         if low < 0 or high >= self.config.n_vocab:
             bad = low if low < 0 else high
             raise UsageError(
                 f"Token id {bad} is outside the vocabulary of {self.config.n_vocab:,}.", "Encode with its tokenizer."
             )
+        return values
+
+    def _whole_numbers(self, ids: npt.ArrayLike) -> list[int]:
+        found = np.asarray(ids)
+        if found.ndim > 1 or not found.size or found.dtype.kind not in "iu":
+            raise UsageError(f"Token ids must be a list of integers, got {found.dtype} {found.shape}.", "Encode first.")
+        values: list[int] = found.reshape(-1).tolist()
         return values
 
     def _check_position(self, position: int) -> int:
@@ -272,6 +281,15 @@ class Timeline:
         at = self.length // PAGE
         copy = int(n_new > 0 and at < len(self.pages) and self.pool.is_shared(self.pages[at]))
         return max(0, (self.length + n_new + PAGE - 1) // PAGE - len(self.pages)) + copy
+
+    def has_room(self, length: int, n_angles: int) -> bool:
+        """Whether nothing is to be done for positions up to `length`, as for most tokens."""
+        at = self.length // PAGE
+        return (
+            length <= len(self.pages) * PAGE
+            and self.first_position + length <= n_angles
+            and not (at < len(self.pages) and self.pool.is_shared(self.pages[at]))
+        )
 
     def make_room(self, n_new: int) -> None:
         """Take the pages for `n_new` more positions; a shared page is copied before it is written to."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from struct import Struct
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,7 @@ MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention
 FEW_ROWS = 8  # that go through a layer in one kernel call
 MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
 Check = Callable[[], None]
+_PLACES = Struct(f"{len(records.PLACES.names or ())}q")
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 
@@ -182,8 +184,8 @@ class Place:
         self.n_positions = rows.n_positions
         self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
-        self.record = np.empty(1, records.PLACES)
-        self.record[0] = (pool.angles_address, *addresses, *cache)
+        packed = _PLACES.pack(pool.angles_address, *addresses, *cache)
+        self.record = np.frombuffer(bytearray(packed), records.PLACES)  # in half the time of filling a record
 
 
 def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:

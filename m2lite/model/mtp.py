@@ -11,15 +11,17 @@ each module has its own KV, behind the trunk's layers in the same pages.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, M2liteError
 from m2lite.kernels import jit
+from m2lite.kernels import layer as records
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
-from m2lite.model.forward import Buffers, Place, head, multiply, run_layer
+from m2lite.model.forward import Buffers, Place, head, run_layer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.identity import trunk_identity
@@ -36,6 +38,13 @@ class Module:
     eh_proj: Matrix
     layer: Layer
     norm: Vector  # before the shared head
+
+    @cached_property
+    def record(self) -> npt.NDArray[np.void]:
+        """records.MODULE [1]: what leads to the layer, as kernels read it."""
+        record = np.zeros(1, records.MODULE)
+        record[0] = (self.enorm.address, self.hnorm.address, self.eh_proj.record[0])
+        return record
 
 
 @dataclass(frozen=True)
@@ -92,41 +101,96 @@ def _check_choice(sidecar: GGUFFile, key: str, *allowed: str) -> str:
     return str(value)
 
 
-def trunk_state(mtp: Mtp, buffers: Buffers, n: int) -> npt.NDArray[np.float32]:
-    """g_0 [n, n_embd] of the rows that `forward` has just computed: a copy."""
-    x = buffers.array("x")[:n].copy()
-    if mtp.is_post_norm:
-        c = mtp.trunk.config
-        address = int(x.ctypes.data)
-        buffers.kernels.rms_norm(address, address, mtp.trunk.output_norm.address, n, c.n_embd, np.float32(c.rms_eps))
-    return x
+class States:
+    """g of one level at consecutive positions, float32 [n_embd] each: those that the next module has not used.
+
+    A row that is not kept, as the one before a rewind or before position 0, is zeros.
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        self._rows = np.zeros((64, n_embd), np.float32)
+        self._first = -1  # position of row 0
+        self._end = 0  # behind the last
+
+    @property
+    def end(self) -> int:
+        """How many positions are known, whether kept or not."""
+        return self._end
+
+    def append(self, rows: npt.NDArray[np.float32]) -> None:
+        """g of the positions from `end` on."""
+        at, n = self._end - self._first, len(rows)
+        if at + n > len(self._rows):
+            self._rows = np.concatenate([self._rows[:at], np.empty((at + n, rows.shape[1]), np.float32)])
+        self._rows[at : at + n] = rows
+        self._end += n
+
+    def address(self, position: int) -> int:
+        """Of g at `position`, behind which the others follow."""
+        assert self._first <= position < self._end, (self._first, position, self._end)
+        return int(self._rows.ctypes.data) + (position - self._first) * self._rows.strides[0]
+
+    def forget_before(self, position: int) -> None:
+        """The next module needs none before `position` any more."""
+        n_kept, at = self._end - position, position - self._first
+        if at > 0 and at >= n_kept:  # else what is kept would be copied again and again
+            self._rows[:n_kept] = self._rows[at : at + n_kept]
+            self._first = position
+
+    def rewind(self, length: int) -> None:
+        """Positions from `length` on are to be computed again."""
+        if length - 1 < self._first:
+            self.begin(length)
+        self._end = min(self._end, length)
+
+    def begin(self, position: int) -> None:
+        """Nothing is kept, and `position` is the next."""
+        self._first, self._end = position - 1, position
+        self._rows[0] = 0
+
+
+class ModuleScratch:
+    """What the modules need beside the trunk's Buffers, for as many rows."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._joined = np.empty((buffers.n_rows, 2, buffers.config.n_embd), np.float32)
+        self.joined = int(self._joined.ctypes.data)
+
+
+def trunk_states(mtp: Mtp, buffers: Buffers, n: int) -> npt.NDArray[np.float32]:
+    """g_0 [n, n_embd] of the first n rows that `forward` has just computed: valid until the next call."""
+    x = buffers.array("x")[:n]
+    if not mtp.is_post_norm:
+        return x
+    c, h = mtp.trunk.config, buffers.array("h")[:n]
+    buffers.kernels.rms_norm(buffers.h, buffers.x, mtp.trunk.output_norm.address, n, c.n_embd, np.float32(c.rms_eps))
+    return h
 
 
 def run_module(
-    mtp: Mtp, k: int, pool: KVPool, buffers: Buffers, rows: Rows, previous: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """g_{k+1} [T, n_embd] (a copy) and logits [T, n_vocab] (a view until the next call) of module k, counted from 0.
+    mtp: Mtp, k: int, pool: KVPool, buffers: Buffers, scratch: ModuleScratch, rows: Rows, previous: int
+) -> npt.NDArray[np.float32]:
+    """g_{k+1} [T, n_embd] of module k, counted from 0: a view until the next call.
 
-    previous: float32 [T, n_embd], g_k of the position before each row's (zeros for position 0). `rows` come from
-    `pool.rows_at`; the module's K and V are written at their positions.
+    previous: address of float32 [T, n_embd], g_k of the position before each row's (zeros for position 0). `rows` come
+    from `pool.rows_at`; the module's K and V are written at their positions.
     """
     weights, module, b = mtp.trunk, mtp.modules[k], buffers
     c, n = weights.config, rows.n
-    assert n <= b.n_rows and previous.shape == (n, c.n_embd) and jit.n_threads() <= b.n_threads
+    assert n <= b.n_rows and jit.n_threads() <= b.n_threads
     embd, place = weights.token_embd, Place(pool, rows, b.kernels)
     b.kernels.embed_rows(
         weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.h, 4 * c.n_embd
     )
-    if mtp.zero_at_0:
-        b.array("h")[:n][rows.positions == 0] = 0
-    joined = np.empty((n, 2, c.n_embd), np.float32)
-    halves = np.ascontiguousarray(previous, np.float32)
-    eps, normed = np.float32(c.rms_eps), np.empty((n, c.n_embd), np.float32)
-    for half, source, norm in ((0, b.h, module.enorm), (1, int(halves.ctypes.data), module.hnorm)):
-        b.kernels.rms_norm(int(normed.ctypes.data), source, norm.address, n, c.n_embd, eps)
-        joined[:, half] = normed
-    multiply(b, b.x, module.eh_proj, int(joined.ctypes.data), n)
+    if mtp.zero_at_0 and rows.starts_at_0:
+        b.array("h")[0] = 0
+    b.kernels.steps.join(jit.team(), module.record, b.record, scratch.joined, previous, n)
     if not run_layer(c, module.layer, b, place, n, (c.n_layers + k) * pool.layer_bytes):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
-    state = b.array("x")[:n].copy()
-    return state, head(weights, b, b.x, module.norm, n)
+    return b.array("x")[:n]
+
+
+def module_logits(mtp: Mtp, k: int, buffers: Buffers, first: int, n: int) -> npt.NDArray[np.float32]:
+    """float32 [n, n_vocab] = what module k, which has just run, says of its rows from `first` on; a view, too."""
+    b = buffers
+    return head(mtp.trunk, b, b.x + 4 * first * b.config.n_embd, mtp.modules[k].norm, n)

@@ -8,8 +8,9 @@ out by them: they are an owned copy, or with "mmap" pages that are locked, where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -36,24 +37,31 @@ def check_load(load: str, ram: int | None) -> None:
         raise UsageError("--load and --ram need Linux.", "Leave them out.")
 
 
-class Budget(NamedTuple):
+@dataclass(frozen=True)
+class Budget:
     """Bytes that this process may take, in its own memory and in the file's pages in the page cache."""
 
     given: int | None  # by the user; else what is free and what we have already, less `kept` for others
     kept: int = 0
+    beside: int = 0  # of a file that stays in the page cache
 
     @property
     def total(self) -> int:
         if self.given is not None:
-            return self.given
-        return machine.free_memory_bytes() + machine.anonymous_bytes() - self.kept
+            return self.given - self.beside
+        return machine.free_memory_bytes() + machine.anonymous_bytes() - self.kept - self.beside
 
 
-def choose_budget(gguf: GGUFFile, load: str, ram: int | None, buffers: Sequence[Memory]) -> Budget | None:
-    """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct"."""
+def choose_budget(
+    gguf: GGUFFile, load: str, ram: int | None, buffers: Sequence[Memory], n_beside: int = 0
+) -> Budget | None:
+    """For a model whose weights are to come and go: one that is larger than `ram`, or than free memory, or "direct".
+
+    n_beside: bytes of a file that is used beside it, and stays.
+    """
     if not syscalls.AVAILABLE:
         return None
-    budget = Budget(ram, int(machine.free_memory_bytes() * _KEPT))
+    budget = Budget(ram, int(machine.free_memory_bytes() * _KEPT), n_beside)
     is_larger = own_bytes(buffers) + gguf.size_bytes > budget.total
     return budget if is_larger or load == "direct" else None
 

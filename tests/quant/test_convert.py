@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from m2lite.quant import options as options_module
-from m2lite.quant.convert import Conversion, convert, sidecar_path
+from m2lite.quant.convert import Conversion, convert
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.identity import file_identity, trunk_identity
 from tests.golden.models import F32, hf_config, hf_weights

@@ -1,0 +1,75 @@
+"""One answer's steps on the compute thread: evaluate, draw, draft what may follow. Knows ids, not sessions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from m2lite.decode.drafts import Drafter
+from m2lite.decode.engine import Engine, Stop, ask
+from m2lite.decode.sampling import Sampling, draw
+
+if TYPE_CHECKING:  # this imports Numba
+    from m2lite.model.cache import Timeline
+
+BURST_S = 0.004  # for which one job decodes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is drawn, and when it ends."""
+
+    engine: Engine
+    timeline: Timeline
+    drafter: Drafter | None
+    sampling: Sampling
+    stream: int
+    stop: Stop | None
+    stop_ids: frozenset[int]
+    n_most: int  # tokens of the row
+
+    def read(self, start: int, chunk: Sequence[int]) -> None:
+        """Evaluate a part of the prompt."""
+        self.engine.evaluate(self.timeline, start, chunk, stop=self.stop)
+        if self.drafter is not None:
+            self.drafter.keep(start, len(chunk))
+
+    def first(self, start: int, chunk: Sequence[int]) -> list[int]:
+        """Evaluate the end of the prompt and draw the first id of the answer."""
+        logits = self.engine.evaluate(self.timeline, start, chunk, stop=self.stop)
+        n = start + len(chunk)
+        drawn = [draw(logits[-1], self.sampling, self.stream, n)]
+        if self.drafter is not None:
+            self.drafter.keep(start, len(chunk))
+            self.drafter.push(drawn)
+        return drawn
+
+    def decode(self, start: int, token: int, drawn: list[int]) -> None:
+        """Append the next ids to `drawn` for BURST_S or up to the end; `token`, not evaluated yet, is at `start`."""
+        until = time.perf_counter() + BURST_S
+        while True:
+            new = self._step(start, token)
+            drawn += new
+            start, token = start + len(new), new[-1]
+            if token in self.stop_ids or start + 1 >= self.n_most or time.perf_counter() >= until:
+                return
+            ask(self.stop)
+
+    def _step(self, start: int, token: int) -> list[int]:
+        """Evaluate the token and the drafts behind it: the ids drawn, up to the first that was no draft."""
+        drafter, engine = self.drafter, self.engine
+        if drafter is None:
+            logits = engine.evaluate(self.timeline, start, [token], stop=self.stop)
+            return [draw(logits[0], self.sampling, self.stream, start + 1)]
+        drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)
+        began = time.perf_counter()
+        logits = engine.evaluate(self.timeline, start, [token, *drafts], outputs="all", stop=self.stop)
+        new: list[int] = []
+        for j in range(len(drafts) + 1):
+            new.append(draw(logits[j], self.sampling, self.stream, start + 1 + j))
+            if j == len(drafts) or new[-1] != drafts[j] or new[-1] in self.stop_ids:
+                break
+        drafter.settle(start, drafts, new, time.perf_counter() - began)
+        return new
