@@ -14,7 +14,6 @@ import numpy as np
 
 from m2lite.errors import BadModelError, UsageError
 from m2lite.quant import options as options_module
-from m2lite.storage.sidecar import sidecar_path
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.header import Key, Slot, raw, string, uint32
 from m2lite.quant.imatrix import Importance
@@ -39,6 +38,7 @@ from m2lite.quant.stream import Bytes, Chunk
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo, open_gguf
+from m2lite.storage.sidecar import sidecar_path
 
 PLAIN = ("F32", "F16", "BF16")
 COPY_BYTES = 4 << 20  # of a tensor that stays as it is, at a time

@@ -163,12 +163,15 @@ def open_model(settings: Settings) -> Model:
         f"{model.n_threads} threads ({model.engine.layer})",
         f"ctx {model.ctx:,}",
         f"KV {model.kv} {format_bytes(model.kv_bytes)}",
+        model.engine.drafting.describe(),
         f"loaded in {model.load_s:.1f} s",
     ]
     note(" · ".join(parts))
     residency = model.engine.residency
     if residency is not None:
         note(f"streamed: {residency.describe()}")
+    if model.engine.drafting.warning:
+        note(f"warning: {model.engine.drafting.warning}")
     if model.engine.layer_advice:
         note(f"warning: {model.engine.layer_advice}")
     kind = machine.network_file_system(model.path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import MODEL, SAMPLING, command, note, open_model, print_json
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, note, open_model, print_json
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 
@@ -29,7 +29,7 @@ def make_sampling(settings: Settings) -> Sampling:
     return Sampling(settings.temp, settings.top_k, settings.top_p, settings.min_p, seed)
 
 
-@command(*MODEL, "template", "think", *SAMPLING)
+@command(*MODEL, *DRAFT, "template", "think", *SAMPLING)
 def chat(
     settings: Settings,
     *,
@@ -44,7 +44,7 @@ def chat(
     raise typer.Exit(code)
 
 
-@command(*MODEL, "template", *SAMPLING)
+@command(*MODEL, *DRAFT, "template", *SAMPLING)
 def generate(
     settings: Settings,
     *,
@@ -115,6 +115,7 @@ def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
             "tokens_per_s": stats.tokens_per_s,
             "time_to_first_token_s": stats.first_token_s,
             "load_s": model.load_s,
+            "draft": None if stats.drafted is None else stats.drafted.as_dict() | {"saved_s": stats.saved_s},
             "major_faults": stats.major_faults,
             **(stats.traffic.as_dict() if stats.traffic else {}),
         },

@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from m2lite.decode.drafts import n_common
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.lookup import n_common
 from m2lite.decode.session import Progress, Session, Stats
 from m2lite.errors import ContextError
 from m2lite.text.reply import Piece, Reply, ReplyStream, opens_thinking

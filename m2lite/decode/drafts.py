@@ -10,23 +10,24 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2lite.decode.gate import MOST_DRAFTS, Gate
-from m2lite.decode.lookup import Lookup, n_common
 from m2lite.decode.sampling import Sampling
 from m2lite.errors import BadModelError, UsageError
 from m2lite.model.cache import PAGE
 from m2lite.model.config import ARCHITECTURE
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
-from m2lite.storage.identity import trunk_identity
-from m2lite.storage.sidecar import sidecar_path
+from m2lite.storage.sidecar import check_trunk, sidecar_path
 
 if TYPE_CHECKING:  # these import Numba
+    from m2lite.decode.lookup import Lookup
     from m2lite.decode.replay import Replay
     from m2lite.model.cache import Timeline
 
+QUIET = 15  # steps without drafts between two that are looked at
 MODES = ("auto", "mtp", "ngram", "off")
 
 
@@ -54,6 +55,13 @@ class Drafting:
             return 0
         n = self.sidecar.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers")
         return min(n, self.n_tokens or n, MOST_DRAFTS) if isinstance(n, int) and n > 0 else 0
+
+    def describe(self) -> str:
+        """For the start line."""
+        sources = {"auto": "prompt lookup", "ngram": "prompt lookup", "mtp": "", "off": ""}[self.mode]
+        modules = f"{self.n_modules} MTP modules" if self.n_modules else ""
+        found = " and ".join(part for part in (sources, modules) if part)
+        return f"drafts {self.mode}: {found}" if found else f"drafts {self.mode}"
 
     def leave_modules(self, why: str) -> None:
         """They are not used after all."""
@@ -89,22 +97,13 @@ def open_drafting(
         return drafting
     try:
         drafting.sidecar = open_gguf(path)
-        _check_trunk(drafting.sidecar, gguf)
+        check_trunk(drafting.sidecar, gguf)
     except BadModelError as error:
         drafting.close()
         if mode == "mtp" or mtp is not None:
             raise
         return Drafting(mode, n_tokens, warning=f"{path.name} is not used: {error}")
     return drafting
-
-
-def _check_trunk(sidecar: GGUFFile, gguf: GGUFFile) -> None:
-    found, identity = sidecar.metadata.get("m2lite.mtp.trunk"), trunk_identity(gguf)
-    if found != identity:
-        raise BadModelError(
-            f"{sidecar.path}: the modules belong to trunk {found!r}, the model is {identity!r}.",
-            "Convert both from the same checkpoint.",
-        )
 
 
 @dataclass
@@ -117,7 +116,6 @@ class Drafted:
     reached: list[int] = field(default_factory=list)  # drafts j whose predecessors were right
     accepted: list[int] = field(default_factory=list)  # of these, right
     sources: dict[str, int] = field(default_factory=dict)  # steps whose drafts came from there
-    plain_s: float | None = None  # what a step without drafts takes, where the gate knows it
 
     @property
     def n_accepted(self) -> int:
@@ -147,6 +145,16 @@ class Drafted:
             self.reached[j] += 1
             self.accepted[j] += j < n_right
 
+    def include(self, other: Drafted) -> None:
+        """Another answer's, too."""
+        self.n_steps += other.n_steps
+        self.n_tokens += other.n_tokens
+        self.n_proposed += other.n_proposed
+        self.reached = _sums(self.reached, other.reached)
+        self.accepted = _sums(self.accepted, other.accepted)
+        for source, n in other.sources.items():
+            self.sources[source] = self.sources.get(source, 0) + n
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -162,88 +170,119 @@ class Drafted:
 class Drafter:
     """Proposes drafts for one session, and learns what became of them."""
 
-    def __init__(self, mode: str, n_tokens: int | None, gate: Gate, replay: Replay | None) -> None:
+    def __init__(
+        self, mode: str, n_tokens: int | None, gate: Gate, replay: Replay | None, lookup: Lookup | None
+    ) -> None:
         """`n_tokens`: the most drafts of a step; else what the modules can, and MOST_DRAFTS of a prompt lookup."""
         self._is_auto = mode == "auto"
-        self._gate = gate
-        self._replay = replay if mode in ("auto", "mtp") else None
-        self._lookup = Lookup() if mode in ("auto", "ngram") else None
+        self._gate, self._replay, self._lookup = gate, replay, lookup
         self._most = n_tokens or MOST_DRAFTS
         self._n_modules = min(self._most, gate.n_modules)
-        self._row: list[int] = [] if self._lookup is None else self._lookup.row
+        self._row = list[int]()
         self._source, self._shares = "", list[float]()
+        self._n_quiet = 0  # steps since the last that was looked at
+        self.quiet = 0  # steps that may pass without a look
         self.drafted = Drafted()
 
     def follow(self, tokens: Sequence[int]) -> None:
         """An answer to `tokens` begins."""
-        self.drafted = Drafted()
+        self._gate.saw_answer(self.drafted.n_tokens)
+        self.drafted, self.quiet = Drafted(), 0
+        self._row = list(tokens)
         if self._lookup is not None:
             self._lookup.follow(tokens)
-            self._row = self._lookup.row
-        else:
-            self._row = list(tokens)
 
     def propose(self, n_left: int, timeline: Timeline, sampling: Sampling, stream: int) -> list[int]:
         """Drafts for what comes behind the row, whose last token the model has not seen yet; n_left tokens may come."""
-        self._shares = []
+        gate, n_modules, length = self._gate, self._n_modules, 0
+        if self._is_auto:
+            n_modules = gate.n_modules_now
+            if gate.n_steps >= gate.next_plan:
+                n_modules = gate.plan(0 if self._replay is None else self._replay.n_behind, n_left)
+        if self._lookup is not None and (length := self._lookup.length):
+            length = gate.lookup_drafts(length) if self._is_auto else self._most
+        if not length and (self._replay is None or not n_modules):
+            self.quiet = QUIET
+            return []
         most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
         if most < 1:
             return []
-        replay, gate, lookup = self._replay, self._gate, self._lookup
-        n_modules = self._n_modules
-        if self._is_auto:
-            n_modules = gate.plan(0 if replay is None else replay.n_behind, n_left)
-        if lookup is not None and lookup.length:
-            n = gate.lookup_drafts(lookup.length) if self._is_auto else most
-            if n:
-                self._source = "ngram"
-                return lookup.guess(min(n, most))
-        if replay is None or not n_modules:
-            return []
+        if length and self._lookup is not None:
+            self._source, self._shares = "ngram", []
+            return self._lookup.guess(min(length, most))
         self._source = "mtp"
-        return self._draft(replay, min(n_modules, most), sampling, stream)
+        return self._draft(min(n_modules, most), sampling, stream)
 
-    def _draft(self, replay: Replay, n_modules: int, sampling: Sampling, stream: int) -> list[int]:
-        gate, drafts, right = self._gate, list[int](), 1.0
-        chances = []
+    def _draft(self, n_modules: int, sampling: Sampling, stream: int) -> list[int]:
+        gate, replay, drafts, right = self._gate, self._replay, list[int](), 1.0
+        assert replay is not None
+        chances: list[float] = []
+        self._shares = []  # those of a step that was stopped, too
         for k in range(n_modules):
             if k and self._is_auto and not gate.goes_on(k, right):
                 break
             began = time.perf_counter()
             token, share, n_rows = replay.draft(k, self._row, drafts, sampling, stream)
-            if n_rows <= MOST_DRAFTS + 1:  # else it had to catch up
-                gate.saw_module(k, time.perf_counter() - began)
+            gate.saw_module(k, n_rows, time.perf_counter() - began)
             drafts.append(token)
             self._shares.append(share)
             chances.append(gate.chance(share))
             right *= chances[-1]
-        return drafts[: gate.worth(chances)] if self._is_auto else drafts
+        return drafts[: gate.verified(chances)] if self._is_auto else drafts
 
     def keep(self, start: int, n_rows: int) -> None:
         """Rows of the prompt were computed."""
         if self._replay is not None:
             self._replay.keep(start, n_rows, 0)
 
-    def settle(self, start: int, drafts: Sequence[int], new: Sequence[int], seconds: float) -> None:
+    def pass_by(self, start: int, token: int) -> None:
+        """A step without drafts and without a look at the clock: for a small model, those would be felt."""
+        if self._replay is not None:
+            self._replay.keep(start, 1, 1)
+        self._row.append(token)
+        self.drafted.n_steps += 1
+        self.drafted.n_tokens += 1
+        self._n_quiet += 1
+        self.quiet -= 1
+        if self._lookup is not None:
+            self._push(self._lookup, token)
+
+    def settle(self, start: int, drafts: Sequence[int], new: list[int], seconds: float) -> None:
         """A step from position `start` on verified the drafts and drew `new`: those that were right, and one more."""
-        n_right, gate = n_common(drafts, new), self._gate
+        gate, shares = self._gate, self._shares
+        n_right = n_common(drafts, new) if drafts else 0
         if self._replay is not None:
             self._replay.keep(start, 1 + n_right, 1 + n_right)
-        n_modules = len(self._shares)
-        for k in range(min(len(new), n_modules, len(drafts))):
-            gate.saw_draft(k, self._shares[k], k < n_right)
-        gate.saw_step(1 + len(drafts), n_modules, seconds)
+        if shares:
+            for k in range(min(len(new), len(shares), len(drafts))):
+                gate.saw_draft(k, shares[k], k < n_right)
+        gate.saw_step(1 + len(drafts), len(shares), seconds)
+        if self._n_quiet:
+            gate.pass_by(self._n_quiet)
+            self._n_quiet = 0
         self.drafted.add(self._source, len(drafts), n_right, len(new))
-        self.drafted.plain_s = gate.plain_s
+        self._shares = []
         self.push(new)
 
-    def push(self, new: Sequence[int]) -> None:
+    def push(self, new: list[int]) -> None:
         """The row goes on."""
-        lookup = self._lookup
-        if lookup is None:
-            self._row += new
-            return
-        for token in new:
-            if lookup.length:
-                self._gate.saw_match(lookup.length, lookup.row[lookup.place] == token)
-            lookup.push(token)
+        self._row += new
+        if self._lookup is not None:
+            for token in new:
+                self._push(self._lookup, token)
+
+    def _push(self, lookup: Lookup, token: int) -> None:
+        told = lookup.push(token)
+        if told:
+            self._gate.saw_match(abs(told), told > 0)
+        if self.quiet and lookup.length:
+            self.quiet = 0
+
+
+def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [x + y for x, y in zip_longest(a, b, fillvalue=0)]
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

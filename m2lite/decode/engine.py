@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.drafts import Drafter, Drafting
+from m2lite.decode.drafts import Drafter, Drafting, check_draft
 from m2lite.decode.gate import Gate
 from m2lite.decode.sampling import Sampling, draw
+from m2lite.errors import UsageError
 from m2lite.model.cache import PAGE
 from m2lite.model.config import Config
 from m2lite.storage.gguf_reader import GGUFFile
@@ -63,6 +64,7 @@ class Engine:
         self.layer_advice = jit.layer_advice()
         self.n_threads = jit.n_threads()
 
+        from m2lite.decode.lookup import warm_up
         from m2lite.decode.replay import Modules
         from m2lite.model.cache import KVPool
         from m2lite.model.forward import Buffers, forward
@@ -91,10 +93,11 @@ class Engine:
         if drafting.sidecar is not None:
             mtp = bind_mtp(drafting.sidecar, self.weights)
             self._modules = Modules(mtp, drafting.n_modules, self.pool, self.buffers)
-        self.gate = Gate(drafting.n_modules, drafting.mode in ("auto", "ngram"))
+        self.gate = Gate(drafting.n_modules)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
         draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+        warm_up()
         if self.stream is not None:
             self.stream.ledger.warm(np.zeros(len(self.stream.ledger.sizes)))  # those tokens were nobody's
         self.fit()
@@ -104,15 +107,20 @@ class Engine:
         """What brings the weights of a model that is larger than its memory."""
         return self.buffers.stream
 
-    def drafter(self, timeline: Timeline) -> Drafter | None:
-        """Of a session with that timeline; None where nothing drafts."""
-        drafting = self.drafting
-        if drafting.mode == "off":
+    def drafter(self, timeline: Timeline, mode: str | None = None, n_tokens: int | None = None) -> Drafter | None:
+        """Of a session with that timeline, by default as the model was opened; None where nothing drafts."""
+        mode, n_tokens = mode or self.drafting.mode, n_tokens or self.drafting.n_tokens
+        check_draft(mode, n_tokens)
+        if mode == "off":
             return None
+        if mode == "mtp" and self._modules is None:
+            raise UsageError("The model was opened without prediction modules.", "Open it with draft='mtp'.")
+        from m2lite.decode.lookup import Lookup
         from m2lite.decode.replay import Replay
 
-        replay = None if self._modules is None else Replay(self._modules, timeline)
-        return Drafter(drafting.mode, drafting.n_tokens, self.gate, replay)
+        replay = None if self._modules is None or mode == "ngram" else Replay(self._modules, timeline)
+        lookup = None if mode == "mtp" else Lookup(self.pool.n_positions + 1)
+        return Drafter(mode, n_tokens, self.gate, replay, lookup)
 
     def fit(self) -> None:
         """Keep weights that come and go within their budget, whatever else has grown."""

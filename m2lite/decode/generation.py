@@ -60,13 +60,16 @@ class Generation:
     def _step(self, start: int, token: int) -> list[int]:
         """Evaluate the token and the drafts behind it: the ids drawn, up to the first that was no draft."""
         drafter, engine = self.drafter, self.engine
-        if drafter is None:
+        if drafter is None or drafter.quiet > 0:
             logits = engine.evaluate(self.timeline, start, [token], stop=self.stop)
-            return [draw(logits[0], self.sampling, self.stream, start + 1)]
+            new = [draw(logits[0], self.sampling, self.stream, start + 1)]
+            if drafter is not None:
+                drafter.pass_by(start, new[0])
+            return new
         drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)
         began = time.perf_counter()
         logits = engine.evaluate(self.timeline, start, [token, *drafts], outputs="all", stop=self.stop)
-        new: list[int] = []
+        new = []
         for j in range(len(drafts) + 1):
             new.append(draw(logits[j], self.sampling, self.stream, start + 1 + j))
             if j == len(drafts) or new[-1] != drafts[j] or new[-1] in self.stop_ids:

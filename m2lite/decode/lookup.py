@@ -1,82 +1,61 @@
-"""Prompt lookup: where the last tokens of a row stood before, and what followed them there. Knows no model."""
+"""Prompt lookup: what followed the last tokens of a row where they stood before. Knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-GRAM = 3  # tokens that must be the same; the longer the match, the likelier what followed it follows again
-MOST_LENGTH = 32  # to which a match is told apart from a longer one
-_MOST_PLACES = 8  # that are compared, the latest first
-_WIDTH = 32  # bits of a token in a key
+import numpy as np
+
+from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, PLACE, N, push, push_all
 
 
 class Lookup:
-    """A row that grows, and the longest earlier match of its end.
+    """A row of up to `capacity` tokens that grows, and the longest earlier match of its end.
 
-    `place` is the index of the token behind the match and `length` how many tokens match, 0 for none. Both follow the
-    row at a microsecond a token: a match that goes on is kept, and only a broken one is looked for again.
+    A match that goes on is kept, and only a broken one is looked for again: a microsecond a token.
     """
 
-    def __init__(self) -> None:
-        self.row: list[int] = []
-        self.place = self.length = 0
-        self._key = 0
-        self._last: dict[int, int] = {}  # the last GRAM tokens as a number -> the index behind their latest place
-        self._before: list[int] = []  # for each index: the one behind an earlier place of the same GRAM tokens, or 0
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        size = 1 << (2 * capacity).bit_length()
+        self._block = np.zeros(HEADER + 2 * capacity + size, np.int32)  # memory is touched as the row grows
+        self._block[[CAPACITY // 4, MASK // 4]] = capacity, size - 1
+        self._address = int(self._block.ctypes.data)
+        self._header = memoryview(self._block[:HEADER])  # type: ignore[arg-type]  # reads a number in 50 ns
+        self._row = self._block[HEADER : HEADER + capacity]
+
+    def __len__(self) -> int:
+        return int(self._header[N // 4])
+
+    @property
+    def length(self) -> int:
+        """Tokens of the match, 0 for none."""
+        return int(self._header[LENGTH // 4])
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Make `tokens` the row: what is new is pushed, and a row that is no continuation is begun again."""
-        n = len(self.row)
-        if len(tokens) < n or tokens[:n] != self.row:
-            self.__init__()  # type: ignore[misc]
-            n = 0
-        for token in tokens[n:]:
-            self.push(token)
+        assert len(tokens) <= self._capacity
+        new, n = np.array(tokens, np.int32), len(self)
+        if len(new) < n or not np.array_equal(new[:n], self._row[:n]):
+            self._block[HEADER + 2 * self._capacity :] = 0
+            self._block[[N // 4, PLACE // 4, LENGTH // 4]] = n = 0
+        push_all(self._address, int(new.ctypes.data) + 4 * n, len(new) - n)
 
-    def push(self, token: int) -> None:
-        row, place = self.row, self.place
-        self._key = key = (self._key << _WIDTH | token) & _MASK
-        goes_on = self.length and row[place] == token
-        row.append(token)
-        n = len(row)
-        before = self._last.get(key, 0) if n >= GRAM else 0
-        self._last[key] = n
-        self._before.append(before)
-        if goes_on:
-            self.place += 1
-            self.length += 1
-        elif before:
-            self._find(before)
-        else:
-            self.length = 0
-
-    def _find(self, place: int) -> None:
-        """The longest match among the latest places."""
-        row, self.length = self.row, 0
-        n = len(row)
-        for _ in range(_MOST_PLACES):
-            length = GRAM
-            most = min(place, MOST_LENGTH)
-            while length < most and row[place - 1 - length] == row[n - 1 - length]:
-                length += 1
-            if length > self.length:
-                self.place, self.length = place, length
-            place = self._before[place - 1]
-            if not place:
-                return
+    def push(self, token: int) -> int:
+        """The length of the match that told this token, negative if it told another, 0 if there was none."""
+        return int(push(self._address, token))
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the match; one that reaches the end of the row repeats itself."""
-        row, place = self.row, self.place
-        found = row[place : place + most]
-        while found and len(found) < most:
-            found += row[place:][: most - len(found)]
-        return found
+        n, place = len(self), int(self._header[PLACE // 4])
+        if not self.length:
+            return []
+        found: list[int] = self._row[place : min(n, place + most)].tolist()
+        return [found[i % len(found)] for i in range(most)]
 
 
-_MASK = (1 << _WIDTH * GRAM) - 1
-
-
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def warm_up() -> None:
+    """Compile, or load from the cache, what a lookup needs."""
+    lookup = Lookup(2)
+    lookup.follow([0])
+    lookup.push(0)

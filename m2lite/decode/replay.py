@@ -29,6 +29,7 @@ class Replay:
         n_embd = modules.buffers.config.n_embd
         self._states = [States(n_embd) for _ in range(modules.n_used)]  # of the trunk and of all modules but the last
         self._tops = [0] * modules.n_used  # positions that module k has seen
+        self._top = 0  # the largest of them
 
     @property
     def n_behind(self) -> int:
@@ -37,15 +38,22 @@ class Replay:
 
     def keep(self, start: int, n_rows: int, n_seen: int) -> None:
         """The trunk has computed n_rows from `start` on; n_seen of them are what the modules have seen there."""
+        trunk = self._states[0]
+        if self._top > start + n_seen or start != trunk.end:
+            self._turn(start, start + n_seen)
+        trunk.append(trunk_states(self._modules.mtp, self._modules.buffers, n_rows), n_rows)
+
+    def _turn(self, start: int, seen: int) -> None:
+        """The row goes on at `start`, and what the modules have seen is right up to `seen`."""
         if start > self._states[0].end:  # of positions between, which nobody computed here, K and V are taken as seen
             self._tops = [start] * len(self._tops)
             for states in self._states:
                 states.begin(start)
-        self._tops = [min(top, start + n_seen) for top in self._tops]
+        self._tops = [min(top, seen) for top in self._tops]
+        self._top = max(self._tops)
         self._states[0].rewind(start)
         for states in self._states[1:]:
-            states.rewind(start + n_seen)
-        self._states[0].append(trunk_states(self._modules.mtp, self._modules.buffers, n_rows))
+            states.rewind(seen)
 
     def draft(
         self, k: int, row: Sequence[int], drafts: Sequence[int], sampling: Sampling, stream: int
@@ -59,9 +67,9 @@ class Replay:
             previous = self._states[k].address(first - 1)
             state = run_module(m.mtp, k, m.pool, m.buffers, m.scratch, rows, previous)
             if k + 1 < m.n_used:
-                self._states[k + 1].append(state)
+                self._states[k + 1].append(state, rows.n)
             first += len(ids)
         self._states[k].forget_before(end - 1)
-        self._tops[k] = end
+        self._tops[k] = self._top = end
         logits = module_logits(m.mtp, k, m.buffers, len(ids) - 1, 1)
         return *foresee(logits[0], sampling, stream, end), n_rows

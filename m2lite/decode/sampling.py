@@ -108,7 +108,7 @@ def _compiled() -> ModuleType:
 
 
 def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> tuple[int, float]:
-    """(id, share) as kernels.draw gives them, for any number of candidates; the id is -1 where a logit is not finite."""
+    """(id, share) as kernels.draw gives them, for any number of candidates; the id is -1 for logits not finite."""
     if not math.isfinite(float(logits.max())):
         return -1, 0.0
     ids, weights = candidates(logits, sampling)

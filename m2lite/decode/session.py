@@ -21,11 +21,10 @@ import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.drafts import Drafted, Drafter, Drafting, open_drafting
+from m2lite.decode.drafts import Drafted, Drafter, Drafting, n_common, open_drafting
 from m2lite.decode.engine import Engine, Stop, Stopped, ask
 from m2lite.decode.generation import Generation
 from m2lite.decode.locate import locate_model
-from m2lite.decode.lookup import n_common
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.warm import Warmer
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
@@ -64,7 +63,15 @@ class Stats:
     decode_s: float = 0.0  # of all tokens but the first
     traffic: Traffic | None = None  # of a model that is larger than its memory
     drafted: Drafted | None = None  # with drafting
+    plain_s: float | None = None  # a token without drafts, where one was measured
     major_faults: int = 0  # pages of the process that had to be waited for one by one
+
+    @property
+    def saved_s(self) -> float | None:
+        """Seconds that the same tokens would have taken longer one by one, where it is known what one takes."""
+        if self.drafted is None or self.plain_s is None or not self.n_generated:
+            return None
+        return (self.n_generated - 1) * self.plain_s - self.decode_s
 
     @property
     def prompt_tokens_per_s(self) -> float | None:
@@ -188,8 +195,9 @@ class Model:
         """K and V of all layers, those of the prediction modules that are used included."""
         return kv_bytes_per_position(self.config, self.kv, self.engine.drafting.n_modules)
 
-    def session(self) -> Session:
-        return Session(self)
+    def session(self, draft: str | None = None, draft_tokens: int | None = None) -> Session:
+        """A new session; how it drafts may differ from how the model was opened, as far as modules are at hand."""
+        return Session(self, draft, draft_tokens)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [T, vocab]: row t holds the logits of the token after tokens[t]."""
@@ -253,14 +261,14 @@ class Model:
 class Session:
     """One row of tokens that grows: what is asked, what is answered, and how much of it the KV cache holds."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, draft: str | None = None, draft_tokens: int | None = None) -> None:
         self.model = model
         self.tokens: list[int] = []
         self.n_cached = 0
         self.stats = Stats()
         self.finish_reason: str | None = None  # "stop", "length" or "interrupted"
         self._timeline: Timeline = compute_thread().run(model.engine.pool.timeline)
-        self._drafter: Drafter | None = model.engine.drafter(self._timeline)
+        self._drafter: Drafter | None = model.engine.drafter(self._timeline, draft, draft_tokens)
         self._release = weakref.finalize(self, _release, self._timeline)
         self._release.atexit = False
 
@@ -364,6 +372,7 @@ class Session:
                 stats.prompt_s = elapsed
             else:
                 stats.decode_s += elapsed
+                stats.plain_s = self.model.engine.gate.plain_s
             for token in drawn:
                 if token is None:
                     return

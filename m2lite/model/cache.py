@@ -182,8 +182,8 @@ class KVPool:
         )
 
     def _check_ids(self, ids: npt.ArrayLike) -> list[int]:
-        if type(ids) is list and all(type(i) is int for i in ids) and ids:
-            values = ids
+        if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
+            values: list[int] = ids  # as nearly always: in a fifth of the time
         else:
             values = self._whole_numbers(ids)
         low, high = min(values), max(values)

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from m2lite.errors import BadModelError, M2liteError
 from m2lite.kernels import jit
 from m2lite.kernels import layer as records
+from m2lite.kernels.lookup import copy_floats
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
 from m2lite.model.forward import Buffers, Place, head, run_layer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
 from m2lite.storage.gguf_reader import GGUFFile
-from m2lite.storage.identity import trunk_identity
 
 MAX_MODULES = 16
 
@@ -59,7 +59,7 @@ class Mtp:
 
 
 def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
-    """Bind the modules in `sidecar`; BadModelError if they are damaged or belong to another trunk."""
+    """Bind the modules in `sidecar`, whose trunk was checked; BadModelError if they are damaged."""
     metadata, config = sidecar.metadata, trunk.config
     n_modules = metadata.get(f"{ARCHITECTURE}.nextn_predict_layers")
     if not isinstance(n_modules, int) or not 1 <= n_modules <= MAX_MODULES:
@@ -68,12 +68,8 @@ def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
             "This is no MTP sidecar.",
         )
     found = parse_config(metadata, n_extra_layers=n_modules, n_vocab=config.n_vocab)
-    identity = trunk_identity(trunk.gguf)
-    if found != config or metadata.get("m2lite.mtp.trunk") != identity:
-        raise BadModelError(
-            f"The MTP modules belong to trunk {metadata.get('m2lite.mtp.trunk')!r}, the model is {identity!r}.",
-            "Convert both from the same checkpoint.",
-        )
+    if found != config:
+        raise BadModelError("The MTP modules have other dimensions than the model.", "Convert both again.")
     _check_choice(sidecar, "m2lite.mtp.concat", "embedding,hidden")
     hidden = _check_choice(sidecar, "m2lite.mtp.hidden", "pre_norm", "post_norm")
     names = TensorNames(sidecar, config, load_kernels(), generic=False)
@@ -109,30 +105,28 @@ class States:
 
     def __init__(self, n_embd: int) -> None:
         self._rows = np.zeros((64, n_embd), np.float32)
+        self._address, self._row_bytes = int(self._rows.ctypes.data), 4 * n_embd
         self._first = -1  # position of row 0
-        self._end = 0  # behind the last
+        self.end = 0  # how many positions are known, whether kept or not
 
-    @property
-    def end(self) -> int:
-        """How many positions are known, whether kept or not."""
-        return self._end
-
-    def append(self, rows: npt.NDArray[np.float32]) -> None:
-        """g of the positions from `end` on."""
-        at, n = self._end - self._first, len(rows)
+    def append(self, rows: int, n: int) -> None:
+        """g of n positions from `end` on, at that address."""
+        at = self.end - self._first
         if at + n > len(self._rows):
-            self._rows = np.concatenate([self._rows[:at], np.empty((at + n, rows.shape[1]), np.float32)])
-        self._rows[at : at + n] = rows
-        self._end += n
+            grown = np.empty((2 * (at + n), self._rows.shape[1]), np.float32)
+            grown[:at] = self._rows[:at]
+            self._rows, self._address = grown, int(grown.ctypes.data)
+        copy_floats(self._address + at * self._row_bytes, rows, n * self._row_bytes // 4)
+        self.end += n
 
     def address(self, position: int) -> int:
         """Of g at `position`, behind which the others follow."""
-        assert self._first <= position < self._end, (self._first, position, self._end)
-        return int(self._rows.ctypes.data) + (position - self._first) * self._rows.strides[0]
+        assert self._first <= position < self.end, (self._first, position, self.end)
+        return self._address + (position - self._first) * self._row_bytes
 
     def forget_before(self, position: int) -> None:
         """The next module needs none before `position` any more."""
-        n_kept, at = self._end - position, position - self._first
+        n_kept, at = self.end - position, position - self._first
         if at > 0 and at >= n_kept:  # else what is kept would be copied again and again
             self._rows[:n_kept] = self._rows[at : at + n_kept]
             self._first = position
@@ -141,11 +135,11 @@ class States:
         """Positions from `length` on are to be computed again."""
         if length - 1 < self._first:
             self.begin(length)
-        self._end = min(self._end, length)
+        self.end = min(self.end, length)
 
     def begin(self, position: int) -> None:
         """Nothing is kept, and `position` is the next."""
-        self._first, self._end = position - 1, position
+        self._first, self.end = position - 1, position
         self._rows[0] = 0
 
 
@@ -157,20 +151,19 @@ class ModuleScratch:
         self.joined = int(self._joined.ctypes.data)
 
 
-def trunk_states(mtp: Mtp, buffers: Buffers, n: int) -> npt.NDArray[np.float32]:
-    """g_0 [n, n_embd] of the first n rows that `forward` has just computed: valid until the next call."""
-    x = buffers.array("x")[:n]
+def trunk_states(mtp: Mtp, buffers: Buffers, n: int) -> int:
+    """Address of g_0 [n, n_embd] of the first n rows that `forward` has just computed: valid until the next call."""
     if not mtp.is_post_norm:
-        return x
-    c, h = mtp.trunk.config, buffers.array("h")[:n]
+        return buffers.x
+    c = mtp.trunk.config
     buffers.kernels.rms_norm(buffers.h, buffers.x, mtp.trunk.output_norm.address, n, c.n_embd, np.float32(c.rms_eps))
-    return h
+    return buffers.h
 
 
 def run_module(
     mtp: Mtp, k: int, pool: KVPool, buffers: Buffers, scratch: ModuleScratch, rows: Rows, previous: int
-) -> npt.NDArray[np.float32]:
-    """g_{k+1} [T, n_embd] of module k, counted from 0: a view until the next call.
+) -> int:
+    """Address of g_{k+1} [T, n_embd] of module k, counted from 0: valid until the next call.
 
     previous: address of float32 [T, n_embd], g_k of the position before each row's (zeros for position 0). `rows` come
     from `pool.rows_at`; the module's K and V are written at their positions.
@@ -187,7 +180,7 @@ def run_module(
     b.kernels.steps.join(jit.team(), module.record, b.record, scratch.joined, previous, n)
     if not run_layer(c, module.layer, b, place, n, (c.n_layers + k) * pool.layer_bytes):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
-    return b.array("x")[:n]
+    return b.x
 
 
 def module_logits(mtp: Mtp, k: int, buffers: Buffers, first: int, n: int) -> npt.NDArray[np.float32]:

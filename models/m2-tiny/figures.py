@@ -3,7 +3,7 @@
     python models/m2-tiny/figures.py [--out models/m2-tiny/samples.md]
 
 Writes all replies to the held-out prompts (seeds 1-3, unselected) and prints the shares of the rubric and the
-acceptance of the prediction modules in greedy draft-and-verify decoding of the same prompts.
+acceptance of the prediction modules' drafts in answers to the same prompts, greedy and at temperature 1.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ from typing import Any
 
 import rubric
 from m2lite import Model
+from m2lite.decode.drafts import Drafted
 from m2lite.decode.sampling import Sampling
-from m2lite.measure import Acceptance, draft_acceptance
-from m2lite.model.cache import KVPool
-from m2lite.model.forward import Buffers
-from m2lite.model.mtp import bind_mtp
-from m2lite.storage.gguf_reader import open_gguf
 from m2lite.text.template import encode_chat
 
 HERE = Path(__file__).parent
@@ -44,14 +40,18 @@ def sample_all(model: Model, prompts: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def acceptance(model: Model, sidecar: Path, prompts: list[dict[str, Any]]) -> Acceptance:
-    weights = model.weights
-    ids = [encode_chat(model.tokenizer, model.template, p["messages"]) for p in prompts]
-    with open_gguf(sidecar) as file:
-        mtp = bind_mtp(file, weights)
-        pool = KVPool(model.config, model.config.n_ctx_train, n_extra_layers=len(mtp.modules))
-        buffers = Buffers(model.config, 512)
-        return draft_acceptance(mtp, pool, buffers, ids, model.tokenizer.stop_ids, rubric.MAX_TOKENS)[0]
+def acceptance(model: Model, prompts: list[dict[str, Any]], temperature: float) -> Drafted:
+    """Of all modules' drafts, in answers that are verified step by step."""
+    found = Drafted()
+    for prompt in prompts:
+        ids = encode_chat(model.tokenizer, model.template, prompt["messages"])
+        with model.session(draft="mtp") as session:
+            sampling = Sampling(temperature=temperature, seed=rubric.SEEDS[0])
+            for _ in session.generate(ids, max_tokens=rubric.MAX_TOKENS, sampling=sampling):
+                pass
+            if session.stats.drafted is not None:
+                found.include(session.stats.drafted)
+    return found
 
 
 def write_samples(path: Path, rows: list[Row]) -> None:
@@ -77,13 +77,12 @@ def main() -> None:
     prompts = json.loads((HERE / "heldout_prompts.json").read_text())
     with Model.open(args.model) as model:
         rows = sample_all(model, prompts)
-        drafts = acceptance(model, args.model.with_name(f"mtp-{args.model.name}"), prompts)
+        drafts = {t: acceptance(model, prompts, t) for t in (0.0, 1.0)}
     write_samples(args.out, rows)
     result = rubric.shares(verdict for *_, verdict in rows)
-    result |= {f"draft_{j + 1}": rate for j, rate in enumerate(drafts.rates)}
-    print(
-        json.dumps({k: round(v, 4) for k, v in result.items()} | {"tokens_per_step": round(drafts.tokens_per_step, 3)})
-    )
+    print(json.dumps({k: round(v, 4) for k, v in result.items()}))
+    for temperature, found in drafts.items():
+        print(f"drafts at temperature {temperature:g}: {json.dumps(found.as_dict())}")
 
 
 if __name__ == "__main__":

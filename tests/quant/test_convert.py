@@ -17,6 +17,7 @@ from m2lite.quant import options as options_module
 from m2lite.quant.convert import Conversion, convert
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.identity import file_identity, trunk_identity
+from m2lite.storage.sidecar import sidecar_path
 from tests.golden.models import F32, hf_config, hf_weights
 from tests.quant import checkpoints
 from tests.quant.checkpoints import QUANTIZED, SMALL, digest, digests

@@ -1,0 +1,104 @@
+"""Prompt lookup against a search through the whole row."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from m2lite.decode.lookup import Lookup
+from m2lite.kernels.lookup import GRAM, MOST_LENGTH, copy_floats
+
+
+def longest_match(row: list[int]) -> int:
+    """Tokens of the longest earlier match of the row's end; 0 below GRAM."""
+    n, best = len(row), 0
+    for place in range(GRAM, n):
+        length = 0
+        while length < min(place, MOST_LENGTH) and row[place - 1 - length] == row[n - 1 - length]:
+            length += 1
+        best = max(best, length)
+    return best if best >= GRAM else 0
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 8, 200_000])
+def test_matches_are_true_and_long(n_tokens: int) -> None:
+    dice = random.Random(n_tokens)
+    row: list[int] = []
+    lookup, told = Lookup(600), 0
+    for _ in range(600):
+        if len(row) > 20 and dice.random() < 0.1:  # quotes of what was
+            at = dice.randrange(len(row) - 10)
+            new = row[at : at + 8]
+        else:
+            new = [dice.randrange(n_tokens)]
+        for token in new[: 600 - len(row)]:
+            guess, length = lookup.guess(1), lookup.length
+            found = lookup.push(token)
+            assert found == (length if guess == [token] else -length)
+            told += found > 0
+            row.append(token)
+            expected = longest_match(row)
+            assert bool(lookup.length) == bool(expected)
+            if lookup.length:
+                n = min(lookup.length, MOST_LENGTH)
+                guess = lookup.guess(40)
+                place = next(p for p in range(len(row) - 1, 0, -1) if row[:p][-n:] == row[-n:] and p >= n)
+                assert place and len(guess) == 40
+    assert told > 20
+
+
+def test_a_guess_is_what_followed_and_repeats_at_the_end() -> None:
+    lookup = Lookup(100)
+    lookup.follow([9, 1, 2, 3, 4, 5, 1, 2, 3])
+    assert lookup.length == 3 and lookup.guess(4) == [4, 5, 1, 2]
+    assert lookup.push(4) == 3 and lookup.length == 4 and lookup.guess(9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
+    assert lookup.push(7) == -4 and lookup.length == 0 and lookup.guess(3) == []
+    assert lookup.push(7) == 0
+
+
+def test_the_longest_of_several_places_is_taken() -> None:
+    lookup = Lookup(100)
+    lookup.follow([5, 6, 1, 2, 3, 7, 0, 6, 1, 2, 3, 8, 0, 1, 2, 3, 9, 5, 6, 1, 2, 3])
+    assert lookup.length == 5 and lookup.guess(1) == [7]
+
+
+def test_rows_that_are_cut_and_go_on() -> None:
+    dice, lookup = random.Random(4), Lookup(500)
+    row = [dice.randrange(4) for _ in range(100)]
+    for _ in range(30):
+        row = row[: dice.randrange(1, len(row))] + [dice.randrange(4) for _ in range(dice.randrange(60))]
+        lookup.follow(row)
+        again = Lookup(500)
+        again.follow(row)
+        assert len(lookup) == len(row) and lookup.guess(10) == again.guess(10)
+        assert bool(lookup.length) == bool(longest_match(row))
+
+
+def test_a_full_row_stays_as_it_is() -> None:
+    lookup = Lookup(3)
+    lookup.follow([1, 2, 3])
+    assert lookup.push(4) == 0 and len(lookup) == 3
+
+
+def test_it_is_cheap() -> None:
+    """A step takes far less than the 50 us that it may, and a prompt of 100,000 tokens far less than a second."""
+    dice = np.random.default_rng(1)
+    lookup = Lookup(110_000)
+    started = time.perf_counter()
+    lookup.follow(dice.integers(0, 5000, 100_000).tolist())
+    assert time.perf_counter() - started < 0.5
+    tokens = dice.integers(0, 40, 5000).tolist()
+    started = time.perf_counter()
+    for token in tokens:
+        lookup.push(token)
+        lookup.guess(7)
+    assert (time.perf_counter() - started) / len(tokens) < 50e-6
+
+
+def test_floats_are_copied() -> None:
+    source, target = np.arange(96, dtype=np.float32), np.zeros(96, np.float32)
+    copy_floats(target[16:].ctypes.data, source.ctypes.data, 64)
+    assert target[16:80].tolist() == source[:64].tolist() and not target[80:].any() and not target[:16].any()
