@@ -22,11 +22,8 @@ from tests.model.test_refused import rewrite
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = json.loads((ROOT / "models" / "m2-tiny" / "heldout_prompts.json").read_text())
 SETTINGS = [("mtp", 1), ("mtp", 2), ("mtp", 3), ("ngram", 1), ("ngram", 3), ("ngram", 7), ("auto", None), ("auto", 2)]
-SAMPLINGS = {
-    "greedy": Sampling(temperature=0, seed=3),
-    "drawn": Sampling(seed=3),
-    "wild": Sampling(2.0, 0, 1.0, seed=3),
-}
+GREEDY, DRAWN, WILD = Sampling(temperature=0, seed=3), Sampling(seed=3), Sampling(2.0, 0, 1.0, seed=3)
+SAMPLINGS = {"greedy": GREEDY, "drawn": DRAWN, "wild": WILD}
 REPEATING = list(b"one two three four, one two three four, one two three four, one two ")
 
 Setting = tuple[str, int | None]
