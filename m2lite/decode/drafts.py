@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.decode.replay import Replay
     from m2lite.model.cache import Timeline
 
-QUIET = 15  # steps without drafts between two that are looked at
+QUIET = 31  # steps without drafts between two that are looked at
 MODES = ("auto", "mtp", "ngram", "off")
 
 
@@ -180,6 +180,7 @@ class Drafter:
         self._n_modules = min(self._most, gate.n_modules)
         self._row = list[int]()
         self._source, self._shares = "", list[float]()
+        self._modules_s = 0.0  # of the step under way: time of the modules
         self._n_quiet = 0  # steps since the last that was looked at
         self.quiet = 0  # steps that may pass without a look
         self.drafted = Drafted()
@@ -196,13 +197,13 @@ class Drafter:
         """Drafts for what comes behind the row, whose last token the model has not seen yet; n_left tokens may come."""
         gate, n_modules, length = self._gate, self._n_modules, 0
         if self._is_auto:
-            n_modules = gate.n_modules_now
             if gate.n_steps >= gate.next_plan:
-                n_modules = gate.plan(0 if self._replay is None else self._replay.n_behind, n_left)
+                gate.plan(0 if self._replay is None else self._replay.n_behind, n_left)
+            n_modules = gate.n_modules_now
         if self._lookup is not None and (length := self._lookup.length):
             length = gate.lookup_drafts(length) if self._is_auto else self._most
         if not length and (self._replay is None or not n_modules):
-            self.quiet = QUIET
+            self.quiet = QUIET if gate.is_quick and not gate.is_trying else 0
             return []
         most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
         if most < 1:
@@ -217,13 +218,15 @@ class Drafter:
         gate, replay, drafts, right = self._gate, self._replay, list[int](), 1.0
         assert replay is not None
         chances: list[float] = []
-        self._shares = []  # those of a step that was stopped, too
+        self._shares, self._modules_s = [], 0.0  # those of a step that was stopped, too
         for k in range(n_modules):
             if k and self._is_auto and not gate.goes_on(k, right):
                 break
             began = time.perf_counter()
             token, share, n_rows = replay.draft(k, self._row, drafts, sampling, stream)
-            gate.saw_module(k, n_rows, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            gate.saw_module(k, n_rows, seconds)
+            self._modules_s += seconds
             drafts.append(token)
             self._shares.append(share)
             chances.append(gate.chance(share))
@@ -240,43 +243,54 @@ class Drafter:
         if self._replay is not None:
             self._replay.keep(start, 1, 1)
         self._row.append(token)
-        self.drafted.n_steps += 1
-        self.drafted.n_tokens += 1
         self._n_quiet += 1
         self.quiet -= 1
-        if self._lookup is not None:
-            self._push(self._lookup, token)
+        lookup = self._lookup
+        if lookup is not None:
+            told = lookup.push(token)
+            if told:
+                self._gate.saw_match(abs(told), told > 0)
+            if lookup.length:
+                self.quiet = 0
 
-    def settle(self, start: int, drafts: Sequence[int], new: list[int], seconds: float) -> None:
-        """A step from position `start` on verified the drafts and drew `new`: those that were right, and one more."""
-        gate, shares = self._gate, self._shares
-        n_right = n_common(drafts, new) if drafts else 0
+    def conclude(self) -> None:
+        """What passed by is counted, too."""
+        if self._n_quiet:
+            self._gate.pass_by(self._n_quiet)
+            self.drafted.n_steps += self._n_quiet
+            self.drafted.n_tokens += self._n_quiet
+            self._n_quiet = 0
+
+    def settle(self, start: int, drafts: Sequence[int], new: list[int], began: float) -> None:
+        """A step from position `start` on verified the drafts and drew `new`: those that were right, and one more.
+
+        began: the clock's time before it.
+        """
+        gate, shares, n_right = self._gate, self._shares, 0
+        self.conclude()
+        if not drafts:
+            gate.saw_step(1, len(shares), time.perf_counter() - began)
+        else:
+            n_right = n_common(drafts, new)
         if self._replay is not None:
             self._replay.keep(start, 1 + n_right, 1 + n_right)
-        if shares:
-            for k in range(min(len(new), len(shares), len(drafts))):
-                gate.saw_draft(k, shares[k], k < n_right)
-        gate.saw_step(1 + len(drafts), len(shares), seconds)
-        if self._n_quiet:
-            gate.pass_by(self._n_quiet)
-            self._n_quiet = 0
+        for k in range(min(len(new), len(shares), len(drafts))):
+            gate.saw_draft(k, shares[k], k < n_right)
         self.drafted.add(self._source, len(drafts), n_right, len(new))
         self._shares = []
         self.push(new)
+        if drafts:
+            gate.saw_step(1 + len(drafts), len(shares), time.perf_counter() - began - self._modules_s)
+        self._modules_s = 0.0
 
     def push(self, new: list[int]) -> None:
         """The row goes on."""
         self._row += new
         if self._lookup is not None:
             for token in new:
-                self._push(self._lookup, token)
-
-    def _push(self, lookup: Lookup, token: int) -> None:
-        told = lookup.push(token)
-        if told:
-            self._gate.saw_match(abs(told), told > 0)
-        if self.quiet and lookup.length:
-            self.quiet = 0
+                told = self._lookup.push(token)
+                if told:
+                    self._gate.saw_match(abs(told), told > 0)
 
 
 def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:

@@ -14,9 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
-PLAN_EVERY, PLAN_SELDOM = 16, 64  # steps between two looks at the estimates; where nothing was drafted between
-PROBE_SHARE = 0.005  # of the time, for trying what is expected to be slower
-PROBE_AFTER = 16  # steps for which something was not tried, at least
+PLAN_EVERY, PLAN_SELDOM = 16, 256  # steps between two looks at the estimates; where nothing was drafted between
+PROBE_SHARE = 0.003  # of the time, for trying what is expected to be slower
+PROBE_AFTER = 64  # steps for which something was not tried, at least
+PLAIN_AFTER = 128  # steps without one that had no drafts, at most
+TRIAL, TRIAL_COLD = 6, 2  # steps of a trial; of these not measured: what was not used before is not in the caches
+LONG_TRIAL, LONG_COLD = 64, 32  # of a small model without drafts: it comes back into the caches an expert at a time
+_MARGIN = 0.03  # of a step: what drafts must promise at least, since what looks best among estimates rarely is as good
+_QUICK_S = 0.002  # a step's time below which the gate's own shows
+_WELL_KNOWN = 32  # measurements; what has fewer is tried sooner
 _FOLLOW = 0.1  # of a change in speed, with each step
 _FAR_OFF = 4.0  # times what is expected: more of one step counts as this
 _FORGET = 1024  # steps after which a cost that was not measured is unknown again
@@ -68,13 +74,18 @@ class Gate:
         self._uses = [0.0] * len(self._rows)  # of steps with so many rows, lately
         self._seen = [0] * len(self._rows)  # the last step with so many rows
         self._usual = 1  # rows of the most frequent
-        self._is_trying = False  # the next step is for knowing better: no draft is left out
+        self.is_trying = False  # the next steps are for knowing better: no draft is left out
+        self.is_quick = False  # a step takes so little that it should not be looked at
+        self._measure_from = 0
         self._tried = [0] * (n_modules + 1)  # the last step in which so many modules drafted
         # What follows from the estimates, made by `plan`
         self._costs = [e.value for e in self._rows]  # of steps, as far as is known or can be guessed
         self._token = 1.0  # what a token takes at the best
-        self._lookup_drafts = [0] * len(self._found)  # how many pay, by a match's length
-        self.plan(0, 1)
+        self._values = [0.0] * (n_modules + 1)  # of a step with so many modules' drafts
+        self._wished = 0  # modules that would pay if they had not to catch up
+        self._gain = 0.0  # of the best over a step without drafts
+        self._lookup_drafts = [-1] * len(self._found)  # how many pay, by a match's length; -1 until somebody asks
+        self._choose(0, 1)
 
     # What was seen
 
@@ -83,13 +94,12 @@ class Gate:
         estimate = self._rows[n_rows]
         if not self._level:
             self._level = seconds / estimate.value
-        relative = seconds / self._level / estimate.value
-        if relative > _FAR_OFF:
-            relative = _FAR_OFF
-        if n_rows == self._usual and estimate.n:
-            self._level *= 1 + _FOLLOW * (relative - 1)
-        else:
-            estimate.add(relative * estimate.value)
+        if self.n_steps >= self._measure_from:
+            relative = min(seconds / self._level / estimate.value, _FAR_OFF)
+            if n_rows == self._usual and estimate.n:
+                self._level *= 1 + _FOLLOW * (relative - 1)
+            else:
+                estimate.add(relative * estimate.value)
         self.n_steps += 1
         self._n_drafted += n_rows > 1
         self._uses[n_rows] += 1
@@ -103,7 +113,7 @@ class Gate:
 
     def saw_module(self, k: int, n_rows: int, seconds: float) -> None:
         """Module k drafted behind n_rows that it had not seen: a step's, or more as it caught up."""
-        if not self._level:
+        if not self._level or self.n_steps < self._measure_from:
             return
         if n_rows > MOST_DRAFTS + 1:
             self._catch_up.add(seconds / self._level / n_rows)
@@ -121,34 +131,42 @@ class Gate:
         self._found[bisect_right(_LENGTHS, length)].add(is_right)
 
     def saw_answer(self, n_tokens: int) -> None:
-        """The next answer may be as long, and begins with a look at the estimates."""
+        """The next answer may be as long; its row is another, with which modules have to catch up."""
         if n_tokens:
             self._answer.add(n_tokens)
-        self.next_plan = self.n_steps
+        if self._wished:
+            self.next_plan = self.n_steps
 
     # What pays
 
-    def plan(self, n_behind: int, n_left: int) -> int:
-        """How many modules shall draft in the next step; `n_modules_now` in those after it.
+    def plan(self, n_behind: int, n_left: int) -> None:
+        """Set n_modules_now, how many modules shall draft in each of the next steps.
 
         n_behind: rows that they have to catch up with; n_left: tokens that may yet come.
         """
-        self._seldom = 0 if self._n_drafted else min(2 * self._seldom + PLAN_EVERY, PLAN_SELDOM - PLAN_EVERY)
-        self._n_drafted, self.next_plan = 0, self.n_steps + PLAN_EVERY + self._seldom
-        self._is_trying = False
+        if self._n_drafted or self.is_trying or self._wished:
+            self._seldom, self._n_drafted, self.is_trying = 0, 0, False
+            self._choose(n_behind, n_left)
+        else:
+            self._seldom = min(2 * self._seldom + PLAN_EVERY, PLAN_SELDOM - PLAN_EVERY)
+        self.next_plan = self.n_steps + PLAN_EVERY + self._seldom
+        if self._rows[self.n_modules_now + 1].n < TRIAL:  # a guess: look at it soon
+            self.next_plan = self.n_steps + TRIAL
+        self._probe(n_behind)
+
+    def _choose(self, n_behind: int, n_left: int) -> None:
+        """What follows from the estimates."""
         self._fill_costs()
+        self.is_quick = self._level * self._costs[1] < _QUICK_S
         arms = [self._arm(k) for k in range(self.n_modules + 1)]
         self._token = token = min(cost / tokens for tokens, cost in arms)
-        values = [tokens * token - cost for tokens, cost in arms]
+        self._values = values = [tokens * token - cost for tokens, cost in arms]
         best = max(range(len(arms)), key=values.__getitem__)
-        gain = values[best] - values[0]
+        gain, self._wished = values[best] - values[0] - _MARGIN * self._costs[1], best
         if gain * min(n_left, self._answer.value) / arms[best][0] <= self._catching_up(best, n_behind):
             best, gain = 0, 0.0
-        self.n_modules_now = best
-        for i in range(len(self._found)):
-            chances = [e.value for e in self._found[i:]]  # a match whose tokens are right grows
-            self._lookup_drafts[i] = self.worth(chances + [chances[-1]] * (MOST_DRAFTS - len(chances)), gain)
-        return self._probe(values, n_behind)
+        self.n_modules_now, self._gain = best, gain
+        self._lookup_drafts = [-1] * len(self._found)
 
     def _arm(self, k: int) -> tuple[float, float]:
         """Tokens and cost expected of a step with k modules' drafts."""
@@ -162,22 +180,29 @@ class Gate:
     def _catching_up(self, n_modules: int, n_behind: int) -> float:
         return self._catch_up.value * n_modules * n_behind if n_behind > MOST_DRAFTS + 1 else 0.0
 
-    def _probe(self, values: Sequence[float], n_behind: int) -> int:
-        """Something else than the best, once in so many steps that its price is a small share of what these cost."""
-        best, step = self.n_modules_now, self._costs[self._usual]
+    def _probe(self, n_behind: int) -> None:
+        """Something else than the best, so seldom that its price is a small share of what steps cost."""
+        best, values, step = self.n_modules_now, self._values, self._costs[self._usual]
         for k, tried in enumerate(self._tried):
-            price = values[best] - values[k] + self._catching_up(k, n_behind)
-            if k != best and self.n_steps - tried > max(PROBE_AFTER, price * len(values) / (PROBE_SHARE * step)):
-                self._tried[k], self.next_plan, self._is_trying = self.n_steps, self.n_steps + 1, True
-                return k
-        return best
+            n_steps, n_cold = (LONG_TRIAL, LONG_COLD) if self.is_quick and not k else (TRIAL, TRIAL_COLD)
+            known, catching_up = self._rows[k + 1].n, self._catching_up(k, n_behind)
+            price = n_steps * (values[best] - values[k]) + catching_up
+            pause = max(PROBE_AFTER, price * len(values) / (PROBE_SHARE * step) * min(1.0, known / _WELL_KNOWN))
+            if k == 0:  # the price itself may be wrong, and this is what everything is compared with
+                pause = min(pause, PLAIN_AFTER * n_steps / TRIAL)
+            if known < TRIAL and catching_up < TRIAL:  # hardly anything is known of it yet
+                pause = PROBE_AFTER if known else 0
+            if k != best and self.n_steps - tried >= pause:
+                self._tried[k], self.next_plan = self.n_steps, self.n_steps + n_steps
+                self.n_modules_now, self.is_trying, self._measure_from = k, True, self.n_steps + n_cold
+                return
 
     def _fill_costs(self) -> None:
         """What was not measured lies between its neighbours, or beyond the last in proportion."""
         rows, costs = self._rows, self._costs
         for n, last in enumerate(self._seen):
             self._uses[n] *= 0.9
-            if self.n_steps - last > _FORGET and n > 1:
+            if self.n_steps - last > _FORGET and n > self.n_modules + 1:  # else trials renew it
                 rows[n].n = 0
         self._usual = max(range(1, len(rows)), key=self._uses.__getitem__)
         known = [n for n in range(1, len(rows)) if rows[n].n]
@@ -192,11 +217,17 @@ class Gate:
 
     def lookup_drafts(self, length: int) -> int:
         """How many tokens behind a match of that length to verify, instead of what modules would draft."""
-        return self._lookup_drafts[bisect_right(_LENGTHS, length)]
+        i = bisect_right(_LENGTHS, length)
+        if self._lookup_drafts[i] < 0:
+            chances = [e.value for e in self._found[i:]]  # a match whose tokens are right grows
+            chances += [chances[-1]] * (MOST_DRAFTS - len(chances))
+            self._lookup_drafts[i] = self.worth(chances, self._gain)
+        return self._lookup_drafts[i]
 
     def worth(self, chances: Sequence[float], instead: float = 0.0) -> int:
         """How many of the drafts to verify that are right with these chances, each if those before it are."""
-        best, most, costs, token = 0, instead, self._costs, self._token
+        costs, token = self._costs, self._token
+        best, most = 0, instead + _MARGIN * costs[1]
         value, right = costs[1], 1.0
         for n, chance in enumerate(chances, 1):
             right *= chance
@@ -207,7 +238,7 @@ class Gate:
 
     def verified(self, chances: Sequence[float]) -> int:
         """How many of the modules' drafts to verify, which are there."""
-        return len(chances) if self._is_trying else self.worth(chances)
+        return len(chances) if self.is_trying else self.worth(chances)
 
     def chance(self, share: float) -> float:
         """That a module's draft is right, of which it is so sure."""
@@ -215,7 +246,7 @@ class Gate:
 
     def goes_on(self, k: int, right: float) -> bool:
         """Whether module k should draft, too, where all before it are right with that chance."""
-        if self._is_trying:
+        if self.is_trying:
             return True
         cost = self._modules[k].value + self._costs[k + 2] - self._costs[k + 1]
         return right * self._hits[k].value * self._token > cost

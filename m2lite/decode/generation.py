@@ -54,8 +54,10 @@ class Generation:
             drawn += new
             start, token = start + len(new), new[-1]
             if token in self.stop_ids or start + 1 >= self.n_most or time.perf_counter() >= until:
-                return
+                break
             ask(self.stop)
+        if self.drafter is not None:
+            self.drafter.conclude()
 
     def _step(self, start: int, token: int) -> list[int]:
         """Evaluate the token and the drafts behind it: the ids drawn, up to the first that was no draft."""
@@ -66,13 +68,15 @@ class Generation:
             if drafter is not None:
                 drafter.pass_by(start, new[0])
             return new
-        drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)
         began = time.perf_counter()
+        drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)
+        if not drafts:
+            began = time.perf_counter()  # most steps without drafts do not even ask for them
         logits = engine.evaluate(self.timeline, start, [token, *drafts], outputs="all", stop=self.stop)
         new = []
         for j in range(len(drafts) + 1):
             new.append(draw(logits[j], self.sampling, self.stream, start + 1 + j))
             if j == len(drafts) or new[-1] != drafts[j] or new[-1] in self.stop_ids:
                 break
-        drafter.settle(start, drafts, new, time.perf_counter() - began)
+        drafter.settle(start, drafts, new, began)
         return new

@@ -28,6 +28,8 @@ class Replay:
         self._modules, self._timeline = modules, timeline
         n_embd = modules.buffers.config.n_embd
         self._states = [States(n_embd) for _ in range(modules.n_used)]  # of the trunk and of all modules but the last
+        self._trunk, self._mtp = self._states[0], modules.mtp
+        self._x = 0 if self._mtp.is_post_norm else modules.buffers.x  # where the trunk leaves its states
         self._tops = [0] * modules.n_used  # positions that module k has seen
         self._top = 0  # the largest of them
 
@@ -38,10 +40,9 @@ class Replay:
 
     def keep(self, start: int, n_rows: int, n_seen: int) -> None:
         """The trunk has computed n_rows from `start` on; n_seen of them are what the modules have seen there."""
-        trunk = self._states[0]
-        if self._top > start + n_seen or start != trunk.end:
+        if self._top > start + n_seen or start != self._trunk.end:
             self._turn(start, start + n_seen)
-        trunk.append(trunk_states(self._modules.mtp, self._modules.buffers, n_rows), n_rows)
+        self._trunk.append(self._x or trunk_states(self._mtp, self._modules.buffers, n_rows), n_rows)
 
     def _turn(self, start: int, seen: int) -> None:
         """The row goes on at `start`, and what the modules have seen is right up to `seen`."""
