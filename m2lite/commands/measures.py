@@ -26,12 +26,18 @@ def bench(
     repeats: Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repetitions")] = 5,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the file from memory before every run")] = False,
     rotating: Annotated[bool, typer.Option("--rotating", help="Other tokens, so other experts, in every run")] = False,
+    draft: Annotated[bool, typer.Option("--draft", help="Compare drafts on five workloads instead")] = False,
+    mtp: Annotated[str | None, typer.Option("--mtp", metavar="FILE", help="Prediction modules, for --draft")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
-    """Measure prefill and decode on this machine, next to its read bandwidth."""
+    """Measure prefill and decode on this machine, next to its read bandwidth; or which drafts pay."""
     from m2lite.bench import format_result, plan_tests, run_bench
     from m2lite.signals import stop_on_signals
 
+    if draft:
+        _bench_drafts(replace(settings, draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
+        return
+    settings = replace(settings, draft="off")
     tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
@@ -43,6 +49,20 @@ def bench(
             print_json(result)
         else:
             print(format_result(result))
+
+
+def _bench_drafts(settings: Settings, max_tokens: int, repeats: int, as_json: bool) -> None:
+    from m2lite.bench_drafts import bench_drafts, format_drafts
+    from m2lite.signals import stop_on_signals
+
+    with open_model(settings) as model, stop_on_signals() as stop:
+        result = bench_drafts(model, repeats, max_tokens=max_tokens, note=note, stop=stop)
+        if stop():
+            raise typer.Exit(stop.exit_code)
+        if as_json:
+            print_json(result)
+        else:
+            print(format_drafts(result))
 
 
 @command(*MODEL)
@@ -58,7 +78,7 @@ def plan(
     from m2lite.plan import format_plan, make_plan
 
     speed = _speed(disk)
-    with open_model(settings) as model:
+    with open_model(replace(settings, draft="off")) as model:
         found = make_plan(model, speed)
         if as_json:
             print_json(found)
@@ -110,8 +130,8 @@ def perplexity(
     from m2lite.signals import stop_on_signals
 
     with ExitStack() as stack:
-        opened = stack.enter_context(open_model(replace(settings, model=model, ctx=n_ctx)))
-        truth = replace(settings, model=against, ctx=n_ctx, kv="f16")
+        opened = stack.enter_context(open_model(replace(settings, model=model, ctx=n_ctx, draft="off")))
+        truth = replace(settings, model=against, ctx=n_ctx, kv="f16", draft="off")
         other = stack.enter_context(open_model(truth)) if against else None
         stop = stack.enter_context(stop_on_signals())
         with Progress("chunks") as progress:

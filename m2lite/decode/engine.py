@@ -120,7 +120,9 @@ class Engine:
 
         replay = None if self._modules is None or mode == "ngram" else Replay(self._modules, timeline)
         lookup = None if mode == "mtp" else Lookup(self.pool.n_positions + 1)
-        return Drafter(mode, n_tokens, self.gate, replay, lookup)
+        # What a fixed number of drafts measures is not the gate's: it would know more than it can find out itself.
+        gate = self.gate if mode == "auto" else Gate(self.drafting.n_modules)
+        return Drafter(mode, n_tokens, gate, replay, lookup)
 
     def fit(self) -> None:
         """Keep weights that come and go within their budget, whatever else has grown."""

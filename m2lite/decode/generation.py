@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from m2lite.decode.drafts import Drafter
 from m2lite.decode.engine import Engine, Stop, ask
-from m2lite.decode.sampling import Sampling, draw
+from m2lite.decode.sampling import Logits, Sampling, draw
 
 if TYPE_CHECKING:  # this imports Numba
     from m2lite.model.cache import Timeline
@@ -29,6 +29,7 @@ class Generation:
     stop: Stop | None
     stop_ids: frozenset[int]
     n_most: int  # tokens of the row
+    script: Sequence[int] | None = None  # of a measurement: the row's ids, which are said whatever is drawn
 
     def read(self, start: int, chunk: Sequence[int]) -> None:
         """Evaluate a part of the prompt."""
@@ -40,11 +41,15 @@ class Generation:
         """Evaluate the end of the prompt and draw the first id of the answer."""
         logits = self.engine.evaluate(self.timeline, start, chunk, stop=self.stop)
         n = start + len(chunk)
-        drawn = [draw(logits[-1], self.sampling, self.stream, n)]
+        drawn = [self._draw(logits[-1], n)]
         if self.drafter is not None:
             self.drafter.keep(start, len(chunk))
             self.drafter.push(drawn)
         return drawn
+
+    def _draw(self, logits: Logits, position: int) -> int:
+        token = draw(logits, self.sampling, self.stream, position)
+        return token if self.script is None else self.script[position]
 
     def decode(self, start: int, token: int, drawn: list[int]) -> None:
         """Append the next ids to `drawn` for BURST_S or up to the end; `token`, not evaluated yet, is at `start`."""
@@ -64,7 +69,7 @@ class Generation:
         drafter, engine = self.drafter, self.engine
         if drafter is None or drafter.quiet > 0:
             logits = engine.evaluate(self.timeline, start, [token], stop=self.stop)
-            new = [draw(logits[0], self.sampling, self.stream, start + 1)]
+            new = [self._draw(logits[0], start + 1)]
             if drafter is not None:
                 drafter.pass_by(start, new[0])
             return new
@@ -75,7 +80,7 @@ class Generation:
         logits = engine.evaluate(self.timeline, start, [token, *drafts], outputs="all", stop=self.stop)
         new = []
         for j in range(len(drafts) + 1):
-            new.append(draw(logits[j], self.sampling, self.stream, start + 1 + j))
+            new.append(self._draw(logits[j], start + 1 + j))
             if j == len(drafts) or new[-1] != drafts[j] or new[-1] in self.stop_ids:
                 break
         drafter.settle(start, drafts, new, began)

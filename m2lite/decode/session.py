@@ -325,11 +325,13 @@ class Session:
         stop: Stop | None = None,
         progress: Progress | None = None,
         ignore_stop: bool = False,
+        script: Sequence[int] | None = None,
     ) -> Iterator[int]:
         """Append `prompt` and yield the ids of the answer, without the id that ends it.
 
         `stop` is asked between layers, on the compute thread; `progress` hears of the prompt's chunks; with
-        `ignore_stop` only `max_tokens` and the context end the answer. Afterwards `finish_reason` and `stats` describe
+        `ignore_stop` only `max_tokens` and the context end the answer. `script`, for measurements, is said instead of
+        what is drawn. Afterwards `finish_reason` and `stats` describe
         the answer. Leaving the loop early is fine: the session keeps what was yielded.
         """
         if isinstance(prompt, str):
@@ -352,9 +354,14 @@ class Session:
         if self._drafter is not None:
             compute_thread().run(partial(self._drafter.follow, self.tokens))
             self.stats.drafted = self._drafter.drafted
+        whole = None
+        if script is not None:
+            whole = [*self.tokens, *script]
+            n_most = min(n_most, len(whole))
         generation = Generation(
-            self.model.engine, self._timeline, self._drafter, sampling or Sampling(), stream, stop, stop_ids, n_most
-        )
+            self.model.engine, self._timeline, self._drafter, sampling or Sampling(), stream, stop, stop_ids, n_most,
+            whole,
+        )  # fmt: skip
         return self._generate(partial(self._step, generation, progress), stop_ids, n_most)
 
     def _generate(self, step: Callable[[], list[int | None]], stop_ids: frozenset[int], n_most: int) -> Iterator[int]:

@@ -22,7 +22,7 @@ from m2lite.kernels.simd import (
 from m2lite.kernels.split import Split
 
 F = np.float32
-ZERO, MINUS_INFINITY = F(0.0), F(-np.inf)
+ZERO = F(0.0)
 TILE_OVERHEAD = 4  # what unpacking a tile costs, in activation rows: balances experts with few rows against many
 
 
@@ -37,22 +37,24 @@ def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
     n_bad = 0
     for t in range(n_rows):
         row = scores + 4 * n_padded * t
-        chosen, finite = ids + 4 * n_used * t, True
+        chosen, sums, finite = ids + 4 * n_used * t, weights + 4 * n_used * t, True
         for i in range(0, 4 * n_experts, 64):
             store_f32(row + i, sigmoid16(load_f32(row + i)))
         for e in range(n_experts):
             finite = finite and np.isfinite(read_f32(row + 4 * e) + read_f32(bias + 4 * e))
-        for j in range(n_used):
-            best, best_value = -1, MINUS_INFINITY
-            for e in range(n_experts):
-                value = read_f32(row + 4 * e) + read_f32(bias + 4 * e)
-                if value > best_value or (best < 0 and not finite):
-                    taken = False
-                    for i in range(j):
-                        taken = taken or read_i32(chosen + 4 * i) == e
-                    if not taken:
-                        best, best_value = e, value
-            write_i32(chosen + 4 * j, np.int32(best))
+        n = 0
+        for e in range(n_experts):  # the largest so far in falling order, equal ones by rising id
+            value = read_f32(row + 4 * e) + read_f32(bias + 4 * e)
+            if n == n_used and not value > read_f32(sums + 4 * (n_used - 1)):
+                continue
+            at = min(n, n_used - 1)
+            while finite and at > 0 and read_f32(sums + 4 * (at - 1)) < value:
+                write_f32(sums + 4 * at, read_f32(sums + 4 * (at - 1)))
+                write_i32(chosen + 4 * at, read_i32(chosen + 4 * (at - 1)))
+                at -= 1
+            write_f32(sums + 4 * at, value)
+            write_i32(chosen + 4 * at, np.int32(e))
+            n = min(n + 1, n_used)
         for j in range(1, n_used):  # insertion sort: eight ids
             e, i = read_i32(chosen + 4 * j), j
             while i > 0 and read_i32(chosen + 4 * (i - 1)) > e:
