@@ -1,6 +1,7 @@
 """Writes a few layers of true MiniMax-M2 widths as a GGUF with random weights, for speed measurements only.
 
 python benchmarks/make_slice.py -o slice.gguf [--layers 4] [--experts 256] [--vocab 200064] [--type q4_0|q4_k_m|...]
+    [--modules 3]: prediction modules of random weights, too, in mtp-slice.gguf
 
 The defaults take 9.6 GB and load here and in llama.cpp (llama-bench). A type gives every tensor the format that
 `convert` and llama-quantize give it. Weights are random blocks with scales that keep activations finite; the same
@@ -24,13 +25,16 @@ import numpy.typing as npt
 
 from m2lite.errors import M2liteError
 from m2lite.quant.config import SourceConfig
-from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys
+from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys, sidecar_keys
 from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
-from m2lite.quant.names import LAYER, TRUNK, Entry
+from m2lite.quant.names import LAYER, MTP_TENSORS, TRUNK, Entry, Mtp
 from m2lite.quant.recipes import choose_formats, find_recipe, parse_overrides
 from m2lite.storage import durable
 from m2lite.storage.blocks import E2M1_DOUBLED
+from m2lite.storage.gguf_reader import open_gguf
+from m2lite.storage.identity import trunk_identity
 from m2lite.storage.iquants import IQ4_VALUES
+from m2lite.storage.sidecar import sidecar_path
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -45,7 +49,7 @@ ADDED = {
 SPECIAL = {"bos": 34, "eos": 20, "unknown": 21, "padding": 0}
 
 # Standard deviation of the weights by role, times 1 / sqrt(inputs): what keeps a random network's activations near 1.
-GAIN = {"attention": 1.0, "experts": 1.0, "head": 2.6, "router": 1.0}
+GAIN = {"attention": 1.0, "experts": 1.0, "head": 2.6, "router": 1.0, "mtp_projection": 1.0}
 # Attention averages tokens, so what they share passes it and what tells them apart does not: at full gain, tokens of
 # deep layers choose the same experts. At this one they share as many as chance has it; those of real text share more.
 ATTENTION_OUT = 0.25
@@ -225,24 +229,47 @@ def fill(chunk: Chunk, skew: float = SKEW) -> Bytes:
     return data
 
 
-def write_slice(out: Path, config: SourceConfig, type_name: str, skew: float = SKEW) -> int:
-    """Writes the file and returns its size; skew is the standard deviation of the router's bias."""
-    recipe, dims = find_recipe(type_name), config.dims()
-    entries = list(slice_entries(config.n_layers))
-    plan = [Tensor(name, tuple(dims[w] for w in e.shape), e.role) for name, e in entries]
-    formats = choose_formats(recipe, plan, parse_overrides(OVERRIDES.get(type_name, ())))
+def write_slice(out: Path, config: SourceConfig, type_name: str, skew: float = SKEW, n_modules: int = 0) -> int:
+    """Writes the file and returns its size; skew is the standard deviation of the router's bias.
+
+    n_modules prediction modules go to a file of their own beside it.
+    """
+    dims = config.dims()
+    plan = [Tensor(n, tuple(dims[w] for w in e.shape), e.role) for n, e in slice_entries(config.n_layers)]
+    keys = [*architecture_keys(config, config.n_layers), *vocabulary_keys(config.n_vocab)]
+    name = f"MiniMax-M2 slice, {config.n_layers} layers, random"
+    size_bytes = _write(out, type_name, name, plan, keys, skew)
+    if n_modules:
+        with open_gguf(out) as trunk:
+            mtp = Mtp(n_modules, (), "pre_norm", True, shared_norm=False)
+            keys = sidecar_keys(config, mtp, trunk_identity(trunk))
+        _write(sidecar_path(out), type_name, f"{name}, MTP", module_plan(config, n_modules), keys, skew)
+    return size_bytes
+
+
+def module_plan(config: SourceConfig, n_modules: int) -> list[Tensor]:
+    dims, n_embd = config.dims(), config.n_embd
+    plan = []
+    for block in range(config.n_layers, config.n_layers + n_modules):
+        prefix = f"blk.{block}."
+        plan += [Tensor(prefix + e.gguf, tuple(dims[w] for w in e.shape), e.role, mtp=True) for e in LAYER]
+        for name, role in MTP_TENSORS.items():
+            shape = (n_embd, 2 * n_embd) if role == "mtp_projection" else (n_embd,)
+            plan.append(Tensor(f"{prefix}nextn.{name}.weight", shape, role, mtp=True))
+    return plan
+
+
+def _write(out: Path, type_name: str, name: str, plan: list[Tensor], keys: list[Key], skew: float) -> int:
+    recipe = find_recipe(type_name)
+    overrides = [] if plan[0].mtp else OVERRIDES.get(type_name, ())
+    formats = choose_formats(recipe, plan, parse_overrides(overrides))
     tensors = [(t.name, t.shape, formats[t.name].block_format) for t in plan]
-    keys = [
-        *general_keys(recipe, f"MiniMax-M2 slice, {config.n_layers} layers, random"),
-        *architecture_keys(config, config.n_layers),
-        *vocabulary_keys(config.n_vocab),
-    ]
-    header = build_header(ARCHITECTURE, keys, tensors)
+    header = build_header(ARCHITECTURE, [*general_keys(recipe, name), *keys], tensors)
     chunks = []
-    for slot, (_, entry) in zip(header.slots, entries, strict=True):
+    for slot, tensor in zip(header.slots, plan, strict=True):
         step = CHUNK_BYTES // slot.block_format.n_bytes * slot.block_format.n_bytes
         for first in range(0, slot.n_bytes, step):
-            chunks.append(Chunk(slot, entry.role, slot.offset + first, min(step, slot.n_bytes - first)))
+            chunks.append(Chunk(slot, tensor.role, slot.offset + first, min(step, slot.n_bytes - first)))
     part = durable.PartFile(out, header.size_bytes)
     try:
         with ThreadPoolExecutor(2) as pool:
@@ -263,12 +290,14 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=200_064)
     parser.add_argument("--skew", type=float, default=SKEW, help="of the router's bias: more makes favourites")
     parser.add_argument("--type", choices=TYPES, default="q4_0")
+    parser.add_argument("--modules", type=int, default=0, help="prediction modules, in mtp-OUTPUT beside it")
     args = parser.parse_args()
     if args.layers < 1 or not 1 <= args.experts <= 1024:
         parser.error("--layers must be at least 1, --experts from 1 to 1024")
     start = time.perf_counter()
     try:
-        n_bytes = write_slice(args.output, slice_config(args.layers, args.experts, args.vocab), args.type, args.skew)
+        config = slice_config(args.layers, args.experts, args.vocab)
+        n_bytes = write_slice(args.output, config, args.type, args.skew, args.modules)
     except M2liteError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None

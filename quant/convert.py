@@ -92,7 +92,11 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
     sidecar: tuple[Output, ...] = ()
     if modules is not None:
         identity = _identify(checkpoint, config, bindings.trunk)
-        keys = _sidecar_keys(config, options, modules, identity)
+        keys = [
+            *general_keys(options.recipe, f"{options.name or 'MiniMax-M2'} MTP"),
+            *importance_keys(options),
+            *sidecar_keys(config, modules, identity),
+        ]
         sidecar = plan_files(sidecar_path(out), ARCHITECTURE, keys, place(modules.bindings), options.alignment)
     job = Job((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
     return JobPlan(job, options, bound, choices, describe(model, sidecar, modules.n_modules if modules else 0))
@@ -108,10 +112,9 @@ def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options) -
     ]
 
 
-def _sidecar_keys(config: SourceConfig, options: Options, mtp: Mtp, identity: str) -> list[Key]:
+def sidecar_keys(config: SourceConfig, mtp: Mtp, identity: str) -> list[Key]:
+    """What a sidecar says of its modules and of the trunk that they belong to."""
     return [
-        *general_keys(options.recipe, f"{options.name or 'MiniMax-M2'} MTP"),
-        *importance_keys(options),
         *architecture_keys(config, config.n_layers + mtp.n_modules),
         uint32(f"{ARCHITECTURE}.vocab_size", config.n_vocab),
         uint32(f"{ARCHITECTURE}.nextn_predict_layers", mtp.n_modules),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -167,6 +167,10 @@ class Drafted:
         }
 
 
+# (length of the row, k) -> what module k shall have said behind it, and how sure: where the weights are random.
+Oracle = Callable[[int, int], tuple[int, float]]
+
+
 class Drafter:
     """Proposes drafts for one session, and learns what became of them."""
 
@@ -181,6 +185,7 @@ class Drafter:
         self._row = list[int]()
         self._source, self._shares = "", list[float]()
         self._modules_s = 0.0  # of the step under way: time of the modules
+        self.oracle: Oracle | None = None  # set by measurements only
         self._n_quiet = 0  # steps since the last that was looked at
         self.quiet = 0  # steps that may pass without a look
         self.drafted = Drafted()
@@ -224,6 +229,8 @@ class Drafter:
                 break
             began = time.perf_counter()
             token, share, n_rows = replay.draft(k, self._row, drafts, sampling, stream)
+            if self.oracle is not None:
+                token, share = self.oracle(len(self._row), k)
             seconds = time.perf_counter() - began
             gate.saw_module(k, n_rows, seconds)
             self._modules_s += seconds

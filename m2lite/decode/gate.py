@@ -157,7 +157,7 @@ class Gate:
     def _choose(self, n_behind: int, n_left: int) -> None:
         """What follows from the estimates."""
         self._fill_costs()
-        self.is_quick = self._level * self._costs[1] < _QUICK_S
+        self.is_quick = 0 < self._level * self._costs[1] < _QUICK_S
         arms = [self._arm(k) for k in range(self.n_modules + 1)]
         self._token = token = min(cost / tokens for tokens, cost in arms)
         self._values = values = [tokens * token - cost for tokens, cost in arms]

@@ -77,6 +77,7 @@ class Rows:
         # page addresses. For one row, making NumPy arrays and asking for their addresses would take most of a call.
         self._small = array("i", [*tokens, *positions, *indices, *[i % PAGE for i in indices]])
         self._wide = array("q", [*pages, *tables])
+        self.start = indices[0]  # place of the first row in its timeline
         self.starts_at_0 = positions[0] == 0
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:

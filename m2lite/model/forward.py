@@ -56,6 +56,13 @@ class Tap(Protocol):
         """So is x[rows[p]] with expert active[g] of each stack, for the pairs p from starts[g] to starts[g + 1]."""
 
 
+class Rerouting(Protocol):
+    """Chooses experts instead of the router, for measurements whose weights are random."""
+
+    def __call__(self, layer: int, start: int, n: int) -> npt.NDArray[np.int32]:
+        """ids [n, n_used], ascending in each row, of a layer's rows, which stand at `start` and behind."""
+
+
 class Buffers:
     """Scratch memory for up to `n_rows` rows per call, in timelines of up to `n_positions` (the model's limit).
 
@@ -70,6 +77,7 @@ class Buffers:
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
         self.kernels = kernels or load_kernels()
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
+        self.rerouting: Rerouting | None = None  # set by measurements only
         self.stream: Stream | None = None  # set where the model is larger than its memory
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
@@ -181,7 +189,7 @@ class Place:
     """Addresses of where the rows stand, looked up once per call."""
 
     def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType) -> None:
-        self.n_positions = rows.n_positions
+        self.n_positions, self.start, self.layer_bytes = rows.n_positions, rows.start, pool.layer_bytes
         self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
         packed = _PLACES.pack(pool.angles_address, *addresses, *cache)
@@ -212,10 +220,15 @@ def run_layer(
     """
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     macs = n * 2 * c.n_q * place.n_positions
-    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and b.tap is None and stream is None:
+    is_plain = b.tap is None and b.rerouting is None and stream is None
+    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and is_plain:
         return int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset)) == 0
     attention(c, layer, b, place, n, layer_offset, check)
-    return rest_of_layer(c, layer, b, n, check, stream)
+    n_active, n_bad = choose(layer, b, n, check)
+    if b.rerouting is not None:
+        n_active = _reroute(c, b, b.rerouting(layer_offset // place.layer_bytes, place.start, n))
+    run_experts(c, layer, b, n, n_active, check, stream)
+    return n_bad == 0
 
 
 def attention(
@@ -241,19 +254,29 @@ def attention(
         steps.attend_rows(jit.team(), b.record, place.record, first, size, size * macs, layer_offset)
 
 
-def rest_of_layer(
-    c: Config, layer: Layer, b: Buffers, n: int, check: Check = go_on, stream: Stream | None = None
-) -> bool:
-    """x += attended Wo; x += the chosen experts' outputs for h = rms_norm(x).
-
-    False when a router score is NaN or infinite.
-    """
-    steps = b.kernels.steps
+def choose(layer: Layer, b: Buffers, n: int, check: Check = go_on) -> tuple[int, int]:
+    """x += attended Wo; the experts for h = rms_norm(x), sorted: (their number, rows with a NaN or infinite score)."""
     check()
-    n_active, n_bad = steps.choose(jit.team(), layer.record, b.record, n)
+    n_active, n_bad = b.kernels.steps.choose(jit.team(), layer.record, b.record, n)
     if b.tap is not None:
-        b.tap.dense((layer.attn_output,), b.attended, c.n_q, n)
-        b.tap.dense((layer.ffn_gate_inp,), b.h, c.n_embd, n)
+        b.tap.dense((layer.attn_output,), b.attended, layer.attn_output.n_in, n)
+        b.tap.dense((layer.ffn_gate_inp,), b.h, layer.ffn_gate_inp.n_in, n)
+    return int(n_active), int(n_bad)
+
+
+def _reroute(c: Config, b: Buffers, ids: npt.NDArray[np.int32]) -> int:
+    """Other experts than the router's, with its weights; how many there are."""
+    n = len(ids)
+    b.array("ids")[:n] = ids
+    sizes = (n, c.n_experts, c.n_experts_used)
+    return int(b.kernels.group_pairs(b.ids, *sizes, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots))
+
+
+def run_experts(
+    c: Config, layer: Layer, b: Buffers, n: int, n_active: int, check: Check = go_on, stream: Stream | None = None
+) -> None:
+    """x += the chosen experts' outputs for h."""
+    steps = b.kernels.steps
     if stream is not None:
         counts = np.diff(b.array("starts")[: n_active + 1])
         stream.begin(b.array("active")[:n_active].tolist(), counts.tolist(), n)
@@ -268,7 +291,6 @@ def rest_of_layer(
             steps.experts(jit.team(), layer.record, b.record, *part, part.first - slab.first)
             _show_experts(c, layer, b, part._replace(active=part.active - b.places + b.active))
         steps.add_experts(jit.team(), b.record, slab.first, slab.n_pairs, n)
-    return int(n_bad) == 0
 
 
 def _show_experts(c: Config, layer: Layer, b: Buffers, slab: Slab) -> None:

@@ -1,0 +1,243 @@
+"""What drafts cost at MiniMax-M2's widths, and whether the gate finds what pays: a slice with random weights.
+
+    python benchmarks/draft_costs.py SLICE.gguf [--overlap 0,0.25,0.4] [-d 0,8192] [--right 1,0.75] [-n 48] [-r 3]
+
+SLICE.gguf comes from make_slice.py --modules 3. Its weights are random, so three things are set, and the output says
+so: the tokens are given; module k's draft is right where a trace of m2-tiny's modules says so (real answers to
+held-out questions; `--right` 0.75 makes a quarter of those wrong); and experts are chosen by lot, such that a token
+shares a given part of them with the one before. Everything is computed: trunk, modules, attention, head, draws.
+
+Costs are seconds of a step with K drafts, over one without. Break-even is the acceptance, the same at each position,
+from which on K drafts are no slower than none. Every setting runs in turn within each repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2lite import Model
+from m2lite.bench import fill, random_ids
+from m2lite.bench_drafts import Setting
+from m2lite.decode.compute import compute_thread
+from m2lite.decode.drafts import Drafted
+from m2lite.decode.gate import Gate
+from m2lite.decode.sampling import Sampling
+from m2lite.decode.session import Session
+from m2lite.text.template import encode_chat
+from m2lite.workloads import WORKLOADS
+
+PERIOD = 1024  # positions after which the lots repeat
+WARM_TOKENS = 320  # in which the gate learns, before anything is counted
+SET = "tokens given; drafts right by m2-tiny's trace; experts by lot"
+
+Trace = list[list[tuple[float, bool]]]  # of each token: (share, is right) of every module's draft behind it
+
+
+def record_trace(model: Model, n_modules: int = 3) -> Trace:
+    """What the modules of a trained model say at every token of answers to questions, drawn at temperature 1."""
+    trace: Trace = []
+    questions = [q for w in WORKLOADS if not w.replies and w.temperature == 1 for q in w.questions]
+    for i, question in enumerate(questions):
+        row = encode_chat(model.tokenizer, model.template, [{"role": "user", "content": question}])
+        sampling = Sampling(seed=i)
+        with model.session("off") as session:
+            answer = list(session.generate(row, max_tokens=200, sampling=sampling))
+        trace += compute_thread().run(partial(_trace_of, model, row, answer, sampling, n_modules))
+    return trace
+
+
+def _trace_of(model: Model, prompt: list[int], answer: list[int], sampling: Sampling, n_modules: int) -> Trace:
+    engine, found = model.engine, Trace()
+    timeline = engine.pool.timeline()
+    drafter = engine.drafter(timeline, "mtp", n_modules)
+    assert drafter is not None and drafter._replay is not None
+    replay, row = drafter._replay, [*prompt, *answer]
+    engine.evaluate(timeline, 0, prompt)
+    replay.keep(0, len(prompt), 0)
+    for n in range(len(prompt), len(row) - n_modules):
+        drafts, said = list[int](), list[tuple[float, bool]]()
+        for k in range(n_modules):
+            token, share, _ = replay.draft(k, row[: n + 1], drafts, sampling, 0)
+            drafts.append(token)
+            said.append((share, token == row[n + 1 + k]))
+        found.append(said)
+        engine.evaluate(timeline, n, [row[n]])
+        replay.keep(n, 1, 1)
+    timeline.release()
+    return found
+
+
+def thinned(trace: Trace, share: float) -> Trace:
+    """A part of the right drafts made wrong, by lot."""
+    dice = np.random.default_rng(5)
+    return [[(s, right and bool(dice.random() < share)) for s, right in said] for said in trace]
+
+
+class Lots:
+    """Experts by lot: a token shares a part of them, on average, with the one before."""
+
+    def __init__(self, n_layers: int, n_experts: int, n_used: int, overlap: float) -> None:
+        dice = np.random.default_rng(7)
+        self._ids = np.empty((n_layers, PERIOD, n_used), np.int32)
+        for layer in range(n_layers):
+            before = dice.permutation(n_experts)[:n_used]
+            for at in range(PERIOD):
+                kept = before[dice.random(n_used) < overlap]
+                others = np.setdiff1d(np.arange(n_experts), before)
+                before = np.concatenate([kept, dice.permutation(others)[: n_used - len(kept)]])
+                self._ids[layer, at] = np.sort(before)
+
+    def __call__(self, layer: int, start: int, n: int) -> npt.NDArray[np.int32]:
+        return self._ids[layer, np.arange(start, start + n) % PERIOD]
+
+    def measured_overlap(self) -> float:
+        a, b = self._ids[:, :-1, :, None], self._ids[:, 1:, None, :]
+        return float((a == b).any(axis=-1).mean())
+
+
+@dataclass
+class Point:
+    """One context, overlap and trace, and the settings on it."""
+
+    session: dict[Setting, Session]
+    depth: int
+    script: list[int]
+    shift: int = 0  # of the trace
+
+    def run(self, setting: Setting, n: int, seed: int) -> tuple[float, Drafted | None]:
+        """Seconds a token, of n tokens behind the context."""
+        session, self.shift = self.session[setting], 131 * seed
+        session.rewind(self.depth)
+        first, *script = self.script[: n + 2]
+        for _ in session.generate([first], sampling=Sampling(seed=seed), ignore_stop=True, script=script):
+            pass
+        return session.stats.decode_s / (session.stats.n_generated - 1), session.stats.drafted
+
+
+def measure_point(
+    model: Model, depth: int, trace: Trace, settings: Sequence[Setting], n: int, repeats: int
+) -> dict[str, Any]:
+    model.engine.gate = Gate(model.engine.drafting.n_modules)
+    script = random_ids(model, max(n, WARM_TOKENS) + 2, seed=3)
+    point = Point({}, depth, script)
+
+    def oracle(length: int, k: int) -> tuple[int, float]:
+        share, is_right = trace[(length + point.shift) % len(trace)][k]
+        said = script[length + k - depth] if length + k - depth < len(script) else 0
+        return said if is_right else (said + 1) % model.config.n_vocab, share
+
+    for setting in settings:
+        session = point.session[setting] = model.session(*setting)
+        if depth:
+            fill(session, depth)
+        if session._drafter is not None:
+            session._drafter.oracle = oracle
+    auto = Setting("auto")
+    if auto in settings:
+        point.run(auto, WARM_TOKENS, 0)
+    seconds: dict[Setting, list[float]] = {s: [] for s in settings}
+    drafted = {s: Drafted() for s in settings}
+    for r in range(repeats):
+        for setting in settings:
+            found, drafts = point.run(setting, n, r)
+            seconds[setting].append(found)
+            if drafts is not None:
+                drafted[setting].include(drafts)
+    for session in point.session.values():
+        session.close()
+    return _summary(seconds, drafted)
+
+
+def _summary(seconds: dict[Setting, list[float]], drafted: dict[Setting, Drafted]) -> dict[str, Any]:
+    off = seconds[Setting("off")]
+    rows = {}
+    for setting, samples in seconds.items():
+        found = drafted[setting]
+        per_step = found.tokens_per_step or 1.0
+        step = statistics.median(per_step * s / o for s, o in zip(samples, off, strict=True))
+        rows[str(setting)] = {
+            "tokens_per_s": 1 / statistics.median(samples),
+            "speedup": statistics.median(o / s for s, o in zip(samples, off, strict=True)),
+            "step_cost": step,
+            "tokens_per_step": per_step,
+            "acceptance": found.acceptance,
+            "break_even": break_even(step, setting.n_tokens) if setting.n_tokens else None,
+        }
+    return rows
+
+
+def break_even(cost: float, n_drafts: int) -> float | None:
+    """The acceptance a with 1 + a + ... + a**n = cost; None where even 1 does not do."""
+    if cost >= n_drafts + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(middle**j for j in range(n_drafts + 1)) > cost else (middle, high)
+    return high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slice", type=Path)
+    parser.add_argument("--overlap", default="0,0.25,0.4")
+    parser.add_argument("-d", "--depth", default="0,8192")
+    parser.add_argument("--right", default="1,0.75", help="part of the trace's right drafts that stays right")
+    parser.add_argument("-n", type=int, default=48)
+    parser.add_argument("-r", "--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="append one JSON object a point")
+    args = parser.parse_args()
+    with Model.open(ctx=1024) as tiny:
+        whole = record_trace(tiny)
+    settings = [Setting("off"), *(Setting("mtp", k) for k in (1, 2, 3)), Setting("auto")]
+    depths = [int(d) for d in args.depth.split(",")]
+    print(f"{args.slice.name}: {SET}", flush=True)
+    with Model.open(args.slice, ctx=(max(depths) + WARM_TOKENS + args.n + 128) * len(settings)) as model:
+        model.wait_mapped()
+        c = model.config
+        for overlap in map(float, args.overlap.split(",")):
+            lots = Lots(c.n_layers + 3, c.n_experts, c.n_experts_used, overlap)
+            model.engine.buffers.rerouting = lots
+            for depth in depths:
+                for right in map(float, args.right.split(",")):
+                    rows = measure_point(model, depth, thinned(whole, right), settings, args.n, args.repeats)
+                    point = {"overlap": overlap, "depth": depth, "right": right, "settings": rows, "set": SET}
+                    point["slice"], point["overlap_measured"] = args.slice.name, lots.measured_overlap()
+                    _show(point)
+                    if args.output:
+                        with args.output.open("a") as out:
+                            out.write(json.dumps(point) + "\n")
+    sys.exit()
+
+
+def _show(point: dict[str, Any]) -> None:
+    print(
+        f"\noverlap {point['overlap']:g}, context {point['depth']:,}, {point['right']:.0%} of the trace's right drafts"
+    )
+    for name, row in point["settings"].items():
+        line = f"  {name:<6} {row['tokens_per_s']:7.2f} tok/s  x{row['speedup']:.3f}  {row['tokens_per_step']:.2f} tok/step"
+        if row["acceptance"]:
+            line += f"  step x{row['step_cost']:.2f}  right " + " ".join(
+                f"{a:.0%}" for a in row["acceptance"] if a is not None
+            )
+        if name.startswith("mtp"):
+            even = row["break_even"]
+            line += "  break-even " + ("none" if even is None else f"{even:.0%}")
+        print(line, flush=True)
+    best = max(r["speedup"] for n, r in point["settings"].items() if n != "auto")
+    print(f"  auto reaches {point['settings']['auto']['speedup'] / best:.3f} of the best", flush=True)
+
+
+if __name__ == "__main__":
+    main()
