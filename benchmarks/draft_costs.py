@@ -226,11 +226,11 @@ def _show(point: dict[str, Any]) -> None:
         f"\noverlap {point['overlap']:g}, context {point['depth']:,}, {point['right']:.0%} of the trace's right drafts"
     )
     for name, row in point["settings"].items():
-        line = f"  {name:<6} {row['tokens_per_s']:7.2f} tok/s  x{row['speedup']:.3f}  {row['tokens_per_step']:.2f} tok/step"
+        line = f"  {name:<6} {row['tokens_per_s']:7.2f} tok/s  x{row['speedup']:.3f}"
+        line += f"  {row['tokens_per_step']:.2f} tok/step"
         if row["acceptance"]:
-            line += f"  step x{row['step_cost']:.2f}  right " + " ".join(
-                f"{a:.0%}" for a in row["acceptance"] if a is not None
-            )
+            right = " ".join(f"{a:.0%}" for a in row["acceptance"] if a is not None)
+            line += f"  step x{row['step_cost']:.2f}  right {right}"
         if name.startswith("mtp"):
             even = row["break_even"]
             line += "  break-even " + ("none" if even is None else f"{even:.0%}")

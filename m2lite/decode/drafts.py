@@ -23,6 +23,7 @@ from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.storage.sidecar import check_trunk, sidecar_path
 
 if TYPE_CHECKING:  # these import Numba
+    from m2lite.decode.leaving import Leaving
     from m2lite.decode.lookup import Lookup
     from m2lite.decode.replay import Replay
     from m2lite.model.cache import Timeline
@@ -175,9 +176,18 @@ class Drafter:
     """Proposes drafts for one session, and learns what became of them."""
 
     def __init__(
-        self, mode: str, n_tokens: int | None, gate: Gate, replay: Replay | None, lookup: Lookup | None
+        self,
+        mode: str,
+        n_tokens: int | None,
+        gate: Gate,
+        replay: Replay | None,
+        lookup: Lookup | None,
+        leave: Leaving | None = None,
     ) -> None:
-        """`n_tokens`: the most drafts of a step; else what the modules can, and MOST_DRAFTS of a prompt lookup."""
+        """`n_tokens`: the most drafts of a step; else what the modules can, and MOST_DRAFTS of a prompt lookup.
+
+        `leave`: of a model that is streamed.
+        """
         self._is_auto = mode == "auto"
         self._gate, self._replay, self._lookup = gate, replay, lookup
         self._most = n_tokens or MOST_DRAFTS
@@ -185,6 +195,7 @@ class Drafter:
         self._row = list[int]()
         self._source, self._shares = "", list[float]()
         self._modules_s = 0.0  # of the step under way: time of the modules
+        self.leave = leave
         self.oracle: Oracle | None = None  # set by measurements only
         self._n_quiet = 0  # steps since the last that was looked at
         self.quiet = 0  # steps that may pass without a look
@@ -209,12 +220,16 @@ class Drafter:
             length = gate.lookup_drafts(length) if self._is_auto else self._most
         if not length and (self._replay is None or not n_modules):
             self.quiet = QUIET if gate.is_quick and not gate.is_trying else 0
+            if self.leave is not None:
+                self.leave.begin(())
             return []
         most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
         if most < 1:
             return []
         if length and self._lookup is not None:
             self._source, self._shares = "ngram", []
+            if self.leave is not None:
+                self.leave.begin(gate.lookup_chances(self._lookup.length))
             return self._lookup.guess(min(length, most))
         self._source = "mtp"
         return self._draft(min(n_modules, most), sampling, stream)
@@ -238,6 +253,8 @@ class Drafter:
             self._shares.append(share)
             chances.append(gate.chance(share))
             right *= chances[-1]
+        if self.leave is not None:
+            self.leave.begin(chances)
         return drafts[: gate.verified(chances)] if self._is_auto else drafts
 
     def keep(self, start: int, n_rows: int) -> None:
@@ -275,6 +292,8 @@ class Drafter:
         """
         gate, shares, n_right = self._gate, self._shares, 0
         self.conclude()
+        if self.leave is not None:
+            self.leave.end(1 + len(drafts), time.perf_counter() - began)
         if not drafts:
             gate.saw_step(1, len(shares), time.perf_counter() - began)
         else:

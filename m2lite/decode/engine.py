@@ -20,7 +20,7 @@ from m2lite.storage.gguf_reader import GGUFFile
 if TYPE_CHECKING:  # these import Numba
     from m2lite.decode.replay import Modules
     from m2lite.model.cache import KVPool, Timeline
-    from m2lite.model.forward import Buffers
+    from m2lite.model.forward import Buffers, Leave
     from m2lite.model.residency import Residency
     from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
@@ -115,6 +115,7 @@ class Engine:
             return None
         if mode == "mtp" and self._modules is None:
             raise UsageError("The model was opened without prediction modules.", "Open it with draft='mtp'.")
+        from m2lite.decode.leaving import Leaving
         from m2lite.decode.lookup import Lookup
         from m2lite.decode.replay import Replay
 
@@ -122,7 +123,8 @@ class Engine:
         lookup = None if mode == "mtp" else Lookup(self.pool.n_positions + 1)
         # What a fixed number of drafts measures is not the gate's: it would know more than it can find out itself.
         gate = self.gate if mode == "auto" else Gate(self.drafting.n_modules)
-        return Drafter(mode, n_tokens, gate, replay, lookup)
+        leave = None if self.stream is None or mode != "auto" else Leaving(self.stream, self.weights.config.n_layers)
+        return Drafter(mode, n_tokens, gate, replay, lookup, leave)
 
     def fit(self) -> None:
         """Keep weights that come and go within their budget, whatever else has grown."""
@@ -158,10 +160,12 @@ class Engine:
         tokens: Sequence[int],
         outputs: str = "last",
         stop: Stop | None = None,
+        leave: Leave | None = None,
     ) -> Any:
         """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
 
-        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before.
+        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before. `leave` may
+        leave out rows at the end.
         """
 
         def check() -> None:
@@ -175,4 +179,4 @@ class Engine:
             timeline.rewind(start)
         assert timeline.length == start, (timeline.length, start)
         rows = self.pool.rows([(timeline, tokens)])
-        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check)
+        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave)

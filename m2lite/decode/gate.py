@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
 PLAN_EVERY, PLAN_SELDOM = 16, 256  # steps between two looks at the estimates; where nothing was drafted between
-PROBE_SHARE = 0.003  # of the time, for trying what is expected to be slower
+PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
 PROBE_AFTER = 64  # steps for which something was not tried, at least
 PLAIN_AFTER = 128  # steps without one that had no drafts, at most
 TRIAL, TRIAL_COLD = 6, 2  # steps of a trial; of these not measured: what was not used before is not in the caches
 LONG_TRIAL, LONG_COLD = 64, 32  # of a small model without drafts: it comes back into the caches an expert at a time
-_MARGIN = 0.03  # of a step: what drafts must promise at least, since what looks best among estimates rarely is as good
+_MARGIN = 0.01  # of a step: what drafts must promise at least, since what looks best among estimates rarely is as good
 _QUICK_S = 0.002  # a step's time below which the gate's own shows
+WASTED_TRIED = 4  # of the steps in which no draft of a module is worth verifying, one in so many does it all the same
 _WELL_KNOWN = 32  # measurements; what has fewer is tried sooner
 _FOLLOW = 0.1  # of a change in speed, with each step
 _FAR_OFF = 4.0  # times what is expected: more of one step counts as this
@@ -68,6 +69,7 @@ class Gate:
         self._catch_up = Estimate(_CATCH_UP)  # a row of a module that is behind
         self._hits = _chances(*[0.75] * n_modules)  # that draft j is right if those before it were
         self._sure = _chances(0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # by a module's share
+        self._n_wasted = 0  # steps in which no draft of a module was worth verifying
         self._found = _chances(0.4, 0.6, 0.75, 0.85, 0.9, 0.95)  # by a match's length
         self._answer = Estimate(_ANSWER, n=1, rate=0.1)  # tokens
         self.n_steps = self.next_plan = self._n_drafted = self._seldom = 0
@@ -187,7 +189,7 @@ class Gate:
             n_steps, n_cold = (LONG_TRIAL, LONG_COLD) if self.is_quick and not k else (TRIAL, TRIAL_COLD)
             known, catching_up = self._rows[k + 1].n, self._catching_up(k, n_behind)
             price = n_steps * (values[best] - values[k]) + catching_up
-            pause = max(PROBE_AFTER, price * len(values) / (PROBE_SHARE * step) * min(1.0, known / _WELL_KNOWN))
+            pause = max(PROBE_AFTER, price / (PROBE_SHARE * step) * min(1.0, known / _WELL_KNOWN))
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER * n_steps / TRIAL)
             if known < TRIAL and catching_up < TRIAL:  # hardly anything is known of it yet
@@ -219,10 +221,13 @@ class Gate:
         """How many tokens behind a match of that length to verify, instead of what modules would draft."""
         i = bisect_right(_LENGTHS, length)
         if self._lookup_drafts[i] < 0:
-            chances = [e.value for e in self._found[i:]]  # a match whose tokens are right grows
-            chances += [chances[-1]] * (MOST_DRAFTS - len(chances))
-            self._lookup_drafts[i] = self.worth(chances, self._gain)
+            self._lookup_drafts[i] = self.worth(self.lookup_chances(length), self._gain)
         return self._lookup_drafts[i]
+
+    def lookup_chances(self, length: int) -> list[float]:
+        """That the tokens behind a match are right, each if those before it are: with each of them the match grows."""
+        chances = [e.value for e in self._found[bisect_right(_LENGTHS, length) :]]
+        return chances + [chances[-1]] * (MOST_DRAFTS - len(chances))
 
     def worth(self, chances: Sequence[float], instead: float = 0.0) -> int:
         """How many of the drafts to verify that are right with these chances, each if those before it are."""
@@ -238,7 +243,14 @@ class Gate:
 
     def verified(self, chances: Sequence[float]) -> int:
         """How many of the modules' drafts to verify, which are there."""
-        return len(chances) if self.is_trying else self.worth(chances)
+        if self.is_trying:
+            return len(chances)
+        n = self.worth(chances)
+        if not n:
+            self._n_wasted += 1
+            if self._n_wasted % WASTED_TRIED == 0:  # else nobody would know if they had become better
+                return len(chances)
+        return n
 
     def chance(self, share: float) -> float:
         """That a module's draft is right, of which it is so sure."""

@@ -77,7 +77,9 @@ class Generation:
         drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)
         if not drafts:
             began = time.perf_counter()  # most steps without drafts do not even ask for them
-        logits = engine.evaluate(self.timeline, start, [token, *drafts], outputs="all", stop=self.stop)
+        leave = drafter.leave if drafts else None
+        logits = engine.evaluate(self.timeline, start, [token, *drafts], "all", self.stop, leave)
+        drafts = drafts[: len(logits) - 1]  # those that were verified
         new = []
         for j in range(len(drafts) + 1):
             new.append(self._draw(logits[j], start + 1 + j))

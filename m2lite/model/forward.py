@@ -63,6 +63,13 @@ class Rerouting(Protocol):
         """ids [n, n_used], ascending in each row, of a layer's rows, which stand at `start` and behind."""
 
 
+class Leave(Protocol):
+    """Says which rows at the end are not worth going on with."""
+
+    def __call__(self, layer: int, ids: npt.NDArray[np.int32]) -> int:
+        """How many rows go on, at least 1, of those that have chosen the experts ids [n, n_used] in a layer."""
+
+
 class Buffers:
     """Scratch memory for up to `n_rows` rows per call, in timelines of up to `n_positions` (the model's limit).
 
@@ -156,39 +163,43 @@ def forward(
     rows: Rows,
     outputs: str = "last",
     check: Check = go_on,
+    leave: Leave | None = None,
 ) -> npt.NDArray[np.float32]:
     """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
 
     The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
     timelines are then as before. `check` is called before and within every layer and may raise to stop the call: same
-    promise.
+    promise. With `leave`, rows of a single timeline may be left out from a layer on: they have no logits then, and the
+    timeline does not grow by them.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
     assert n <= b.n_rows, (n, b.n_rows)
     assert jit.n_threads() <= b.n_threads, "the buffers hold scratch for fewer threads"
     embd = weights.token_embd
-    place = Place(pool, rows, k)
+    place = Place(pool, rows, k, leave)
     k.embed_rows(weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.x, 4 * c.n_embd)
     for i, layer in enumerate(weights.layers):
         check()
         if b.stream is not None:
             b.stream.enter(i, n, is_last=i == len(weights.layers) - 1)
-        if not run_layer(c, layer, b, place, n, i * pool.layer_bytes, check, b.stream):
+        n = run_layer(c, layer, b, place, n, i * pool.layer_bytes, check, b.stream)
+        if not n:
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     if b.stream is not None:
         b.stream.enter(c.n_layers, n, is_last=True)
-    logits = _head(weights, b, rows, outputs)
+    logits = _head(weights, b, rows) if outputs == "last" else head(weights, b, b.x, weights.output_norm, n)
     for timeline, length in rows.lengths:
-        timeline.length = length
+        timeline.length = length - (rows.n - n)
     return logits
 
 
 class Place:
     """Addresses of where the rows stand, looked up once per call."""
 
-    def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType) -> None:
+    def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType, leave: Leave | None = None) -> None:
+        self.leave = leave
         self.n_positions, self.start, self.layer_bytes = rows.n_positions, rows.start, pool.layer_bytes
         self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
@@ -212,23 +223,28 @@ def run_layer(
     layer_offset: int,
     check: Check = go_on,
     stream: Stream | None = None,
-) -> bool:
-    """One layer for n rows; False when a router score is NaN or infinite.
+) -> int:
+    """One layer for n rows; how many of them go on, 0 when a router score is NaN or infinite.
 
     Few rows take one call of a kernel for all of it; more go through the steps below, with a look up between them; so
     does a layer whose experts come from `stream`.
     """
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     macs = n * 2 * c.n_q * place.n_positions
-    is_plain = b.tap is None and b.rerouting is None and stream is None
+    is_plain = b.tap is None and b.rerouting is None and stream is None and place.leave is None
     if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and is_plain:
-        return int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset)) == 0
+        is_bad = int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset))
+        return 0 if is_bad else n
     attention(c, layer, b, place, n, layer_offset, check)
     n_active, n_bad = choose(layer, b, n, check)
+    index, ids = layer_offset // place.layer_bytes, b.array("ids")
     if b.rerouting is not None:
-        n_active = _reroute(c, b, b.rerouting(layer_offset // place.layer_bytes, place.start, n))
+        ids[:n] = b.rerouting(index, place.start, n)
+        n_active = _group_pairs(c, b, n)
+    if place.leave is not None and (n_kept := place.leave(index, ids[:n])) < n:
+        n, n_active = n_kept, _group_pairs(c, b, n_kept)
     run_experts(c, layer, b, n, n_active, check, stream)
-    return n_bad == 0
+    return 0 if n_bad else n
 
 
 def attention(
@@ -264,10 +280,8 @@ def choose(layer: Layer, b: Buffers, n: int, check: Check = go_on) -> tuple[int,
     return int(n_active), int(n_bad)
 
 
-def _reroute(c: Config, b: Buffers, ids: npt.NDArray[np.int32]) -> int:
-    """Other experts than the router's, with its weights; how many there are."""
-    n = len(ids)
-    b.array("ids")[:n] = ids
+def _group_pairs(c: Config, b: Buffers, n: int) -> int:
+    """Sort the pairs of n rows by expert, again; the number of experts."""
     sizes = (n, c.n_experts, c.n_experts_used)
     return int(b.kernels.group_pairs(b.ids, *sizes, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots))
 
@@ -332,14 +346,12 @@ def _as_they_come(stream: Stream, b: Buffers, slab: Slab) -> Iterator[Slab]:
         yield Slab(b.places + 4 * first, b.starts + 4 * first, end - first, pair, int(starts[end]) - pair)
 
 
-def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str) -> npt.NDArray[np.float32]:
-    """rms_norm(x) @ output for the rows that are asked for."""
-    n, source = rows.n, b.x
-    if outputs == "last":
-        n, source = len(rows.last), b.x + 4 * weights.config.n_embd * rows.last[0]
-        if n > 1:
-            b.array("h")[:n] = b.array("x")[rows.last]
-            source = b.h
+def _head(weights: Weights, b: Buffers, rows: Rows) -> npt.NDArray[np.float32]:
+    """rms_norm(x) @ output for each timeline's last row."""
+    n, source = len(rows.last), b.x + 4 * weights.config.n_embd * rows.last[0]
+    if n > 1:
+        b.array("h")[:n] = b.array("x")[rows.last]
+        source = b.h
     return head(weights, b, source, weights.output_norm, n)
 
 

@@ -154,6 +154,14 @@ class Stream:
         self.traffic.dense_bytes += self._await(self._dense_flights.pop(layer))
         self._has_dense.add(layer)
 
+    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of a layer's experts that would have to be read."""
+        first = layer * self._config.n_experts
+        return [e for e in experts if not self.ledger.has(first + e)]
+
+    def expert_bytes(self, layer: int) -> int:
+        return self._sizes[layer]
+
     def begin(self, active: Sequence[int], counts: Sequence[int], n_rows: int) -> None:
         """The rows have chosen the experts `active` of the layer, ascending; counts[i] rows active[i]."""
         n, ledger, layer = self._config.n_experts, self.ledger, self._layer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2lite.decode.sampling import Sampling, _exp, candidates, draw, draw_sorted, new_seed, uniform
+from m2lite.decode.sampling import Sampling, _exp, candidates, draw, draw_sorted, foresee, new_seed, uniform
 from m2lite.errors import M2liteError, UsageError
 
 M64 = 2**64 - 1
@@ -98,12 +98,14 @@ def test_compiled_draws_are_those_of_sorting(
 ) -> None:
     logits = np.array(values, np.float32) / 4
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    expected = draw_sorted(logits, sampling, stream, at)
+    expected, share = draw_sorted(logits, sampling, stream, at)
     if expected < 0:
         with pytest.raises(M2liteError, match="not finite"):
             draw(logits, sampling, stream, at)
     else:
         assert draw(logits, sampling, stream, at) == expected
+        found, its_share = foresee(logits, sampling, stream, at)
+        assert found == expected and its_share == pytest.approx(share, rel=1e-12)
 
 
 def test_compiled_draws_of_a_large_vocabulary() -> None:
@@ -111,7 +113,18 @@ def test_compiled_draws_of_a_large_vocabulary() -> None:
     drawn = rng.standard_normal(200_064).astype(np.float32) * 3
     for logits in (drawn, np.sort(drawn), np.sort(drawn)[::-1].copy()):
         for at in range(50):
-            assert draw(logits, Sampling(seed=9), 2, at) == draw_sorted(logits, Sampling(seed=9), 2, at)
+            assert draw(logits, Sampling(seed=9), 2, at) == draw_sorted(logits, Sampling(seed=9), 2, at)[0]
+
+
+def test_a_greedy_draft_says_how_far_it_is_ahead() -> None:
+    greedy = Sampling(temperature=0, seed=0)
+    logits = np.array([1.0, 3.0, 0.0, 3.0, 2.5], np.float32)
+    assert foresee(logits, greedy) == (1, 0.5)  # a tie: the lowest id, and no more sure than the other
+    logits[3] = -np.inf
+    token, share = foresee(logits, greedy)
+    assert token == 1 == draw(logits, greedy) and share == pytest.approx(1 / (1 + np.exp(-0.5)))
+    with pytest.raises(M2liteError, match="not finite"):
+        foresee(np.array([1.0, np.nan], np.float32), greedy)
 
 
 def test_ties_go_to_the_lowest_id() -> None:

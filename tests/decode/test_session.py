@@ -17,7 +17,7 @@ import pytest
 import tinymodel
 from m2lite import BadModelError, ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
-from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, n_common
+from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, kv_bytes_per_position, n_common
 from m2lite.model import residency
 from m2lite.model.forward import FEW_ROWS
 
@@ -185,7 +185,7 @@ def test_an_error_takes_no_id_with_it(opened: Opened, monkeypatch: pytest.Monkey
         return real(timeline, start, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model.engine, "evaluate", damaged)
-    monkeypatch.setattr("m2lite.decode.session.BURST_S", 60.0)
+    monkeypatch.setattr("m2lite.decode.generation.BURST_S", 60.0)
     answer: list[int] = []
     with model.session() as session, pytest.raises(M2liteError):
         for token in session.generate(PROMPT, max_tokens=20, sampling=GREEDY, ignore_stop=True):
@@ -268,11 +268,13 @@ def test_bad_calls(opened: Opened, model_files: dict[str, Path]) -> None:
 
 def test_default_context(opened: Opened, monkeypatch: pytest.MonkeyPatch, model_files: dict[str, Path]) -> None:
     config = opened("random").config
-    assert default_ctx(config) == 4096  # the model's limit
     per_position = 2 * 2 * 2 * 32 * 2
+    assert kv_bytes_per_position(config, "f16") == per_position
+    assert default_ctx(config, per_position) == 4096  # the model's limit
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 4 * 1000 * per_position)
-    assert default_ctx(config) == 960  # whole pages of a quarter
-    assert default_ctx(config, "q8_0") == 1000 * 64 // 34 // 64 * 64
+    assert default_ctx(config, per_position) == 960  # whole pages of a quarter
+    assert default_ctx(config, kv_bytes_per_position(config, "q8_0")) == 1000 * 64 // 34 // 64 * 64
+    assert kv_bytes_per_position(config, "f16", 3) * config.n_layers == per_position * (config.n_layers + 3)
     with pytest.raises(ResourceError, match=r"4,096 needs 1,048,576 bytes of KV cache; 1,024,000 bytes"):
         monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1000 * 1024)
         monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda *_: 256)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from m2lite import Model
+from m2lite.decode.gate import Gate
+from m2lite.decode.leaving import Leaving
 from m2lite.decode.sampling import Sampling
 from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
 from m2lite.model import residency as residency_module
@@ -214,3 +216,64 @@ def test_a_budget_that_is_not_given_does_not_creep(monkeypatch: pytest.MonkeyPat
     free -= 1 << 30
     assert budget.total == first - (1 << 30)
     assert residency_module.Budget(5).total == 5
+
+
+def test_modules_beside_a_streamed_model(bundled_model: Path) -> None:
+    """Left alone unless they are asked for: the memory they take is missed more. The ids are the same."""
+    sampling, found = Sampling(seed=2), []
+    for draft in ("off", "auto", "mtp"):
+        with Model.open(bundled_model, ctx=256, load="direct", heat=False, draft=draft) as model:
+            drafting = model.engine.drafting
+            assert drafting.n_modules == (3 if draft == "mtp" else 0)
+            assert ("does not fit" in (drafting.warning or "")) == (draft == "auto")
+            assert model.kv_bytes == model.engine.pool.n_bytes
+            with model.session() as session:
+                found.append(list(session.generate([5, 6, 7] * 9, max_tokens=30, sampling=sampling)))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("setting", [("ngram", 7), ("auto", None)])
+def test_drafts_of_a_streamed_model(own_copy: Path, monkeypatch: pytest.MonkeyPatch, setting: tuple[str, int]) -> None:
+    """The same ids, whether rows are left out for lack of their experts or not, and at whichever layer."""
+    row, sampling = [5, 6, 7, 8, 9] * 9, Sampling(temperature=0, seed=1)
+    with Model.open(own_copy, ctx=256, load="direct", heat=False, draft="off") as model, model.session() as session:
+        expected = list(session.generate(row, max_tokens=80, sampling=sampling, ignore_stop=True))
+    with Model.open(own_copy, ctx=256, load="direct", heat=False) as model:
+        asked = []
+
+        def leave(self: Leaving, layer: int, ids: npt.NDArray[np.int32]) -> int:
+            asked.append(layer)
+            return max(1, len(ids) - (len(asked) % 3 == 0))
+
+        monkeypatch.setattr(Leaving, "__call__", leave)
+        monkeypatch.setattr(Gate, "lookup_drafts", lambda *_: 7)
+        with model.session(*setting) as session:
+            found = list(session.generate(row, max_tokens=80, sampling=sampling, ignore_stop=True))
+            assert found == expected
+            drafted = session.stats.drafted
+            assert drafted is not None and drafted.n_accepted > 5
+            assert bool(asked) == (setting[0] == "auto")
+
+
+def test_rows_are_left_where_reading_for_them_does_not_pay(own_copy: Path) -> None:
+    """Certain rows stay; uncertain ones stay only while their experts are in memory."""
+    with Model.open(own_copy, ctx=256, load="direct", heat=False) as model, model.session("off") as session:
+        list(session.generate([5, 6, 7] * 9, max_tokens=20, sampling=Sampling(seed=1), ignore_stop=True))
+        stream = model.engine.stream
+        assert stream is not None
+        n = model.config.n_experts
+        present = [e for e in range(n) if not stream.absent(0, [e])]
+        lacking = [e for e in range(n) if stream.absent(0, [e])]
+        if len(lacking) < 8:  # all of it fits: let some go
+            for unit in present[:8]:
+                stream._lose(unit)
+            present, lacking = present[8:], present[:8]
+        leaving = Leaving(stream, model.config.n_layers)
+        leaving._compute_s.add(1e-3)
+        leaving._second.add(stream.expert_bytes(0) * 1000)  # an expert takes as long to read as a step to compute
+        rows = np.array([present[:8], present[:8], lacking[:8]], np.int32)
+        for chances, n_kept in (([1.0, 1.0], 3), ([0.9, 0.9], 2), ([0.0, 0.9], 2), ([0.999, 0.999], 3)):
+            leaving._lacking.value, leaving._lacking.n = 0.0, 1e9
+            leaving.begin(chances)
+            assert leaving(model.config.n_layers - 1, rows[:2]) >= 1
+            assert leaving(0, rows) == n_kept, chances
