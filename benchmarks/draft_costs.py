@@ -1,11 +1,15 @@
 """What drafts cost at MiniMax-M2's widths, and whether the gate finds what pays: a slice with random weights.
 
     python benchmarks/draft_costs.py SLICE.gguf [--overlap 0,0.25,0.4] [-d 0,8192] [--right 1,0.75] [-n 48] [-r 3]
+    python benchmarks/draft_costs.py SLICE.gguf --ram 5400m [--overlap 0.25] [-n 48] [-r 3]
 
 SLICE.gguf comes from make_slice.py --modules 3. Its weights are random, so three things are set, and the output says
 so: the tokens are given; module k's draft is right where a trace of m2-tiny's modules says so (real answers to
 held-out questions; `--right` 0.75 makes a quarter of those wrong); and experts are chosen by lot, such that a token
 shares a given part of them with the one before. Everything is computed: trunk, modules, attention, head, draws.
+
+With `--ram SIZE` the slice is streamed in so much memory, and prompt lookup and the modules (each in a model of its
+own, since modules take memory from the experts) are compared on given tokens of which half repeat what stood before.
 
 Costs are seconds of a step with K drafts, over one without. Break-even is the acceptance, the same at each position,
 from which on K drafts are no slower than none. Every setting runs in turn within each repeat.
@@ -16,10 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from m2lite.decode.drafts import Drafted
 from m2lite.decode.gate import Gate
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Session
+from m2lite.settings import parse_count
 from m2lite.text.template import encode_chat
 from m2lite.workloads import WORKLOADS
 
@@ -125,11 +130,28 @@ class Point:
         return session.stats.decode_s / (session.stats.n_generated - 1), session.stats.drafted
 
 
+def quoting(ids: Sequence[int], n: int) -> list[int]:
+    """n ids of which about half repeat runs of 4 to 16 before them."""
+    dice, new = np.random.default_rng(11), iter(ids)
+    row = [next(new) for _ in range(24)]
+    while len(row) < n:
+        at, length = int(dice.integers(0, len(row) - 20)), int(dice.integers(4, 17))
+        row += row[at : at + length]
+        row += [next(new) for _ in range(int(dice.integers(1, 12)))]
+    return row[:n]
+
+
 def measure_point(
-    model: Model, depth: int, trace: Trace, settings: Sequence[Setting], n: int, repeats: int
+    model: Model,
+    depth: int,
+    trace: Trace,
+    settings: Sequence[Setting],
+    n: int,
+    repeats: int,
+    script: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     model.engine.gate = Gate(model.engine.drafting.n_modules)
-    script = random_ids(model, max(n, WARM_TOKENS) + 2, seed=3)
+    script = list(script or random_ids(model, max(n, WARM_TOKENS) + 2, seed=3))
     point = Point({}, depth, script)
 
     def oracle(length: int, k: int) -> tuple[int, float]:
@@ -196,6 +218,7 @@ def main() -> None:
     parser.add_argument("--right", default="1,0.75", help="part of the trace's right drafts that stays right")
     parser.add_argument("-n", type=int, default=48)
     parser.add_argument("-r", "--repeats", type=int, default=3)
+    parser.add_argument("--ram", help="stream the slice in so much memory")
     parser.add_argument("--output", type=Path, help="append one JSON object a point")
     args = parser.parse_args()
     with Model.open(ctx=1024) as tiny:
@@ -203,22 +226,57 @@ def main() -> None:
     settings = [Setting("off"), *(Setting("mtp", k) for k in (1, 2, 3)), Setting("auto")]
     depths = [int(d) for d in args.depth.split(",")]
     print(f"{args.slice.name}: {SET}", flush=True)
-    with Model.open(args.slice, ctx=(max(depths) + WARM_TOKENS + args.n + 128) * len(settings)) as model:
+    overlaps, rights = [float(x) for x in args.overlap.split(",")], [float(x) for x in args.right.split(",")]
+    ctx = (max(depths) + WARM_TOKENS + args.n + 128) * len(settings)
+    if args.ram:
+        points = streamed(args, whole, overlaps)
+    else:
+        points = in_memory(args, whole, overlaps, depths, rights, settings, ctx)
+    for point in points:
+        point |= {"slice": args.slice.name, "set": SET}
+        _show(point)
+        if args.output:
+            with args.output.open("a") as out:
+                out.write(json.dumps(point) + "\n")
+
+
+def in_memory(
+    args: argparse.Namespace,
+    trace: Trace,
+    overlaps: Sequence[float],
+    depths: Sequence[int],
+    rights: Sequence[float],
+    settings: Sequence[Setting],
+    ctx: int,
+) -> Iterator[dict[str, Any]]:
+    with Model.open(args.slice, ctx=ctx) as model:
         model.wait_mapped()
-        c = model.config
-        for overlap in map(float, args.overlap.split(",")):
-            lots = Lots(c.n_layers + 3, c.n_experts, c.n_experts_used, overlap)
-            model.engine.buffers.rerouting = lots
-            for depth in depths:
-                for right in map(float, args.right.split(",")):
-                    rows = measure_point(model, depth, thinned(whole, right), settings, args.n, args.repeats)
-                    point = {"overlap": overlap, "depth": depth, "right": right, "settings": rows, "set": SET}
-                    point["slice"], point["overlap_measured"] = args.slice.name, lots.measured_overlap()
-                    _show(point)
-                    if args.output:
-                        with args.output.open("a") as out:
-                            out.write(json.dumps(point) + "\n")
-    sys.exit()
+        for overlap, depth, right in product(overlaps, depths, rights):
+            measured = set_lots(model, overlap)
+            rows = measure_point(model, depth, thinned(trace, right), settings, args.n, args.repeats)
+            point = {"overlap": overlap, "overlap_measured": measured, "depth": depth, "right": right}
+            yield point | {"settings": rows}
+
+
+def streamed(args: argparse.Namespace, trace: Trace, overlaps: Sequence[float]) -> Iterator[dict[str, Any]]:
+    lookup = [Setting("off"), Setting("ngram", 3), Setting("ngram", 7), Setting("auto")]
+    modules = [Setting("off"), Setting("mtp", 1), Setting("mtp", 3)]
+    for overlap, (draft, settings) in product(overlaps, (("auto", lookup), ("mtp", modules))):
+        ram = parse_count(args.ram)
+        with Model.open(args.slice, ctx=4096, ram=ram, draft=draft, heat=False) as model:
+            measured = set_lots(model, overlap)
+            script = quoting(random_ids(model, 4096, seed=3), max(args.n, WARM_TOKENS) + 2)
+            rows = measure_point(model, 0, trace, settings, args.n, args.repeats, script)
+            point = {"overlap": overlap, "overlap_measured": measured, "depth": 0, "right": 1.0}
+            yield point | {"ram": ram, "settings": rows}
+
+
+def set_lots(model: Model, overlap: float) -> float:
+    """Experts by lot from now on; the overlap that the lots have."""
+    c = model.config
+    lots = Lots(c.n_layers + 3, c.n_experts, c.n_experts_used, overlap)
+    model.engine.buffers.rerouting = lots
+    return lots.measured_overlap()
 
 
 def _show(point: dict[str, Any]) -> None:
@@ -235,6 +293,8 @@ def _show(point: dict[str, Any]) -> None:
             even = row["break_even"]
             line += "  break-even " + ("none" if even is None else f"{even:.0%}")
         print(line, flush=True)
+    if "auto" not in point["settings"]:
+        return
     best = max(r["speedup"] for n, r in point["settings"].items() if n != "auto")
     print(f"  auto reaches {point['settings']['auto']['speedup'] / best:.3f} of the best", flush=True)
 

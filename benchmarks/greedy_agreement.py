@@ -54,7 +54,7 @@ def main() -> None:
     items = json.loads(args.prompts.read_text())
     conversations = [item["messages"] for item in items][args.first : args.first + args.count]
     n_bad = 0
-    with Model.open(args.model, threads=args.threads) as model:
+    with Model.open(args.model, threads=args.threads, draft="off") as model:
         for messages in conversations:
             prompt = messages[-1]["content"]
             ids = encode_chat(model.tokenizer, model.template, messages)

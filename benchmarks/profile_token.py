@@ -243,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [(1, args.n, 1)] * (args.n > 0) + [(args.p, args.prompts, args.p)] * (args.p > 0)
     found = []
-    with Model.open(args.model, threads=args.t, ctx=args.d + max(args.n, args.p) + 64) as model:
+    with Model.open(args.model, threads=args.t, ctx=args.d + max(args.n, args.p) + 64, draft="off") as model:
         with model.session() as session:
             profiler = Profiler(model, session, args.d)
             for n, n_passes, n_ids in wanted:

@@ -12,13 +12,14 @@ from typing import Unpack
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.errors import UsageError
 from m2lite.quant import options as options_module
 from m2lite.quant.checkpoint import Checkpoint, Rows, open_checkpoint
 from m2lite.quant.config import SourceConfig, parse_config
 from m2lite.quant.header import Key, Slot, boolean, float32, string, uint32
 from m2lite.quant.imatrix import Importance
 from m2lite.quant.job import Job, Output, Progress, journal_path
-from m2lite.quant.names import Binding, Mtp, bind_tensors
+from m2lite.quant.names import Binding, Mtp, bind_tensors, copied_modules
 from m2lite.quant.options import (
     Asked,
     Conversion,
@@ -61,7 +62,8 @@ def convert(
 
     The same checkpoint and options give the same bytes. The output's name appears last, and only when all is complete.
     A run that was interrupted is taken up where it stopped, or with `restart` begun anew. `mtp=False` leaves prediction
-    modules out, `verify=False` does not read back what was written.
+    modules out, `init_mtp` makes so many of the last layer where there are none, `verify=False` does not read back
+    what was written.
     """
     plan = plan_convert(hf_dir, out_path, type_name, **asked)
     return carry_out(plan, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress)
@@ -80,6 +82,10 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
     config = parse_config(checkpoint.config)
     bindings = bind_tensors(checkpoint, config)
     modules = bindings.mtp if options.mtp else None
+    if options.init_mtp:
+        if bindings.mtp is not None:
+            raise UsageError("The checkpoint has prediction modules.", "Leave --init-mtp out.")
+        modules = copied_modules(config, bindings.trunk, options.init_mtp)
     bound = (*bindings.trunk, *(modules.bindings if modules else ()))
     keys = _main_keys(checkpoint, config, options)
     choices, alignment = choose_all(options, bound, ARCHITECTURE, keys)
@@ -194,7 +200,7 @@ class BoundTensor:
         step = max(1, options_module.CHUNK_WEIGHTS // slot.shape[-1])
         offset = 0
         if not self.binding.pieces:
-            yield Chunk(0, slot.n_bytes, lambda: None, lambda: None, lambda nothing: self._zeros(slot))
+            yield Chunk(0, slot.n_bytes, lambda: None, lambda: None, lambda nothing: self._made(slot))
         for matrix, piece in enumerate(self.binding.pieces):
             for first in range(0, piece.n_rows, step):
                 rows = (piece.source, piece.matrix, piece.first_row + first, min(step, piece.n_rows - first))
@@ -215,5 +221,12 @@ class BoundTensor:
             rows = np.roll(rows, rows.shape[1] // 2, axis=1)
         return encode_slot(slot, rows, self.importance, matrix)
 
-    def _zeros(self, slot: Slot) -> Bytes:
-        return encode_slot(slot, np.zeros((1, slot.shape[-1]), np.float32), None, 0)
+    def _made(self, slot: Slot) -> Bytes:
+        """Of a tensor that has no source."""
+        n_in = slot.shape[-1]
+        rows: npt.NDArray[np.float32]
+        if self.binding.fill == "halves":
+            rows = np.tile(np.eye(n_in // 2, dtype=np.float32) * np.float32(0.5), 2)
+        else:
+            rows = np.full((1, n_in), float(self.binding.fill == "ones"), np.float32)
+        return encode_slot(slot, rows, None, 0)

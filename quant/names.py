@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -129,7 +129,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Binding:
-    """A GGUF tensor bound to its source. No pieces: all zeros (a bias that the model does not use)."""
+    """A GGUF tensor bound to its source. No pieces: made by `fill`, as for a bias that the model does not use."""
 
     name: str
     shape: tuple[int, ...]
@@ -137,6 +137,7 @@ class Binding:
     pieces: tuple[Piece, ...]
     swap: bool = False  # exchange the two halves of every row
     mtp: bool = False
+    fill: str = "zeros"  # or ones, or halves: half the identity, twice side by side
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,23 @@ def _bind_mtp(checkpoint: Checkpoint, config: SourceConfig) -> tuple[Mtp | None,
     hidden = config.mtp_hidden or layout.hidden
     zero_at_0 = layout.zero_at_0 if config.mtp_zero_at_0 is None else config.mtp_zero_at_0
     return Mtp(len(prefixes), tuple(bindings), hidden, zero_at_0, layout.norm is None), copies
+
+
+def copied_modules(config: SourceConfig, trunk: Sequence[Binding], n_modules: int) -> Mtp:
+    """Modules to begin training with: each the trunk's last layer, on the mean of embedding and hidden state.
+
+    So the paper began. As they are they foresee little: benchmarks/DRAFTS.md has figures.
+    """
+    last, found = f"blk.{config.n_layers - 1}.", list[Binding]()
+    for block in range(config.n_layers, config.n_layers + n_modules):
+        prefix = f"blk.{block}."
+        layer = [b for b in trunk if b.name.startswith(last)]
+        found += [replace(b, name=prefix + b.name.removeprefix(last), mtp=True) for b in layer]
+        for name, fill in (("eh_proj", "halves"), ("enorm", "ones"), ("hnorm", "ones")):
+            shape = (config.n_embd, 2 * config.n_embd) if fill == "halves" else (config.n_embd,)
+            full_name = f"{prefix}nextn.{name}.weight"
+            found.append(Binding(full_name, shape, MTP_TENSORS[name], (), mtp=True, fill=fill))
+    return Mtp(n_modules, tuple(found), config.mtp_hidden or "pre_norm", True, shared_norm=True)
 
 
 def _module_prefix(layout: MtpLayout, config: SourceConfig, index: int) -> str:

@@ -36,6 +36,7 @@ class Asked(TypedDict, total=False):
     """What convert and quantize may be asked for beside the type; see Options."""
 
     mtp: bool
+    init_mtp: int
     name: str | None
     alignment: int | None
     overrides: Overrides
@@ -50,6 +51,7 @@ class Options:
 
     recipe: Recipe
     mtp: bool = True
+    init_mtp: int = 0  # prediction modules to make of the last layer
     name: str | None = None
     alignment: int | None = None
     overrides: Overrides = ()
@@ -65,6 +67,7 @@ class Options:
             "command": tool,
             "type": self.recipe.name,
             "mtp": self.mtp,
+            "init_mtp": self.init_mtp,
             "name": self.name,
             "alignment": self.alignment,
             "tensor_type": [f"{pattern.pattern}={kind}" for pattern, kind in self.overrides],
@@ -124,6 +127,7 @@ def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize
     return Options(
         recipe=recipe,
         mtp=asked.get("mtp", True),
+        init_mtp=asked.get("init_mtp", 0),
         name=asked.get("name"),
         alignment=asked.get("alignment"),
         overrides=tuple(asked.get("overrides", ())),

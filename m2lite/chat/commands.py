@@ -63,6 +63,7 @@ def _stats(conversation: Conversation, rest: str) -> str:
         f"model {model.path}",
         f"threads {model.n_threads} ({model.engine.layer})",
         f"context {len(session.tokens):,} of {model.ctx:,} tokens, KV {model.kv} {model.kv_bytes:,} bytes when full",
+        model.engine.drafting.describe(),
         f"turns {conversation.n_turns}",
     ]
     if conversation.answer.tokens:

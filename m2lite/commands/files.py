@@ -68,6 +68,9 @@ def convert(
     alignment: _Alignment = None,
     name: _Name = None,
     mtp: _Mtp = True,
+    init_mtp: Annotated[
+        int, typer.Option("--init-mtp", metavar="N", min=0, max=16, help="Make N modules of the last layer, to train")
+    ] = 0,
     verify: _Verify = True,
     overwrite: _Overwrite = False,
     restart: _Restart = False,
@@ -78,6 +81,8 @@ def convert(
 
     announce_compiling()
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    if init_mtp:
+        asked["init_mtp"] = init_mtp
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     _carry_out(plan, run, dry_run, as_json)
@@ -215,7 +220,9 @@ def imatrix(
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
-    with open_model(replace(settings, model=model, ctx=n_ctx, kv="f16")) as opened, stop_on_signals() as stop:
+    with open_model(
+        replace(settings, model=model, ctx=n_ctx, kv="f16", draft="off", mtp=None)
+    ) as opened, stop_on_signals() as stop:
         with Progress("chunks") as progress:
             tokens = read_tokens(opened, text)
             found = collect_importance(
@@ -282,7 +289,9 @@ def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
     """A few greedy tokens: the model loads, and its numbers are finite."""
     from m2lite.decode.sampling import Sampling
 
-    with open_model(replace(settings, model=str(path), ctx=256, kv="f16")) as model:
+    with open_model(
+        replace(settings, model=str(path), ctx=256, kv="f16", draft="off", mtp=None)
+    ) as model:
         tokens = list(model.session().generate("Once upon a time", max_tokens=8, sampling=Sampling(temperature=0.0)))
         return {"n_tokens": len(tokens), "text": model.tokenizer.decode(tokens)}
 

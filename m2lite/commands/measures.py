@@ -37,7 +37,7 @@ def bench(
     if draft:
         _bench_drafts(replace(settings, draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
         return
-    settings = replace(settings, draft="off")
+    settings = replace(settings, draft="off", mtp=None)
     tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
@@ -78,7 +78,7 @@ def plan(
     from m2lite.plan import format_plan, make_plan
 
     speed = _speed(disk)
-    with open_model(replace(settings, draft="off")) as model:
+    with open_model(replace(settings, draft="off", mtp=None)) as model:
         found = make_plan(model, speed)
         if as_json:
             print_json(found)
@@ -130,8 +130,9 @@ def perplexity(
     from m2lite.signals import stop_on_signals
 
     with ExitStack() as stack:
-        opened = stack.enter_context(open_model(replace(settings, model=model, ctx=n_ctx, draft="off")))
-        truth = replace(settings, model=against, ctx=n_ctx, kv="f16", draft="off")
+        settings = replace(settings, ctx=n_ctx, draft="off", mtp=None)
+        opened = stack.enter_context(open_model(replace(settings, model=model)))
+        truth = replace(settings, model=against, kv="f16")
         other = stack.enter_context(open_model(truth)) if against else None
         stop = stack.enter_context(stop_on_signals())
         with Progress("chunks") as progress:

@@ -26,7 +26,8 @@ COMMANDS = (
 Models = dict[str, Path]
 
 START_LINE = re.compile(
-    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · \d+ threads \(\w+\) · ctx 4,096 · KV f16 2\.1 MB · loaded in"
+    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · \d+ threads \(\w+\) · ctx 4,096 · KV f16 2\.1 MB"
+    r" · drafts auto: prompt lookup · loaded in"
 )
 
 
@@ -113,6 +114,8 @@ def test_generate_json(run_inline: Run, model_files: Models) -> None:
     assert usage["completion_tokens"] == 10
     assert usage["total_tokens"] == usage["prompt_tokens"] + 10
     assert stats.pop("major_faults") >= 0
+    draft = stats.pop("draft")
+    assert draft["steps"] == 10 - draft["accepted"] and draft["proposed"] >= draft["accepted"]
     assert all(stats[name] > 0 for name in stats)
     assert set(stats) == {"prompt_tokens_per_s", "tokens_per_s", "time_to_first_token_s", "load_s"}
 
