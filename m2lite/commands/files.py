@@ -220,9 +220,10 @@ def imatrix(
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
-    with open_model(
-        replace(settings, model=model, ctx=n_ctx, kv="f16", draft="off", mtp=None)
-    ) as opened, stop_on_signals() as stop:
+    with (
+        open_model(replace(settings, model=model, ctx=n_ctx, kv="f16", draft="off", mtp=None)) as opened,
+        stop_on_signals() as stop,
+    ):
         with Progress("chunks") as progress:
             tokens = read_tokens(opened, text)
             found = collect_importance(
@@ -289,9 +290,7 @@ def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
     """A few greedy tokens: the model loads, and its numbers are finite."""
     from m2lite.decode.sampling import Sampling
 
-    with open_model(
-        replace(settings, model=str(path), ctx=256, kv="f16", draft="off", mtp=None)
-    ) as model:
+    with open_model(replace(settings, model=str(path), ctx=256, kv="f16", draft="off", mtp=None)) as model:
         tokens = list(model.session().generate("Once upon a time", max_tokens=8, sampling=Sampling(temperature=0.0)))
         return {"n_tokens": len(tokens), "text": model.tokenizer.decode(tokens)}
 

@@ -211,34 +211,37 @@ class Drafter:
 
     def propose(self, n_left: int, timeline: Timeline, sampling: Sampling, stream: int) -> list[int]:
         """Drafts for what comes behind the row, whose last token the model has not seen yet; n_left tokens may come."""
-        gate, n_modules, length = self._gate, self._n_modules, 0
+        gate, replay, n_modules, n_lookup = self._gate, self._replay, self._n_modules, 0
         if self._is_auto:
             if gate.n_steps >= gate.next_plan:
-                gate.plan(0 if self._replay is None else self._replay.n_behind, n_left)
+                gate.plan(0 if replay is None else replay.n_behind, n_left)
             n_modules = gate.n_modules_now
         if self._lookup is not None and (length := self._lookup.length):
-            length = gate.lookup_drafts(length) if self._is_auto else self._most
-        if not length and (self._replay is None or not n_modules):
-            self.quiet = QUIET if gate.is_quick and not gate.is_trying else 0
-            if self.leave is not None:
-                self.leave.begin(())
-            return []
-        most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
-        if most < 1:
-            return []
-        if length and self._lookup is not None:
-            self._source, self._shares = "ngram", []
-            if self.leave is not None:
-                self.leave.begin(gate.lookup_chances(self._lookup.length))
-            return self._lookup.guess(min(length, most))
-        self._source = "mtp"
-        return self._draft(min(n_modules, most), sampling, stream)
+            n_lookup = gate.lookup_drafts(length) if self._is_auto else self._most
+        if n_lookup or (n_modules and replay is not None):
+            most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
+            if n_lookup and (drafts := self._look_up(min(n_lookup, most))):
+                return drafts
+            if n_modules and most > 0 and replay is not None:
+                return self._draft(replay, min(n_modules, most), sampling, stream)
+        elif gate.is_quick and not gate.is_trying:
+            self.quiet = QUIET
+        if self.leave is not None:
+            self.leave.begin(())
+        return []
 
-    def _draft(self, n_modules: int, sampling: Sampling, stream: int) -> list[int]:
-        gate, replay, drafts, right = self._gate, self._replay, list[int](), 1.0
-        assert replay is not None
+    def _look_up(self, most: int) -> list[int]:
+        lookup = self._lookup
+        assert lookup is not None
+        self._source, self._shares = "ngram", []
+        if self.leave is not None:
+            self.leave.begin(self._gate.lookup_chances(lookup.length))
+        return lookup.guess(max(0, most))
+
+    def _draft(self, replay: Replay, n_modules: int, sampling: Sampling, stream: int) -> list[int]:
+        gate, drafts, right = self._gate, list[int](), 1.0
         chances: list[float] = []
-        self._shares, self._modules_s = [], 0.0  # those of a step that was stopped, too
+        self._source, self._shares, self._modules_s = "mtp", [], 0.0  # those of a step that was stopped, too
         for k in range(n_modules):
             if k and self._is_auto and not gate.goes_on(k, right):
                 break

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, PLACE, N, push, push_all
+from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, N, guess, push, push_all
+
+_MOST = 64  # tokens of a guess
 
 
 class Lookup:
@@ -22,6 +24,8 @@ class Lookup:
         self._block[[CAPACITY // 4, MASK // 4]] = capacity, size - 1
         self._address = int(self._block.ctypes.data)
         self._header = memoryview(self._block[:HEADER])  # type: ignore[arg-type]  # reads a number in 50 ns
+        self._guessed = np.zeros(_MOST, np.int32)
+        self._guessed_at = int(self._guessed.ctypes.data)
         self._row = self._block[HEADER : HEADER + capacity]
 
     def __len__(self) -> int:
@@ -38,20 +42,21 @@ class Lookup:
         new, n = np.array(tokens, np.int32), len(self)
         if len(new) < n or not np.array_equal(new[:n], self._row[:n]):
             self._block[HEADER + 2 * self._capacity :] = 0
-            self._block[[N // 4, PLACE // 4, LENGTH // 4]] = n = 0
+            self._block[: CAPACITY // 4] = n = 0
         push_all(self._address, int(new.ctypes.data) + 4 * n, len(new) - n)
 
     def push(self, token: int) -> int:
-        """The length of the match that told this token, negative if it told another, 0 if there was none."""
+        """The length of the match that told this token, negative if it told another.
+
+        0 if there was none, or one as good that told another.
+        """
         return int(push(self._address, token))
 
     def guess(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed the match; one that reaches the end of the row repeats itself."""
-        n, place = len(self), int(self._header[PLACE // 4])
-        if not self.length:
-            return []
-        found: list[int] = self._row[place : min(n, place + most)].tolist()
-        return [found[i % len(found)] for i in range(most)]
+        """Up to `most` tokens that followed the match; none from where on one as good was followed by others."""
+        n = guess(self._address, self._guessed_at, min(most, len(self._guessed)))
+        found: list[int] = self._guessed[:n].tolist()
+        return found
 
 
 def warm_up() -> None:
@@ -59,3 +64,4 @@ def warm_up() -> None:
     lookup = Lookup(2)
     lookup.follow([0])
     lookup.push(0)
+    lookup.guess(1)

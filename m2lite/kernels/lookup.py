@@ -14,8 +14,11 @@ from m2lite.kernels.simd import load_f32, read_i32, store_f32, write_i32
 GRAM = 3  # tokens that must be the same; the longer the match, the likelier what followed it follows again
 MOST_LENGTH = 32  # to which a match is told apart from a longer one
 MOST_PLACES = 16  # that are looked at, the latest first
+AS_GOOD = 8  # tokens of a match from which on another place has a say, however long the longest match is
 HEADER = 16
-N, PLACE, LENGTH, CAPACITY, MASK = 0, 4, 8, 12, 16  # bytes of the header's numbers: see decode/lookup.py
+# Bytes of the header's numbers: tokens of the row; the index behind the match, its length; the same of the next best,
+# if any; the lengths of the arrays.
+N, PLACE, LENGTH, OTHER, OTHER_LENGTH, CAPACITY, MASK = 0, 4, 8, 12, 16, 20, 24
 
 
 @kernel
@@ -38,20 +41,51 @@ def match_length(row, place, n):
 
 
 @kernel
+def is_contested(row, place, length, other, other_length):
+    """Whether another place that matches about as well was followed by another token."""
+    differs = other > 0 and read_i32(row + 4 * other) != read_i32(row + 4 * place)
+    return differs and other_length >= min(length, AS_GOOD)
+
+
+@kernel
+def find(row, before, at, n, block):
+    """The two longest matches among the latest places, beginning with `at`, go to the header."""
+    place = length = other = other_length = 0
+    for _ in range(MOST_PLACES):
+        if at == 0:
+            break
+        found = match_length(row, at, n)
+        if found > length:
+            place, length, other, other_length = at, found, place, length
+        elif found > other_length:
+            other, other_length = at, found
+        at = read_i32(before + 4 * (at - 1))
+    write_i32(block + PLACE, np.int32(place))
+    write_i32(block + LENGTH, np.int32(length))
+    write_i32(block + OTHER, np.int32(other))
+    write_i32(block + OTHER_LENGTH, np.int32(other_length))
+
+
+@kernel
 def push(block, token):
     """The row goes on with `token`, and the match follows it. A full row stays as it is.
 
-    Returns the length of the match that told this token, negative if it told another, 0 if there was none.
+    Returns the length of the match that told this token, negative if it told another, 0 if there was none, or one that
+    is contested.
     """
     n, place, length = read_i32(block + N), read_i32(block + PLACE), read_i32(block + LENGTH)
+    other, other_length = read_i32(block + OTHER), read_i32(block + OTHER_LENGTH)
     capacity, mask = read_i32(block + CAPACITY), read_i32(block + MASK)
     if n >= capacity:
         return 0
     row = block + 4 * HEADER
     before, table = row + 4 * capacity, row + 8 * capacity
-    told = 0
+    told, goes_on = 0, False
     if length > 0:
-        told = length if read_i32(row + 4 * place) == token else -length
+        goes_on = read_i32(row + 4 * place) == token
+        if not is_contested(row, place, length, other, other_length):
+            told = length if goes_on else -length
+    agrees = other > 0 and read_i32(row + 4 * other) == token
     write_i32(row + 4 * n, np.int32(token))
     n += 1
     write_i32(block + N, np.int32(n))
@@ -61,20 +95,38 @@ def push(block, token):
         at = read_i32(bucket)
         write_i32(bucket, np.int32(n))
     write_i32(before + 4 * (n - 1), np.int32(at))
-    if told > 0:
-        place, length = place + 1, length + 1
+    if goes_on and agrees:
+        write_i32(block + PLACE, np.int32(place + 1))
+        write_i32(block + LENGTH, np.int32(length + 1))
+        write_i32(block + OTHER, np.int32(other + 1))
+        write_i32(block + OTHER_LENGTH, np.int32(other_length + 1))
     else:
-        place = length = 0
-        for _ in range(MOST_PLACES):
-            if at == 0:
-                break
-            found = match_length(row, at, n)
-            if found > length:
-                place, length = at, found
-            at = read_i32(before + 4 * (at - 1))
-    write_i32(block + PLACE, np.int32(place))
-    write_i32(block + LENGTH, np.int32(length))
+        find(row, before, at, n, block)
+        if goes_on and read_i32(block + LENGTH) < length + 1:  # it is further back than those that are looked at
+            write_i32(block + PLACE, np.int32(place + 1))
+            write_i32(block + LENGTH, np.int32(length + 1))
     return told
+
+
+@kernel
+def guess(block, out, most):
+    """int32 [most]: what followed the match, up to a token that is contested. Returns how many.
+
+    A match that reaches the end of the row repeats what follows it.
+    """
+    n, place, length = read_i32(block + N), read_i32(block + PLACE), read_i32(block + LENGTH)
+    other, other_length = read_i32(block + OTHER), read_i32(block + OTHER_LENGTH)
+    row = block + 4 * HEADER
+    if length == 0:
+        return 0
+    for i in range(most):
+        if other > 0 and other + i < n and place + i < n:
+            if is_contested(row, place + i, length + i, other + i, other_length + i):
+                return i
+            if read_i32(row + 4 * (other + i)) != read_i32(row + 4 * (place + i)):
+                other = 0  # it has no say any more
+        write_i32(out + 4 * i, np.int32(read_i32(row + 4 * (place + i % (n - place)))))
+    return most
 
 
 @kernel

@@ -28,7 +28,7 @@ def test_matches_are_true_and_long(n_tokens: int) -> None:
     dice = random.Random(n_tokens)
     row: list[int] = []
     lookup, told = Lookup(600), 0
-    for _ in range(600):
+    while len(row) < 600:
         if len(row) > 20 and dice.random() < 0.1:  # quotes of what was
             at = dice.randrange(len(row) - 10)
             new = row[at : at + 8]
@@ -37,16 +37,15 @@ def test_matches_are_true_and_long(n_tokens: int) -> None:
         for token in new[: 600 - len(row)]:
             guess, length = lookup.guess(1), lookup.length
             found = lookup.push(token)
-            assert found == (length if guess == [token] else -length)
+            assert found == (0 if not guess else length if guess == [token] else -length)
             told += found > 0
             row.append(token)
             expected = longest_match(row)
             assert bool(lookup.length) == bool(expected)
-            if lookup.length:
-                n = min(lookup.length, MOST_LENGTH)
-                guess = lookup.guess(40)
-                place = next(p for p in range(len(row) - 1, 0, -1) if row[:p][-n:] == row[-n:] and p >= n)
-                assert place and len(guess) == 40
+            n, guess = min(lookup.length, MOST_LENGTH), lookup.guess(40)
+            if guess:
+                followed = [row[p] for p in range(n, len(row)) if row[p - n : p] == row[-n:]]
+                assert guess[0] in followed
     assert told > 20
 
 
@@ -61,8 +60,31 @@ def test_a_guess_is_what_followed_and_repeats_at_the_end() -> None:
 
 def test_the_longest_of_several_places_is_taken() -> None:
     lookup = Lookup(100)
-    lookup.follow([5, 6, 1, 2, 3, 7, 0, 6, 1, 2, 3, 8, 0, 1, 2, 3, 9, 5, 6, 1, 2, 3])
-    assert lookup.length == 5 and lookup.guess(1) == [7]
+    long = list(range(20, 29))
+    lookup.follow([*long, 7, 0, *long[-4:], 8, 0, *long[-3:], 9, *long])
+    assert lookup.length == 9 and lookup.guess(1) == [7]
+
+
+def test_places_that_match_as_well_must_agree() -> None:
+    """Three records: where their values differed, nothing is guessed; of what they share, all of it."""
+    record = [1, 2, 3, 4, 0, 5, 6, 7, 8, 0, 9]
+    rows = [[v if v else 100 * n + i for i, v in enumerate(record)] for n in range(1, 4)]
+    lookup = Lookup(100)
+    lookup.follow([9, *rows[0], *rows[1], 1, 2, 3])
+    assert lookup.guess(7) == [4] and lookup.length == 4  # 9 1 2 3
+    assert lookup.push(4) == 4 and lookup.guess(7) == []
+    assert lookup.push(304) == 0  # nothing was told
+    lookup.follow([9, *rows[0], *rows[1], 1, 2, 3, 4, 304, 5, 6, 7])
+    assert lookup.guess(7) == [8]
+    once = Lookup(100)
+    once.follow([*rows[0], 1, 2, 3])  # one place only: its value, too
+    assert once.guess(7) == [4, 104, 5, 6, 7, 8, 109]
+
+
+def test_a_short_match_has_no_say_beside_a_long_one() -> None:
+    lookup = Lookup(100)
+    lookup.follow([*range(10, 22), 50, 51, *[19, 20, 21], 60, 61, *range(10, 22)])
+    assert lookup.length == 12 and lookup.guess(2) == [50, 51]
 
 
 def test_rows_that_are_cut_and_go_on() -> None:
