@@ -1,15 +1,15 @@
 """What drafts cost at MiniMax-M2's widths, and whether the gate finds what pays: a slice with random weights.
 
     python benchmarks/draft_costs.py SLICE.gguf [--overlap 0,0.25,0.4] [-d 0,8192] [--right 1,0.75] [-n 48] [-r 3]
-    python benchmarks/draft_costs.py SLICE.gguf --ram 5400m [--overlap 0.25] [-n 48] [-r 3]
+    python benchmarks/draft_costs.py SLICE.gguf --ram 5400m [--draft auto|mtp] [--overlap 0.25] [-n 48] [-r 3]
 
 SLICE.gguf comes from make_slice.py --modules 3. Its weights are random, so three things are set, and the output says
 so: the tokens are given; module k's draft is right where a trace of m2-tiny's modules says so (real answers to
 held-out questions; `--right` 0.75 makes a quarter of those wrong); and experts are chosen by lot, such that a token
 shares a given part of them with the one before. Everything is computed: trunk, modules, attention, head, draws.
 
-With `--ram SIZE` the slice is streamed in so much memory, and prompt lookup and the modules (each in a model of its
-own, since modules take memory from the experts) are compared on given tokens of which half repeat what stood before.
+With `--ram SIZE` the slice is streamed in so much memory, and prompt lookup or (--draft mtp) the modules, which take
+memory from the experts, are compared on given tokens of which half repeat what stood before.
 
 Costs are seconds of a step with K drafts, over one without. Break-even is the acceptance, the same at each position,
 from which on K drafts are no slower than none. Every setting runs in turn within each repeat.
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=48)
     parser.add_argument("-r", "--repeats", type=int, default=3)
     parser.add_argument("--ram", help="stream the slice in so much memory")
+    parser.add_argument("--draft", choices=("auto", "mtp"), default="auto", help="with --ram: what is compared")
     parser.add_argument("--output", type=Path, help="append one JSON object a point")
     args = parser.parse_args()
     with Model.open(ctx=1024) as tiny:
@@ -259,16 +260,17 @@ def in_memory(
 
 
 def streamed(args: argparse.Namespace, trace: Trace, overlaps: Sequence[float]) -> Iterator[dict[str, Any]]:
-    lookup = [Setting("off"), Setting("ngram", 3), Setting("ngram", 7), Setting("auto")]
-    modules = [Setting("off"), Setting("mtp", 1), Setting("mtp", 3)]
-    for overlap, (draft, settings) in product(overlaps, (("auto", lookup), ("mtp", modules))):
-        ram = parse_count(args.ram)
-        with Model.open(args.slice, ctx=4096, ram=ram, draft=draft, heat=False) as model:
+    settings = {
+        "auto": [Setting("off"), Setting("ngram", 3), Setting("ngram", 7), Setting("auto")],
+        "mtp": [Setting("off"), Setting("mtp", 1), Setting("mtp", 3)],
+    }[args.draft]
+    with Model.open(args.slice, ctx=4096, ram=parse_count(args.ram), draft=args.draft, heat=False) as model:
+        for overlap in overlaps:
             measured = set_lots(model, overlap)
             script = quoting(random_ids(model, 4096, seed=3), max(args.n, WARM_TOKENS) + 2)
             rows = measure_point(model, 0, trace, settings, args.n, args.repeats, script)
             point = {"overlap": overlap, "overlap_measured": measured, "depth": 0, "right": 1.0}
-            yield point | {"ram": ram, "settings": rows}
+            yield point | {"ram": args.ram, "settings": rows}
 
 
 def set_lots(model: Model, overlap: float) -> float:

@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
     @property
     def tokens_per_s(self) -> float:
-        return self.n_tokens / self.seconds
+        return self.n_tokens / max(self.seconds, 1e-9)  # no time where every answer ended with its first token
 
 
 def bench_drafts(
@@ -121,7 +121,7 @@ def _result(workload: Workload, runs: dict[Setting, list[Run]]) -> dict[str, Any
         drafted = Drafted()
         for run in samples:
             drafted.include(run.drafted)
-        ratios = [run.tokens_per_s / off.tokens_per_s for run, off in zip(samples, plain, strict=True)]
+        ratios = [run.tokens_per_s / max(off.tokens_per_s, 1e-9) for run, off in zip(samples, plain, strict=True)]
         rows.append(
             {
                 "setting": str(setting),

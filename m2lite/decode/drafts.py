@@ -199,6 +199,7 @@ class Drafter:
         self.oracle: Oracle | None = None  # set by measurements only
         self._n_quiet = 0  # steps since the last that was looked at
         self.quiet = 0  # steps that may pass without a look
+        self.is_cold = True  # the next step is the first after a pause
         self.drafted = Drafted()
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -270,6 +271,7 @@ class Drafter:
         if self._replay is not None:
             self._replay.keep(start, 1, 1)
         self._row.append(token)
+        self.is_cold = False
         self._n_quiet += 1
         self.quiet -= 1
         lookup = self._lookup
@@ -297,8 +299,10 @@ class Drafter:
         self.conclude()
         if self.leave is not None:
             self.leave.end(1 + len(drafts), time.perf_counter() - began)
+        is_measure = not (self.is_cold and gate.is_quick)
+        self.is_cold = False
         if not drafts:
-            gate.saw_step(1, len(shares), time.perf_counter() - began)
+            gate.saw_step(1, len(shares), (time.perf_counter() - began) * is_measure)
         else:
             n_right = n_common(drafts, new)
         if self._replay is not None:
@@ -309,7 +313,8 @@ class Drafter:
         self._shares = []
         self.push(new)
         if drafts:
-            gate.saw_step(1 + len(drafts), len(shares), time.perf_counter() - began - self._modules_s)
+            seconds = time.perf_counter() - began - self._modules_s
+            gate.saw_step(1 + len(drafts), len(shares), seconds * is_measure)
         self._modules_s = 0.0
 
     def push(self, new: list[int]) -> None:

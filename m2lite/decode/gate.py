@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
-PLAN_EVERY, PLAN_SELDOM = 16, 256  # steps between two looks at the estimates; where nothing was drafted between
+PLAN_EVERY, PLAN_SELDOM = 32, 256  # steps between two looks at the estimates; where nothing was drafted between
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
 PROBE_AFTER = 64  # steps for which something was not tried, at least
 PLAIN_AFTER = 128  # steps without one that had no drafts, at most
 TRIAL, TRIAL_COLD = 6, 2  # steps of a trial; of these not measured: what was not used before is not in the caches
 LONG_TRIAL, LONG_COLD = 64, 32  # of a small model without drafts: it comes back into the caches an expert at a time
 _MARGIN = 0.01  # of a step: what drafts must promise at least, since what looks best among estimates rarely is as good
+_QUICK_MARGIN = 0.15  # the same for modules of a small model: which of them are in the caches changes what is measured
 _QUICK_S = 0.002  # a step's time below which the gate's own shows
 WASTED_TRIED = 4  # of the steps in which no draft of a module is worth verifying, one in so many does it all the same
 _WELL_KNOWN = 32  # measurements; what has fewer is tried sooner
@@ -92,14 +93,19 @@ class Gate:
     # What was seen
 
     def saw_step(self, n_rows: int, n_modules: int, seconds: float) -> None:
-        """A step verified n_rows - 1 drafts, with n_modules at work, whose own time is told with saw_module."""
+        """A step verified n_rows - 1 drafts, with n_modules at work, whose own time is told with saw_module.
+
+        A small model's first step after a pause, with cold caches and threads that have to wake up, is no measure:
+        0 seconds.
+        """
         estimate = self._rows[n_rows]
-        if not self._level:
+        if seconds and not self._level:
             self._level = seconds / estimate.value
-        if self.n_steps >= self._measure_from:
+        if seconds and self.n_steps >= self._measure_from:
             relative = min(seconds / self._level / estimate.value, _FAR_OFF)
             if n_rows == self._usual and estimate.n:
                 self._level *= 1 + _FOLLOW * (relative - 1)
+                estimate.n += 1
             else:
                 estimate.add(relative * estimate.value)
         self.n_steps += 1
@@ -136,7 +142,7 @@ class Gate:
         """The next answer may be as long; its row is another, with which modules have to catch up."""
         if n_tokens:
             self._answer.add(n_tokens)
-        if self._wished:
+        if self._wished and not (self.is_trying and not self.n_modules_now):  # a trial without modules goes on
             self.next_plan = self.n_steps
 
     # What pays
@@ -164,7 +170,8 @@ class Gate:
         self._token = token = min(cost / tokens for tokens, cost in arms)
         self._values = values = [tokens * token - cost for tokens, cost in arms]
         best = max(range(len(arms)), key=values.__getitem__)
-        gain, self._wished = values[best] - values[0] - _MARGIN * self._costs[1], best
+        margin = _QUICK_MARGIN if self.is_quick else _MARGIN
+        gain, self._wished = values[best] - values[0] - margin * self._costs[1], best
         if gain * min(n_left, self._answer.value) / arms[best][0] <= self._catching_up(best, n_behind):
             best, gain = 0, 0.0
         self.n_modules_now, self._gain = best, gain
@@ -206,16 +213,21 @@ class Gate:
             self._uses[n] *= 0.9
             if self.n_steps - last > _FORGET and n > self.n_modules + 1:  # else trials renew it
                 rows[n].n = 0
-        self._usual = max(range(1, len(rows)), key=self._uses.__getitem__)
-        known = [n for n in range(1, len(rows)) if rows[n].n]
+        self._usual = self._uses.index(max(self._uses))
+        below = 0  # the last that was measured
         for n in range(1, len(rows)):
-            below = max((m for m in known if m <= n), default=0)
-            above = min((m for m in known if m >= n), default=0)
-            if below and above:
-                share = (n - below) / max(1, above - below)
-                costs[n] = rows[below].value + share * (rows[above].value - rows[below].value)
-            elif near := below or above:
-                costs[n] = rows[near].value * (1 + _ROW * (n - 1)) / (1 + _ROW * (near - 1))
+            if not rows[n].n:
+                continue
+            costs[n] = value = rows[n].value
+            for m in range(below + 1, n):
+                if below:
+                    costs[m] = costs[below] + (m - below) / (n - below) * (value - costs[below])
+                else:
+                    costs[m] = value * (1 + _ROW * (m - 1)) / (1 + _ROW * (n - 1))
+            below = n
+        for m in range(below + 1, len(rows)):
+            base = below or m
+            costs[m] = rows[base].value * (1 + _ROW * (m - 1)) / (1 + _ROW * (base - 1))
 
     def lookup_drafts(self, length: int) -> int:
         """How many tokens behind a match of that length to verify, instead of what modules would draft."""

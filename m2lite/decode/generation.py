@@ -54,6 +54,8 @@ class Generation:
     def decode(self, start: int, token: int, drawn: list[int]) -> None:
         """Append the next ids to `drawn` for BURST_S or up to the end; `token`, not evaluated yet, is at `start`."""
         until = time.perf_counter() + BURST_S
+        if self.drafter is not None:
+            self.drafter.is_cold = True
         while True:
             new = self._step(start, token)
             drawn += new

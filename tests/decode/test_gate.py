@@ -104,7 +104,7 @@ def test_a_machine_that_slows_down_as_a_whole_changes_nothing() -> None:
     for factor in (3.0, 0.3, 2.0):
         machine.rows = [factor * x for x in CHEAP]
         machine.module = factor * 0.05
-        assert machine.run(300) <= 1.06 * min(machine.fixed(n) for n in range(4)), factor
+        assert machine.run(400) <= 1.08 * min(machine.fixed(n) for n in range(4)), factor
 
 
 def test_what_is_spent_on_trying() -> None:
@@ -123,6 +123,16 @@ def test_outliers_are_cut() -> None:
     gate.saw_step(4, 0, 100.0)
     gate.saw_step(1, 0, 100.0)
     assert before is not None and gate.plain_s is not None and gate.plain_s < 2 * before
+
+
+def test_short_answers_do_not_cut_the_trial_without_modules() -> None:
+    """On a small model it is longer than they are; cut each time, what everything is compared with stays unknown."""
+    quick = [x * 3e-4 for x in CHEAP]
+    machine = Machine(Gate(3), quick, 1e-5, 0.9)
+    for _ in range(200):
+        machine.gate.saw_answer(20)
+        machine.run(20)
+    assert machine.gate.is_quick and machine.gate._rows[1].n > 50
 
 
 def test_catching_up_must_pay_within_the_answer() -> None:
