@@ -193,14 +193,15 @@ class Gate:
         """Something else than the best, so seldom that its price is a small share of what steps cost."""
         best, values, step = self.n_modules_now, self._values, self._costs[self._usual]
         for k, tried in enumerate(self._tried):
-            n_steps, n_cold = (LONG_TRIAL, LONG_COLD) if self.is_quick and not k else (TRIAL, TRIAL_COLD)
+            is_long = self.is_quick and not k
+            n_steps, n_cold = (LONG_TRIAL, LONG_COLD) if is_long else (TRIAL, TRIAL_COLD)
             known, catching_up = self._rows[k + 1].n, self._catching_up(k, n_behind)
             price = n_steps * (values[best] - values[k]) + catching_up
             pause = max(PROBE_AFTER, price / (PROBE_SHARE * step) * min(1.0, known / _WELL_KNOWN))
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER * n_steps / TRIAL)
-            if known < TRIAL and catching_up < TRIAL:  # hardly anything is known of it yet
-                pause = PROBE_AFTER if known else 0
+            if known < n_steps - n_cold + 1 and catching_up < TRIAL:  # hardly anything is known of it yet
+                pause = 0 if is_long or not known else PROBE_AFTER
             if k != best and self.n_steps - tried >= pause:
                 self._tried[k], self.next_plan = self.n_steps, self.n_steps + n_steps
                 self.n_modules_now, self.is_trying, self._measure_from = k, True, self.n_steps + n_cold
