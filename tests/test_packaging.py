@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
     shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT)
     code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code, cwd=source)
-    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "sdist", filter="data")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "sdist", **safely)  # type: ignore[arg-type]
     wheels = [
         build_wheel(source, tmp_path / "from-source"),
         build_wheel(next((tmp_path / "sdist").iterdir()), tmp_path / "from-sdist"),

@@ -98,7 +98,7 @@ def _drafts(stats: Stats) -> str:
     assert drafted is not None
     right = " ".join(f"{a:.0%}" for a in drafted.acceptance if a is not None)
     text = f"drafts {drafted.tokens_per_step:.1f} tok/step ({right} right)"
-    return text if stats.saved_s is None else f"{text}, {stats.saved_s:.1f} s saved"
+    return text if stats.saved_s is None or abs(stats.saved_s) < 0.05 else f"{text}, {stats.saved_s:.1f} s saved"
 
 
 COMMANDS: dict[str, Command] = {
