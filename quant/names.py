@@ -234,7 +234,7 @@ def _bind_mtp(checkpoint: Checkpoint, config: SourceConfig) -> tuple[Mtp | None,
 def copied_modules(config: SourceConfig, trunk: Sequence[Binding], n_modules: int) -> Mtp:
     """Modules to begin training with: each the trunk's last layer, on the mean of embedding and hidden state.
 
-    So the paper began. As they are they foresee little: benchmarks/DRAFTS.md has figures.
+    So the paper began. As they are they foresee little: models/m2-tiny/README.md has figures.
     """
     last, found = f"blk.{config.n_layers - 1}.", list[Binding]()
     for block in range(config.n_layers, config.n_layers + n_modules):

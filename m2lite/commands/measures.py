@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +34,6 @@ def bench(
 ) -> None:
     """Measure prefill and decode on this machine, next to its read bandwidth; or which drafts pay."""
     from m2lite.bench import format_result, plan_tests, run_bench
-    from m2lite.signals import stop_on_signals
 
     if draft:
         _bench_drafts(replace(settings, draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
@@ -41,28 +42,34 @@ def bench(
     tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
+    measure = partial(run_bench, tests=tests, repeats=repeats, note=note, cold=cold, rotating=rotating)
+    _report(settings, measure, format_result, as_json)
+
+
+def _bench_drafts(settings: Settings, max_tokens: int, repeats: int, as_json: bool) -> None:
+    from m2lite.bench_drafts import bench_drafts, format_drafts
+
+    measure = partial(bench_drafts, repeats=repeats, max_tokens=max_tokens, note=note)
+    _report(settings, measure, format_drafts, as_json)
+
+
+def _report(
+    settings: Settings,
+    measure: Callable[..., dict[str, Any]],
+    format_result: Callable[[dict[str, Any]], str],
+    as_json: bool,
+) -> None:
+    """What measure(model, stop=...) found, unless it was stopped."""
+    from m2lite.signals import stop_on_signals
+
     with open_model(settings) as model, stop_on_signals() as stop:
-        result = run_bench(model, tests, repeats, note=note, stop=stop, cold=cold, rotating=rotating)
+        result = measure(model, stop=stop)
         if stop():
             raise typer.Exit(stop.exit_code)
         if as_json:
             print_json(result)
         else:
             print(format_result(result))
-
-
-def _bench_drafts(settings: Settings, max_tokens: int, repeats: int, as_json: bool) -> None:
-    from m2lite.bench_drafts import bench_drafts, format_drafts
-    from m2lite.signals import stop_on_signals
-
-    with open_model(settings) as model, stop_on_signals() as stop:
-        result = bench_drafts(model, repeats, max_tokens=max_tokens, note=note, stop=stop)
-        if stop():
-            raise typer.Exit(stop.exit_code)
-        if as_json:
-            print_json(result)
-        else:
-            print(format_drafts(result))
 
 
 @command(*MODEL)

@@ -274,12 +274,9 @@ class Drafter:
         self.is_cold = False
         self._n_quiet += 1
         self.quiet -= 1
-        lookup = self._lookup
-        if lookup is not None:
-            told = lookup.push(token)
-            if told:
-                self._gate.saw_match(abs(told), told > 0)
-            if lookup.length:
+        if self._lookup is not None:
+            self._push(self._lookup, token)
+            if self._lookup.length:
                 self.quiet = 0
 
     def conclude(self) -> None:
@@ -322,9 +319,12 @@ class Drafter:
         self._row += new
         if self._lookup is not None:
             for token in new:
-                told = self._lookup.push(token)
-                if told:
-                    self._gate.saw_match(abs(told), told > 0)
+                self._push(self._lookup, token)
+
+    def _push(self, lookup: Lookup, token: int) -> None:
+        told = lookup.push(token)
+        if told:
+            self._gate.saw_match(abs(told), told > 0)
 
 
 def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:

@@ -143,11 +143,11 @@ class Engine:
         """
         timeline = self.pool.timeline()
         rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
-        from m2lite.decode.replay import Replay
-
         one_layer = replace(self.weights, layers=self.weights.layers[:1])
         self._forward(one_layer, self.pool, self.buffers, rows)
         if self._modules is not None:
+            from m2lite.decode.replay import Replay
+
             replay = Replay(self._modules, timeline)
             replay.keep(0, n_rows, 0)
             replay.draft(0, [0] * n_rows, (), Sampling(0.0, seed=0), 0)

@@ -3,8 +3,8 @@
 A step computes the token that was drawn last and k drafts behind it in one call, and settles 1 to k + 1 tokens. With
 E tokens expected of a step that takes t, the step is worth E x (what a token takes at the best) - t; the gate takes
 what is worth most. Everything in it is an estimate that moves with each step, so a slower disk, a longer context or a
-text that is hard to foresee changes its mind. What it does not do it cannot measure: now and then it tries something
-else, for at most PROBE_SHARE of the time.
+text that is hard to foresee changes its mind. What it does not do it cannot measure: now and then it tries another
+number of modules for some steps, each so seldom that it costs about PROBE_SHARE of the time.
 """
 
 from __future__ import annotations
