@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.decode.replay import Replay
     from m2lite.model.cache import Timeline
 
-QUIET = 31  # steps without drafts between two that are looked at
+QUIET = 63  # steps without drafts between two that are looked at
 MODES = ("auto", "mtp", "ngram", "off")
 
 
@@ -198,6 +198,7 @@ class Drafter:
         self.leave = leave
         self.oracle: Oracle | None = None  # set by measurements only
         self._n_quiet = 0  # steps since the last that was looked at
+        self._kept_at = 0  # address for the trunk's state of the next of them
         self.quiet = 0  # steps that may pass without a look
         self.is_cold = True  # the next step is the first after a pause
         self.drafted = Drafted()
@@ -212,13 +213,13 @@ class Drafter:
 
     def propose(self, n_left: int, timeline: Timeline, sampling: Sampling, stream: int) -> list[int]:
         """Drafts for what comes behind the row, whose last token the model has not seen yet; n_left tokens may come."""
-        gate, replay, n_modules, n_lookup = self._gate, self._replay, self._n_modules, 0
+        self.conclude()
+        gate, replay, n_modules = self._gate, self._replay, self._n_modules
         if self._is_auto:
             if gate.n_steps >= gate.next_plan:
                 gate.plan(0 if replay is None else replay.n_behind, n_left)
             n_modules = gate.n_modules_now
-        if self._lookup is not None and (length := self._lookup.length):
-            n_lookup = gate.lookup_drafts(length) if self._is_auto else self._most
+        n_lookup = self._n_lookup()
         if n_lookup or (n_modules and replay is not None):
             most = min(n_left - 1, self._most, len(timeline.pages) * PAGE + timeline.pool.n_free - len(self._row))
             if n_lookup and (drafts := self._look_up(min(n_lookup, most))):
@@ -230,6 +231,12 @@ class Drafter:
         if self.leave is not None:
             self.leave.begin(())
         return []
+
+    def _n_lookup(self) -> int:
+        """Of the tokens that follow the match, how many may be drafts."""
+        if self._lookup is None or not (length := self._lookup.length):
+            return 0
+        return self._gate.lookup_drafts(length) if self._is_auto else self._most
 
     def _look_up(self, most: int) -> list[int]:
         lookup = self._lookup
@@ -266,26 +273,46 @@ class Drafter:
         if self._replay is not None:
             self._replay.keep(start, n_rows, 0)
 
-    def pass_by(self, start: int, token: int) -> None:
+    def begin(self, drawn: list[int]) -> None:
+        """The first token behind the prompt, whose rows were kept."""
+        self.push(drawn)
+        if self._is_auto and self._gate.rests and not self._n_lookup():
+            self.quiet = QUIET
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Where the states of quiet steps go."""
+        if self.quiet and self._replay is not None:
+            self._kept_at = self._replay.reserve(self.quiet)
+
+    def pass_by(self, token: int) -> None:
         """A step without drafts and without a look at the clock: for a small model, those would be felt."""
-        if self._replay is not None:
-            self._replay.keep(start, 1, 1)
+        lookup, replay = self._lookup, self._replay
+        assert lookup is not None  # what drafts with modules only has no quiet steps
         self._row.append(token)
-        self.is_cold = False
         self._n_quiet += 1
         self.quiet -= 1
-        if self._lookup is not None:
-            self._push(self._lookup, token)
-            if self._lookup.length:
+        if replay is None:
+            is_match = lookup.pass_by(token, 0, 0, 0)
+        else:
+            is_match = lookup.pass_by(token, self._kept_at, replay.state, replay.n_embd)
+            self._kept_at += 4 * replay.n_embd
+        if is_match:
+            if told := lookup.told:
+                self._gate.saw_match(abs(told), told > 0)
+            if (length := lookup.length) and self._gate.lookup_drafts(length):
                 self.quiet = 0
 
     def conclude(self) -> None:
         """What passed by is counted, too."""
-        if self._n_quiet:
-            self._gate.pass_by(self._n_quiet)
-            self.drafted.n_steps += self._n_quiet
-            self.drafted.n_tokens += self._n_quiet
-            self._n_quiet = 0
+        n, self._n_quiet = self._n_quiet, 0
+        if n:
+            self.is_cold = False
+            self._gate.pass_by(n)
+            self.drafted.n_steps += n
+            self.drafted.n_tokens += n
+            if self._replay is not None:
+                self._replay.kept(n)
 
     def settle(self, start: int, drafts: Sequence[int], new: list[int], began: float) -> None:
         """A step from position `start` on verified the drafts and drew `new`: those that were right, and one more.
@@ -293,7 +320,6 @@ class Drafter:
         began: the clock's time before it.
         """
         gate, shares, n_right = self._gate, self._shares, 0
-        self.conclude()
         if self.leave is not None:
             self.leave.end(1 + len(drafts), time.perf_counter() - began)
         is_measure = not (self.is_cold and gate.is_quick)
@@ -313,6 +339,7 @@ class Drafter:
             seconds = time.perf_counter() - began - self._modules_s
             gate.saw_step(1 + len(drafts), len(shares), seconds * is_measure)
         self._modules_s = 0.0
+        self._reserve()
 
     def push(self, new: list[int]) -> None:
         """The row goes on."""

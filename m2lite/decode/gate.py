@@ -16,6 +16,7 @@ from dataclasses import dataclass
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
 PLAN_EVERY, PLAN_SELDOM = 32, 256  # steps between two looks at the estimates; where nothing was drafted between
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
+_QUICK_SHARE = 0.0005  # the same of a small model: what it does with each token in a trial is felt after it, too
 PROBE_AFTER = 64  # steps for which something was not tried, at least
 PLAIN_AFTER = 128  # steps without one that had no drafts, at most
 TRIAL, TRIAL_COLD = 6, 2  # steps of a trial; of these not measured: what was not used before is not in the caches
@@ -197,7 +198,8 @@ class Gate:
             n_steps, n_cold = (LONG_TRIAL, LONG_COLD) if is_long else (TRIAL, TRIAL_COLD)
             known, catching_up = self._rows[k + 1].n, self._catching_up(k, n_behind)
             price = n_steps * (values[best] - values[k]) + catching_up
-            pause = max(PROBE_AFTER, price / (PROBE_SHARE * step) * min(1.0, known / _WELL_KNOWN))
+            share = _QUICK_SHARE if self.is_quick else PROBE_SHARE
+            pause = max(PROBE_AFTER, price / (share * step) * min(1.0, known / _WELL_KNOWN))
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER * n_steps / TRIAL)
             if known < n_steps - n_cold + 1 and catching_up < TRIAL:  # hardly anything is known of it yet
@@ -275,6 +277,11 @@ class Gate:
             return True
         cost = self._modules[k].value + self._costs[k + 2] - self._costs[k + 1]
         return right * self._hits[k].value * self._token > cost
+
+    @property
+    def rests(self) -> bool:
+        """Whether the next steps need no look: each takes little, no module is at work, no plan is due."""
+        return self.is_quick and not (self.is_trying or self.n_modules_now) and self.n_steps < self.next_plan
 
     @property
     def plain_s(self) -> float | None:

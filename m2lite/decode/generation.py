@@ -44,7 +44,7 @@ class Generation:
         drawn = [self._draw(logits[-1], n)]
         if self.drafter is not None:
             self.drafter.keep(start, len(chunk))
-            self.drafter.push(drawn)
+            self.drafter.begin(drawn)
         return drawn
 
     def _draw(self, logits: Logits, position: int) -> int:
@@ -56,15 +56,17 @@ class Generation:
         until = time.perf_counter() + BURST_S
         if self.drafter is not None:
             self.drafter.is_cold = True
-        while True:
-            new = self._step(start, token)
-            drawn += new
-            start, token = start + len(new), new[-1]
-            if token in self.stop_ids or start + 1 >= self.n_most or time.perf_counter() >= until:
-                break
-            ask(self.stop)
-        if self.drafter is not None:
-            self.drafter.conclude()
+        try:
+            while True:
+                new = self._step(start, token)
+                drawn += new
+                start, token = start + len(new), new[-1]
+                if token in self.stop_ids or start + 1 >= self.n_most or time.perf_counter() >= until:
+                    break
+                ask(self.stop)
+        finally:
+            if self.drafter is not None:
+                self.drafter.conclude()
 
     def _step(self, start: int, token: int) -> list[int]:
         """Evaluate the token and the drafts behind it: the ids drawn, up to the first that was no draft."""
@@ -73,7 +75,7 @@ class Generation:
             logits = engine.evaluate(self.timeline, start, [token], stop=self.stop)
             new = [self._draw(logits[0], start + 1)]
             if drafter is not None:
-                drafter.pass_by(start, new[0])
+                drafter.pass_by(new[0])
             return new
         began = time.perf_counter()
         drafts = drafter.propose(self.n_most - start - 1, self.timeline, self.sampling, self.stream)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, N, guess, push, push_all
+from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, TOLD, N, guess, pass_by, push, push_all
 
 _MOST = 64  # tokens of a guess
 
@@ -52,6 +52,18 @@ class Lookup:
         """
         return int(push(self._address, token))
 
+    def pass_by(self, token: int, out: int, x: int, n: int) -> bool:
+        """`push`, and n float32 are copied from address x to `out`, in one call, whose time would be felt.
+
+        False if there was no match before, and there is none now.
+        """
+        return pass_by(self._address, token, out, x, n)  # type: ignore[no-any-return]
+
+    @property
+    def told(self) -> int:
+        """What the last `push` returned."""
+        return int(self._header[TOLD // 4])
+
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the match; none from where on one as good was followed by others."""
         n = guess(self._address, self._guessed_at, min(most, len(self._guessed)))
@@ -64,4 +76,5 @@ def warm_up() -> None:
     lookup = Lookup(2)
     lookup.follow([0])
     lookup.push(0)
+    lookup.pass_by(0, 0, 0, 0)
     lookup.guess(1)

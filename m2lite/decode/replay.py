@@ -26,7 +26,7 @@ class Replay:
 
     def __init__(self, modules: Modules, timeline: Timeline) -> None:
         self._modules, self._timeline = modules, timeline
-        n_embd = modules.buffers.config.n_embd
+        self.n_embd = n_embd = modules.buffers.config.n_embd
         self._states = [States(n_embd) for _ in range(modules.n_used)]  # of the trunk and of all modules but the last
         self._trunk, self._mtp = self._states[0], modules.mtp
         self._x = 0 if self._mtp.is_post_norm else modules.buffers.x  # where the trunk leaves its states
@@ -43,6 +43,19 @@ class Replay:
         if self._top > start + n_seen or start != self._trunk.end:
             self._turn(start, start + n_seen)
         self._trunk.append(self._x or trunk_states(self._mtp, self._modules.buffers, n_rows), n_rows)
+
+    @property
+    def state(self) -> int:
+        """Address of the trunk's state of the only row that was just computed."""
+        return self._x or trunk_states(self._mtp, self._modules.buffers, 1)
+
+    def reserve(self, n_rows: int) -> int:
+        """Address for the trunk's states of the next n_rows, which the caller puts there as they come."""
+        return self._trunk.reserve(n_rows)
+
+    def kept(self, n_rows: int) -> None:
+        """So many of them came."""
+        self._trunk.end += n_rows
 
     def _turn(self, start: int, seen: int) -> None:
         """The row goes on at `start`, and what the modules have seen is right up to `seen`."""

@@ -17,8 +17,8 @@ MOST_PLACES = 16  # that are looked at, the latest first
 AS_GOOD = 8  # tokens of a match from which on another place has a say, however long the longest match is
 HEADER = 16
 # Bytes of the header's numbers: tokens of the row; the index behind the match, its length; the same of the next best,
-# if any; the lengths of the arrays.
-N, PLACE, LENGTH, OTHER, OTHER_LENGTH, CAPACITY, MASK = 0, 4, 8, 12, 16, 20, 24
+# if any; what the last token was told by; the lengths of the arrays.
+N, PLACE, LENGTH, OTHER, OTHER_LENGTH, TOLD, CAPACITY, MASK = 0, 4, 8, 12, 16, 20, 24, 28
 
 
 @kernel
@@ -85,6 +85,7 @@ def push(block, token):
         goes_on = read_i32(row + 4 * place) == token
         if not is_contested(row, place, length, other, other_length):
             told = length if goes_on else -length
+    write_i32(block + TOLD, np.int32(told))
     agrees = other > 0 and read_i32(row + 4 * other) == token
     write_i32(row + 4 * n, np.int32(token))
     n += 1
@@ -141,3 +142,10 @@ def copy_floats(out, x, n):
     """out[i] = x[i] for n float32, a multiple of 16."""
     for i in range(0, 4 * n, 64):
         store_f32(out + i, load_f32(x + i))
+
+
+@kernel
+def pass_by(block, token, out, x, n):
+    """What follows a step without drafts: `push`, and `copy_floats` of n. False if nothing matched or matches now."""
+    copy_floats(out, x, n)
+    return (push(block, token) != 0) | (read_i32(block + LENGTH) != 0)

@@ -104,20 +104,25 @@ class States:
     """
 
     def __init__(self, n_embd: int) -> None:
-        self._rows = np.zeros((64, n_embd), np.float32)
+        self._rows = np.empty((256, n_embd), np.float32)  # the prompt and the answer of many a chat
         self._address, self._row_bytes = int(self._rows.ctypes.data), 4 * n_embd
-        self._first = -1  # position of row 0
+        self._first = 0  # position of row 0
         self.end = 0  # how many positions are known, whether kept or not
+        self.begin(0)
 
     def append(self, rows: int, n: int) -> None:
         """g of n positions from `end` on, at that address."""
+        copy_floats(self.reserve(n), rows, n * self._row_bytes // 4)
+        self.end += n
+
+    def reserve(self, n: int) -> int:
+        """Address for g of n positions from `end` on; whoever fills it moves `end`."""
         at = self.end - self._first
         if at + n > len(self._rows):
             grown = np.empty((2 * (at + n), self._rows.shape[1]), np.float32)
             grown[:at] = self._rows[:at]
             self._rows, self._address = grown, int(grown.ctypes.data)
-        copy_floats(self._address + at * self._row_bytes, rows, n * self._row_bytes // 4)
-        self.end += n
+        return self._address + at * self._row_bytes
 
     def address(self, position: int) -> int:
         """Of g at `position`, behind which the others follow."""
