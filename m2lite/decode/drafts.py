@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.decode.replay import Replay
     from m2lite.model.cache import Timeline
 
-QUIET = 63  # steps without drafts between two that are looked at
 MODES = ("auto", "mtp", "ngram", "off")
 
 
@@ -226,8 +225,6 @@ class Drafter:
                 return drafts
             if n_modules and most > 0 and replay is not None:
                 return self._draft(replay, min(n_modules, most), sampling, stream)
-        elif gate.is_quick and not gate.is_trying:
-            self.quiet = QUIET
         if self.leave is not None:
             self.leave.begin(())
         return []
@@ -276,12 +273,13 @@ class Drafter:
     def begin(self, drawn: list[int]) -> None:
         """The first token behind the prompt, whose rows were kept."""
         self.push(drawn)
-        if self._is_auto and self._gate.rests and not self._n_lookup():
-            self.quiet = QUIET
-            self._reserve()
+        self._rest()
 
-    def _reserve(self) -> None:
-        """Where the states of quiet steps go."""
+    def _rest(self) -> None:
+        """Let steps pass without a look if the gate says so, and if nothing was found to look up."""
+        self.quiet = self._gate.rest() if self._is_auto else 0
+        if self.quiet and self._n_lookup():
+            self.quiet = 0
         if self.quiet and self._replay is not None:
             self._kept_at = self._replay.reserve(self.quiet)
 
@@ -339,19 +337,14 @@ class Drafter:
             seconds = time.perf_counter() - began - self._modules_s
             gate.saw_step(1 + len(drafts), len(shares), seconds * is_measure)
         self._modules_s = 0.0
-        self._reserve()
+        self._rest()
 
     def push(self, new: list[int]) -> None:
         """The row goes on."""
         self._row += new
         if self._lookup is not None:
-            for token in new:
-                self._push(self._lookup, token)
-
-    def _push(self, lookup: Lookup, token: int) -> None:
-        told = lookup.push(token)
-        if told:
-            self._gate.saw_match(abs(told), told > 0)
+            for told in self._lookup.push(new):
+                self._gate.saw_match(abs(told), told > 0)
 
 
 def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
@@ -360,4 +353,9 @@ def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
 PLAN_EVERY, PLAN_SELDOM = 32, 256  # steps between two looks at the estimates; where nothing was drafted between
+QUIET = 64  # steps of a small model that go by without one that has no drafts and is measured
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
 _QUICK_SHARE = 0.0005  # the same of a small model: what it does with each token in a trial is felt after it, too
 PROBE_AFTER = 64  # steps for which something was not tried, at least
@@ -76,7 +77,7 @@ class Gate:
         self._answer = Estimate(_ANSWER, n=1, rate=0.1)  # tokens
         self.n_steps = self.next_plan = self._n_drafted = self._seldom = 0
         self._uses = [0.0] * len(self._rows)  # of steps with so many rows, lately
-        self._seen = [0] * len(self._rows)  # the last step with so many rows
+        self._seen = [0] * len(self._rows)  # the last step with so many rows that was measured
         self._usual = 1  # rows of the most frequent
         self.is_trying = False  # the next steps are for knowing better: no draft is left out
         self.is_quick = False  # a step takes so little that it should not be looked at
@@ -112,7 +113,8 @@ class Gate:
         self.n_steps += 1
         self._n_drafted += n_rows > 1
         self._uses[n_rows] += 1
-        self._seen[n_rows] = self.n_steps
+        if seconds:
+            self._seen[n_rows] = self.n_steps
         self._tried[n_modules] = self.n_steps
 
     def pass_by(self, n_steps: int) -> None:
@@ -278,10 +280,14 @@ class Gate:
         cost = self._modules[k].value + self._costs[k + 2] - self._costs[k + 1]
         return right * self._hits[k].value * self._token > cost
 
-    @property
-    def rests(self) -> bool:
-        """Whether the next steps need no look: each takes little, no module is at work, no plan is due."""
-        return self.is_quick and not (self.is_trying or self.n_modules_now) and self.n_steps < self.next_plan
+    def rest(self) -> int:
+        """How many of the next steps, if they have no drafts, need not be looked at: a look would be felt.
+
+        So many that one in QUIET is measured, and no plan is late.
+        """
+        if not self.is_quick or self.is_trying or self.n_modules_now:
+            return 0
+        return max(0, min(self._seen[1] + QUIET, self.next_plan) - self.n_steps)
 
     @property
     def plain_s(self) -> float | None:

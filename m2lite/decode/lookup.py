@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, TOLD, N, guess, pass_by, push, push_all
+from m2lite.kernels.lookup import CAPACITY, HEADER, LENGTH, MASK, TOLD, N, guess, pass_by, push_all
 
-_MOST = 64  # tokens of a guess
+_MOST = 64  # tokens of a guess, or of a push
 
 
 class Lookup:
@@ -24,8 +24,10 @@ class Lookup:
         self._block[[CAPACITY // 4, MASK // 4]] = capacity, size - 1
         self._address = int(self._block.ctypes.data)
         self._header = memoryview(self._block[:HEADER])  # type: ignore[arg-type]  # reads a number in 50 ns
-        self._guessed = np.zeros(_MOST, np.int32)
-        self._guessed_at = int(self._guessed.ctypes.data)
+        self._some = np.zeros(_MOST, np.int32)  # tokens that come or go
+        self._some_at = int(self._some.ctypes.data)
+        self._told = np.zeros(_MOST, np.int32)
+        self._told_at = int(self._told.ctypes.data)
         self._row = self._block[HEADER : HEADER + capacity]
 
     def __len__(self) -> int:
@@ -43,17 +45,21 @@ class Lookup:
         if len(new) < n or not np.array_equal(new[:n], self._row[:n]):
             self._block[HEADER + 2 * self._capacity :] = 0
             self._block[: CAPACITY // 4] = n = 0
-        push_all(self._address, int(new.ctypes.data) + 4 * n, len(new) - n)
+        push_all(self._address, int(new.ctypes.data) + 4 * n, len(new) - n, 0)
 
-    def push(self, token: int) -> int:
-        """The length of the match that told this token, negative if it told another.
+    def push(self, tokens: Sequence[int]) -> list[int]:
+        """For each token that a match told, the length of that match, negative if it told another.
 
-        0 if there was none, or one as good that told another.
+        Matches beside which one as good told another have no say. At most _MOST tokens.
         """
-        return int(push(self._address, token))
+        n = len(tokens)
+        self._some[:n] = tokens
+        n_told = push_all(self._address, self._some_at, n, self._told_at)
+        found: list[int] = self._told[:n_told].tolist()
+        return found
 
     def pass_by(self, token: int, out: int, x: int, n: int) -> bool:
-        """`push`, and n float32 are copied from address x to `out`, in one call, whose time would be felt.
+        """`push` of one, and n float32 are copied from address x to `out`: one call, for a second would be felt.
 
         False if there was no match before, and there is none now.
         """
@@ -61,13 +67,13 @@ class Lookup:
 
     @property
     def told(self) -> int:
-        """What the last `push` returned."""
+        """The length of the match that told the last token, negative if it told another; 0 if none did."""
         return int(self._header[TOLD // 4])
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the match; none from where on one as good was followed by others."""
-        n = guess(self._address, self._guessed_at, min(most, len(self._guessed)))
-        found: list[int] = self._guessed[:n].tolist()
+        n = guess(self._address, self._some_at, min(most, _MOST))
+        found: list[int] = self._some[:n].tolist()
         return found
 
 
@@ -75,6 +81,6 @@ def warm_up() -> None:
     """Compile, or load from the cache, what a lookup needs."""
     lookup = Lookup(2)
     lookup.follow([0])
-    lookup.push(0)
+    lookup.push([0])
     lookup.pass_by(0, 0, 0, 0)
     lookup.guess(1)

@@ -131,10 +131,18 @@ def guess(block, out, most):
 
 
 @kernel
-def push_all(block, tokens, n):
-    """`push` of n tokens, int32."""
+def push_all(block, tokens, n, out):
+    """`push` of n tokens, int32. What it returned goes to int32 `out` where it was not 0, unless `out` is 0.
+
+    Returns how many of them.
+    """
+    n_told = 0
     for i in range(n):
-        push(block, read_i32(tokens + 4 * i))
+        told = push(block, read_i32(tokens + 4 * i))
+        if told != 0 and out != 0:
+            write_i32(out + 4 * n_told, np.int32(told))
+            n_told += 1
+    return n_told
 
 
 @kernel

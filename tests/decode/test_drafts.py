@@ -218,6 +218,31 @@ def test_modules_that_catch_up_say_what_modules_that_followed_say(model: Model) 
     assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
 
+def test_modules_at_work_now_and_then(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are not looked at leave to the modules what those need: they say what they always say, bit for bit."""
+    said = []
+    with Model.open(bundled_model, draft="auto") as model:
+        gate, plans, prompt = model.engine.gate, list[int](), chat(model, 25)
+
+        def plan(n_behind: int, n_left: int) -> None:
+            plans.append(n_behind)
+            gate.n_modules_now = 3 * (len(plans) % 2)
+            gate.is_quick, gate.is_trying = True, bool(gate.n_modules_now)
+            gate.next_plan = gate.n_steps + 7
+
+        monkeypatch.setattr(gate, "plan", plan)
+        monkeypatch.setattr(gate, "lookup_drafts", lambda length: 0)
+        for setting in (("mtp", 3), ("auto", None)):
+            with model.session(*setting) as session:
+                ids = list(session.generate(prompt, max_tokens=400, sampling=DRAWN, ignore_stop=True))
+                drafter, drafted = session._drafter, session.stats.drafted
+                assert drafter is not None and drafted is not None
+                drafter._is_auto, drafter._lookup, drafter._n_modules = False, None, 3
+                said.append((ids, drafts_of(session, [*prompt, *ids], DRAWN), drafter._shares))
+    assert max(plans) >= 7 and 60 <= 2 * drafted.sources["mtp"] < 1.5 * drafted.n_steps, (plans, drafted)
+    assert said[0] == said[1] and len(said[0][2]) == 3
+
+
 def test_a_sidecar_of_another_model(bundled_model: Path, tmp_path: Path) -> None:
     """Beside the model it is left alone, and that is said; asked for by name it is an error."""
     path = tmp_path / bundled_model.name

@@ -36,9 +36,9 @@ def test_matches_are_true_and_long(n_tokens: int) -> None:
             new = [dice.randrange(n_tokens)]
         for token in new[: 600 - len(row)]:
             guess, length = lookup.guess(1), lookup.length
-            found = lookup.push(token)
-            assert found == (0 if not guess else length if guess == [token] else -length)
-            told += found > 0
+            found = lookup.push([token])
+            assert found == ([] if not guess else [length] if guess == [token] else [-length])
+            told += bool(guess) and guess == [token]
             row.append(token)
             expected = longest_match(row)
             assert bool(lookup.length) == bool(expected)
@@ -53,9 +53,9 @@ def test_a_guess_is_what_followed_and_repeats_at_the_end() -> None:
     lookup = Lookup(100)
     lookup.follow([9, 1, 2, 3, 4, 5, 1, 2, 3])
     assert lookup.length == 3 and lookup.guess(4) == [4, 5, 1, 2]
-    assert lookup.push(4) == 3 and lookup.length == 4 and lookup.guess(9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
-    assert lookup.push(7) == -4 and lookup.length == 0 and lookup.guess(3) == []
-    assert lookup.push(7) == 0
+    assert lookup.push([4]) == [3] and lookup.length == 4 and lookup.guess(9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
+    assert lookup.push([7]) == [-4] and lookup.length == 0 and lookup.guess(3) == []
+    assert lookup.push([7]) == []
 
 
 def test_the_longest_of_several_places_is_taken() -> None:
@@ -72,8 +72,8 @@ def test_places_that_match_as_well_must_agree() -> None:
     lookup = Lookup(100)
     lookup.follow([9, *rows[0], *rows[1], 1, 2, 3])
     assert lookup.guess(7) == [4] and lookup.length == 4  # 9 1 2 3
-    assert lookup.push(4) == 4 and lookup.guess(7) == []
-    assert lookup.push(304) == 0  # nothing was told
+    assert lookup.push([4]) == [4] and lookup.guess(7) == []
+    assert lookup.push([304]) == []  # nothing was told
     lookup.follow([9, *rows[0], *rows[1], 1, 2, 3, 4, 304, 5, 6, 7])
     assert lookup.guess(7) == [8]
     once = Lookup(100)
@@ -102,7 +102,7 @@ def test_rows_that_are_cut_and_go_on() -> None:
 def test_a_full_row_stays_as_it_is() -> None:
     lookup = Lookup(3)
     lookup.follow([1, 2, 3])
-    assert lookup.push(4) == 0 and len(lookup) == 3
+    assert lookup.push([4]) == [] and len(lookup) == 3
 
 
 def test_it_is_cheap() -> None:
@@ -115,9 +115,26 @@ def test_it_is_cheap() -> None:
     tokens = dice.integers(0, 40, 5000).tolist()
     started = time.perf_counter()
     for token in tokens:
-        lookup.push(token)
+        lookup.push([token])
         lookup.guess(7)
     assert (time.perf_counter() - started) / len(tokens) < 50e-6
+
+
+def test_tokens_pass_by_as_if_they_were_pushed() -> None:
+    dice = random.Random(5)
+    pushed, passed, at_once = Lookup(400), Lookup(400), Lookup(400)
+    states, kept = np.arange(16, dtype=np.float32), np.zeros((400, 16), np.float32)
+    row, told = [dice.randrange(3) for _ in range(400)], list[int]()
+    for i, token in enumerate(row):
+        states += 1
+        found = pushed.push([token])
+        is_match = passed.pass_by(token, kept[i:].ctypes.data, states.ctypes.data, 16)
+        assert passed.told == (found[0] if found else 0) and passed.length == pushed.length
+        assert bool(is_match) == bool(found or pushed.length)
+        assert kept[i].tolist() == states.tolist() and not kept[i + 1 :].any()
+        told += found
+    assert sum(n > 0 for n in told) > 20 and sum(n < 0 for n in told) > 20
+    assert [n for i in range(0, 400, 8) for n in at_once.push(row[i : i + 8])] == told
 
 
 def test_floats_are_copied() -> None:
