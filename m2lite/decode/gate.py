@@ -10,7 +10,7 @@ number of modules for some steps, each so seldom that it costs about PROBE_SHARE
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MOST_DRAFTS = 7  # with the token before them 8 rows, which go through a layer in one call
@@ -82,6 +82,7 @@ class Gate:
         self.is_trying = False  # the next steps are for knowing better: no draft is left out
         self.is_quick = False  # a step takes so little that it should not be looked at
         self._measure_from = 0
+        self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self._tried = [0] * (n_modules + 1)  # the last step in which so many modules drafted
         # What follows from the estimates, made by `plan`
         self._costs = [e.value for e in self._rows]  # of steps, as far as is known or can be guessed
@@ -101,9 +102,8 @@ class Gate:
         0 seconds.
         """
         estimate = self._rows[n_rows]
-        if seconds and not self._level:
-            self._level = seconds / estimate.value
-        if seconds and self.n_steps >= self._measure_from:
+        if seconds and self._measures():
+            self._level = self._level or seconds / estimate.value
             relative = min(seconds / self._level / estimate.value, _FAR_OFF)
             if n_rows == self._usual and estimate.n:
                 self._level *= 1 + _FOLLOW * (relative - 1)
@@ -124,13 +124,20 @@ class Gate:
 
     def saw_module(self, k: int, n_rows: int, seconds: float) -> None:
         """Module k drafted behind n_rows that it had not seen: a step's, or more as it caught up."""
-        if not self._level or self.n_steps < self._measure_from:
+        if not (self._measures() and self._level):
             return
         if n_rows > MOST_DRAFTS + 1:
             self._catch_up.add(seconds / self._level / n_rows)
             return
         estimate = self._modules[k]
         estimate.add(min(seconds / self._level, _FAR_OFF * estimate.value))
+
+    def _measures(self) -> bool:
+        """Whether what is seen now is what it will cost later."""
+        if self.settling is not None and self.settling():
+            return False
+        self.settling = None
+        return self.n_steps >= self._measure_from
 
     def saw_draft(self, k: int, share: float, is_right: bool) -> None:
         """The draft of module k, which was so sure, behind right ones."""

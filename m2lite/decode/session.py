@@ -163,6 +163,7 @@ class Model:
         model.ctx, model.n_rows = n_positions, n_rows
         if engine.stream is None and gguf.size_bytes + model.kv_bytes <= machine.free_memory_bytes():
             model._prefault = gguf.prefault()
+            engine.gate.settling = model._prefault.is_running
         elif engine.stream is not None and heat:
             model._remember(engine.stream)
         model.load_s = time.perf_counter() - started

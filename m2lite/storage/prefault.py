@@ -26,6 +26,10 @@ class Prefault:
         self._thread = threading.Thread(target=self._run, name="m2lite-prefault", daemon=True)
         self._thread.start()
 
+    def is_running(self) -> bool:
+        """Whether pages are still being mapped."""
+        return self._thread.is_alive()
+
     def wait(self, stop: Callable[[], bool] | None = None) -> None:
         """Until every page is mapped or cannot be mapped ahead, or `stop` says so: a slow disk takes minutes."""
         while self._thread.is_alive() and not (stop is not None and stop()):
