@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from m2lite.decode.gate import MOST_DRAFTS, Gate
+from m2lite.decode.gate import MOST_DRAFTS, QUIET, Gate
 
 
 @dataclass
@@ -166,3 +166,38 @@ def test_lookup_verifies_more_the_longer_the_match() -> None:
     gate.plan(0, 100)
     found = [gate.lookup_drafts(length) for length in (3, 5, 8, 12, 18, 30)]
     assert found == sorted(found) and found[0] == 0 and found[-1] == MOST_DRAFTS
+
+
+def test_nothing_is_measured_while_the_model_is_being_mapped() -> None:
+    """Its first steps wait for pages: what they take says nothing of the later ones."""
+    machine = Machine(Gate(3), [8.0, 2.0, 2.5, 3.0], 0.05, 0.75, noise=0.02)
+    is_mapping = True
+    machine.gate.settling = lambda: is_mapping
+    machine.run(60)
+    assert machine.gate.plain_s is None
+    is_mapping, machine.rows = False, [1.0, 1.7, 2.4, 3.1]
+    machine.run(60)
+    assert machine.run(300) <= 1.05 * min(machine.fixed(n) for n in range(4))
+
+
+def test_one_step_in_some_of_a_small_model_is_looked_at() -> None:
+    gate = Gate(0)
+    assert gate.rest() == 0  # nothing is known yet
+    for _ in range(40):
+        gate.plan(0, 100)
+        gate.saw_step(1, 0, 3e-4)
+    rest = gate.rest()
+    assert 1 < rest <= QUIET
+    gate.pass_by(rest)
+    assert gate.rest() == 0
+    if gate.n_steps >= gate.next_plan:
+        gate.plan(0, 100)
+    gate.saw_step(1, 0, 0.0)  # one that was not measured is not enough
+    assert gate.rest() == 0
+    gate.saw_step(1, 0, 3e-4)
+    assert gate.rest() > 1
+    slow = Gate(0)
+    for _ in range(40):
+        slow.plan(0, 100)
+        slow.saw_step(1, 0, 0.1)
+    assert slow.rest() == 0
