@@ -186,12 +186,13 @@ def test_one_step_in_some_of_a_small_model_is_looked_at() -> None:
     for _ in range(40):
         gate.plan(0, 100)
         gate.saw_step(1, 0, 3e-4)
-    rest = gate.rest()
-    assert 1 < rest <= QUIET
-    gate.pass_by(rest)
-    assert gate.rest() == 0
-    if gate.n_steps >= gate.next_plan:
-        gate.plan(0, 100)
+    n_passed = 0
+    while rest := gate.rest():
+        n_passed += rest
+        gate.pass_by(rest)
+        if gate.n_steps >= gate.next_plan:
+            gate.plan(0, 100)
+    assert 1 < n_passed <= QUIET
     gate.saw_step(1, 0, 0.0)  # one that was not measured is not enough
     assert gate.rest() == 0
     gate.saw_step(1, 0, 3e-4)
