@@ -80,6 +80,7 @@ class Gate:
         self._seen = [0] * len(self._rows)  # the last step with so many rows that was measured
         self._usual = 1  # rows of the most frequent
         self.is_trying = False  # the next steps are for knowing better: no draft is left out
+        self._plain_known = False  # what a step without drafts takes
         self.is_quick = False  # a step takes so little that it should not be looked at
         self._measure_from = 0
         self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
@@ -162,7 +163,9 @@ class Gate:
 
         n_behind: rows that they have to catch up with; n_left: tokens that may yet come.
         """
-        if self._n_drafted or self.is_trying or self._wished:
+        is_new = not self._plain_known and self._rows[1].n >= TRIAL  # now it is known whether the model is quick
+        self._plain_known |= is_new
+        if self._n_drafted or self.is_trying or self._wished or is_new:
             self._seldom, self._n_drafted, self.is_trying = 0, 0, False
             self._choose(n_behind, n_left)
         else:
