@@ -66,6 +66,20 @@ class Stats:
     plain_s: float | None = None  # a token without drafts, where one was measured
     major_faults: int = 0  # pages of the process that had to be waited for one by one
 
+    def followed_by(self, other: Stats) -> Stats:
+        """Of an answer that was drawn in two parts: what both cost."""
+        both = replace(self, n_generated=self.n_generated + other.n_generated)
+        between_s = other.prompt_s if other.n_generated else 0.0  # what was given between is read, and a token drawn
+        both.decode_s += between_s + other.decode_s
+        both.plain_s, both.major_faults = other.plain_s, self.major_faults + other.major_faults
+        if self.traffic is not None and other.traffic is not None:
+            both.traffic = self.traffic.plus(other.traffic)
+        if self.drafted is not None and other.drafted is not None:
+            both.drafted = Drafted()
+            both.drafted.include(self.drafted)
+            both.drafted.include(other.drafted)
+        return both
+
     @property
     def saved_s(self) -> float | None:
         """Seconds that the same tokens would have taken longer one by one, where it is known what one takes."""
@@ -428,6 +442,32 @@ class Session:
             if not drawn:  # else it comes again when those are used up
                 raise
         return list(drawn)
+
+    def fill_pages(self, read: Callable[[int, memoryview], bool], n_pages: int, stop: Stop | None = None) -> int:
+        """Pages of the row that the cache lacks, up to page n_pages, as far as `read(index, into)` has them.
+
+        Returns how many positions the cache then holds.
+        """
+        first = self.n_cached // PAGE
+
+        def call() -> int:
+            timeline = self._timeline
+            timeline.rewind(min(timeline.length, self.n_cached))
+            for index in range(first, n_pages):
+                if (stop is not None and stop()) or not timeline.fill(index, partial(read, index)):
+                    break
+            return timeline.length
+
+        if n_pages * PAGE > self.n_cached:
+            self.n_cached = max(self.n_cached, compute_thread().run(call))
+        return self.n_cached
+
+    def whole_pages(self, indices: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
+        """(index, bytes) of pages that lie in the cache, valid until the session computes again."""
+        timeline, pool = self._timeline, self.model.engine.pool
+        for index in indices:
+            assert (index + 1) * PAGE <= min(self.n_cached, timeline.length)
+            yield index, pool.page_view(timeline.pages[index])
 
     def close(self) -> None:
         """Give the KV pages back."""

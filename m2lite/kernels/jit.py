@@ -54,7 +54,7 @@ def source_files() -> list[Path]:
     return [path for pattern in _SOURCES for path in sorted(package.glob(pattern))]
 
 
-def _source_hash() -> str:
+def source_hash() -> str:
     """Numba's disk cache sees neither edits in other files nor its own flags: all of that names the directory."""
     digest = hashlib.sha256()
     for path in source_files():
@@ -78,7 +78,7 @@ def _owned_private(path: Path) -> bool:
 def _choose_cache() -> Path:
     root = Path(os.environ.get("M2LITE_CACHE_DIR") or platformdirs.user_cache_dir("m2lite")) / "kernels"
     if _owned_private(root):
-        path = root / _source_hash()
+        path = root / source_hash()
         if _owned_private(path):
             os.utime(path)  # a directory's own time is that of its last new file: one in use must not look old
             old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -242,6 +242,10 @@ class KVPool:
     def page_address(self, page: int) -> int:
         return self._base + page * self.page_bytes
 
+    def touch_next(self) -> None:
+        """Get the memory of the page that is taken next."""
+        self._touch(self._free[-1:])
+
     def take_page(self) -> int:
         page = self._free.pop()
         self._users[page] = 1
@@ -258,6 +262,10 @@ class KVPool:
         assert self._users[page] >= 0
         if self._users[page] == 0:
             self._free.append(page)
+
+    def page_view(self, page: int) -> memoryview:
+        """The bytes of a page, of all layers and modules."""
+        return memoryview(self._memory)[page * self.page_bytes : (page + 1) * self.page_bytes]
 
     def copy_page(self, source: int, target: int) -> None:
         view, n = memoryview(self._memory), self.page_bytes
@@ -303,6 +311,25 @@ class Timeline:
         while len(self.pages) * PAGE < self.length + n_new:
             self.pages.append(-1)
             self._set_page(len(self.pages) - 1, self.pool.take_page())
+
+    def fill(self, index: int, read: Callable[[memoryview], bool]) -> bool:
+        """Page `index` as `read` gives it, and then nothing more; all stays as it was if it says False."""
+        pool = self.pool
+        assert index * PAGE <= self.length
+        if not pool.n_free:
+            return False
+        pool.touch_next()
+        page = pool.take_page()
+        view = pool.page_view(page)
+        if not read(view):
+            np.frombuffer(view, np.uint8)[:] = 0  # what came may be no numbers
+            pool.release_page(page)
+            return False
+        self.rewind(index * PAGE)
+        self.pages.append(page)
+        self._set_page(index, page)
+        self.length = (index + 1) * PAGE
+        return True
 
     def _set_page(self, index: int, page: int) -> None:
         self.pages[index] = page

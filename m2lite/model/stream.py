@@ -57,6 +57,9 @@ class Traffic:
     def since(self, before: Traffic) -> Traffic:
         return Traffic(*(getattr(self, name) - getattr(before, name) for name in vars(self)))
 
+    def plus(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
     def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
         return {
