@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
 
 from m2lite.decode.drafts import n_common
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Progress, Session, Stats
-from m2lite.errors import ContextError
+from m2lite.decode.snapshots import Snapshots
+from m2lite.errors import ContextError, UsageError
 from m2lite.text.reply import Piece, Reply, ReplyStream, opens_thinking
 from m2lite.text.template import encode_chat
 
@@ -18,14 +20,29 @@ Message = dict[str, Any]
 Pieces = Generator[Piece, None, None]
 
 
+class Options(TypedDict, total=False):
+    """How to answer."""
+
+    sampling: Sampling
+    max_tokens: int | None  # of the answer, its thinking included
+    think_tokens: int | None  # after so many tokens of thinking it is closed; 0: there is none
+    stop: Stop | None
+    progress: Progress | None
+
+
 @dataclass
 class Answer:
-    """One answer: its parts, and the ids as they were generated, without the one that ended it."""
+    """One answer: its parts, and its ids without the one that ended it."""
 
     tokens: list[int] = field(default_factory=list)
     reply: Reply = field(default_factory=lambda: Reply("", ""))
     finish_reason: str = "interrupted"
     stats: Stats = field(default_factory=Stats)
+    attempt: int = 0  # earlier answers to the same question
+    n_given: int = 0  # of its ids, those that it already had when it was continued
+
+
+_COMPLETE = Answer(finish_reason="stop")
 
 
 class Conversation:
@@ -35,15 +52,26 @@ class Conversation:
     where the last answer began if the template drops the thinking of earlier turns.
     """
 
-    def __init__(self, session: Session, system: str | None = None) -> None:
-        self.session = session
+    def __init__(
+        self, session: Session, system: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """`tools`: OpenAI schemas of what the model may call."""
+        self.session, self.tools = session, tools
+        self.snapshots: Snapshots | None = None  # where rows are kept that were computed once
         self.messages: list[Message] = []
-        self.answer = Answer()
+        self.answer = Answer()  # the last that was asked for
+        self.asked: list[Message] = []  # what that answers
+        self.said = _COMPLETE  # the one at the end of `messages`, which is another if nothing came
         self.set_system(system)
 
     @property
     def n_turns(self) -> int:
         return sum(message["role"] == "user" for message in self.messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system message; None: the template's own."""
+        return next((str(m["content"]) for m in self.messages if m["role"] == "system"), None)
 
     def set_system(self, text: str | None) -> None:
         """Replace the system message; None leaves it to the template."""
@@ -52,75 +80,202 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget every turn; the system message stays."""
-        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.messages, self.said = [message for message in self.messages if message["role"] == "system"], _COMPLETE
 
-    def ask(
-        self,
-        text: str,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        stop: Stop | None = None,
-        progress: Progress | None = None,
-    ) -> Pieces:
+    def restore(self, messages: Sequence[Message], said: Answer) -> None:
+        """Go on from there."""
+        self.messages, self.said = list(messages), said
+
+    def keep(self, stop: Stop | None = None) -> None:
+        """What was computed goes to the snapshots."""
+        if self.snapshots is not None:
+            self.snapshots.save(self.session, stop)
+
+    def turns(self) -> list[int]:
+        """Where in `messages` each turn begins."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
+    def undo(self) -> str:
+        """Forget the last turn; returns its question."""
+        at = self._last_question()
+        question = str(self.messages[at]["content"])
+        self.messages, self.said = self.messages[:at], _COMPLETE
+        return question
+
+    def forget(self, n_turns: int) -> int:
+        """Forget the oldest turns; returns how many those were."""
+        starts = self.turns()
+        n = min(n_turns, len(starts))
+        if n:
+            self.messages = self.messages[: starts[0]] + (self.messages[starts[n] :] if n < len(starts) else [])
+        return n
+
+    def ask(self, text: str, **options: Unpack[Options]) -> Pieces:
         """Append the question and yield the pieces of the answer as they come; `answer` and `messages` then hold it.
 
         A question that does not fit raises ContextError before anything is computed and is forgotten, and so is one
         that was stopped before its answer began.
         """
-        session, turn = self.session, self.n_turns
-        messages = [*self.messages, {"role": "user", "content": text}]
-        row = encode_chat(session.model.tokenizer, session.model.template, messages)
-        try:
-            session.set_tokens(row)
-        except ContextError as error:
-            raise self._too_long(error, row) from None
-        ids = session.generate(
-            (), max_tokens=max_tokens, sampling=sampling, stream=turn << 32, stop=stop, progress=progress
-        )
-        return self._collect(ids, opens_thinking(session.model.tokenizer, row), messages)
+        return self._answer([*self.messages, {"role": "user", "content": text}], Answer(), options)
 
-    def complete(
-        self,
-        text: str,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        stop: Stop | None = None,
-        progress: Progress | None = None,
-    ) -> Pieces:
+    def regenerate(self, **options: Unpack[Options]) -> Pieces:
+        """Answer the last question anew, with other random numbers; the former answer stays if nothing comes."""
+        messages = self.messages[: self._last_question() + 1]
+        is_first = len(messages) == len(self.messages)
+        return self._answer(messages, Answer(attempt=0 if is_first else self.said.attempt + 1), options)
+
+    def resume(self, **options: Unpack[Options]) -> Pieces:
+        """Go on with an answer that was stopped, as if it had not been; answer what has no answer yet.
+
+        UsageError if the answer is complete.
+        """
+        self._last_question()
+        if self.messages[-1]["role"] != "assistant":
+            return self._answer(self.messages, Answer(), options)
+        if self.said.finish_reason == "stop":
+            raise UsageError("The last answer is complete.", "/regen makes another one.")
+        tokens = self.said.tokens or self._ids_of(self.messages[-1])
+        return self._answer(self.messages[:-1], replace(self.said, tokens=tokens), options)
+
+    def tell_results(self, results: Sequence[str], **options: Unpack[Options]) -> Pieces:
+        """What the calls of the last answer gave back, in their order; the model goes on with it."""
+        assert len(results) == len(self.messages[-1]["tool_calls"])
+        self.messages = [*self.messages, *({"role": "tool", "content": result} for result in results)]
+        attempt, self.said = self.said.attempt, _COMPLETE
+        return self._answer(self.messages, Answer(attempt=attempt), options)
+
+    def complete(self, text: str, **options: Unpack[Options]) -> Pieces:
         """Continue raw text, without a template; `messages` stay as they are."""
         session = self.session
         row = session.model.encode_prompt(text)
         session.set_tokens(row)
-        ids = session.generate((), max_tokens=max_tokens, sampling=sampling, stop=stop, progress=progress)
-        return self._collect(ids, opens_thinking(session.model.tokenizer, row), None)
+        return self._collect(row, Answer(), 0, None, options)
 
-    def _collect(self, ids: Iterator[int], in_thinking: bool, messages: list[Message] | None) -> Pieces:
-        """Pieces of `ids`; whatever came, however it ends, goes to `answer` and behind `messages`."""
-        stream = ReplyStream(self.session.model.tokenizer, in_thinking)
-        answer = self.answer = Answer(stats=self.session.stats)
+    def encode(self, messages: Sequence[Message], is_to_answer: bool = True) -> list[int]:
+        """The row that the messages are."""
+        model = self.session.model
+        return encode_chat(model.tokenizer, model.template, messages, self.tools, add_generation_prompt=is_to_answer)
+
+    def _last_question(self) -> int:
+        starts = self.turns()
+        if not starts:
+            raise UsageError("Nothing was asked yet.")
+        return starts[-1]
+
+    def _ids_of(self, message: Message) -> list[int]:
+        """What the model may have said: of an answer whose ids nobody kept."""
+        tokenizer = self.session.model.tokenizer
+        thinking, content = message.get("reasoning_content", ""), str(message["content"])
+        closed = self._close_thinking() if content else []
+        return [*(tokenizer.encode(thinking) if thinking else []), *closed, *tokenizer.encode(content)]
+
+    def _close_thinking(self) -> list[int]:
+        """The ids that end the thinking, as the template writes it."""
+        tokenizer = self.session.model.tokenizer
+        if tokenizer.think_close_id is None:
+            return []
+        return [*tokenizer.encode("\n"), tokenizer.think_close_id, *tokenizer.encode("\n\n")]
+
+    def _answer(self, messages: list[Message], answer: Answer, options: Options) -> Pieces:
+        """The answer to the messages, or the rest of it behind the ids that it has."""
+        session = self.session
+        row = self.encode(messages)
         try:
-            for token in ids:
-                answer.tokens.append(token)
-                yield from stream.push(token)
-            yield from stream.finish()
+            session.set_tokens([*row, *answer.tokens])
+        except ContextError as error:
+            raise self._too_long(error, row, messages) from None
+        if self.snapshots is not None:
+            self.snapshots.restore(session, options.get("stop"))
+        turn = sum(message["role"] == "user" for message in messages) - 1
+        self.asked = messages
+        return self._collect(row, answer, turn << 32 | answer.attempt, messages, options)
+
+    def _collect(
+        self, row: Sequence[int], answer: Answer, stream: int, messages: list[Message] | None, options: Options
+    ) -> Pieces:
+        """What `_pieces` yields, with `answer` made known at once."""
+        self.answer = Answer(list(answer.tokens), attempt=answer.attempt, n_given=len(answer.tokens))
+        self.session.finish_reason = None
+        tokenizer = self.session.model.tokenizer
+        return self._pieces(
+            self.answer, ReplyStream(tokenizer, opens_thinking(tokenizer, row)), stream, messages, options
+        )
+
+    def _pieces(
+        self, answer: Answer, reply: ReplyStream, stream: int, messages: list[Message] | None, options: Options
+    ) -> Pieces:
+        """Pieces of the answer; whatever came, however it ends, goes to `answer` and behind `messages`."""
+        for token in answer.tokens:
+            reply.push(token)
+        ids = self._ids(reply, stream, options)
+        try:
+            with closing(ids):
+                for token in ids:
+                    answer.tokens.append(token)
+                    yield from reply.push(token)
+            yield from reply.finish()
         finally:
             answer.finish_reason = self.session.finish_reason or "interrupted"
-            stream.finish()
-            answer.reply = stream.reply()
+            reply.finish()
+            answer.reply = reply.reply(self.tools)
             if messages is not None and (answer.tokens or answer.finish_reason != "interrupted"):
-                self.messages = [*messages, answer.reply.message()]
+                self.messages, self.said = [*messages, answer.reply.message()], answer
 
-    def _too_long(self, error: ContextError, row: Sequence[int]) -> ContextError:
+    def _ids(self, reply: ReplyStream, stream: int, options: Options) -> Generator[int, None, None]:
+        """The ids that follow the row; where the thinking is as long as it may be, those that close it.
+
+        `reply` has got each id when the next is asked for.
+        """
+        n_left, n_think = options.get("max_tokens"), options.get("think_tokens")
+        forced = list[int]()
+        while True:
+            if n_think is not None and n_think <= 0 and reply.kind == "thinking":
+                forced, n_think = self._close_thinking(), None
+                yield from forced
+            ids = self._draw(forced, n_left, stream, options)
+            with closing(ids):
+                for token in ids:
+                    yield token
+                    n_left = None if n_left is None else n_left - 1
+                    if n_think is not None and reply.kind == "thinking":
+                        n_think -= 1
+                        if n_think <= 0 and n_left != 0:
+                            break
+                else:
+                    return
+
+    def _draw(
+        self, new: Sequence[int], max_tokens: int | None, stream: int, options: Options
+    ) -> Generator[int, None, None]:
+        """Ids behind the row and `new`; `answer.stats` then includes them."""
+        answer, before = self.answer, self.answer.stats
+        ids: Iterator[int] = self.session.generate(
+            new, max_tokens=max_tokens, sampling=options.get("sampling"), stream=stream, stop=options.get("stop"),
+            progress=options.get("progress"),
+        )  # fmt: skip
+        try:
+            yield from ids
+        finally:
+            answer.stats = before.followed_by(self.session.stats) if before.n_generated else self.session.stats
+
+    def _too_long(self, error: ContextError, row: Sequence[int], messages: Sequence[Message]) -> ContextError:
         """Counted behind the turns that are kept, which is what the user can act on."""
-        if not self.n_turns:
+        starts = self.turns()
+        if not starts:
             return error
         n_kept = n_common(self.session.tokens, row)
         needed, free = len(row) - n_kept, max(0, error.limit - n_kept)
+        todo = "Shorten it, /clear the turns so far, or start again with a larger --ctx."
+        for n, start in enumerate(starts[1:], 1):
+            shorter = [*messages[: starts[0]], *messages[start:]]
+            n_freed = len(row) - len(self.encode(shorter))
+            if len(row) - n_freed < error.limit:
+                turns = "the oldest turn" if n == 1 else f"the oldest {n} turns"
+                todo = f"/forget {n} drops {turns} (frees {n_freed:,}); or shorten it, or start with a larger --ctx."
+                break
         return ContextError(
             f"This message needs {needed:,} tokens; {free:,} are free of {error.limit:,}.",
-            "Shorten it, /clear the turns so far, or start again with a larger --ctx.",
+            todo,
             needed=needed,
             free=free,
             limit=error.limit,
