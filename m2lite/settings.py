@@ -47,6 +47,7 @@ class Settings:
     load: str
     ram: int | None
     heat: str
+    kv_disk: int | None
     draft: str
     draft_tokens: int | None
     mtp: str | None
@@ -57,6 +58,7 @@ class Settings:
     seed: int | None
     max_tokens: int | None
     think: str
+    think_budget: int | None
     template: str
     origins: Mapping[str, str]
 
@@ -116,6 +118,7 @@ OPTIONS: dict[str, Option] = {
         ),
         Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
         Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
+        Option("kv_disk", ("--kv-disk",), "SIZE", parse_count, None, "Disk for rows of chats, 0: none [default: 16g]"),
         Option(
             "draft",
             ("--draft",),
@@ -134,7 +137,15 @@ OPTIONS: dict[str, Option] = {
         Option("min_p", ("--min-p",), "X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest"),
         Option("seed", ("--seed",), "N", parse_seed, None, "Random seed [default: drawn and printed]"),
         Option("max_tokens", ("--max-tokens", "-n"), "N", parse_positive, None, "Stop an answer after N tokens"),
-        Option("think", ("--think",), "show|hide", parse_choice("show", "hide"), "show", "The model's thinking"),
+        Option(
+            "think",
+            ("--think",),
+            "show|hide|off",
+            parse_choice("show", "hide", "off"),
+            "show",
+            "The model's thinking: shown, folded, or none",
+        ),
+        Option("think_budget", ("--think-budget",), "N", parse_count, None, "Close the thinking after N tokens"),
         Option("template", ("--template",), "file|builtin", parse_choice("file", "builtin"), "file", "Chat template"),
     ]
 }

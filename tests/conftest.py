@@ -48,6 +48,7 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "XDG_CONFIG_HOME": str(home / "config"),
         "XDG_STATE_HOME": str(home / "state"),
+        "XDG_DATA_HOME": str(home / "data"),
         "M2LITE_HEAT": "off",
         "TERM": "xterm-256color",
         "COLUMNS": "80",

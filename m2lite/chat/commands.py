@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-from m2lite.decode.conversation import Conversation
-from m2lite.decode.session import Stats
+from m2lite.chat.chat import Begin, Chat, export_markdown, read_text
+from m2lite.chat.status import describe
+from m2lite.chat.store import (
+    SavedChat,
+    check_name,
+    delete_session,
+    list_sessions,
+    new_name,
+    read_session,
+    session_path,
+)
+from m2lite.decode.conversation import Options, Pieces
 from m2lite.errors import UsageError
+from m2lite.settings import OPTIONS
+from m2lite.storage.durable import atomic_write
+
+_MOST_FILE_BYTES = 4 << 20
+_SHOWN_SESSIONS = 20
+_SET = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")  # rows of the settings table
+_SAMPLING = {"temp": "temperature"}  # the fields of Sampling that are named otherwise
 
 
 class Leave(Exception):
@@ -16,95 +36,299 @@ class Leave(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """`run` takes the conversation and the rest of the line, and returns what to tell the user."""
+    """`run` takes the chat and the rest of the line, and returns what to tell the user, or what begins an answer."""
 
-    run: Callable[[Conversation, str], str]
+    run: Callable[[Chat, str], str | Begin]
     arguments: str
     help: str
+    completes: str = ""  # what Tab offers behind it: "path" or "chat"
 
 
-def run_command(conversation: Conversation, line: str) -> str:
+def run_command(chat: Chat, line: str) -> str | Begin:
     """Run a line that begins with a slash; an unknown command is an error and never reaches the model."""
     name, _, rest = line[1:].partition(" ")
     if name not in COMMANDS:
         raise UsageError(f"There is no command /{name}.", "/help lists them; a message that begins with / needs //.")
-    return COMMANDS[name].run(conversation, rest.strip())
+    command = COMMANDS[name]
+    if rest.strip() and not command.arguments:
+        raise UsageError(f"/{name} takes nothing behind it.", "A message that begins with / needs //.")
+    return command.run(chat, rest.strip())
 
 
-def _help(conversation: Conversation, rest: str) -> str:
-    lines = [f"  /{name + ' ' + c.arguments:<16}{c.help}" for name, c in COMMANDS.items()]
-    lines.append("  //...            a message that begins with /")
+def _help(chat: Chat, rest: str) -> str:
+    if rest:
+        name = rest.removeprefix("/")
+        if name not in COMMANDS:
+            raise UsageError(f"There is no command /{name}.", "/help lists them.")
+        return _line_of(name)
+    lines = [_line_of(name) for name in COMMANDS]
+    lines.append("  //...                  a message that begins with /")
+    lines.append('  """...                 a message of several lines, up to the next """')
     lines.append("  Alt-Enter or Ctrl-J begins a new line, Ctrl-C stops an answer, Ctrl-D leaves")
     return "\n".join(lines)
 
 
-def _clear(conversation: Conversation, rest: str) -> str:
-    n_turns = conversation.n_turns
-    conversation.clear()
-    return f"forgot {n_turns} turns"
+def _line_of(name: str) -> str:
+    command = COMMANDS[name]
+    return f"  /{name + ' ' + command.arguments:<22}{command.help}"
 
 
-def _exit(conversation: Conversation, rest: str) -> str:
+def _clear(chat: Chat, rest: str) -> str:
+    n_turns, saved = chat.conversation.n_turns, chat.saved
+    chat.conversation.clear()
+    if saved is None or not saved.saved.messages:
+        return f"forgot {n_turns} turns"
+    saved.close()
+    chat.saved = SavedChat(new_name(), str(chat.conversation.session.model.path))
+    return f"forgot {n_turns} turns; /load {saved.name} brings them back"
+
+
+def _exit(chat: Chat, rest: str) -> str:
     raise Leave
 
 
-def _system(conversation: Conversation, rest: str) -> str:
+def _system(chat: Chat, rest: str) -> str:
     if rest:
-        conversation.set_system(rest)
+        chat.conversation.set_system(rest)
         return "system message set"
-    current = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
-    return "the template's own system message is used" if current is None else str(current)
+    current = chat.conversation.system
+    return "the template's own system message is used" if current is None else current
 
 
-def _stats(conversation: Conversation, rest: str) -> str:
-    session = conversation.session
-    model = session.model
-    lines = [
-        f"model {model.path}",
-        f"threads {model.n_threads} ({model.engine.layer})",
-        f"context {len(session.tokens):,} of {model.ctx:,} tokens, KV {model.kv} {model.kv_bytes:,} bytes when full",
-        model.engine.drafting.describe(),
-        f"turns {conversation.n_turns}",
-    ]
-    if conversation.answer.tokens:
-        lines.append("last answer: " + status_line(conversation))
+def _stats(chat: Chat, rest: str) -> str:
+    return describe(chat.conversation)
+
+
+def _regenerate(chat: Chat, rest: str) -> Begin:
+    def begin(options: Options) -> Pieces:
+        return chat.conversation.regenerate(**options)
+
+    return begin
+
+
+def _continue(chat: Chat, rest: str) -> Begin:
+    def begin(options: Options) -> Pieces:
+        return chat.conversation.resume(**options)
+
+    return begin
+
+
+def _undo(chat: Chat, rest: str) -> str:
+    question = " ".join(chat.conversation.undo().split())
+    return f"forgot: {question if len(question) <= 60 else question[:59] + '…'}"
+
+
+def _edit(chat: Chat, rest: str) -> Begin:
+    """The last question, or a new one, in the user's editor."""
+    import click
+
+    conversation = chat.conversation
+    is_again = bool(conversation.turns())
+    text = str(conversation.messages[conversation.turns()[-1]]["content"]) if is_again else ""
+    try:
+        edited = click.edit(text, extension=".md")
+    except click.ClickException as error:
+        raise UsageError(f"The editor failed: {error.message}.", "Set EDITOR.") from None
+    if edited is None or not edited.strip():
+        raise UsageError("Nothing was saved in the editor: the chat is as it was.")
+    return partial(_ask_instead if is_again else _ask, chat, edited.rstrip("\n"))
+
+
+def _ask(chat: Chat, text: str, options: Options) -> Pieces:
+    return chat.conversation.ask(text, **options)
+
+
+def _ask_instead(chat: Chat, text: str, options: Options) -> Pieces:
+    """Another question in place of the last; if it cannot be asked, nothing changes."""
+    conversation = chat.conversation
+    before = conversation.messages, conversation.said
+    conversation.undo()
+    try:
+        return conversation.ask(text, **options)
+    except BaseException:
+        conversation.restore(*before)
+        raise
+
+
+def _forget(chat: Chat, rest: str) -> str:
+    if rest and not rest.isdigit():
+        raise UsageError(f"/forget {rest}: expected a number of turns.")
+    n = chat.conversation.forget(int(rest or 1))
+    return f"forgot the oldest {n} turns; {chat.conversation.n_turns} are left"
+
+
+def _set(chat: Chat, rest: str) -> str:
+    name, _, text = rest.replace("=", " ", 1).partition(" ")
+    name, text = name.strip().lstrip("-").replace("-", "_"), text.strip()
+    if name and name not in _SET:
+        raise UsageError(f"{name!r} cannot be set.", f"Use one of {', '.join(_SET)}.")
+    if name and text:
+        try:
+            value = OPTIONS[name].parse(text)
+        except ValueError as error:
+            raise UsageError(f"/set {name} {text}: {error}.") from None
+        if name == "max_tokens":
+            chat.max_tokens = value
+        else:
+            chat.sampling = replace(chat.sampling, **{_SAMPLING.get(name, name): value})
+    return "  ".join(f"{each} {_value(chat, each)}" for each in ([name] if name else _SET))
+
+
+def _value(chat: Chat, name: str) -> object:
+    value = chat.max_tokens if name == "max_tokens" else getattr(chat.sampling, _SAMPLING.get(name, name))
+    return "no limit" if value is None else value
+
+
+def _think(chat: Chat, rest: str) -> str:
+    if rest in ("show", "hide"):
+        chat.show_thinking = rest == "show"
+        chat.think_tokens = None if chat.think_tokens == 0 else chat.think_tokens
+    elif rest == "off" or rest.isdigit():
+        chat.think_tokens = 0 if rest == "off" else int(rest)
+    elif rest == "on":
+        chat.think_tokens = None
+    elif rest:
+        raise UsageError(f"/think {rest}: expected show, hide, on, off, or a number of tokens.")
+    shown = "shown" if chat.show_thinking else "folded"
+    if chat.think_tokens == 0:
+        return "thinking is off"
+    return f"thinking is {shown}" + ("" if chat.think_tokens is None else f", at most {chat.think_tokens:,} tokens")
+
+
+def _context(chat: Chat, rest: str) -> str:
+    """What each turn takes of the context."""
+    conversation, limit = chat.conversation, chat.conversation.session.model.ctx
+    starts, messages = conversation.turns(), conversation.messages
+    before, lines = 0, list[str]()
+    for n, end in enumerate([*starts, len(messages)]):
+        if end:
+            length = len(conversation.encode(messages[:end], is_to_answer=False))
+            text = "system message" if n == 0 else " ".join(str(messages[starts[n - 1]]["content"]).split())
+            lines.append(f"  {length - before:>9,}  {'' if n == 0 else f'turn {n}: '}{text[:50]}")
+            before = length
+    return "\n".join([*lines, f"  {max(0, limit - before):>9,}  free of {limit:,}"])
+
+
+def _read(chat: Chat, rest: str) -> str:
+    if not rest:
+        raise UsageError("/read needs a file.")
+    path = Path(rest).expanduser()
+    try:
+        text = read_text(path, _MOST_FILE_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from None
+    session = chat.conversation.session
+    n_tokens = len(session.model.tokenizer.encode(text))
+    if n_tokens > session.n_free:
+        raise UsageError(f"{path} has {n_tokens:,} tokens; {session.n_free:,} are free of {session.model.ctx:,}.")
+    chat.attached.append((str(path), text))
+    return f"{path}: {n_tokens:,} tokens, which go with your next message"
+
+
+def _export(chat: Chat, rest: str) -> str:
+    kind, _, name = rest.partition(" ")
+    if kind not in ("md", "json"):
+        raise UsageError(f"/export {rest}: expected md or json, and a file if you like.")
+    stem = "chat" if chat.saved is None else chat.saved.name
+    path = Path(name.strip() or f"{stem}.{kind}").expanduser()
+    if path.exists():
+        raise UsageError(f"{path}: exists already.", "Name another file.")
+    messages = chat.conversation.messages
+    text = export_markdown(messages) if kind == "md" else json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
+    atomic_write(path, text.encode())
+    return f"{path}: {len(messages)} messages"
+
+
+def _sessions(chat: Chat, rest: str) -> str:
+    found, lines = list_sessions(), list[str]()
+    for path in found[:_SHOWN_SESSIONS]:
+        saved = read_session(path)
+        here = "*" if chat.saved is not None and chat.saved.name == path.stem else " "
+        lines.append(f"{here} {path.stem:<24} {saved.n_turns:>4} turns  {saved.title}")
+    if len(found) > _SHOWN_SESSIONS:
+        lines.append(f"  and {len(found) - _SHOWN_SESSIONS} more in {found[0].parent}")
+    return "\n".join(lines) or "no chat is saved yet"
+
+
+def _load(chat: Chat, rest: str) -> str:
+    if not session_path(rest).exists():
+        raise UsageError(f"There is no saved chat {rest!r}.", "/sessions lists them.")
+    if chat.saved is not None and chat.saved.name == rest:
+        raise UsageError(f"This is {rest!r}.")
+    saved = SavedChat(rest, str(chat.conversation.session.model.path))
+    chat.conversation.set_system(None)
+    chat.open(saved)
+    return last_exchange(chat)
+
+
+def last_exchange(chat: Chat) -> str:
+    """What a chat that is opened again shows: where it stands."""
+    assert chat.saved is not None
+    saved, lines = chat.saved.saved, list[str]()
+    if saved.bad_line is not None:
+        lines.append(f"warning: line {saved.bad_line} of {chat.saved.path} cannot be read; the chat ends before it")
+    turns = chat.conversation.turns()
+    lines.append(f"— {chat.saved.name}: {len(turns)} turns")
+    if turns:
+        for message in saved.messages[turns[-1] :]:
+            text = " ".join(str(message["content"]).split())
+            mark = "> " if message["role"] == "user" else ""
+            lines.append(mark + (text if len(text) <= 300 else text[:299] + "…"))
+        if saved.messages[-1]["role"] != "assistant":
+            lines.append("— this question has no answer yet. /continue answers it, /undo drops it.")
+        elif chat.conversation.said.finish_reason != "stop":
+            lines.append("— this answer was not finished. /continue to go on, /undo to drop it.")
     return "\n".join(lines)
 
 
-def status_line(conversation: Conversation) -> str:
-    """What the last answer cost: tokens and speeds that were measured, and how full the context is."""
-    session = conversation.session
-    stats: Stats = session.stats
-    parts = [f"{stats.n_generated} tok"]
-    if stats.tokens_per_s is not None:
-        parts.append(f"{stats.tokens_per_s:.1f} tok/s")
-    if stats.first_token_s is not None:
-        parts.append(f"first {stats.first_token_s:.2f} s")
-    if stats.prompt_tokens_per_s is not None:
-        parts.append(f"prompt {stats.prompt_tokens_per_s:,.0f} tok/s ({stats.n_prompt - stats.n_reused} tok)")
-    if stats.drafted is not None and stats.drafted.n_proposed:
-        parts.append(_drafts(stats))
-    if stats.traffic is not None and stats.traffic.hit_rate is not None:
-        traffic = stats.traffic
-        parts.append(f"experts {traffic.hit_rate:.0%} in memory, {traffic.read_bytes / 1e6:,.0f} MB read")
-        parts.append(f"waited {traffic.stall_s:.1f} s for the disk")
-    parts.append(f"ctx {100 * len(session.tokens) / session.model.ctx:.0f} %")
-    return " · ".join(parts)
+def _save(chat: Chat, rest: str) -> str:
+    if chat.saved is None:
+        chat.saved = SavedChat(check_name(rest) if rest else new_name(), str(chat.conversation.session.model.path))
+        if chat.saved.saved.messages:
+            chat.saved.close()
+            chat.saved = None
+            raise UsageError(f"{rest!r} exists already.", "Choose another name.")
+    elif rest:
+        chat.saved.rename(rest)
+    chat.save()
+    return f"saved as {chat.saved.name}: {chat.saved.path}"
 
 
-def _drafts(stats: Stats) -> str:
-    """drafts 2.4 tok/step (91 % 84 % 80 % right), 1.2 s saved."""
-    drafted = stats.drafted
-    assert drafted is not None
-    right = " ".join(f"{a:.0%}" for a in drafted.acceptance if a is not None)
-    text = f"drafts {drafted.tokens_per_step:.1f} tok/step ({right} right)"
-    return text if stats.saved_s is None or abs(stats.saved_s) < 0.05 else f"{text}, {stats.saved_s:.1f} s saved"
+def _rename(chat: Chat, rest: str) -> str:
+    if chat.saved is None:
+        raise UsageError("This chat is not saved.", "/save NAME does.")
+    chat.saved.rename(rest)
+    return f"this chat is now {rest}"
+
+
+def _delete(chat: Chat, rest: str) -> str:
+    if chat.saved is not None and chat.saved.name == rest:
+        raise UsageError(f"{rest!r} is this chat.", "/load another one first.")
+    delete_session(rest)
+    return f"{rest} is gone"
 
 
 COMMANDS: dict[str, Command] = {
-    "help": Command(_help, "", "this list"),
-    "clear": Command(_clear, "", "forget the conversation; the system message stays"),
+    "help": Command(_help, "[COMMAND]", "this list"),
+    "continue": Command(_continue, "", "go on with an answer that was stopped"),
+    "regen": Command(_regenerate, "", "answer the last question anew"),
+    "edit": Command(_edit, "", "the last question in $EDITOR; it is asked instead"),
+    "undo": Command(_undo, "", "forget the last question and its answer"),
+    "forget": Command(_forget, "[N]", "forget the oldest N turns"),
+    "clear": Command(_clear, "", "begin a new chat; the system message stays"),
+    "read": Command(_read, "FILE", "a text file goes with your next message", "path"),
     "system": Command(_system, "[TEXT]", "show or replace the system message"),
+    "think": Command(_think, "[show|hide|on|off|N]", "the model's thinking: shown, folded, none, or at most N tokens"),
+    "set": Command(_set, "[NAME VALUE]", f"show or set {', '.join(_SET)}"),
+    "context": Command(_context, "", "what each turn takes of the context"),
     "stats": Command(_stats, "", "model, context use, speed of the last answer"),
+    "sessions": Command(_sessions, "", "saved chats, the latest first"),
+    "load": Command(_load, "NAME", "go on with a saved chat", "chat"),
+    "save": Command(_save, "[NAME]", "save this chat, which is else done by itself, under a name"),
+    "rename": Command(_rename, "NAME", "another name for this chat"),
+    "delete": Command(_delete, "NAME", "delete a saved chat", "chat"),
+    "export": Command(_export, "md|json [FILE]", "this chat as a file", "path"),
     "exit": Command(_exit, "", "leave, as Ctrl-D does"),
 }

@@ -2,99 +2,191 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
-from m2lite.chat.commands import Leave, run_command, status_line
-from m2lite.chat.render import Renderer, styled
-from m2lite.decode.conversation import Conversation
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model
+from m2lite.chat.chat import Begin, Chat
+from m2lite.chat.commands import Leave, last_exchange, run_command
+from m2lite.chat.lines import ask_line, piped_lines, typed_lines
+from m2lite.chat.markdown import Markdown
+from m2lite.chat.render import Renderer, neutralise, styled
+from m2lite.chat.status import status_line
+from m2lite.chat.tools import Tools, describe_call, run_tool
+from m2lite.decode.conversation import Conversation, Options, Pieces
 from m2lite.errors import M2liteError
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
 
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-
-PROMPT = "> "
+_SHOWN_RESULT = 2000  # characters of a tool's result that are shown; the model gets all of it
 _SLOW_PROMPT_S = 0.5  # from here on, reading the prompt is worth a line of progress
 
 
-def run_chat(model: Model, sampling: Sampling, system: str | None, max_tokens: int | None, show_thinking: bool) -> int:
+def run_chat(chat: Chat) -> int:
     """Talk until the user leaves; returns the exit code."""
-    conversation = Conversation(model.session(), system)
-    chat = _Chat(conversation, sampling, max_tokens, show_thinking)
-    lines = _typed_lines() if sys.stdin.isatty() and sys.stdout.isatty() else _piped_lines()
+    talk = _Talk(chat)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if chat.saved is not None and chat.saved.saved.messages:
+        tell(last_exchange(chat), dim=True)
     try:
-        for line in lines:
+        for line in typed_lines(tell) if is_terminal else piped_lines():
             try:
-                code = chat.handle(line)
+                code = talk.handle(line)
             except SecondInterrupt:
                 raise
             except KeyboardInterrupt:  # in the moments in which no answer is there to stop
-                _tell("— stopped before the answer began; the question is dropped")
+                tell("— stopped before the answer began; the question is dropped")
                 continue
             if code:
                 return code
     except Leave:
         pass
+    finally:
+        chat.close()
     return 0
 
 
-class _Chat:
+class _Talk:
     """What one line does."""
 
-    def __init__(
-        self, conversation: Conversation, sampling: Sampling, max_tokens: int | None, show_thinking: bool
-    ) -> None:
-        self._conversation = conversation
-        self._sampling = sampling
-        self._max_tokens = max_tokens
-        self._show_thinking = show_thinking
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._is_unsaved = False
 
     def handle(self, line: str) -> int:
         """A command, a message or nothing; returns an exit code if the chat is over."""
+        chat = self._chat
         try:
             if line.startswith("/") and not line.startswith("//"):
-                _tell(run_command(self._conversation, line.strip()))
+                found = run_command(chat, line.strip())
+                if not isinstance(found, str):
+                    return self._answer(found)
+                tell(found)
+                self._save()
             elif line.strip():
-                return self._answer(line[1:] if line.startswith("//") else line)
+                text = chat.message(line[1:] if line.startswith("//") else line)
+                return self._answer(lambda options: chat.conversation.ask(text, **options), is_question=True)
         except M2liteError as error:
-            _tell(f"error: {error}")
+            tell(f"error: {error}")
         return 0
 
-    def _answer(self, text: str) -> int:
-        conversation = self._conversation
-        renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr), self._show_thinking)
+    def _answer(self, begin: Begin, is_question: bool = False) -> int:
+        """An answer, and as long as it calls tools, what it makes of their results."""
+        code = self._show(begin, is_question)
+        conversation, tools = self._chat.conversation, self._chat.tools
+        while (
+            tools is not None
+            and not code
+            and conversation.answer.finish_reason == "stop"
+            and conversation.answer.reply.tool_calls
+        ):
+            results = self._call_tools(tools, conversation.answer.reply.tool_calls)
+            if results is None:
+                tell("— the calls were left open. /regen answers anew, /undo drops the turn.")
+                break
+            code = self._show(partial(_tell_results, conversation, results))
+        return code
+
+    def _call_tools(self, tools: Tools, calls: Sequence[Mapping[str, Any]]) -> list[str] | None:
+        """The result of each, in order; None if the user stopped."""
+        results = list[str]()
+        for call in calls:
+            tell(f"call: {describe_call(call)}")
+            with stop_on_signals() as stop:
+                result = self._call(tools, call, stop)
+            if stop():
+                return None
+            results.append(result)
+        return results
+
+    def _call(self, tools: Tools, call: Mapping[str, Any], stop: StopFlag) -> str:
+        name = call["function"]["name"]
+        if name not in {tool["function"]["name"] for tool in tools.schemas}:
+            result = f"error: there is no tool {name}"
+        elif not tools.runs(call):
+            result = ask_line(f"what does {name} return? ", stop) or "error: nobody could run it"
+        elif not self._is_approved(stop):
+            result = "error: the user did not want this to run"
+        else:
+            result = run_tool(call, tools.limits, stop)
+        tell(result if len(result) <= _SHOWN_RESULT else f"{result[:_SHOWN_RESULT]} [...]", dim=True)
+        return result
+
+    def _is_approved(self, stop: StopFlag) -> bool:
+        chat = self._chat
+        if chat.approve == "ask":
+            said = ask_line("run it? y: yes, a: this and all that come, n: no ", stop).strip().lower()
+            chat.approve = "all" if said in ("a", "all") else chat.approve
+            return said in ("y", "yes", "a", "all")
+        return chat.approve == "all"
+
+    def _show(self, begin: Begin, is_question: bool = False) -> int:
+        """Stream one answer, save it, and say what it cost."""
+        chat = self._chat
+        markdown = Markdown() if styled(sys.stdout) and not chat.is_plain else None
+        renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr), chat.show_thinking, markdown)
         with stop_on_signals() as stop:
             progress = _PromptProgress()
-            pieces = conversation.ask(
-                text, sampling=self._sampling, max_tokens=self._max_tokens, stop=stop, progress=progress
-            )
-            with closing(pieces):
-                for piece in pieces:
-                    progress.end()
-                    renderer.show(piece)
-            progress.end()
-            renderer.end()
+            options: Options = chat.options() | {"stop": stop, "progress": progress}
+            pieces = begin(options)
+            keeper = chat.keeper()
+            if is_question:
+                self._on_disk(keeper.begin)
+            try:
+                with closing(pieces):
+                    for piece in pieces:
+                        progress.end()
+                        if piece.kind != "tool_call" or chat.tools is None:  # calls are shown when they are whole
+                            renderer.show(piece)
+                        self._on_disk(partial(keeper.add, piece))
+            finally:
+                progress.end()
+                renderer.end()
+                self._save()
+            if is_question:
+                chat.attached = []
             self._conclude(stop)
+            if not stop.terminated:
+                chat.conversation.keep(stop)
         return stop.exit_code if stop.terminated else 0
 
+    def _save(self) -> None:
+        """All that was said is on disk."""
+        if self._on_disk(self._chat.save):
+            self._is_unsaved = False
+
+    def _on_disk(self, save: Callable[[], None]) -> bool:
+        """A full disk is told, once until all is saved again, and ends no answer."""
+        try:
+            save()
+        except M2liteError as error:
+            if not self._is_unsaved:
+                tell(f"error: the chat is not saved: {error}")
+            self._is_unsaved = True
+            return False
+        return True
+
     def _conclude(self, stop: StopFlag) -> None:
-        answer = self._conversation.answer
+        conversation = self._chat.conversation
+        answer, session = conversation.answer, conversation.session
         for error in answer.reply.errors:
-            _tell(f"warning: {error}")
-        if answer.finish_reason == "interrupted":
-            n = len(answer.tokens)
-            _tell(f"— stopped (kept {n} tokens)" if n else "— stopped before the answer began; the question is dropped")
+            tell(f"warning: {error}")
+        n = len(answer.tokens)
+        if answer.finish_reason == "interrupted" and n:
+            tell(f"— stopped (kept {n} tokens). /continue to go on, /undo to drop it.")
+        elif answer.finish_reason == "interrupted":
+            tell("— stopped before the answer began; the question is dropped")
+        elif answer.finish_reason == "length" and not session.n_free:
+            tell(f"— cut off: the context of {session.model.ctx:,} tokens is full. /forget drops the oldest turns.")
         elif answer.finish_reason == "length":
-            _tell("— cut off: the answer reached the limit of tokens")
-        _tell(status_line(self._conversation), dim=True)
+            tell("— cut off: the answer reached the limit of tokens. /continue goes on.")
+        tell(status_line(conversation), dim=True)
+
+
+def _tell_results(conversation: Conversation, results: list[str], options: Options) -> Pieces:
+    return conversation.tell_results(results, **options)
 
 
 class _PromptProgress:
@@ -105,8 +197,11 @@ class _PromptProgress:
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        if done < total and sys.stderr.isatty() and time.monotonic() - self._started > _SLOW_PROMPT_S:
-            print(f"\r\033[Kreading {done:,} of {total:,} tokens", end="", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self._started
+        if done < total and sys.stderr.isatty() and seconds > _SLOW_PROMPT_S:
+            speed = done / seconds
+            text = f"reading {done:,} of {total:,} tokens, {speed:,.0f} tok/s, {(total - done) / speed:,.0f} s left"
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
             self._shown = True
 
     def end(self) -> None:
@@ -115,56 +210,10 @@ class _PromptProgress:
             self._shown = False
 
 
-def _tell(text: str, dim: bool = False) -> None:
+def tell(text: str, dim: bool = False) -> None:
     """A line that is no part of the answer."""
+    if sys.stderr.isatty():
+        text = neutralise(text)
     if dim and styled(sys.stderr):
         text = f"\033[2m{text}\033[0m"
     print(text, file=sys.stderr, flush=True)
-
-
-def _piped_lines() -> Iterator[str]:
-    """One message a line, until the end of input."""
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
-
-
-def _typed_lines() -> Iterator[str]:
-    """What the user types: Enter sends, Alt-Enter and Ctrl-J begin a new line, pasted text is taken as it is."""
-    session = _prompt_session()
-    while True:
-        try:
-            yield session.prompt(PROMPT)
-        except KeyboardInterrupt:
-            _tell("Ctrl-D or /exit leaves.")
-        except EOFError:
-            return
-
-
-def _prompt_session() -> PromptSession[str]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    path = _history_path()
-    history = InMemoryHistory() if path is None else FileHistory(str(path))
-    return PromptSession(history=history, key_bindings=keys, prompt_continuation="  ")
-
-
-def _history_path() -> Path | None:
-    """A file that only the user can read; None where it cannot be written."""
-    import platformdirs
-
-    path = Path(platformdirs.user_state_dir("m2lite", appauthor=False)) / "history"
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    except OSError:
-        return None
-    return path

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TextIO
 
+from m2lite.chat.markdown import Markdown
 from m2lite.text.reply import Piece
 
+_NOTE_S = 0.25  # between two looks at the clock that are shown
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 # Control characters, but for newline and tab, as the pictures that Unicode has for them; C1 controls too.
 _HARMLESS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
@@ -26,15 +29,21 @@ def neutralise(text: str) -> str:
 class Renderer:
     """Writes content to `out` and thinking, dimmed, to `err`. On a terminal, control characters are shown, not sent."""
 
-    def __init__(self, out: TextIO, err: TextIO, style: bool, show_thinking: bool) -> None:
+    def __init__(
+        self, out: TextIO, err: TextIO, style: bool, show_thinking: bool, markdown: Markdown | None = None
+    ) -> None:
         self._out, self._err = out, err
-        self._style, self._show_thinking = style, show_thinking
+        self._style, self._show_thinking, self._markdown = style, show_thinking, markdown
         self._kind: str | None = None
         self._last = "\n"
+        self._folded_at: float | None = None  # since when thinking is not shown
+        self._noted_at = 0.0
 
     def show(self, piece: Piece) -> None:
         if piece.kind == "thinking" and not self._show_thinking:
+            self._fold()
             return
+        self._unfold()
         text = piece.text
         if piece.kind != self._kind:
             text = text.lstrip("\n")  # the empty lines that the chat format puts between the parts
@@ -42,9 +51,28 @@ class Renderer:
                 return
             self._turn_to(piece.kind)
         stream = self._err if piece.kind == "thinking" else self._out
-        stream.write(neutralise(text) if stream.isatty() else text)
+        shown = neutralise(text) if stream.isatty() else text
+        stream.write(self._markdown.push(shown) if self._markdown is not None and piece.kind == "content" else shown)
         stream.flush()
         self._last = text[-1]
+
+    def _fold(self) -> None:
+        """One line on a terminal tells that the model thinks, and since when."""
+        now = time.monotonic()
+        if self._folded_at is None:
+            self._folded_at = now
+        if self._style and now - self._noted_at >= _NOTE_S:
+            self._err.write(f"\r\033[K{_DIM}thinking, {now - self._folded_at:.0f} s{_PLAIN}")
+            self._err.flush()
+            self._noted_at = now
+
+    def _unfold(self) -> None:
+        """It has ended."""
+        if self._folded_at is not None and self._style:
+            seconds = time.monotonic() - self._folded_at
+            self._err.write(f"\r\033[K{_DIM}thought for {seconds:.1f} s{_PLAIN}\n")
+            self._err.flush()
+        self._folded_at = None
 
     def _turn_to(self, kind: str) -> None:
         """Close the part before, open the part that begins."""
@@ -58,9 +86,12 @@ class Renderer:
 
     def end(self) -> None:
         """Finish the line and the style."""
+        self._unfold()
         stream = self._err if self._kind == "thinking" else self._out
         if self._kind == "thinking" and self._style:
             stream.write(_PLAIN)
+        if self._kind == "content" and self._markdown is not None:
+            stream.write(self._markdown.end())
         if self._last != "\n":
             stream.write("\n")
         stream.flush()

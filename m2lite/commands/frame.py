@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 MODEL = ("model", "threads", "ctx", "kv", "load", "ram", "heat")
 DRAFT = ("draft", "draft_tokens", "mtp")
 SAMPLING = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")
+THINKING = ("think", "think_budget")
 _PANELS = {
     "model": None,
+    **dict.fromkeys(THINKING, "Thinking"),
     **dict.fromkeys(MODEL[1:], "Engine"),
+    "kv_disk": "Engine",
     **dict.fromkeys(DRAFT, "Drafts"),
     **dict.fromkeys(SAMPLING, "Sampling"),
 }

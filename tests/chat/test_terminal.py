@@ -4,109 +4,17 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import pexpect
-import pyte
 import pytest
 
 import tinymodel
+from tests.chat.conftest import Start
+from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, NEWLINE
 
 Models = dict[str, Path]
-Start = Callable[..., "Terminal"]
-
-CTRL_C, CTRL_D, ENTER, NEWLINE = "\x03", "\x04", "\r", "\x0a"
-
-
-class Terminal:
-    """A chat in a pseudo-terminal, everything that it wrote, and the screen that this makes."""
-
-    def __init__(self, arguments: list[str], env: dict[str, str], rows: int, columns: int) -> None:
-        command = ["-m", "m2lite", "chat", *arguments]
-        self.process: Any = pexpect.spawn(sys.executable, command, env=env, dimensions=(rows, columns), timeout=20)
-        self.process.delaybeforesend = 0
-        self.modes = termios.tcgetattr(self.process.child_fd)
-        self.raw = ""
-        self._screen = pyte.Screen(columns, rows)
-        self._screen.write_process_input = self.process.send  # as a terminal answers when asked for its cursor
-        self._stream = pyte.ByteStream(self._screen)
-        self._place = 0
-
-    def wait_for(self, text: str, timeout: float = 20) -> float:
-        """Read until `text` (a regular expression) comes after what was waited for before; seconds that this took."""
-        started = time.monotonic()
-        while not (found := re.compile(text).search(self.raw, self._place)):
-            left = timeout - (time.monotonic() - started)
-            assert left > 0, f"no {text!r} in {self.raw[self._place :][-2000:]!r}"
-            self._read(left)
-        self._place = found.end()
-        return time.monotonic() - started
-
-    def _read(self, timeout: float) -> None:
-        try:
-            data = self.process.read_nonblocking(65536, timeout)
-        except pexpect.TIMEOUT:
-            return
-        self._stream.feed(data)
-        self.raw += data.decode(errors="replace")
-
-    def wait_for_prompt(self) -> None:
-        """The cursor stands behind an empty prompt, and all that came before has been waited for."""
-        deadline = time.monotonic() + 20
-        while self._cursor_line != ">" or self._screen.cursor.x != 2 or self._screen.cursor.hidden:
-            assert time.monotonic() < deadline, self.screen
-            self._read(0.05)
-        self._place = len(self.raw)
-
-    @property
-    def _cursor_line(self) -> str:
-        return str(self._screen.display[self._screen.cursor.y]).rstrip()
-
-    def send(self, keys: str) -> None:
-        self.process.send(keys)
-
-    def ask(self, text: str) -> None:
-        self.send(text + ENTER)
-
-    @property
-    def screen(self) -> str:
-        return "\n".join(line.rstrip() for line in self._screen.display).strip()
-
-    def exit_code(self, timeout: float = 10) -> int:
-        """Read to the end and return how the process left."""
-        ends = time.monotonic() + timeout
-        try:
-            while time.monotonic() < ends:
-                self._read(0.2)
-        except pexpect.EOF:
-            pass
-        self.process.wait()
-        code = self.process.exitstatus
-        return -self.process.signalstatus if code is None else int(code)
-
-
-@pytest.fixture
-def start(command_env: dict[str, str]) -> Iterator[Start]:
-    terminals: list[Terminal] = []
-
-    def run(
-        model: Path, *options: str, rows: int = 24, columns: int = 80, env: dict[str, str] | None = None
-    ) -> Terminal:
-        merged = {name: value for name, value in (command_env | (env or {})).items() if name != "COLUMNS"}
-        terminal = Terminal([str(model), "--seed", "1", *options], merged, rows, columns)
-        terminals.append(terminal)
-        terminal.wait_for("loaded in")
-        terminal.wait_for_prompt()
-        return terminal
-
-    yield run
-    for terminal in terminals:
-        terminal.process.close(force=True)
 
 
 def test_an_answer(start: Start, model_files: Models) -> None:
@@ -207,7 +115,7 @@ def test_ctrl_c_at_the_prompt_hints(start: Start, model_files: Models) -> None:
 def test_commands(start: Start, model_files: Models) -> None:
     chat = start(model_files["reply"])
     for line, answer in [
-        ("/help", r"/clear +forget the conversation"),
+        ("/help", r"/clear +begin a new chat"),
         ("/frobnicate now", r"error: There is no command /frobnicate\."),
         ("/system", r"the template's own system message is used"),
         ("/system Be brief.", r"system message set"),
@@ -215,7 +123,7 @@ def test_commands(start: Start, model_files: Models) -> None:
         ("//slash", r"Fine é"),
         ("q", r"Fine é"),
         ("/stats", r"turns 2"),
-        ("/clear", r"forgot 2 turns"),
+        ("/clear", r"forgot 2 turns; /load .* brings them back"),
         ("/stats", r"turns 0"),
     ]:
         chat.ask(line)
@@ -249,7 +157,7 @@ def test_message_that_does_not_fit(start: Start, model_files: Models) -> None:
 def test_answer_that_reaches_the_limit(start: Start, model_files: Models) -> None:
     chat = start(model_files["answer"], "--ctx", "128")
     chat.ask("Hello")
-    chat.wait_for("— cut off: the answer reached the limit of tokens")
+    chat.wait_for("— cut off: the context of 128 tokens is full")
     chat.wait_for(r"ctx 10\d %")
     chat.wait_for_prompt()
     chat.ask("Hello")

@@ -1,0 +1,153 @@
+"""What a chat is made of: the conversation, how it is answered, and where it is saved. Knows no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m2lite.chat.store import Message, Saved, SavedChat
+from m2lite.chat.tools import Tools
+from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
+from m2lite.decode.sampling import Sampling
+from m2lite.text.reply import KINDS, Piece, Reply
+
+PART_S = 5.0  # after which the text of an unfinished answer goes to disk
+
+# How an answer is begun: by `Conversation.ask` and its like, with the options filled in by whoever shows it.
+Begin = Callable[[Options], Pieces]
+
+
+@dataclass
+class Chat:
+    """A conversation that is saved as it goes."""
+
+    conversation: Conversation
+    sampling: Sampling
+    max_tokens: int | None = None
+    show_thinking: bool = True
+    think_tokens: int | None = None  # None: as long as the model likes; 0: no thinking
+    is_plain: bool = False  # answers are shown as they are, not as Markdown
+    saved: SavedChat | None = None  # None: nothing is saved
+    tools: Tools | None = None
+    approve: str = "ask"  # which calls run: ask, never or all
+    attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
+
+    def options(self) -> Options:
+        """For an answer; without who stops it and who hears of its progress."""
+        return {"sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens}
+
+    def message(self, text: str) -> str:
+        """The user's text behind the files that go with it."""
+        files = [f"{name}:\n{fence(body)}\n{body.rstrip(chr(10))}\n{fence(body)}\n\n" for name, body in self.attached]
+        return "".join(files) + text
+
+    def open(self, saved: SavedChat) -> None:
+        """Go on with a saved chat; its system message stays unless it has none and there is one now."""
+        if self.saved is not None:
+            self.saved.close()
+        self.saved = saved
+        system = self.conversation.system
+        self.conversation.restore(saved.saved.messages, said_of(saved.saved))
+        if system is not None:
+            self.conversation.set_system(system)
+
+    def save(self) -> None:
+        """What is new goes to disk. A chat in which nothing was said is not begun."""
+        conversation, saved = self.conversation, self.saved
+        if saved is None or not (conversation.n_turns or saved.saved.messages):
+            return
+        is_answered = bool(conversation.messages) and conversation.messages[-1]["role"] == "assistant"
+        saved.save(conversation.messages, told_of(conversation.said) if is_answered else None)
+
+    def keeper(self) -> Keeper:
+        """For the answer that was just asked for."""
+        conversation = self.conversation
+        before = conversation.said.reply if conversation.answer.n_given else None
+        return Keeper(self.saved, conversation.asked, before)
+
+    def close(self) -> None:
+        if self.saved is not None:
+            self.saved.close()
+
+
+class Keeper:
+    """Puts the text of an answer on disk while it is written: the process may be killed."""
+
+    def __init__(self, saved: SavedChat | None, messages: list[Message], before: Reply | None) -> None:
+        """`messages` are those that are answered; `before` is the beginning of an answer that is continued."""
+        self._saved, self._messages = saved, messages
+        self._new = dict.fromkeys(KINDS, "")
+        if before is not None:
+            self._new |= {"thinking": before.thinking, "content": before.content}
+        self._is_begun = False
+        self._at = time.monotonic()
+
+    def begin(self) -> None:
+        """What is answered goes to disk."""
+        if self._saved is not None and not self._is_begun:
+            self._saved.save(self._messages)
+        self._is_begun = True
+
+    def add(self, piece: Piece) -> None:
+        self._new[piece.kind] += piece.text
+        if self._saved is not None and time.monotonic() - self._at >= PART_S:
+            self.begin()
+            self._saved.save_part({kind: text for kind, text in self._new.items() if text})
+            self._new = dict.fromkeys(KINDS, "")
+            self._at = time.monotonic()
+
+
+def told_of(said: Answer) -> dict[str, Any]:
+    """An answer as a saved chat tells it, beside its message."""
+    return {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
+
+
+def said_of(saved: Saved) -> Answer:
+    """The answer at the end of a saved chat."""
+    told: Mapping[str, Any] = saved.answer or {"finish_reason": "stop"}
+    tokens = told.get("tokens", [])
+    is_list = isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
+    message = saved.messages[-1] if saved.messages else {}
+    return Answer(
+        tokens=list(tokens) if is_list else [],
+        reply=Reply(str(message.get("reasoning_content", "")), str(message.get("content", ""))),
+        finish_reason=str(told.get("finish_reason")),
+        attempt=told["attempt"] if isinstance(told.get("attempt"), int) else 0,
+    )
+
+
+def fence(text: str) -> str:
+    """Backquotes that the text does not hold."""
+    n = 3
+    while "`" * n in text:
+        n += 1
+    return "`" * n
+
+
+def export_markdown(messages: list[Message]) -> str:
+    """The chat for people: questions as headings, thinking as quotes."""
+    parts = []
+    for message in messages:
+        role, content = message["role"], str(message["content"])
+        thinking = str(message.get("reasoning_content") or "")
+        parts.append(f"## {role}\n")
+        if thinking:
+            parts.append("".join(f"> {line}\n" for line in thinking.splitlines()))
+        parts.append(content + "\n")
+    return "\n".join(parts)
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """A text file; ValueError says why not."""
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
+    return text

@@ -1,0 +1,149 @@
+"""Where the user's lines come from: the keyboard, with history and completion, or a pipe. Knows no model."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2lite.chat.commands import COMMANDS
+from m2lite.chat.store import list_sessions
+from m2lite.decode.engine import Stop
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+PROMPT = "> "
+_POLL_S = 0.1
+_BLOCK = '"""'  # begins and ends a message of several lines
+
+
+def piped_lines() -> Iterator[str]:
+    """One message a line, or a block of lines, until the end of input."""
+    block: list[str] | None = None
+    for line in sys.stdin:
+        line = line.rstrip("\r\n")
+        if block is not None:
+            block.append(line)
+        elif is_open(line):
+            block = [line]
+        else:
+            yield without_marks(line)
+        if block is not None and not is_open("\n".join(block)):
+            yield without_marks("\n".join(block))
+            block = None
+    if block is not None:
+        yield without_marks("\n".join(block))
+
+
+def is_open(text: str) -> bool:
+    """Whether a block of lines has begun and not ended."""
+    return text.lstrip().startswith(_BLOCK) and text.count(_BLOCK) == 1
+
+
+def without_marks(text: str) -> str:
+    """The lines of a block, which are no command; other text as it is."""
+    stripped = text.strip()
+    if not stripped.startswith(_BLOCK) or (stripped.count(_BLOCK) > 1 and not stripped.endswith(_BLOCK)):
+        return text
+    lines = stripped.removeprefix(_BLOCK).removesuffix(_BLOCK).strip("\n")
+    return "/" + lines if lines.startswith("/") else lines
+
+
+def typed_lines(tell: Callable[[str], None]) -> Iterator[str]:
+    """What the user types: Enter sends, Alt-Enter and Ctrl-J begin a new line, pasted text is taken as it is."""
+    session = _prompt_session()
+    while True:
+        try:
+            yield without_marks(session.prompt(PROMPT))
+        except KeyboardInterrupt:
+            tell("Ctrl-D or /exit leaves.")
+        except EOFError:
+            return
+
+
+def ask_line(question: str, stop: Stop) -> str:
+    """What the user types behind the question; "" where nobody can be asked, or if `stop` says so first."""
+    if not sys.stdin.isatty():
+        return ""
+    print(question, end="", file=sys.stderr, flush=True)
+    while not stop():
+        if select.select([sys.stdin], [], [], _POLL_S)[0]:
+            return sys.stdin.readline().rstrip("\n")
+    print(file=sys.stderr)
+    return ""
+
+
+def _prompt_session() -> PromptSession[str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @Condition
+    def in_block() -> bool:
+        return is_open(session.default_buffer.text)
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    @keys.add("enter", filter=in_block)
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    path = _history_path()
+    history = InMemoryHistory() if path is None else FileHistory(str(path))
+    session: PromptSession[str] = PromptSession(
+        history=history,
+        key_bindings=keys,
+        prompt_continuation="  ",
+        completer=_completer(),
+        complete_while_typing=False,
+        enable_history_search=True,
+    )
+    return session
+
+
+def _completer() -> Any:
+    """Commands behind a slash at the beginning, and what follows them: files, or saved chats."""
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterable[Any]:
+            text = document.text_before_cursor
+            if not text.startswith("/") or "\n" in text:
+                return
+            name, blank, rest = text[1:].partition(" ")
+            if not blank:
+                for each, command in COMMANDS.items():
+                    if each.startswith(name):
+                        yield Completion(each, -len(name), display_meta=command.help)
+            elif name in COMMANDS and COMMANDS[name].completes == "path":
+                rest = rest.rpartition(" ")[2] if name == "export" else rest
+                yield from paths.get_completions(Document(rest), complete_event)
+            elif name in COMMANDS and COMMANDS[name].completes == "chat":
+                for path in list_sessions():
+                    if path.stem.startswith(rest):
+                        yield Completion(path.stem, -len(rest))
+
+    return Commands()
+
+
+def _history_path() -> Path | None:
+    """A file that only the user can read; None where it cannot be written."""
+    import platformdirs
+
+    path = Path(platformdirs.user_state_dir("m2lite", appauthor=False)) / "history"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError:
+        return None
+    return path

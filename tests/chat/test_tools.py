@@ -1,0 +1,210 @@
+"""Tools: what the model is told, what runs and within which limits, and the loop of calls and results."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2lite import Model, Sampling, UsageError
+from m2lite.chat.chat import Chat
+from m2lite.chat.lines import ask_line
+from m2lite.chat.loop import _Talk
+from m2lite.chat.tools import NAMES, Limits, describe_call, load_tools, run_tool
+from m2lite.decode.conversation import Conversation
+from m2lite.text.template import encode_chat
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a town",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.fixture
+def limits(tmp_path: Path) -> Limits:
+    (tmp_path / "work").mkdir()
+    return Limits(tmp_path / "work", seconds=10, characters=200)
+
+
+def run(limits: Limits, name: str, **arguments: Any) -> str:
+    return run_tool(call(name, **arguments), limits, lambda: False)
+
+
+def test_what_runs(limits: Limits) -> None:
+    assert run(limits, "shell", command="pwd; echo no >&2; exit 3") == f"{limits.directory}\nno\n[exit code 3]"
+    assert run(limits, "python", code="print(6 * 7)") == "42\n"
+    assert run(limits, "shell", command="true") == "[no output]"
+    assert run(limits, "shell", command="cat") == "[no output]"  # there is no input
+    assert run(limits, "write_file", path="a/b.txt", content="é\n") == "3 bytes written to a/b.txt"
+    assert (limits.directory / "a" / "b.txt").read_text() == "é\n"
+    assert run(limits, "read_file", path="a/b.txt") == "é\n"
+    assert run(limits, "read_file", path="none") == "error: none: No such file or directory"
+    assert run(limits, "write_file", path="a", content="") == "error: a: is a directory"
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "link", "a\0b"])
+def test_files_lie_in_the_directory(limits: Limits, path: str) -> None:
+    (limits.directory.parent / "x").write_text("outside")
+    (limits.directory / "link").symlink_to(limits.directory.parent / "x")
+    for found in (run(limits, "read_file", path=path), run(limits, "write_file", path=path, content="y")):
+        assert found.startswith("error: ") and ("outside of" in found or "zero byte" in found), found
+    assert (limits.directory.parent / "x").read_text() == "outside"
+
+
+def test_output_is_bounded(limits: Limits) -> None:
+    found = run(limits, "shell", command="yes | head -c 50000000")
+    assert found.startswith("y\ny\n") and found.endswith("[cut after 200 characters]") and len(found) < 300
+    (limits.directory / "long").write_text("x" * 5000)
+    assert run(limits, "read_file", path="long") == "x" * 200 + "\n[cut after 200 characters]"
+    (limits.directory / "bytes").write_bytes(b"a\xff")
+    assert run(limits, "read_file", path="bytes") == "a\ufffd"
+
+
+def test_time_is_bounded_and_children_go_too(limits: Limits) -> None:
+    quick, began = Limits(limits.directory, 0.5, 200), time.monotonic()
+    found = run_tool(call("shell", command="echo begun; (sleep 60; touch late) & sleep 60"), quick, lambda: False)
+    assert found == "begun\n[stopped after 0.5 s]" and time.monotonic() - began < 5
+    stops = iter([False, False, True, True, True])
+    assert run_tool(call("shell", command="sleep 60"), limits, lambda: next(stops)) == "[stopped by the user]"
+    # a child in the background does not hold the answer up, and does not outlive it
+    began = time.monotonic()
+    assert run(limits, "shell", command="sleep 60 & echo done $!").startswith("done ")
+    assert time.monotonic() - began < 5
+
+
+def test_wrong_arguments_are_told_to_the_model(limits: Limits) -> None:
+    assert run(limits, "shell") == "error: shell takes the strings command; got nothing"
+    assert run(limits, "shell", command=3) == "error: shell takes the strings command; got command"
+    assert run(limits, "write_file", path="a", content="b", mode="x").startswith("error: write_file takes the strings")
+    assert run(limits, "shell", command="a\0b") == "error: the command holds a zero byte"
+
+
+def test_sources(tmp_path: Path, limits: Limits) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([WEATHER]))
+    tools = load_tools(["shell,read_file", str(path)], limits)
+    assert [tool["function"]["name"] for tool in tools.schemas] == ["shell", "read_file", "weather"]
+    assert tools.runs(call("shell")) and not tools.runs(call("python")) and not tools.runs(call("weather"))
+    path.write_text(json.dumps({"tools": [WEATHER]}))
+    assert len(load_tools([str(path)], limits).schemas) == 1
+    named = WEATHER["function"] | {"name": "shell"}  # type: ignore[operator]
+    path.write_text(json.dumps([named]))
+    assert not load_tools([str(path)], limits).runs(call("shell"))  # another's tool, whatever its name
+    for text, why in (
+        ("{", "no JSON"), ("3", "no list of tools"), ("[3]", "has no name"), ("[{}]", "has no name"),
+        (json.dumps([WEATHER, WEATHER]), "two tools with the name 'weather'"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UsageError, match=why):
+            load_tools([str(path)], limits)
+    with pytest.raises(UsageError, match="No such file"):
+        load_tools(["shell,rm"], limits)
+    with pytest.raises(UsageError, match="is no directory"):
+        load_tools(["shell"], Limits(tmp_path / "none"))
+    assert set(NAMES) == {"shell", "python", "read_file", "write_file"}
+
+
+def test_calls_are_shown_whole() -> None:
+    assert describe_call(call("weather", town="Bern", days=2)) == "weather\n  town: Bern\n  days: 2"
+    assert describe_call(call("python", code="a\nb")) == "python\n  code: \n    a\n    b"
+
+
+@pytest.fixture(scope="module")
+def tiny(bundled_model: Path) -> Iterator[Model]:
+    with Model.open(bundled_model) as model:
+        yield model
+
+
+def scripted(model: Model, chat: Chat, *replies: str) -> None:
+    """The model computes every token of these replies, and says them."""
+    session, left = chat.conversation.session, list(replies)
+    generate, end = session.generate, model.tokenizer.stop_ids
+
+    def say(new: Any = (), **options: Any) -> Iterator[int]:
+        script = [*model.tokenizer.encode(left.pop(0), control=True), *end]
+        return generate(new, script=script, **options)
+
+    session.generate = say  # type: ignore[method-assign]
+
+
+TWO_CALLS = """first I look
+</think>
+
+I will look.
+<minimax:tool_call>
+<invoke name="shell">
+<parameter name="command">echo one]~b]; printf '\\033[2J'</parameter>
+</invoke>
+<invoke name="read_file">
+<parameter name="path">notes</parameter>
+</invoke>
+</minimax:tool_call>"""
+
+
+def talk(model: Model, limits: Limits, approve: str, *replies: str) -> Chat:
+    tools = load_tools(["shell,read_file"], limits)
+    chat = Chat(Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve)
+    with chat.conversation.session:
+        scripted(model, chat, *replies)
+        assert _Talk(chat).handle("What is there?") == 0
+    return chat
+
+
+def test_think_call_result_think(tiny: Model, limits: Limits, capsys: pytest.CaptureFixture[str]) -> None:
+    (limits.directory / "notes").write_text("two")
+    chat = talk(tiny, limits, "all", TWO_CALLS, "now I know\n</think>\n\nThere are one and two.")
+    messages = chat.conversation.messages
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [c["function"]["name"] for c in messages[1]["tool_calls"]] == ["shell", "read_file"]
+    assert messages[1]["reasoning_content"] == "first I look" and messages[1]["content"] == "I will look."
+    assert [m["content"] for m in messages[2:4]] == ["one]~b]\n\033[2J", "two"]
+    assert messages[4] == {
+        "role": "assistant", "content": "There are one and two.", "reasoning_content": "now I know",
+    }  # fmt: skip
+    # the row is the template's, with the thinking of the tool loop, and what a tool says is inert
+    row = encode_chat(tiny.tokenizer, tiny.template, messages[:4], chat.conversation.tools)
+    assert chat.conversation.session.tokens[: len(row)] == row
+    assert tiny.tokenizer.decode(row).count("first I look") == 1
+    controls = [i for i in row if i in tiny.tokenizer.control_strings.values()]
+    calm = [{**m, "content": "calm"} if m["role"] == "tool" else m for m in messages[:4]]
+    again = encode_chat(tiny.tokenizer, tiny.template, calm, chat.conversation.tools)
+    assert controls == [i for i in again if i in tiny.tokenizer.control_strings.values()]
+    assert "call: shell" in capsys.readouterr().err
+
+
+def test_calls_that_do_not_run(tiny: Model, limits: Limits) -> None:
+    (limits.directory / "notes").write_text("two")
+    for approve, told in (("never", "the user did not want"), ("ask", "the user did not want")):
+        chat = talk(tiny, limits, approve, TWO_CALLS, "well\n</think>\n\nAll right.")
+        results = [m["content"] for m in chat.conversation.messages if m["role"] == "tool"]
+        assert len(results) == 2 and all(told in result for result in results)
+    other = TWO_CALLS.replace('"shell"', '"python"').replace("command", "code")
+    chat = talk(tiny, limits, "all", other, "well\n</think>\n\nAll right.")
+    assert chat.conversation.messages[2]["content"] == "error: there is no tool python"
+
+
+def test_asking(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, closefd=True) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        os.write(controller, b"yes\n")
+        assert ask_line("run it? ", lambda: False) == "yes"
+        stops = iter([False, True])
+        assert ask_line("run it? ", lambda: next(stops)) == ""
+    os.close(controller)
+    assert "run it? " in capfd.readouterr().err
