@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m2lite.decode.conversation import Conversation
-from m2lite.decode.session import Stats
+from m2lite.decode.stats import Stats
 
 
 def describe(conversation: Conversation) -> str:

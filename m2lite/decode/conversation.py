@@ -10,8 +10,9 @@ from typing import Any, TypedDict, Unpack
 from m2lite.decode.drafts import n_common
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Progress, Session, Stats
+from m2lite.decode.session import Progress, Session
 from m2lite.decode.snapshots import Snapshots
+from m2lite.decode.stats import Stats
 from m2lite.errors import ContextError, UsageError
 from m2lite.text.reply import Piece, Reply, ReplyStream, opens_thinking
 from m2lite.text.template import encode_chat

@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -21,11 +21,12 @@ import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.drafts import Drafted, Drafter, Drafting, n_common, open_drafting
+from m2lite.decode.drafts import Drafter, Drafting, n_common, open_drafting
 from m2lite.decode.engine import Engine, Stop, Stopped, ask
 from m2lite.decode.generation import Generation
 from m2lite.decode.locate import locate_model
 from m2lite.decode.sampling import Sampling
+from m2lite.decode.stats import Stats
 from m2lite.decode.warm import Warmer
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
@@ -40,7 +41,7 @@ from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
     from m2lite.model.cache import Timeline
-    from m2lite.model.stream import Stream, Traffic
+    from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
 
 DEFAULT_CTX = 32 * 1024
@@ -49,52 +50,6 @@ MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
 MAX_CALL_MACS = 50e9  # of all rows in one product: a stop is heard between them, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
-
-
-@dataclass
-class Stats:
-    """What one answer cost. Times are those of the compute thread's calls, not of whoever consumes the tokens."""
-
-    n_prompt: int = 0  # tokens before the answer
-    n_reused: int = 0  # of these, already in the KV cache
-    n_generated: int = 0
-    first_token_s: float | None = None
-    prompt_s: float = 0.0
-    decode_s: float = 0.0  # of all tokens but the first
-    traffic: Traffic | None = None  # of a model that is larger than its memory
-    drafted: Drafted | None = None  # with drafting
-    plain_s: float | None = None  # a token without drafts, where one was measured
-    major_faults: int = 0  # pages of the process that had to be waited for one by one
-
-    def followed_by(self, other: Stats) -> Stats:
-        """Of an answer that was drawn in two parts: what both cost."""
-        both = replace(self, n_generated=self.n_generated + other.n_generated)
-        between_s = other.prompt_s if other.n_generated else 0.0  # what was given between is read, and a token drawn
-        both.decode_s += between_s + other.decode_s
-        both.plain_s, both.major_faults = other.plain_s, self.major_faults + other.major_faults
-        if self.traffic is not None and other.traffic is not None:
-            both.traffic = self.traffic.plus(other.traffic)
-        if self.drafted is not None and other.drafted is not None:
-            both.drafted = Drafted()
-            both.drafted.include(self.drafted)
-            both.drafted.include(other.drafted)
-        return both
-
-    @property
-    def saved_s(self) -> float | None:
-        """Seconds that the same tokens would have taken longer one by one, where it is known what one takes."""
-        if self.drafted is None or self.plain_s is None or not self.n_generated:
-            return None
-        return (self.n_generated - 1) * self.plain_s - self.decode_s
-
-    @property
-    def prompt_tokens_per_s(self) -> float | None:
-        n = self.n_prompt - self.n_reused
-        return n / self.prompt_s if n > 0 and self.prompt_s > 0 else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return (self.n_generated - 1) / self.decode_s if self.n_generated > 1 and self.decode_s > 0 else None
 
 
 class Model:
