@@ -45,7 +45,7 @@ class Chat:
         return "".join(files) + text
 
     def open(self, saved: SavedChat) -> None:
-        """Go on with a saved chat; its system message stays unless it has none and there is one now."""
+        """Go on with a saved chat; a system message that there is now takes the place of its own."""
         if self.saved is not None:
             self.saved.close()
         self.saved = saved

@@ -12,10 +12,10 @@ from m2lite.chat.chat import Begin, Chat, export_markdown, read_text
 from m2lite.chat.status import describe
 from m2lite.chat.store import (
     SavedChat,
-    check_name,
     delete_session,
     list_sessions,
     new_name,
+    one_line,
     read_session,
     session_path,
 )
@@ -114,8 +114,7 @@ def _continue(chat: Chat, rest: str) -> Begin:
 
 
 def _undo(chat: Chat, rest: str) -> str:
-    question = " ".join(chat.conversation.undo().split())
-    return f"forgot: {question if len(question) <= 60 else question[:59] + '…'}"
+    return f"forgot: {one_line(chat.conversation.undo(), 60)}"
 
 
 def _edit(chat: Chat, rest: str) -> Begin:
@@ -203,8 +202,8 @@ def _context(chat: Chat, rest: str) -> str:
     for n, end in enumerate([*starts, len(messages)]):
         if end:
             length = len(conversation.encode(messages[:end], is_to_answer=False))
-            text = "system message" if n == 0 else " ".join(str(messages[starts[n - 1]]["content"]).split())
-            lines.append(f"  {length - before:>9,}  {'' if n == 0 else f'turn {n}: '}{text[:50]}")
+            what = "system message" if n == 0 else f"turn {n}: {one_line(str(messages[starts[n - 1]]['content']), 50)}"
+            lines.append(f"  {length - before:>9,}  {what}")
             before = length
     return "\n".join([*lines, f"  {max(0, limit - before):>9,}  free of {limit:,}"])
 
@@ -273,9 +272,8 @@ def last_exchange(chat: Chat) -> str:
     lines.append(f"— {chat.saved.name}: {len(turns)} turns")
     if turns:
         for message in saved.messages[turns[-1] :]:
-            text = " ".join(str(message["content"]).split())
             mark = "> " if message["role"] == "user" else ""
-            lines.append(mark + (text if len(text) <= 300 else text[:299] + "…"))
+            lines.append(mark + one_line(str(message["content"]), 300))
         if saved.messages[-1]["role"] != "assistant":
             lines.append("— this question has no answer yet. /continue answers it, /undo drops it.")
         elif chat.conversation.said.finish_reason != "stop":
@@ -285,7 +283,7 @@ def last_exchange(chat: Chat) -> str:
 
 def _save(chat: Chat, rest: str) -> str:
     if chat.saved is None:
-        chat.saved = SavedChat(check_name(rest) if rest else new_name(), str(chat.conversation.session.model.path))
+        chat.saved = SavedChat(rest or new_name(), str(chat.conversation.session.model.path))
         if chat.saved.saved.messages:
             chat.saved.close()
             chat.saved = None

@@ -61,8 +61,7 @@ class Markdown:
         if not newline:
             return ""
         self._held = rest
-        found = _FENCE.match(line)
-        if found and found[1].startswith(self._fence) and not line[found.end() :].strip() and not found[2]:
+        if _closes(line, self._fence):
             self._fence, self._block = "", []
             return f"{_DIM}{line}{_RESET}\n"
         shown = self._code(line)
@@ -77,12 +76,10 @@ class Markdown:
     def _begin_line(self) -> str:
         if _UNDECIDED.fullmatch(self._held):
             return ""
-        if _FENCE.match(self._held):
-            line, newline, rest = self._held.partition("\n")
+        line, newline, rest = self._held.partition("\n")
+        if found := _FENCE.match(line):
             if not newline:
                 return ""
-            found = _FENCE.match(line)
-            assert found is not None
             self._held, self._fence, self._language, self._before = rest, found[1], found[2], "\n"
             return f"{_DIM}{line}{_RESET}\n"
         self._line = _HEAD if _HEADING.match(self._held) else _DIM if _QUOTE.match(self._held) else ""
@@ -125,12 +122,18 @@ class Markdown:
         return "".join(styles.get(mark, _CODE if mark[0] == "`" else _BOLD + _ITALIC) for mark in self._inline)
 
 
+def _closes(line: str, fence: str) -> bool:
+    """Whether the line ends the block of code that `fence` began."""
+    found = _FENCE.match(line)
+    return found is not None and found[1].startswith(fence) and not line[found.end(1) :].strip()
+
+
 def first_code_block(text: str) -> str | None:
     """The lines of the first block of code, each with its newline; None without one. A block that is cut off counts."""
     fence, block = "", list[str]()
     for line in text.splitlines():
         found = _FENCE.match(line)
-        if fence and found and found[1].startswith(fence) and not line[found.end() :].strip() and not found[2]:
+        if fence and _closes(line, fence):
             break
         if fence:
             block.append(line + "\n")

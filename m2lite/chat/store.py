@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2lite.decode.drafts import n_common
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import LineLog, fsops
 
@@ -44,9 +45,13 @@ class Saved:
 
     @property
     def title(self) -> str:
-        text = next((str(m["content"]) for m in self.messages if m["role"] == "user"), "")
-        line = " ".join(text.split())
-        return line if len(line) <= _TITLE else line[: _TITLE - 1] + "…"
+        return one_line(next((str(m["content"]) for m in self.messages if m["role"] == "user"), ""), _TITLE)
+
+
+def one_line(text: str, most: int) -> str:
+    """The text in one line of at most so many characters; an ellipsis says that there is more."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def sessions_dir() -> Path:
@@ -171,8 +176,7 @@ class SavedChat:
     def save(self, messages: Sequence[Message], answer: Mapping[str, Any] | None = None) -> None:
         """Make the file say `messages`, and of the last of them `answer`: only what is new is written."""
         known = self.saved.messages[:-1] if self.saved.is_partial else self.saved.messages
-        n = next((i for i, (a, b) in enumerate(zip(known, messages, strict=False)) if a != b), None)
-        n_same = min(len(known), len(messages)) if n is None else n
+        n_same = n_common(known, messages)
         events: list[dict[str, Any]] = [] if n_same == len(known) else [{"cut": n_same}]
         events += [{"add": message} for message in messages[n_same:]]
         told = None if answer is None else dict(answer)

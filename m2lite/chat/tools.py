@@ -72,7 +72,7 @@ def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             raise ToolError(f"{path}: is a directory")
-        atomic_write(place, content.encode(errors="replace"), mode=0o666 & ~_umask())
+        atomic_write(place, content.encode(errors="replace"), mode=0o666)
     except OSError as error:
         raise ToolError(f"{path}: {error.strerror}") from None
     except M2liteError as error:
@@ -178,12 +178,6 @@ def _within(limits: Limits, path: str) -> Path:
     if not place.is_relative_to(root):
         raise ToolError(f"{path}: lies outside of {root}")
     return place
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _run(command: list[str], limits: Limits, stop: Stop) -> str:

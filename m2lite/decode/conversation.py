@@ -67,7 +67,7 @@ class Conversation:
 
     @property
     def n_turns(self) -> int:
-        return sum(message["role"] == "user" for message in self.messages)
+        return len(self.turns())
 
     @property
     def system(self) -> str | None:

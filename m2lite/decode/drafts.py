@@ -351,8 +351,8 @@ def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
     return [x + y for x, y in zip_longest(a, b, fillvalue=0)]
 
 
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def n_common(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many tokens, or messages, both begin with."""
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

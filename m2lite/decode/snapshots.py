@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from m2lite.decode.engine import Stop
@@ -27,16 +28,25 @@ class Snapshots:
 
     def __init__(self, model: Model, budget_bytes: int | None = None) -> None:
         """`budget_bytes`: of all models' pages on disk."""
+        self._model, self._budget_bytes = model, budget_bytes
+
+    @cached_property
+    def _seed(self) -> bytes:
+        """Of all keys: reads both ends of every tensor, so not before somebody asks."""
         from m2lite.kernels.jit import source_hash
 
-        pool = model.engine.pool
+        pool = self._model.engine.pool
         identity = hashlib.sha256(b"m2lite kv 1")
-        for part in (file_identity(model.gguf), pool.kv, str(pool.page_bytes), source_hash()):
+        for part in (file_identity(self._model.gguf), pool.kv, str(pool.page_bytes), source_hash()):
             identity.update(part.encode() + b"\0")
-        self._seed = identity.digest()
+        return identity.digest()
+
+    @cached_property
+    def store(self) -> PageStore:
+        """Where the pages of this model lie."""
         root = snapshots_dir()
-        budget = default_budget(root) if budget_bytes is None else budget_bytes
-        self.store = PageStore(root / identity.hexdigest()[:32], pool.page_bytes, budget)
+        budget = default_budget(root) if self._budget_bytes is None else self._budget_bytes
+        return PageStore(root / self._seed.hex()[:32], self._model.engine.pool.page_bytes, budget)
 
     def keys(self, tokens: Sequence[int]) -> Iterator[str]:
         """Of the whole pages of a row."""
@@ -47,6 +57,8 @@ class Snapshots:
 
     def restore(self, session: Session, stop: Stop | None = None) -> int:
         """Read the pages of the session's row that its cache lacks; how many positions it then holds."""
+        if not snapshots_dir().is_dir():
+            return session.n_cached
         keys = list(self.keys(session.tokens[:-1]))  # the last token is computed: its logits are wanted
         return session.fill_pages(lambda index, into: self.store.read(keys[index], into), len(keys), stop)
 
