@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from m2lite import __version__
-from m2lite.commands import files, measures, talk
+from m2lite.commands import chat, files, generate, measures
 from m2lite.signals import exit_on_terminate, leave_now
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 # As --help lists them.
 COMMANDS = (
-    talk.chat, talk.generate, files.convert, files.quantize, files.imatrix, files.verify, files.inspect_,
+    chat.chat, generate.generate, files.convert, files.quantize, files.imatrix, files.verify, files.inspect_,
     measures.plan, measures.bench, measures.perplexity, measures.doctor,
 )  # fmt: skip
 for _run in COMMANDS:

@@ -55,6 +55,8 @@ class Settings:
     top_k: int
     top_p: float
     min_p: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     max_tokens: int | None
     think: str
@@ -135,6 +137,12 @@ OPTIONS: dict[str, Option] = {
         Option("top_k", ("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off"),
         Option("top_p", ("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability"),
         Option("min_p", ("--min-p",), "X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest"),
+        Option(
+            "presence_penalty", ("--presence-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said once"
+        ),
+        Option(
+            "frequency_penalty", ("--frequency-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said often"
+        ),
         Option("seed", ("--seed",), "N", parse_seed, None, "Random seed [default: drawn and printed]"),
         Option("max_tokens", ("--max-tokens", "-n"), "N", parse_positive, None, "Stop an answer after N tokens"),
         Option(

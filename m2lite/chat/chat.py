@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2lite.chat.store import Message, Saved, SavedChat
 from m2lite.chat.tools import Tools
+from m2lite.decode.constrain import Schema
 from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
 from m2lite.decode.sampling import Sampling
+from m2lite.errors import UsageError
 from m2lite.text.reply import KINDS, Piece, Reply
 
+_MOST_FILE_BYTES = 4 << 20
 PART_S = 5.0  # after which the text of an unfinished answer goes to disk
 
 # How an answer is begun: by `Conversation.ask` and its like, with the options filled in by whoever shows it.
@@ -33,16 +36,20 @@ class Chat:
     saved: SavedChat | None = None  # None: nothing is saved
     tools: Tools | None = None
     approve: str = "ask"  # which calls run: ask, never or all
+    stop_texts: tuple[str, ...] = ()  # that end an answer
+    schema: Schema | None = None  # every answer is JSON of it
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
 
     def options(self) -> Options:
         """For an answer; without who stops it and who hears of its progress."""
-        return {"sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens}
+        return {
+            "sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens,
+            "stop_texts": self.stop_texts, "schema": self.schema,
+        }  # fmt: skip
 
     def message(self, text: str) -> str:
         """The user's text behind the files that go with it."""
-        files = [f"{name}:\n{fence(body)}\n{body.rstrip(chr(10))}\n{fence(body)}\n\n" for name, body in self.attached]
-        return "".join(files) + text
+        return with_files(text, self.attached)
 
     def open(self, saved: SavedChat) -> None:
         """Go on with a saved chat; a system message that there is now takes the place of its own."""
@@ -65,8 +72,9 @@ class Chat:
     def keeper(self) -> Keeper:
         """For the answer that was just asked for."""
         conversation = self.conversation
-        before = conversation.said.reply if conversation.answer.n_given else None
-        return Keeper(self.saved, conversation.asked, before)
+        answer = conversation.answer
+        before = conversation.said.reply if answer.n_given else None
+        return Keeper(None if answer.is_aside else self.saved, conversation.asked, before)
 
     def close(self) -> None:
         if self.saved is not None:
@@ -119,6 +127,12 @@ def said_of(saved: Saved) -> Answer:
     )
 
 
+def with_files(text: str, files: Sequence[tuple[str, str]]) -> str:
+    """The text behind (name, text) of files that go with it."""
+    shown = [f"{name}:\n{fence(body)}\n{body.rstrip(chr(10))}\n{fence(body)}\n\n" for name, body in files]
+    return "".join(shown) + text
+
+
 def fence(text: str) -> str:
     """Backquotes that the text does not hold."""
     n = 3
@@ -140,14 +154,16 @@ def export_markdown(messages: list[Message]) -> str:
     return "\n".join(parts)
 
 
-def read_text(path: Path, most_bytes: int) -> str:
-    """A text file; ValueError says why not."""
-    with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise ValueError(f"it has more than {most_bytes:,} bytes")
+def read_text(path: Path) -> str:
+    """A text file that goes with a message; UsageError says why not."""
     try:
-        text = data.decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(_MOST_FILE_BYTES + 1)
+        if len(data) > _MOST_FILE_BYTES:
+            raise UsageError(f"{path} cannot be read: it has more than {_MOST_FILE_BYTES:,} bytes.")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
-    return text
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise UsageError(f"{path} cannot be read: it is not UTF-8 text: {byte}.") from None

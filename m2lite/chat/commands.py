@@ -24,9 +24,17 @@ from m2lite.errors import UsageError
 from m2lite.settings import OPTIONS
 from m2lite.storage.durable import atomic_write
 
-_MOST_FILE_BYTES = 4 << 20
 _SHOWN_SESSIONS = 20
-_SET = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")  # rows of the settings table
+_SET = (
+    "temp",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+)  # rows of the settings table
 _SAMPLING = {"temp": "temperature"}  # the fields of Sampling that are named otherwise
 
 
@@ -156,6 +164,17 @@ def _forget(chat: Chat, rest: str) -> str:
     return f"forgot the oldest {n} turns; {chat.conversation.n_turns} are left"
 
 
+def _compact(chat: Chat, rest: str) -> Begin:
+    if rest and not rest.isdigit():
+        raise UsageError(f"/compact {rest}: expected the number of turns that stay as they are.")
+    n_kept = int(rest or 1)
+
+    def begin(options: Options) -> Pieces:
+        return chat.conversation.summarise(n_kept, **options)
+
+    return begin
+
+
 def _set(chat: Chat, rest: str) -> str:
     name, _, text = rest.replace("=", " ", 1).partition(" ")
     name, text = name.strip().lstrip("-").replace("-", "_"), text.strip()
@@ -212,12 +231,7 @@ def _read(chat: Chat, rest: str) -> str:
     if not rest:
         raise UsageError("/read needs a file.")
     path = Path(rest).expanduser()
-    try:
-        text = read_text(path, _MOST_FILE_BYTES)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from None
+    text = read_text(path)
     session = chat.conversation.session
     n_tokens = len(session.model.tokenizer.encode(text))
     if n_tokens > session.n_free:
@@ -315,6 +329,7 @@ COMMANDS: dict[str, Command] = {
     "edit": Command(_edit, "", "the last question in $EDITOR; it is asked instead"),
     "undo": Command(_undo, "", "forget the last question and its answer"),
     "forget": Command(_forget, "[N]", "forget the oldest N turns"),
+    "compact": Command(_compact, "[N]", "put the model's summary in place of all but the last N turns (1)"),
     "clear": Command(_clear, "", "begin a new chat; the system message stays"),
     "read": Command(_read, "FILE", "a text file goes with your next message", "path"),
     "system": Command(_system, "[TEXT]", "show or replace the system message"),

@@ -174,7 +174,9 @@ class _Talk:
         for error in answer.reply.errors:
             tell(f"warning: {error}")
         n = len(answer.tokens)
-        if answer.finish_reason == "interrupted" and n:
+        if answer.is_aside:
+            tell("— no summary came of it: the chat is as it was")
+        elif answer.finish_reason == "interrupted" and n:
             tell(f"— stopped (kept {n} tokens). /continue to go on, /undo to drop it.")
         elif answer.finish_reason == "interrupted":
             tell("— stopped before the answer began; the question is dropped")

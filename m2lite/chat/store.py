@@ -20,6 +20,7 @@ from typing import Any
 from m2lite.decode.drafts import n_common
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import LineLog, fsops
+from m2lite.text.reply import Said
 
 VERSION = 1
 _SUFFIX = ".jsonl"
@@ -132,6 +133,9 @@ def _follow(saved: Saved, parts: dict[str, str], event: dict[str, Any]) -> None:
         return
     elif kind == "answer":
         saved.answer = dict(value)
+        tokens = value.get("tokens")
+        if saved.messages and isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
+            saved.messages[-1] = Said.of(saved.messages[-1], tokens)
     elif kind == "add":
         if value["role"] not in ("system", "user", "assistant", "tool") or not isinstance(value["content"], str | list):
             raise ValueError("no message")

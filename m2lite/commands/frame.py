@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MODEL = ("model", "threads", "ctx", "kv", "load", "ram", "heat")
 DRAFT = ("draft", "draft_tokens", "mtp")
-SAMPLING = ("temp", "top_k", "top_p", "min_p", "seed", "max_tokens")
+SAMPLING = ("temp", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens")
 THINKING = ("think", "think_budget")
 _PANELS = {
     "model": None,

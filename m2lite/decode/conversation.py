@@ -7,18 +7,26 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
+from m2lite.decode.constrain import Schema
 from m2lite.decode.drafts import n_common
 from m2lite.decode.engine import Stop
+from m2lite.decode.rows import answer_ids, close_thinking, encode_kept
+from m2lite.decode.rules import Logprob, Logprobs, Rule
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Progress, Session
 from m2lite.decode.snapshots import Snapshots
 from m2lite.decode.stats import Stats
 from m2lite.errors import ContextError, UsageError
-from m2lite.text.reply import Piece, Reply, ReplyStream, opens_thinking
+from m2lite.text.reply import Piece, Reply, ReplyStream, Said, opens_thinking
 from m2lite.text.template import encode_chat
 
 Message = dict[str, Any]
 Pieces = Generator[Piece, None, None]
+
+SUMMARY_REQUEST = (
+    "Summarise our conversation so far, so that it can go on from your summary alone: what was asked and found out, "
+    "decisions, names, numbers, code that matters, and what is still open."
+)
 
 
 class Options(TypedDict, total=False):
@@ -29,6 +37,9 @@ class Options(TypedDict, total=False):
     think_tokens: int | None  # after so many tokens of thinking it is closed; 0: there is none
     stop: Stop | None
     progress: Progress | None
+    stop_texts: Sequence[str]  # the content ends before the first of them
+    schema: Schema | None  # the content is JSON of it
+    logprobs: int | None  # note each token's, and those of so many of the likeliest
 
 
 @dataclass
@@ -41,9 +52,23 @@ class Answer:
     stats: Stats = field(default_factory=Stats)
     attempt: int = 0  # earlier answers to the same question
     n_given: int = 0  # of its ids, those that it already had when it was continued
+    is_aside: bool = False  # no part of the messages
+    logprobs: list[Logprob | None] = field(default_factory=list)  # by token, where they were asked for
 
 
 _COMPLETE = Answer(finish_reason="stop")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An answer under way."""
+
+    answer: Answer
+    reply: ReplyStream
+    in_thinking: bool  # where the answer begins
+    stream: int
+    messages: list[Message]  # what it answers
+    options: Options
 
 
 class Conversation:
@@ -58,6 +83,7 @@ class Conversation:
     ) -> None:
         """`tools`: OpenAI schemas of what the model may call."""
         self.session, self.tools = session, tools
+        self.keep_thinking = False  # of earlier turns, whatever the template does: their ids stay as they were
         self.snapshots: Snapshots | None = None  # where rows are kept that were computed once
         self.messages: list[Message] = []
         self.answer = Answer()  # the last that was asked for
@@ -135,7 +161,7 @@ class Conversation:
             return self._answer(self.messages, Answer(), options)
         if self.said.finish_reason == "stop":
             raise UsageError("The last answer is complete.", "/regen makes another one.")
-        tokens = self.said.tokens or self._ids_of(self.messages[-1])
+        tokens = self.said.tokens or answer_ids(self.session.model.tokenizer, self.messages[-1])
         return self._answer(self.messages[:-1], replace(self.said, tokens=tokens), options)
 
     def tell_results(self, results: Sequence[str], **options: Unpack[Options]) -> Pieces:
@@ -145,16 +171,50 @@ class Conversation:
         attempt, self.said = self.said.attempt, _COMPLETE
         return self._answer(self.messages, Answer(attempt=attempt), options)
 
+    def reply_to(self, messages: Sequence[Message], stream: int | None = None, **options: Unpack[Options]) -> Pieces:
+        """Answer these messages, which end with a question or with results, in place of those so far.
+
+        `stream` separates the random numbers of answers that share a seed; by default as in a chat.
+        """
+        return self._answer(list(messages), Answer(), options, stream)
+
     def complete(self, text: str, **options: Unpack[Options]) -> Pieces:
         """Continue raw text, without a template; `messages` stay as they are."""
         session = self.session
         row = session.model.encode_prompt(text)
         session.set_tokens(row)
-        return self._collect(row, Answer(), 0, None, options)
+        return self._collect(row, Answer(is_aside=True), 0, [], options)
+
+    def summarise(self, n_kept: int = 1, **options: Unpack[Options]) -> Pieces:
+        """Put a summary, which the model writes, in place of all but the last `n_kept` turns.
+
+        Nothing changes unless it ends well. UsageError if there are no earlier turns.
+        """
+        starts = self.turns()
+        if len(starts) <= n_kept:
+            raise UsageError(f"There are {len(starts)} turns, and {n_kept} of them stay.", "Nothing to summarise.")
+        cut = starts[-n_kept] if n_kept else len(self.messages)
+        question = {"role": "user", "content": SUMMARY_REQUEST}
+        older, later = self.messages[:cut], self.messages[cut:]
+        pieces = self._answer([*older, question], Answer(is_aside=True), options)
+
+        def follow() -> Pieces:
+            yield from pieces
+            answer = self.answer
+            if answer.finish_reason == "stop" and answer.reply.content.strip():
+                system = [message for message in older if message["role"] == "system"]
+                said = Said.of({"role": "assistant", "content": answer.reply.content}, None)
+                self.messages = [*system, question, said, *later]
+                answer.is_aside = False
+                self.said = self.said if later else answer
+
+        return follow()
 
     def encode(self, messages: Sequence[Message], is_to_answer: bool = True) -> list[int]:
         """The row that the messages are."""
         model = self.session.model
+        if self.keep_thinking:
+            return encode_kept(model.tokenizer, model.template, messages, self.tools, is_to_answer)
         return encode_chat(model.tokenizer, model.template, messages, self.tools, add_generation_prompt=is_to_answer)
 
     def _last_question(self) -> int:
@@ -163,21 +223,7 @@ class Conversation:
             raise UsageError("Nothing was asked yet.")
         return starts[-1]
 
-    def _ids_of(self, message: Message) -> list[int]:
-        """What the model may have said: of an answer whose ids nobody kept."""
-        tokenizer = self.session.model.tokenizer
-        thinking, content = message.get("reasoning_content", ""), str(message["content"])
-        closed = self._close_thinking() if content else []
-        return [*(tokenizer.encode(thinking) if thinking else []), *closed, *tokenizer.encode(content)]
-
-    def _close_thinking(self) -> list[int]:
-        """The ids that end the thinking, as the template writes it."""
-        tokenizer = self.session.model.tokenizer
-        if tokenizer.think_close_id is None:
-            return []
-        return [*tokenizer.encode("\n"), tokenizer.think_close_id, *tokenizer.encode("\n\n")]
-
-    def _answer(self, messages: list[Message], answer: Answer, options: Options) -> Pieces:
+    def _answer(self, messages: list[Message], answer: Answer, options: Options, stream: int | None = None) -> Pieces:
         """The answer to the messages, or the rest of it behind the ids that it has."""
         session = self.session
         row = self.encode(messages)
@@ -187,53 +233,57 @@ class Conversation:
             raise self._too_long(error, row, messages) from None
         if self.snapshots is not None:
             self.snapshots.restore(session, options.get("stop"))
-        turn = sum(message["role"] == "user" for message in messages) - 1
         self.asked = messages
-        return self._collect(row, answer, turn << 32 | answer.attempt, messages, options)
+        if stream is None:
+            turn = sum(message["role"] == "user" for message in messages) - 1
+            stream = max(0, turn) << 32 | answer.attempt
+        return self._collect(row, answer, stream, messages, options)
 
     def _collect(
-        self, row: Sequence[int], answer: Answer, stream: int, messages: list[Message] | None, options: Options
+        self, row: Sequence[int], answer: Answer, stream: int, messages: list[Message], options: Options
     ) -> Pieces:
         """What `_pieces` yields, with `answer` made known at once."""
-        self.answer = Answer(list(answer.tokens), attempt=answer.attempt, n_given=len(answer.tokens))
-        self.session.finish_reason = None
+        self.answer = replace(answer, tokens=list(answer.tokens), n_given=len(answer.tokens), stats=Stats())
+        self.answer.finish_reason, self.session.finish_reason = "interrupted", None
         tokenizer = self.session.model.tokenizer
-        return self._pieces(
-            self.answer, ReplyStream(tokenizer, opens_thinking(tokenizer, row)), stream, messages, options
-        )
+        in_thinking = opens_thinking(tokenizer, row)
+        reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))
+        return self._pieces(_Run(self.answer, reply, in_thinking, stream, messages, options))
 
-    def _pieces(
-        self, answer: Answer, reply: ReplyStream, stream: int, messages: list[Message] | None, options: Options
-    ) -> Pieces:
-        """Pieces of the answer; whatever came, however it ends, goes to `answer` and behind `messages`."""
+    def _pieces(self, run: _Run) -> Pieces:
+        """Pieces of the answer; whatever came, however it ends, goes to `answer` and behind the messages."""
+        answer, reply = run.answer, run.reply
         for token in answer.tokens:
             reply.push(token)
-        ids = self._ids(reply, stream, options)
+        ids = self._ids(run)
         try:
             with closing(ids):
                 for token in ids:
                     answer.tokens.append(token)
                     yield from reply.push(token)
+                    if reply.is_stopped:
+                        break
             yield from reply.finish()
         finally:
-            answer.finish_reason = self.session.finish_reason or "interrupted"
+            answer.finish_reason = "stop" if reply.is_stopped else self.session.finish_reason or "interrupted"
             reply.finish()
             answer.reply = reply.reply(self.tools)
-            if messages is not None and (answer.tokens or answer.finish_reason != "interrupted"):
-                self.messages, self.said = [*messages, answer.reply.message()], answer
+            if not answer.is_aside and (answer.tokens or answer.finish_reason != "interrupted"):
+                said = Said.of(answer.reply.message(), None if reply.is_stopped else answer.tokens)
+                self.messages, self.said = [*run.messages, said], answer
 
-    def _ids(self, reply: ReplyStream, stream: int, options: Options) -> Generator[int, None, None]:
+    def _ids(self, run: _Run) -> Generator[int, None, None]:
         """The ids that follow the row; where the thinking is as long as it may be, those that close it.
 
-        `reply` has got each id when the next is asked for.
+        The reply has got each id when the next is asked for.
         """
-        n_left, n_think = options.get("max_tokens"), options.get("think_tokens")
-        forced = list[int]()
+        reply, forced = run.reply, list[int]()
+        n_left, n_think = run.options.get("max_tokens"), run.options.get("think_tokens")
         while True:
             if n_think is not None and n_think <= 0 and reply.kind == "thinking":
-                forced, n_think = self._close_thinking(), None
+                forced, n_think = close_thinking(self.session.model.tokenizer), None
                 yield from forced
-            ids = self._draw(forced, n_left, stream, options)
+            ids = self._draw(forced, n_left, run)
             with closing(ids):
                 for token in ids:
                     yield token
@@ -245,19 +295,32 @@ class Conversation:
                 else:
                     return
 
-    def _draw(
-        self, new: Sequence[int], max_tokens: int | None, stream: int, options: Options
-    ) -> Generator[int, None, None]:
-        """Ids behind the row and `new`; `answer.stats` then includes them."""
-        answer, before = self.answer, self.answer.stats
+    def _draw(self, new: Sequence[int], max_tokens: int | None, run: _Run) -> Generator[int, None, None]:
+        """Ids behind the row and `new`; `answer.stats` then includes them, and `answer.logprobs` theirs."""
+        answer, options, before = run.answer, run.options, run.answer.stats
+        rules, noted = self._rules(run)
+        n_settled = len(answer.tokens)
         ids: Iterator[int] = self.session.generate(
-            new, max_tokens=max_tokens, sampling=options.get("sampling"), stream=stream, stop=options.get("stop"),
-            progress=options.get("progress"),
+            new, max_tokens=max_tokens, sampling=options.get("sampling"), stream=run.stream, stop=options.get("stop"),
+            progress=options.get("progress"), rules=rules, settled=answer.tokens,
         )  # fmt: skip
         try:
-            yield from ids
+            for n, token in enumerate(ids, n_settled):
+                if noted is not None:
+                    answer.logprobs = noted.found[: n + 1]
+                yield token
         finally:
             answer.stats = before.followed_by(self.session.stats) if before.n_generated else self.session.stats
+
+    def _rules(self, run: _Run) -> tuple[list[Rule], Logprobs | None]:
+        """What the draws keep to, for ids that begin where the answer does."""
+        n_likeliest, schema = run.options.get("logprobs"), run.options.get("schema")
+        noted = None if n_likeliest is None else Logprobs(n_likeliest)
+        rules: list[Rule] = [] if noted is None else [noted]
+        if schema is not None:
+            most = run.options.get("max_tokens")
+            rules.append(self.session.model.masks.constraint(schema, run.in_thinking, most))
+        return rules, noted
 
     def _too_long(self, error: ContextError, row: Sequence[int], messages: Sequence[Message]) -> ContextError:
         """Counted behind the turns that are kept, which is what the user can act on."""

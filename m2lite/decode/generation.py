@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from m2lite.decode.drafts import Drafter
 from m2lite.decode.engine import Engine, Stop, ask
+from m2lite.decode.rules import Rule
 from m2lite.decode.sampling import Logits, Sampling, draw
 
 if TYPE_CHECKING:  # this imports Numba
@@ -29,6 +30,7 @@ class Generation:
     stop: Stop | None
     stop_ids: frozenset[int]
     n_most: int  # tokens of the row
+    rules: Sequence[Rule] = ()
     script: Sequence[int] | None = None  # of a measurement: the row's ids, which are said whatever is drawn
 
     def read(self, start: int, chunk: Sequence[int]) -> None:
@@ -48,8 +50,13 @@ class Generation:
         return drawn
 
     def _draw(self, logits: Logits, position: int) -> int:
+        for rule in self.rules:
+            logits = rule.apply(logits)
         token = draw(logits, self.sampling, self.stream, position)
-        return token if self.script is None else self.script[position]
+        token = token if self.script is None else self.script[position]
+        for rule in self.rules:
+            rule.settle(token)
+        return token
 
     def decode(self, start: int, token: int, drawn: list[int]) -> None:
         """Append the next ids to `drawn` for BURST_S or up to the end; `token`, not evaluated yet, is at `start`."""

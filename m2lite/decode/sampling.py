@@ -3,9 +3,9 @@
 The order of the filters is temperature, top-k, top-p, min-p; equal logits rank by token id, the lowest first.
 
 A draw must give the same id on every machine, so nothing here depends on vector width, thread or library version:
-ranks are the order of distinct integers, whatever sorts them; weights are float64 from our own `_exp`, which uses only
-correctly rounded operations (NumPy's exp differs between instruction sets in the last bit); sums are running sums in
-rank order (np.cumsum is sequential, np.sum is not).
+ranks are the order of distinct integers, whatever sorts them; weights are float64 from our own `exp_below_0`, which
+uses only correctly rounded operations (NumPy's exp differs between instruction sets in the last bit); sums are running
+sums in rank order (np.cumsum is sequential, np.sum is not).
 
 The random number of a position is the first output word w of Philox4x64-10 with the key words (seed, stream) and the
 counter words (1, position, 0, 0), taken as u = (w >> 11) / 2**53, so 0 <= u < 1.
@@ -43,6 +43,8 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.0
     seed: int = field(default_factory=new_seed)
+    presence_penalty: float = 0.0  # taken from the logit of an id that the answer holds
+    frequency_penalty: float = 0.0  # taken for each time that it holds it
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -50,6 +52,8 @@ class Sampling:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("top_k", self.top_k, 0, 2**31)
         _check_range("seed", self.seed, 0, 2**64 - 1)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -120,9 +124,9 @@ def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: i
 
 def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """ids[n] that survive the filters in rank order, and weights[n] proportional to their probabilities."""
-    ids = _ranked(logits, sampling.top_k)
-    ranked = logits[ids].astype(np.float64)
-    weights = _exp((ranked - ranked[0]) / sampling.temperature)
+    ids = ranked(logits, sampling.top_k)
+    values = logits[ids].astype(np.float64)
+    weights = exp_below_0((values - values[0]) / sampling.temperature)
     if sampling.top_p < 1:
         steps = np.cumsum(weights)
         kept = int(np.searchsorted(steps, sampling.top_p * steps[-1], side="left")) + 1
@@ -139,7 +143,7 @@ def uniform(seed: int, stream: int, position: int) -> float:
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def _ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:
+def ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:
     """The `top_k` ids (0: all) by falling logit, then rising id."""
     n = logits.size
     ids = np.arange(n)
@@ -152,7 +156,7 @@ def _ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:
     return (keys & np.uint64(0xFFFF_FFFF)).astype(np.int64)[: top_k or n]
 
 
-def _exp(x: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+def exp_below_0(x: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
     """e**x for x <= 0 within 2 units in the last place, by one fixed sequence of correctly rounded operations."""
     x = np.maximum(x, EXP_FLOOR)
     n = np.rint(x * LOG2_E)

@@ -21,10 +21,12 @@ import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.constrain import Masks
 from m2lite.decode.drafts import Drafter, Drafting, n_common, open_drafting
 from m2lite.decode.engine import Engine, Stop, Stopped, ask
 from m2lite.decode.generation import Generation
 from m2lite.decode.locate import locate_model
+from m2lite.decode.rules import Penalties, Rule
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.stats import Stats
 from m2lite.decode.warm import Warmer
@@ -63,6 +65,7 @@ class Model:
         self.tokenizer = tokenizer
         self.template = template
         self.engine = engine
+        self.masks = Masks(tokenizer)
         self.ctx = 0
         self.n_rows = 0
         self.load_s = 0.0
@@ -296,12 +299,15 @@ class Session:
         progress: Progress | None = None,
         ignore_stop: bool = False,
         script: Sequence[int] | None = None,
+        rules: Sequence[Rule] = (),
+        settled: Sequence[int] = (),
     ) -> Iterator[int]:
         """Append `prompt` and yield the ids of the answer, without the id that ends it.
 
         `stop` is asked between layers, on the compute thread; `progress` hears of the prompt's chunks; with
         `ignore_stop` only `max_tokens` and the context end the answer. `script`, for measurements, is said instead of
-        what is drawn. Afterwards `finish_reason` and `stats` describe
+        what is drawn. `rules`, which nobody else uses, change logits before each draw; first they hear of `settled`,
+        ids at the end of the row that belong to this answer already. Afterwards `finish_reason` and `stats` describe
         the answer. Leaving the loop early is fine: the session keeps what was yielded.
         """
         if isinstance(prompt, str):
@@ -328,10 +334,15 @@ class Session:
         if script is not None:
             whole = [*self.tokens, *script]
             n_most = min(n_most, len(whole))
+        sampling = sampling or Sampling()
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            rules = [*rules, Penalties(sampling)]
+        for rule in rules:
+            for token in settled:
+                rule.settle(token)
         generation = Generation(
-            self.model.engine, self._timeline, self._drafter, sampling or Sampling(), stream, stop, stop_ids, n_most,
-            whole,
-        )  # fmt: skip
+            self.model.engine, self._timeline, self._drafter, sampling, stream, stop, stop_ids, n_most, rules, whole
+        )
         return self._generate(partial(self._step, generation, progress), stop_ids, n_most)
 
     def _generate(self, step: Callable[[], list[int | None]], stop_ids: frozenset[int], n_most: int) -> Iterator[int]:

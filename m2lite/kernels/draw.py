@@ -23,7 +23,7 @@ WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
 
 @kernel
 def exp_below_0(x):
-    """e**x for x <= 0: as sampling._exp."""
+    """e**x for x <= 0: as sampling.exp_below_0."""
     x = max(x, EXP_FLOOR)
     n = np.rint(x * LOG2_E)
     r = (x - n * LN2_HIGH) - n * LN2_LOW

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from m2lite.text.calls import parse_tool_calls
+from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
 
-__all__ = ["Piece", "Reply", "ReplyStream", "opens_thinking", "parse_tool_calls"]
+__all__ = ["Piece", "Reply", "ReplyStream", "Said", "opens_thinking", "parse_tool_calls"]
 
 Kind = Literal["thinking", "content", "tool_call"]
 KINDS: Final[tuple[Kind, ...]] = ("thinking", "content", "tool_call")
@@ -21,6 +22,18 @@ class Piece:
 
     kind: Kind
     text: str
+
+
+class Said(dict[str, Any]):
+    """An assistant message that knows the ids which it was, without the one that ended it; None: not known."""
+
+    tokens: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any], tokens: Sequence[int] | None) -> Said:
+        said = cls(message)
+        said.tokens = tokens
+        return said
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,10 @@ class ReplyStream:
     r"""Sorts tokens into pieces. The line breaks that belong to the format are taken off, as M2 writes them:
     `thinking\n</think>\n\ncontent\n<minimax:tool_call>calls</minimax:tool_call>`."""
 
-    def __init__(self, tokenizer: Tokenizer, in_thinking: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, in_thinking: bool, stop_texts: Sequence[str] = ()) -> None:
+        """`stop_texts` end the content before the first of them."""
         self._tokenizer = tokenizer
+        self._stops = StopTexts(stop_texts)
         has_tags = tokenizer.think_open_id is not None and tokenizer.think_close_id is not None
         self._kind: Kind = "thinking" if in_thinking and has_tags else "content"
         # (kind, tag) -> the kind that follows, the line breaks dropped after the tag, the one dropped before it
@@ -68,9 +83,14 @@ class ReplyStream:
         """What the next token belongs to, unless it is a tag."""
         return self._kind
 
+    @property
+    def is_stopped(self) -> bool:
+        """A stop text has come: nothing behind it counts."""
+        return self._stops.is_found
+
     def push(self, index: int) -> list[Piece]:
         """The text that this token completes; none for a tag, a stop token or a part of a character."""
-        if index in self._tokenizer.stop_ids:
+        if index in self._tokenizer.stop_ids or self.is_stopped:
             return []
         if (self._kind, index) in self._tags:
             kind, skip, claims = self._tags[self._kind, index]
@@ -81,7 +101,7 @@ class ReplyStream:
 
     def finish(self) -> list[Piece]:
         """What is left when no token follows."""
-        return self._take(self._decoder.flush()) + self._release()
+        return self._take(self._decoder.flush()) + self._release() + self._let_go()
 
     def reply(self, tools: Sequence[Mapping[str, Any]] | None = None) -> Reply:
         """All that was pushed, with the tool calls read by the tools' schemas. Call `finish` before."""
@@ -93,6 +113,7 @@ class ReplyStream:
         pieces = self._take(self._decoder.flush())
         if not claims:
             pieces += self._release()
+        pieces += self._let_go()
         self._decoder = self._tokenizer.stream()
         self._kind, self._skip, self._held, self._blank = kind, skip, "", True
         return pieces
@@ -113,7 +134,14 @@ class ReplyStream:
         text, self._held = self._held, ""
         return self._piece(text)
 
+    def _let_go(self) -> list[Piece]:
+        """What might have been the beginning of a stop text is none."""
+        return self._keep(self._stops.flush())
+
     def _piece(self, text: str) -> list[Piece]:
+        return self._keep(self._stops.push(text) if self._kind == "content" else text)
+
+    def _keep(self, text: str) -> list[Piece]:
         if not text:
             return []
         self._texts[self._kind].append(text)

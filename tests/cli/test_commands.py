@@ -276,7 +276,7 @@ def test_bad_values(run_inline: Run, model_files: Models, options: list[str], me
     assert message in one_line_error(done)
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["generate", "--frobnicate"], ["frobnicate"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [["generate", "--frobnicate"], ["frobnicate"], ["inspect"]])
 def test_bad_usage(run_m2lite: Run, arguments: list[str]) -> None:
     done = run_m2lite(*arguments)
     assert (done.returncode, done.stdout) == (2, "")

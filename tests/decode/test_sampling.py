@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2lite.decode.sampling import Sampling, _exp, candidates, draw, draw_sorted, foresee, new_seed, uniform
+from m2lite.decode.sampling import Sampling, candidates, draw, draw_sorted, exp_below_0, foresee, new_seed, uniform
 from m2lite.errors import M2liteError, UsageError
 
 M64 = 2**64 - 1
@@ -179,8 +179,8 @@ def test_masked_tokens_are_never_drawn() -> None:
 def test_exp() -> None:
     x = -np.concatenate([np.linspace(0, 700, 100_001), [0, 1e-300, 5e-324, 1e5, np.inf]])
     exact = np.array([math.exp(max(v, -700)) for v in x])
-    assert np.max(np.abs(_exp(x) - exact) / np.spacing(exact)) <= 2
-    assert _exp(np.zeros(1))[0] == 1
+    assert np.max(np.abs(exp_below_0(x) - exact) / np.spacing(exact)) <= 2
+    assert exp_below_0(np.zeros(1))[0] == 1
 
 
 @pytest.mark.parametrize(

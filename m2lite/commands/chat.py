@@ -1,0 +1,94 @@
+"""`chat`: its options, and what is opened for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
+from m2lite.commands.options import make_sampling, read_schema, think_tokens
+from m2lite.errors import UsageError
+from m2lite.settings import Settings
+from m2lite.text.stop_text import check_stop_texts
+
+
+@command(*MODEL, "kv_disk", *DRAFT, "template", *THINKING, *SAMPLING)
+def chat(
+    settings: Settings,
+    *,
+    system: Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message")] = None,
+    continue_: Annotated[
+        bool, typer.Option("--continue", "-c", help="Go on with the chat that was saved last")
+    ] = False,
+    session: Annotated[
+        str | None, typer.Option("--session", metavar="NAME", help="Go on with this chat, or begin it")
+    ] = None,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Keep nothing on disk")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Answers as they are, not as Markdown")] = False,
+    keep_thinking: Annotated[
+        bool, typer.Option("--keep-thinking", help="Earlier turns keep their thinking, and every id that they had")
+    ] = False,
+    stop_text: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
+    ] = None,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tools",
+            metavar="FILE|NAMES",
+            help="Tools: a file of OpenAI schemas, or shell,python,read_file,write_file",
+        ),
+    ] = None,
+    approve: Annotated[
+        str, typer.Option("--approve", metavar="ask|never|all", help="Which calls of tools run")
+    ] = "ask",
+    tool_dir: Annotated[str, typer.Option("--tool-dir", metavar="DIR", help="Where tools run")] = ".",
+    tool_seconds: Annotated[float, typer.Option("--tool-seconds", metavar="S", help="A tool's time limit")] = 60.0,
+) -> None:
+    """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
+    from m2lite.chat.chat import Chat
+    from m2lite.chat.loop import run_chat
+    from m2lite.chat.store import SavedChat, latest_session, new_name
+    from m2lite.chat.tools import Limits, load_tools
+    from m2lite.decode.conversation import Conversation
+    from m2lite.decode.snapshots import Snapshots
+
+    if (continue_ and session is not None) or (no_save and (continue_ or session is not None)):
+        raise UsageError("--continue, --session and --no-save exclude each other.", "Use one of them.")
+    if approve not in ("ask", "never", "all"):
+        raise UsageError(f"--approve is {approve!r}.", "Use ask, never or all.")
+    if not tool_seconds > 0:
+        raise UsageError(f"--tool-seconds is {tool_seconds:g}.", "Use a number above 0.")
+    if json_schema is not None and tools:
+        raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
+    schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
+    box = load_tools(tools, Limits(Path(tool_dir), tool_seconds)) if tools else None
+    saved = None
+    if continue_ or session is not None or (sys.stdin.isatty() and not no_save):  # what is piped is somebody's script
+        saved = SavedChat(latest_session() if continue_ else session or new_name())
+    with open_model(settings) as model:
+        conversation = Conversation(model.session(), system, None if box is None else box.schemas)
+        conversation.keep_thinking = keep_thinking
+        talk = Chat(
+            conversation,
+            make_sampling(settings),
+            settings.max_tokens,
+            show_thinking=settings.think != "hide",
+            think_tokens=think_tokens(settings),
+            is_plain=plain,
+            tools=box,
+            approve=approve,
+            stop_texts=stop_texts,
+            schema=schema,
+        )
+        if saved is not None:
+            saved.model = str(model.path)
+            talk.open(saved)
+            if settings.kv_disk != 0:
+                conversation.snapshots = Snapshots(model, settings.kv_disk)
+        code = run_chat(talk)
+    raise typer.Exit(code)

@@ -1,0 +1,44 @@
+"""Options that `chat`, `generate` and `batch` share: how to draw, how long to think, what JSON to keep to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m2lite.commands.frame import note
+from m2lite.errors import UsageError
+from m2lite.settings import Settings
+
+if TYPE_CHECKING:
+    from m2lite.decode.constrain import Schema
+    from m2lite.decode.sampling import Sampling
+
+
+def make_sampling(settings: Settings) -> Sampling:
+    """The sampling options; a seed that was drawn is printed."""
+    from m2lite.decode.sampling import Sampling, new_seed
+
+    seed = settings.seed
+    if seed is None:
+        seed = new_seed()
+        if settings.temp > 0:
+            note(f"seed {seed}")
+    return Sampling(
+        settings.temp, settings.top_k, settings.top_p, settings.min_p, seed,
+        settings.presence_penalty, settings.frequency_penalty,
+    )  # fmt: skip
+
+
+def think_tokens(settings: Settings) -> int | None:
+    """How long the model may think."""
+    return 0 if settings.think == "off" else settings.think_budget
+
+
+def read_schema(source: str) -> Schema:
+    """The JSON schema in a file, checked: before anything is loaded."""
+    from m2lite.decode.constrain import load_schema
+
+    try:
+        return load_schema(Path(source).expanduser().read_bytes(), source)
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
