@@ -23,7 +23,7 @@ F32 = npt.NDArray[np.float32]
 CONTROL = ("]!p~[", "]~b]", "[e~[", "]!d~[", "]~!b[")
 PLAIN = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
 PAD, TURN, END, UNKNOWN, BEGIN = range(256, 261)
-THINK, THOUGHT, CALL = 261, 262, 263
+THINK, THOUGHT, CALL, CALLED, PHRASE = range(261, 266)  # the last only where `write_model` is told what it says
 N_VOCAB = 272  # some ids are unused, as in M2's own vocabulary; the last is the only merge
 
 
@@ -81,14 +81,17 @@ def write_model(
     template: str | None = SOURCE,
     metadata: Mapping[str, int | str | bool | float] | None = None,
     formats: Mapping[str, str] | None = None,
+    phrase: str | None = None,
 ) -> Path:
     """Write a model to `path` and return it. Without a script the weights are random.
+
+    `phrase`: the text of the token PHRASE, for a script that has to say the same letter twice.
 
     `formats` says the block format of tensors whose names end so ("attn_q.weight"), or of a kind ("exact", "experts").
     """
     shape = shape or Shape()
     writer = gguf.GGUFWriter(path, arch)
-    _write_metadata(writer, arch, shape)
+    _write_metadata(writer, arch, shape, phrase)
     for key, value in (metadata or {}).items():
         add = {int: writer.add_uint32, str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
         add[type(value)](key, value)  # type: ignore[operator]
@@ -165,7 +168,7 @@ def _tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
     return tensors | {"output_norm.weight": ((d,), "norm"), "output.weight": ((N_VOCAB, d), "exact")}
 
 
-def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: str | None) -> None:
     for key, value in {
         "block_count": shape.n_layers,
         "context_length": shape.n_ctx,
@@ -185,12 +188,13 @@ def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape) -> None:
         writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_float32(f"{arch}.rope.freq_base", shape.rope_theta)
-    added = [*CONTROL, *PLAIN]
+    plain = PLAIN if phrase is None else (*PLAIN, phrase)
+    added = [*CONTROL, *plain]
     n_unused = N_VOCAB - 256 - len(added) - 1
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("minimax-m2")
     writer.add_token_list([*byte_letters(), *added, *(f"<unused{i}>" for i in range(n_unused)), "qz"])
-    writer.add_token_types([1] * 256 + [3] * len(CONTROL) + [4] * len(PLAIN) + [5] * n_unused + [1])
+    writer.add_token_types([1] * 256 + [3] * len(CONTROL) + [4] * len(plain) + [5] * n_unused + [1])
     writer.add_token_merges(["q z"])  # one, since the writer leaves an empty list out
     writer.add_bos_token_id(BEGIN)
     writer.add_eos_token_id(END)

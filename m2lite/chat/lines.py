@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import select
 import sys
+import termios
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,25 @@ def ask_line(question: str, stop: Stop) -> str:
             return sys.stdin.readline().rstrip("\n")
     print(file=sys.stderr)
     return ""
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """Inside, what is typed, Ctrl-C too, is not written into what is shown; it waits for the next prompt."""
+    try:
+        fd = sys.stdin.fileno()
+        before = termios.tcgetattr(fd)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+    quiet = list(before)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(fd, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal may have gone
+            termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
 def _prompt_session() -> PromptSession[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from m2lite.chat.chat import Begin, Chat
 from m2lite.chat.commands import Leave, last_exchange, run_command
-from m2lite.chat.lines import ask_line, piped_lines, typed_lines
+from m2lite.chat.lines import ask_line, piped_lines, typed_lines, without_echo
 from m2lite.chat.markdown import Markdown
 from m2lite.chat.render import Renderer, neutralise, styled
 from m2lite.chat.status import status_line
@@ -127,7 +127,7 @@ class _Talk:
         chat = self._chat
         markdown = Markdown() if styled(sys.stdout) and not chat.is_plain else None
         renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr), chat.show_thinking, markdown)
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, without_echo():
             progress = _PromptProgress()
             options: Options = chat.options() | {"stop": stop, "progress": progress}
             pieces = begin(options)

@@ -38,6 +38,8 @@ def status_line(conversation: Conversation) -> str:
         traffic = stats.traffic
         parts.append(f"experts {traffic.hit_rate:.0%} in memory, {traffic.read_bytes / 1e6:,.0f} MB read")
         parts.append(f"waited {traffic.stall_s:.1f} s for the disk")
+    if stats.major_faults:
+        parts.append(f"{stats.major_faults:,} page faults")
     parts.append(f"ctx {100 * len(session.tokens) / session.model.ctx:.0f} %")
     return " · ".join(parts)
 

@@ -145,6 +145,7 @@ def open_model(settings: Settings) -> Model:
     from m2lite.decode.session import Model
     from m2lite.describe import format_bytes, format_mix, type_mix
 
+    free = machine.free_memory_bytes()
     model = Model.open(
         settings.model,
         threads=settings.threads,
@@ -163,6 +164,7 @@ def open_model(settings: Settings) -> Model:
         model.path.name,
         format_mix(type_mix(model.gguf)),
         format_bytes(model.gguf.size_bytes),
+        f"{format_bytes(free)} of memory free",
         f"{model.n_threads} threads ({model.engine.layer})",
         f"ctx {model.ctx:,}",
         f"KV {model.kv} {format_bytes(model.kv_bytes)}",

@@ -12,10 +12,16 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+_POLL_S = 0.1  # between two looks at whether to stop
+_GRACE_S = 0.25  # for a job to end by itself, as kernels do; the compiler goes on behind
 
 
 class Abandoned(Exception):
     """Raised on the compute thread inside a job for whose result nobody waits any more."""
+
+
+class Stopped(Exception):
+    """The caller's `stop` said so in the middle of a call."""
 
 
 class Job(Generic[T]):
@@ -36,17 +42,29 @@ class Job(Generic[T]):
             self._error = error
         self._running.release()
 
-    def result(self) -> T:
-        """Wait and return. A signal handler may raise out of the wait: the job then ends at its next check."""
+    def result(self, stop: Callable[[], bool] | None = None) -> T:
+        """Wait and return. A signal handler may raise out of the wait: the job then ends at its next check.
+
+        Raises Stopped a moment after `stop` says so, even if the job goes on, which then counts as abandoned.
+        """
         try:
-            with self._running:
-                pass
+            if stop is None:
+                with self._running:
+                    pass
+            else:
+                self._wait(stop)
         except BaseException:
             self.abandoned = True
             raise
         if self._error is not None:
             raise self._error
         return self._value
+
+    def _wait(self, stop: Callable[[], bool]) -> None:
+        while not self._running.acquire(timeout=_POLL_S):
+            if stop() and not self._running.acquire(timeout=_GRACE_S):
+                raise Stopped
+        self._running.release()
 
 
 class ComputeThread:
@@ -71,11 +89,11 @@ class ComputeThread:
         self._jobs.put(job)
         return job
 
-    def run(self, call: Callable[[], T]) -> T:
-        """`call()` on the compute thread."""
+    def run(self, call: Callable[[], T], stop: Callable[[], bool] | None = None) -> T:
+        """`call()` on the compute thread; Stopped where `stop` says so and it does not end."""
         if threading.current_thread() is self._thread:
             return call()
-        return self.submit(call).result()
+        return self.submit(call).result(stop)
 
     def check(self) -> None:
         """For long jobs, between kernels: raises Abandoned when nobody waits for the running job any more."""

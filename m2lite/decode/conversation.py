@@ -335,7 +335,10 @@ class Conversation:
             n_freed = len(row) - len(self.encode(shorter))
             if len(row) - n_freed < error.limit:
                 turns = "the oldest turn" if n == 1 else f"the oldest {n} turns"
-                todo = f"/forget {n} drops {turns} (frees {n_freed:,}); or shorten it, or start with a larger --ctx."
+                todo = (
+                    f"/forget {n} drops {turns} (frees {n_freed:,}), /compact sums up; or shorten it, or start with a "
+                    "larger --ctx."
+                )
                 break
         return ContextError(
             f"This message needs {needed:,} tokens; {free:,} are free of {error.limit:,}.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2lite.decode.compute import compute_thread
+from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.decode.drafts import Drafter, Drafting, check_draft
 from m2lite.decode.gate import Gate
 from m2lite.decode.sampling import Sampling, draw
@@ -26,10 +26,6 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Weights
 
 Stop = Callable[[], bool]
-
-
-class Stopped(Exception):
-    """The caller's `stop` said so in the middle of a call."""
 
 
 def ask(stop: Stop | None) -> None:

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite import machine
-from m2lite.decode.compute import compute_thread
+from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.decode.constrain import Masks
 from m2lite.decode.drafts import Drafter, Drafting, n_common, open_drafting
-from m2lite.decode.engine import Engine, Stop, Stopped, ask
+from m2lite.decode.engine import Engine, Stop, ask
 from m2lite.decode.generation import Generation
 from m2lite.decode.locate import locate_model
 from m2lite.decode.rules import Penalties, Rule
@@ -317,8 +317,6 @@ class Session:
         if not self.tokens and not new:
             raise UsageError("The prompt is empty.", "Give at least one token.")
         self.check_room(len(new), len(self.tokens))
-        if self.model.engine.residency is not None:
-            compute_thread().run(self.model.engine.fit)
         self.tokens += new
         self.finish_reason = "interrupted"  # until it is known better
         self.n_cached = min(self.n_cached, len(self.tokens) - 1)  # the last row's logits are needed
@@ -327,9 +325,6 @@ class Session:
         n_most = self.model.ctx + 1  # the last drawn token needs no position of its own
         if max_tokens is not None:
             n_most = min(n_most, len(self.tokens) + max_tokens)
-        if self._drafter is not None:
-            compute_thread().run(partial(self._drafter.follow, self.tokens))
-            self.stats.drafted = self._drafter.drafted
         whole = None
         if script is not None:
             whole = [*self.tokens, *script]
@@ -389,16 +384,17 @@ class Session:
         try:
             if self.stats.first_token_s is not None:
                 ask(generation.stop)
-                compute.run(partial(generation.decode, n_total - 1, self.tokens[-1], drawn))
+                compute.run(partial(generation.decode, n_total - 1, self.tokens[-1], drawn), generation.stop)
                 return list(drawn)
+            compute.run(self._begin, generation.stop)
             while self.n_cached < n_total:
                 ask(generation.stop)
                 start, end = self.n_cached, min(self.n_cached + self.model.n_rows, n_total)
                 chunk = self.tokens[start:end]
                 if end < n_total:
-                    compute.run(partial(generation.read, start, chunk))
+                    compute.run(partial(generation.read, start, chunk), generation.stop)
                 else:
-                    drawn = compute.run(partial(generation.first, start, chunk))
+                    drawn = compute.run(partial(generation.first, start, chunk), generation.stop)
                 self.n_cached = end
                 if progress is not None and n_total - n_at_first > 1:
                     progress(end - n_at_first, n_total - n_at_first)
@@ -408,6 +404,13 @@ class Session:
             if not drawn:  # else it comes again when those are used up
                 raise
         return list(drawn)
+
+    def _begin(self) -> None:
+        """An answer to the row is about to be computed."""
+        self.model.engine.fit()
+        if self._drafter is not None:
+            self._drafter.follow(self.tokens)
+            self.stats.drafted = self._drafter.drafted
 
     def fill_pages(self, read: Callable[[int, memoryview], bool], n_pages: int, stop: Stop | None = None) -> int:
         """Pages of the row that the cache lacks, up to page n_pages, as far as `read(index, into)` has them.
@@ -425,7 +428,10 @@ class Session:
             return timeline.length
 
         if n_pages * PAGE > self.n_cached:
-            self.n_cached = max(self.n_cached, compute_thread().run(call))
+            try:
+                self.n_cached = max(self.n_cached, compute_thread().run(call, stop))
+            except Stopped:
+                pass
         return self.n_cached
 
     def whole_pages(self, indices: Sequence[int]) -> Iterator[tuple[int, memoryview]]:

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.decode.compute import compute_thread
-from m2lite.decode.engine import Stopped
+from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.errors import UsageError
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
 from m2lite.model.forward import head

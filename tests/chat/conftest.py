@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.chat.terminal import Terminal
 
-Start = Callable[..., Terminal]
+Start = Callable[..., Terminal]  # returns at the first prompt
+StartRaw = Callable[..., Terminal]  # returns at once
 
 
 @pytest.fixture
-def start(command_env: dict[str, str]) -> Iterator[Start]:
+def start_raw(command_env: dict[str, str]) -> Iterator[StartRaw]:
     terminals: list[Terminal] = []
 
     def run(
@@ -22,10 +24,19 @@ def start(command_env: dict[str, str]) -> Iterator[Start]:
         merged = {name: value for name, value in (command_env | (env or {})).items() if name != "COLUMNS"}
         terminal = Terminal([str(model), "--seed", "1", *options], merged, rows, columns)
         terminals.append(terminal)
-        terminal.wait_for("loaded in")
-        terminal.wait_for_prompt()
         return terminal
 
     yield run
     for terminal in terminals:
         terminal.process.close(force=True)
+
+
+@pytest.fixture
+def start(start_raw: StartRaw) -> Start:
+    def run(*arguments: Any, **options: Any) -> Terminal:
+        terminal = start_raw(*arguments, **options)
+        terminal.wait_for("loaded in")
+        terminal.wait_for_prompt()
+        return terminal
+
+    return run

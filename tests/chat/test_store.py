@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,3 +177,17 @@ def test_there_is_none() -> None:
     assert list_sessions() == []
     with pytest.raises(UsageError, match="no saved chat"):
         latest_session()
+
+
+def test_ids_of_every_answer_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a chat with --keep-thinking goes on with the row that it had."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    messages: list[dict[str, Any]] = []
+    saved = SavedChat("kept")
+    for n in range(2):
+        messages += [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        saved.save(messages, {"finish_reason": "stop", "attempt": 0, "tokens": [n, 7]})
+    saved.close()
+    found = read_session(session_path("kept")).messages
+    assert found == messages
+    assert [getattr(message, "tokens", None) for message in found] == [None, [0, 7], None, [1, 7]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tinymodel
-from tests.chat.conftest import Start
+from tests.chat.conftest import Start, StartRaw
 from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, NEWLINE
 
 Models = dict[str, Path]
@@ -171,6 +171,109 @@ def test_escapes_are_harmless(start: Start, tmp_path: Path) -> None:
     chat.wait_for("tok · ")
     assert "a␛[2Jb␇c\ufffdd" in chat.raw
     assert "> Hello" in chat.screen
+
+
+def test_ctrl_c_is_not_written_into_the_answer(start: Start, model_files: Models) -> None:
+    chat = start(model_files["answer"])
+    chat.ask("Hello")
+    chat.wait_for("abcdefgabcdefgabcdefg")
+    chat.send(CTRL_C)
+    chat.wait_for("— stopped")
+    chat.wait_for_prompt()
+    assert "^C" not in chat.raw and CTRL_C not in chat.raw
+
+
+def test_ctrl_c_while_kernels_are_compiled(start_raw: StartRaw, model_files: Models, tmp_path: Path) -> None:
+    """Before the first prompt: the command ends at once, whatever the compiler does."""
+    chat = start_raw(model_files["reply"], env={"M2LITE_CACHE_DIR": str(tmp_path)})
+    chat.wait_for("compiling kernels")
+    time.sleep(1)
+    chat.send(CTRL_C)
+    assert chat.wait_for(r"m2lite: interrupted\.") < 0.5
+    assert chat.exit_code() == 130
+    assert "Traceback" not in chat.raw
+
+
+CALLS = """
+<invoke name="shell">
+<parameter name="command">echo $((6 * 7)); printf '\\033[2Jx]~b]'</parameter>
+</invoke>
+"""
+
+
+def test_tool_is_asked_for_runs_and_is_answered(start: Start, tmp_path: Path) -> None:
+    """The model calls again and again: once it may, once it may not, and at the third the user stops."""
+    script = tinymodel.chain("\n", tinymodel.THOUGHT, "I do", tinymodel.CALL, tinymodel.PHRASE, tinymodel.CALLED)
+    script |= {tinymodel.CALLED: tinymodel.END}
+    model = tinymodel.write_model(tmp_path / "calls.gguf", script, phrase=CALLS)
+    chat = start(model, "--tools", "shell", "--tool-dir", str(tmp_path), "--no-save")
+    chat.ask("What is it?")
+    chat.wait_for("call: shell")
+    chat.wait_for("run it\\? y: yes, a: this and all that come, n: no ")
+    chat.send("y" + ENTER)
+    chat.wait_for(r"42\r\n")
+    assert "\033[2J" not in chat.raw and "␛[2Jx]~b]" in chat.screen  # what it printed is shown, not obeyed
+    chat.wait_for("run it")
+    chat.send("n" + ENTER)
+    chat.wait_for("the user did not want this to run")
+    chat.wait_for("run it")
+    chat.send(CTRL_C)
+    chat.wait_for("— the calls were left open")
+    chat.wait_for_prompt()
+    chat.ask("/context")
+    chat.wait_for("turn 1: What is it")
+    chat.wait_for_prompt()
+    chat.ask("/exit")
+    assert chat.exit_code() == 0
+
+
+def test_compact(start: Start, model_files: Models) -> None:
+    chat = start(model_files["reply"])
+    for text in ("one", "two", "three"):
+        chat.ask(text)
+        chat.wait_for("10 tok · ")
+        chat.wait_for_prompt()
+    for line, told in [
+        ("/compact 9", r"error: There are 3 turns, and 9 of them stay"),
+        ("/compact some", "error: /compact some: expected the number of turns"),
+        ("/compact", r"10 tok · "),
+        ("/context", r"turn 1: Summarise our conversation.*\s+.*turn 2: three"),
+    ]:
+        chat.ask(line)
+        chat.wait_for(told)
+        chat.wait_for_prompt()
+
+
+def test_compact_that_is_stopped(start: Start, model_files: Models) -> None:
+    chat = start(model_files["answer"], "-n", "20")
+    for text in ("one", "two"):
+        chat.ask(text)
+        chat.wait_for("reached the limit")
+        chat.wait_for_prompt()
+    chat.ask("/set max-tokens 1000000")
+    chat.wait_for_prompt()
+    chat.ask("/compact")
+    chat.wait_for("abcdefgabcdefg")
+    chat.send(CTRL_C)
+    chat.wait_for("— no summary came of it: the chat is as it was")
+    chat.wait_for_prompt()
+    chat.ask("/stats")
+    chat.wait_for("turns 2")
+
+
+def test_narrow_terminal_with_everything(start: Start, model_files: Models) -> None:
+    """Folded thinking, Markdown, a stopped answer, lists of commands: in 20 columns nothing is lost or doubled."""
+    chat = start(model_files["answer"], "--think", "hide", columns=20, rows=12)
+    chat.ask("Hello")
+    chat.wait_for("(abcdefg){12}".replace("(", "(?:"))
+    chat.send(CTRL_C)
+    chat.wait_for(r"— stopped \(kept")
+    chat.wait_for_prompt()
+    shown = chat.raw[chat.raw.index("abcdefg") : chat.raw.index("— stopped")]
+    assert re.fullmatch(r"(abcdefg)+[a-g]*\r\n", shown)
+    chat.ask("/help")
+    chat.wait_for("leave, as Ctrl-D does")
+    chat.wait_for_prompt()
 
 
 def test_narrow_terminal(start: Start, model_files: Models) -> None:

@@ -466,3 +466,8 @@ def test_the_slow_threading_layer_is_said(run_m2lite: Run, model_files: dict[str
     assert "threads (workqueue)" in done.stderr
     assert "install libgomp" in done.stderr
     assert done.stdout == run_m2lite(*arguments).stdout
+
+
+def test_shell_completion(run_m2lite: Run) -> None:
+    env = {"_M2LITE_COMPLETE": "complete_bash", "COMP_WORDS": "m2lite gen", "COMP_CWORD": "1"}
+    assert run_m2lite(env=env).stdout.split() == ["generate"]
