@@ -48,8 +48,11 @@ class Engine:
         load: str = "auto",
         ram: int | None = None,
         drafting: Drafting | None = None,
+        n_pool: int | None = None,
     ) -> None:
-        """Weights, KV pool for `ctx` positions and buffers for `n_rows`; weights that do not fit come and go.
+        """Weights, KV pool and buffers for `n_rows`; weights that do not fit come and go.
+
+        A row has up to `ctx` positions, all together `n_pool`, by default as many.
 
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
@@ -70,7 +73,8 @@ class Engine:
 
         self._jit, self._forward = jit, forward
         self.drafting = drafting = drafting or Drafting()
-        self.pool: KVPool = KVPool(config, ctx, kv, drafting.n_modules)
+        n_pool = n_pool or ctx
+        self.pool: KVPool = KVPool(config, n_pool, kv, drafting.n_modules)
         self.buffers: Buffers = Buffers(config, n_rows, n_positions=ctx)
         self.residency: Residency | None = None
         address: Callable[[str], int] | None = None
@@ -79,7 +83,7 @@ class Engine:
         budget = choose_budget(gguf, load, ram, memory, n_beside)
         if budget is not None and drafting.sidecar is not None and drafting.mode == "auto":
             drafting.leave_modules("the model does not fit into memory; --draft mtp uses them")
-            self.pool = KVPool(config, ctx, kv)
+            self.pool = KVPool(config, n_pool, kv)
             memory[0], budget = self.pool.memory, replace(budget, beside=0)
         if budget is not None:
             self.residency = Residency(gguf, config, load, budget, memory)
@@ -116,7 +120,7 @@ class Engine:
         from m2lite.decode.replay import Replay
 
         replay = None if self._modules is None or mode == "ngram" else Replay(self._modules, timeline)
-        lookup = None if mode == "mtp" else Lookup(self.pool.n_positions + 1)
+        lookup = None if mode == "mtp" else Lookup(self.buffers.n_positions + 1)
         # What a fixed number of drafts measures is not the gate's: it would know more than it can find out itself.
         gate = self.gate if mode == "auto" else Gate(self.drafting.n_modules)
         leave = None if self.stream is None or mode != "auto" else Leaving(self.stream, self.weights.config.n_layers)
@@ -164,6 +168,27 @@ class Engine:
         leave out rows at the end.
         """
 
+        if timeline.length > start:
+            timeline.rewind(start)
+        assert timeline.length == start, (timeline.length, start)
+        return self._compute([(timeline, tokens)], outputs, stop, leave)
+
+    def evaluate_rows(self, parts: Sequence[tuple[Timeline, Sequence[int]]], stop: Stop | None = None) -> Any:
+        """float32 [parts, vocab] = logits after the last of each part's tokens, which stand behind its timeline.
+
+        As `evaluate`, and counts what it goes through in `n_expert_reads`.
+        """
+        self.buffers.n_expert_reads = 0
+        return self._compute(parts, "last", stop, None)
+
+    @property
+    def n_expert_reads(self) -> int:
+        """Experts that the last `evaluate_rows` went through, of all layers."""
+        return self.buffers.n_expert_reads or 0
+
+    def _compute(
+        self, parts: Sequence[tuple[Timeline, Sequence[int]]], outputs: str, stop: Stop | None, leave: Leave | None
+    ) -> Any:
         def check() -> None:
             compute_thread().check()
             ask(stop)
@@ -171,8 +196,5 @@ class Engine:
         self.weights.gguf.check_unchanged()  # of a file that was cut, the first touch would end the process
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
-        if timeline.length > start:
-            timeline.rewind(start)
-        assert timeline.length == start, (timeline.length, start)
-        rows = self.pool.rows([(timeline, tokens)])
+        rows = self.pool.rows(parts)
         return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave)

@@ -88,11 +88,15 @@ class Model:
         draft: str = "auto",
         draft_tokens: int | None = None,
         mtp: str | os.PathLike[str] | None = None,
+        sequences: int = 1,
+        pool: int | None = None,
         on_compile: Callable[[], None] | None = None,
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
 
-        `ctx` is the number of KV positions, by default what `default_ctx` says; `kv` is their type, f16 or q8_0.
+        `ctx` is the number of KV positions of a session, by default what `default_ctx` says; `kv` is their type, f16 or
+        q8_0. All sessions share `pool` positions, by default as many as `sequences` of them need and a quarter of free
+        memory holds.
         `ram` is the memory, in bytes, that this process and the file's pages may take, by default what is free. Weights
         of a larger model come and go: with `load` "mmap" in the page cache, else past it in memory of the process;
         "direct" does so with a model that fits, too.
@@ -112,8 +116,9 @@ class Model:
             drafting = open_drafting(gguf, draft, draft_tokens, mtp)
             kv_bytes = kv_bytes_per_position(config, kv, drafting.n_modules)
             n_positions = default_ctx(config, kv_bytes) if ctx is None else check_ctx(config, ctx, kv_bytes)
+            n_pool = pool_positions(n_positions, kv_bytes, sequences, pool)
             n_threads = threads or machine.n_usable_cores()
-            n_rows = min(chunk_rows(config), n_positions)
+            n_rows = min(chunk_rows(config), n_pool)
             check_load(load, ram)
 
             def build() -> Engine:
@@ -121,7 +126,7 @@ class Model:
 
                 if on_compile is not None:
                     jit.on_compile(on_compile)
-                return Engine(gguf, config, n_threads, n_positions, n_rows, kv, load, ram, drafting)
+                return Engine(gguf, config, n_threads, n_positions, n_rows, kv, load, ram, drafting, n_pool)
 
             job = compute_thread().submit(build)  # imports Numba while this thread builds the tokenizer
             tokenizer = load_tokenizer(gguf)
@@ -161,7 +166,7 @@ class Model:
     @property
     def kv_bytes(self) -> int:
         """The KV cache when it is full."""
-        return self.ctx * self.kv_bytes_per_position
+        return self.engine.pool.n_positions * self.kv_bytes_per_position
 
     @property
     def kv_bytes_per_position(self) -> int:
@@ -483,6 +488,22 @@ def check_ctx(config: Config, ctx: int, kv_bytes: int) -> int:
             f"Use --ctx {most} or less.",
         )
     return ctx
+
+
+def pool_positions(ctx: int, kv_bytes: int, sequences: int, pool: int | None = None) -> int:
+    """KV positions of all sessions together, in whole pages: at least one session's.
+
+    kv_bytes: of the KV cache for a position.
+    """
+    free = machine.free_memory_bytes()
+    if pool is not None and pool * kv_bytes > free:
+        raise ResourceError(
+            f"{pool:,} positions need {pool * kv_bytes:,} bytes of KV cache; {free:,} bytes of memory are free.",
+            f"Use {free // kv_bytes // PAGE * PAGE:,} or less.",
+        )
+    each = -(-ctx // PAGE) * PAGE if sequences > 1 else ctx
+    fits = free // 4 // kv_bytes // PAGE * PAGE
+    return pool or max(ctx, min(sequences * each, fits))
 
 
 def chunk_rows(config: Config) -> int:

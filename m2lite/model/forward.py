@@ -86,6 +86,7 @@ class Buffers:
         self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
         self.rerouting: Rerouting | None = None  # set by measurements only
         self.stream: Stream | None = None  # set where the model is larger than its memory
+        self.n_expert_reads: int | None = None  # experts that layers went through, where somebody counts them
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
         self.n_pairs = n_pairs = min(n_all, max(n_rows, MAX_PAIRS, FEW_ROWS * c.n_experts_used))
@@ -234,6 +235,8 @@ def run_layer(
     is_plain = b.tap is None and b.rerouting is None and stream is None and place.leave is None
     if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and is_plain:
         is_bad = int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset))
+        if b.n_expert_reads is not None:
+            b.n_expert_reads += len(set(b.array("ids")[:n].ravel().tolist()))
         return 0 if is_bad else n
     attention(c, layer, b, place, n, layer_offset, check)
     n_active, n_bad = choose(layer, b, n, check)
@@ -243,6 +246,8 @@ def run_layer(
         n_active = _group_pairs(c, b, n)
     if place.leave is not None and (n_kept := place.leave(index, ids[:n])) < n:
         n, n_active = n_kept, _group_pairs(c, b, n_kept)
+    if b.n_expert_reads is not None:
+        b.n_expert_reads += n_active
     run_experts(c, layer, b, n, n_active, check, stream)
     return 0 if n_bad else n
 

@@ -17,6 +17,7 @@ import pytest
 import tinymodel
 from m2lite import BadModelError, ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
+from m2lite.decode.engine import Stop
 from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, kv_bytes_per_position, n_common
 from m2lite.model import residency
 from m2lite.model.forward import FEW_ROWS
@@ -200,9 +201,13 @@ def test_an_abandoned_call_leaves_nothing_behind(opened: Opened, monkeypatch: py
         list(session.generate(PROMPT, max_tokens=3, sampling=GREEDY, ignore_stop=True))
         real = compute.Job.result
 
-        def interrupted(job: compute.Job[object]) -> object:
-            real(job)  # by now the timeline has grown
-            raise KeyboardInterrupt
+        length = session._timeline.length
+
+        def interrupted(job: compute.Job[object], stop: Stop | None = None) -> object:
+            value = real(job, stop)
+            if session._timeline.length > length:
+                raise KeyboardInterrupt
+            return value
 
         monkeypatch.setattr(compute.Job, "result", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,1 @@
+"""Offline batches: lines of requests in, lines of results out."""

@@ -1,0 +1,177 @@
+"""Lines of a batch's input, each a request with a name; all are checked before the first is answered. Knows no model.
+
+A line is OpenAI's batch request, {"custom_id", "method", "url", "body"}, or shorter, a body alone with or without a
+custom_id, where {"prompt": TEXT} stands for one question. Each line of a .txt file is a question. Names that are not
+given are "line-N".
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from m2lite.decode.request import FIELDS, Request, parse_request
+from m2lite.errors import UsageError
+
+URL = "/v1/chat/completions"
+_ENVELOPE = ("custom_id", "method", "url", "body")
+_LONGEST = 64 << 20  # bytes of a line
+_LONGEST_ID = 512  # characters
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is a request, or says why it is none."""
+
+    number: int
+    custom_id: str
+    request: Request | None
+    error: str | None = None
+
+    @property
+    def key(self) -> int:
+        return line_key(self.custom_id)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a whole input is."""
+
+    n_lines: int
+    sha256: str
+    errors: list[str]  # the first of them, with line numbers
+    n_errors: int
+
+
+def line_key(custom_id: str) -> int:
+    """128 bits that stand for a name: of a hundred thousand names, far less memory than the names."""
+    return xxhash.xxh3_128_intdigest(custom_id.encode("utf-8", "surrogatepass"))
+
+
+def line_stream(custom_id: str) -> int:
+    """The stream of a line's random numbers: the same in any order, shard and restart."""
+    return xxhash.xxh3_64_intdigest(b"m2lite batch\0" + custom_id.encode("utf-8", "surrogatepass"))
+
+
+class Input:
+    """A file of lines, or what stdin gives, which is kept in a temporary file: it is read twice."""
+
+    def __init__(self, source: str, defaults: Request) -> None:
+        self._defaults, self.is_text = defaults, source.endswith(".txt")
+        self._spooled: IO[bytes] | None = None
+        if source == "-":
+            self._spooled = tempfile.NamedTemporaryFile(prefix="m2lite-batch-")  # noqa: SIM115
+            while chunk := sys.stdin.buffer.read(1 << 20):
+                self._spooled.write(chunk)
+            self._spooled.flush()
+        self.path = Path(source if self._spooled is None else self._spooled.name)
+        self.name = source
+        if not self.path.exists():
+            raise UsageError(f"{source} does not exist.", "Name a file of requests, or - for stdin.")
+        if self.path.is_dir():
+            raise UsageError(f"{source} is a directory.", "Name a file of requests.")
+
+    def check(self, most_errors: int = 20) -> Checked:
+        """Read all of it: bad lines, and names that come twice."""
+        seen, errors, n, n_errors = set[int](), list[str](), 0, 0
+        digest = hashlib.sha256()
+        for line in self._lines(digest):
+            n += 1
+            error = line.error
+            if error is None and line.key in seen:
+                error = f"custom_id {line.custom_id!r} was there before."
+            seen.add(line.key)
+            if error is not None:
+                n_errors += 1
+                if len(errors) < most_errors:
+                    errors.append(f"line {line.number}: {error}")
+        return Checked(n, digest.hexdigest(), errors, n_errors)
+
+    def __iter__(self) -> Iterator[Line]:
+        """One after the other; a name that comes again is an error there."""
+        seen = set[int]()
+        for line in self._lines():
+            if line.key in seen:
+                yield Line(line.number, f"line-{line.number}", None, f"custom_id {line.custom_id!r} was there before.")
+                continue
+            seen.add(line.key)
+            yield line
+
+    def _lines(self, digest: Any = None) -> Iterator[Line]:
+        try:
+            with self.path.open("rb") as file:
+                number = 0
+                while raw := file.readline(_LONGEST + 1):
+                    number += 1
+                    if digest is not None:
+                        digest.update(raw)
+                    if number == 1:
+                        raw = raw.removeprefix(codecs.BOM_UTF8)
+                    if len(raw) > _LONGEST:
+                        raise UsageError(f"{self.name}: line {number} has more than {_LONGEST:,} bytes.", "Split it.")
+                    if raw.strip():
+                        yield self._parse(raw.rstrip(b"\r\n"), number)
+        except OSError as error:
+            raise UsageError(f"{self.name} cannot be read: {error.strerror}.") from None
+
+    def _parse(self, raw: bytes, number: int) -> Line:
+        name = f"line-{number}"
+        try:
+            text = raw.decode()
+            value: Any = {"prompt": text} if self.is_text else json.loads(text)
+            name, body = _name_and_body(value, name)
+            return Line(number, name, parse_request(body, self._defaults))
+        except UnicodeDecodeError as error:
+            return Line(number, name, None, f"no UTF-8: byte {error.start} is 0x{raw[error.start]:02x}.")
+        except (ValueError, RecursionError) as error:
+            return Line(number, name, None, f"no JSON ({error}).")
+        except UsageError as error:
+            return Line(number, name, None, str(error))
+
+    def close(self) -> None:
+        if self._spooled is not None:
+            self._spooled.close()
+
+
+def _name_and_body(value: object, name: str) -> tuple[str, Mapping[str, Any]]:
+    """The line's name, by default `name`, and its request's body. UsageError carries no name: it is in the text."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"it is a {type(value).__name__}, expected an object.")
+    custom_id = value.get("custom_id", name)
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _LONGEST_ID:
+        raise UsageError(f"custom_id is {custom_id!r}.", f"Use a string of 1 to {_LONGEST_ID} characters.")
+    if "body" not in value:
+        return custom_id, _question({key: item for key, item in value.items() if key != "custom_id"})
+    unknown = next((key for key in value if key not in _ENVELOPE), None)
+    if unknown is not None:
+        raise UsageError(f"The field {unknown!r} is not supported beside body.", f"Known are {', '.join(_ENVELOPE)}.")
+    if value.get("method", "POST") != "POST" or value.get("url", URL) != URL:
+        raise UsageError(f"method and url are {value.get('method')!r}, {value.get('url')!r}.", f"Use POST and {URL}.")
+    body = value["body"]
+    if not isinstance(body, Mapping):
+        raise UsageError(f"body is a {type(body).__name__}, expected an object.")
+    return custom_id, body
+
+
+def _question(body: dict[str, Any]) -> dict[str, Any]:
+    """{"prompt": TEXT} as a message."""
+    if "prompt" not in body:
+        return body
+    prompt = body.pop("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise UsageError(f"prompt is {prompt!r}.", "Use a text.")
+    if "messages" in body:
+        raise UsageError("prompt was given with messages.", "Leave one of them out.")
+    return {"messages": [{"role": "user", "content": prompt}], **body}
+
+
+assert not set(_ENVELOPE) & set(FIELDS)

@@ -1,0 +1,340 @@
+"""Many answers in lock-step: one pass over the weights per step, whoever takes part. Knows ids, no lines and no files.
+
+In each step every answer under way adds a row, and prompts that are still to be read fill the rest of the call. So an
+expert is read once for all rows that chose it. A row's numbers do not depend on the others in the call, so answers are
+those that each prompt would get alone.
+
+A beginning that prompts share is computed once: a row that begins as another does waits until that has got so far, and
+takes its pages. Rows that are done stay for a while, for those to come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from m2lite.decode.compute import compute_thread
+from m2lite.decode.conversation import Answer
+from m2lite.decode.drafts import n_common
+from m2lite.decode.engine import Stop, ask
+from m2lite.decode.sampling import Logits
+from m2lite.decode.writer import Wish, Writer
+from m2lite.errors import ContextError, M2liteError
+from m2lite.model.cache import PAGE
+
+if TYPE_CHECKING:  # this imports Numba
+    from m2lite.decode.session import Model
+    from m2lite.model.cache import Timeline
+
+_KEPT = 64  # rows that are done and stay, while their pages are not needed
+_TRIED = 8  # rows with the same whole pages that are compared token by token
+_SHARE = 16  # tokens that make it worth to wait for another row, or to copy a page
+_LENGTH = 128.0  # of an answer, until it is known better
+_TOGETHER = 8  # a share of the places is filled at once, unless nobody answers
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a wish ended: with an answer, or with an error of its own."""
+
+    wish: Wish
+    answer: Answer | None
+    error: M2liteError | None = None
+
+
+@dataclass
+class Counts:
+    """What a batch did."""
+
+    n_steps: int = 0
+    n_read: int = 0  # tokens of prompts that were computed
+    n_shared: int = 0  # tokens of prompts that another row had computed
+    n_drawn: int = 0
+    n_again: int = 0  # tokens computed again, of answers that had to give way
+    n_expert_reads: int = 0  # experts that were gone through, of all layers and steps
+    n_rows: int = 0  # of all calls
+    seconds: float = 0.0
+    n_most: int = 0  # answers at once
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer under way, or one that is done and whose prompt others may begin with."""
+
+    writer: Writer
+    timeline: Timeline
+    hashes: list[bytes]
+    donor: _Row | None = None  # whose beginning this row waits for
+    n_share: int = 0  # tokens of that
+    n_seen: int = 0  # tokens that were counted as computed or shared
+
+    @property
+    def n_todo(self) -> int:
+        """Tokens that lack in the cache: one, but for prompts and what was forced."""
+        return len(self.writer.row) - self.timeline.length
+
+    @property
+    def is_reading(self) -> bool:
+        return self.n_todo > 1
+
+
+class Batch:
+    """Answers `n_inflight` wishes at a time. Not for two threads."""
+
+    def __init__(self, model: Model, n_inflight: int, stop: Stop | None = None) -> None:
+        self._model, self._engine, self._stop = model, model.engine, stop
+        self._pool = model.engine.pool
+        self._n_inflight = min(n_inflight, model.n_rows)
+        self._window = max(64, 2 * n_inflight)  # wishes that are looked at for the next
+        self._upcoming: deque[_Upcoming] = deque()
+        self._rows: list[_Row] = []  # under way, in the order in which they began
+        self._back: deque[_Row] = deque()  # that had to give way
+        self._kept: deque[_Row] = deque()  # done, the one used last at the end
+        self._holders: dict[bytes, list[_Row]] = {}
+        self._length = _LENGTH
+        self.counts = Counts()
+
+    @property
+    def n_inflight(self) -> int:
+        return len(self._rows) + len(self._back)
+
+    def run(self, wishes: Iterable[Wish]) -> Iterator[Done]:
+        """Each wish's end as it comes, in no order; Stopped where `stop` says so. Takes wishes as it needs them."""
+        source, is_open = iter(wishes), True
+        compute = compute_thread()
+        compute.run(self._engine.fit, self._stop)
+        try:
+            while True:
+                while is_open and len(self._upcoming) < self._window:
+                    wish = next(source, None)
+                    if wish is None:
+                        is_open = False
+                        break
+                    self._upcoming.append(_Upcoming(wish, page_hashes(wish.row)))
+                if not (self._rows or self._back or self._upcoming):
+                    return
+                ask(self._stop)
+                began = time.perf_counter()
+                done = compute.run(self._step, self._stop)
+                self.counts.seconds += time.perf_counter() - began
+                yield from done
+        finally:
+            compute.submit(self._release)
+
+    def _release(self) -> None:
+        for row in (*self._rows, *self._kept):
+            row.timeline.release()
+        self._rows, self._kept, self._holders = [], deque(), {}
+        self._upcoming.clear()
+        self._back.clear()
+
+    def _step(self) -> list[Done]:
+        """One call of the model, and a token for every row whose end it reached."""
+        done = self._admit()
+        parts = self._parts()
+        if not parts:
+            return done
+        counts, starts = self.counts, [row.timeline.length for row, _ in parts]
+        logits = self._engine.evaluate_rows([(row.timeline, ids) for row, ids in parts], self._stop)
+        counts.n_steps += 1
+        counts.n_most = max(counts.n_most, len(self._rows))
+        counts.n_expert_reads += self._engine.n_expert_reads
+        for (row, ids), start, drawn_from in zip(parts, starts, logits, strict=True):
+            end = start + len(ids)
+            counts.n_rows += len(ids)
+            counts.n_again += max(0, min(end, row.n_seen) - start)
+            counts.n_read += max(0, min(end, len(row.writer.wish.row)) - max(start, row.n_seen))
+            row.n_seen = max(row.n_seen, end)
+            if row.n_todo == 0:
+                error = self._write(row, drawn_from)
+                if error is not None or row.writer.is_done:
+                    done.append(Done(row.writer.wish, None if error is not None else row.writer.answer, error))
+                    self._finish(row)
+        return done
+
+    def _write(self, row: _Row, logits: Logits) -> M2liteError | None:
+        """The row's next token; an error that is its own, for one of a schema that cannot be followed."""
+        before = len(row.writer.answer.tokens)
+        try:
+            row.writer.write(logits)
+        except M2liteError as error:
+            return error
+        self.counts.n_drawn += len(row.writer.answer.tokens) - before
+        return None
+
+    def _finish(self, row: _Row) -> None:
+        """Its prompt stays for those that begin as it does, while there is room."""
+        self._rows.remove(row)
+        self._length += (len(row.writer.answer.tokens) - self._length) / 16
+        if row.timeline.length > (n := len(row.writer.wish.row)):
+            row.timeline.rewind(n)
+        self._kept.append(row)
+        while len(self._kept) > _KEPT:
+            self._drop(self._kept.popleft())
+
+    def _drop(self, row: _Row) -> None:
+        """Nobody can begin as it does any more."""
+        row.timeline.release()
+        for key in row.hashes:
+            self._holders[key].remove(row)
+            if not self._holders[key]:
+                del self._holders[key]
+
+    def _parts(self) -> list[tuple[_Row, list[int]]]:
+        """What the next call computes: a token of each answer, and of prompts as much as there is room for."""
+        for row in self._rows:
+            self._take_share(row)
+        while not self._has_pages(sum(row.timeline.pages_needed(1) for row in self._rows if row.n_todo == 1)):
+            self._give_way()
+        parts, n_pages, room = list[tuple[_Row, list[int]]](), 0, self._model.n_rows
+        for row in sorted(self._rows, key=lambda row: row.n_todo > 1):  # answers first, then who came first
+            if row.donor is not None or not room:
+                continue
+            at, n = row.timeline.length, min(room, row.n_todo)
+            if not self._has_pages(n_pages + row.timeline.pages_needed(n)):
+                continue
+            n_pages += row.timeline.pages_needed(n)
+            parts.append((row, row.writer.row[at : at + n]))
+            room -= n
+        if not parts and self._rows:
+            self._give_way()
+            return self._parts()
+        return parts
+
+    def _take_share(self, row: _Row) -> None:
+        """The beginning that another row has computed by now; who waits for one that has gone waits no more."""
+        donor = row.donor
+        if donor is None:
+            return
+        if donor not in self._rows and donor not in self._kept:
+            row.donor = None
+        elif donor.timeline.length >= row.n_share:
+            row.timeline = donor.timeline.fork()
+            row.timeline.rewind(row.n_share)
+            self.counts.n_shared += max(0, row.n_share - row.n_seen)
+            row.n_seen = max(row.n_seen, row.n_share)
+            row.donor = None
+
+    def _has_pages(self, n_pages: int) -> bool:
+        """So many are free, rows that are kept being dropped for them."""
+        while self._pool.n_free // PAGE < n_pages:
+            if not self._kept:
+                return False
+            self._drop(self._kept.popleft())
+        return True
+
+    def _give_way(self) -> None:
+        """The answer that began last lets go of its pages, to be computed again later."""
+        row = self._rows.pop()
+        assert self._rows, "one row alone has room: its length is bounded"
+        self._drop(row)
+        row.donor = None
+        self._back.appendleft(row)
+
+    def _admit(self) -> list[Done]:
+        """Begin answers while there are places and pages; those that cannot begin have ended."""
+        done = list[Done]()
+        n_open = self._n_inflight - len(self._rows)
+        if any(not row.is_reading for row in self._rows) and n_open < self._n_inflight / _TOGETHER:
+            return done  # so that several prompts are read in one call
+        while len(self._rows) < self._n_inflight and (self._back or self._upcoming):
+            row = self._back[0] if self._back else None
+            at = 0
+            if row is None:
+                at = self._choose()
+                wish = self._upcoming[at].wish
+                try:
+                    row = self._begin(self._upcoming[at])
+                except M2liteError as error:
+                    done.append(Done(wish, None, error))
+                    del self._upcoming[at]
+                    continue
+            self._look_for_donor(row)
+            if self._rows and not self._has_pages(self._promised() + self._pages_of(row)):
+                break
+            if self._back:
+                self._back.popleft()
+            else:
+                del self._upcoming[at]
+            for key in row.hashes:
+                self._holders.setdefault(key, []).append(row)
+            self._rows.append(row)
+        return done
+
+    def _choose(self) -> int:
+        """Whose turn it is: who begins as rows that are here do, but nobody is passed over for ever."""
+        first = self._upcoming[0]
+        best, depth = 0, self._depth(first)
+        if first.n_passed < self._window:
+            for i, other in enumerate(self._upcoming):
+                if len(other.hashes) > depth and (found := self._depth(other)) > depth:
+                    best, depth = i, found
+        first.n_passed += best > 0
+        return best
+
+    def _depth(self, upcoming: _Upcoming) -> int:
+        """Whole pages that a row which is here begins with, too."""
+        return next((n for n, key in enumerate(upcoming.hashes) if key not in self._holders), len(upcoming.hashes))
+
+    def _begin(self, upcoming: _Upcoming) -> _Row:
+        """M2liteError for what cannot be answered."""
+        wish, limit = upcoming.wish, min(self._model.ctx, self._pool.n_positions)
+        if len(wish.row) > limit:
+            raise ContextError(
+                f"The prompt needs {len(wish.row):,} tokens; the context is {limit:,}.",
+                "Shorten it, or use a larger --ctx.",
+                needed=len(wish.row),
+                free=limit,
+                limit=limit,
+            )
+        writer = Writer(wish, self._model.tokenizer, self._model.masks, limit + 1)
+        return _Row(writer, self._pool.timeline(), upcoming.hashes)
+
+    def _look_for_donor(self, row: _Row) -> None:
+        """The row that is here whose beginning is this one's for longest."""
+        ids, n_most = row.writer.row, min(len(row.writer.wish.row), len(row.writer.row) - 1)
+        depth = next((n for n, key in enumerate(row.hashes) if key not in self._holders), len(row.hashes))
+        holders = self._holders[row.hashes[depth - 1]] if depth else [*self._kept, *self._rows]
+        row.donor, row.n_share = None, _SHARE - 1
+        for other in holders[: -_TRIED - 1 : -1]:
+            theirs, at = other.writer.wish.row, depth * PAGE
+            n = min(n_most, at + n_common(ids[at:], theirs[at:]))
+            if n > row.n_share:
+                row.donor, row.n_share = other, n
+        if row.donor is None:
+            row.n_share = 0
+        elif row.donor in self._kept:  # used now
+            self._kept.remove(row.donor)
+            self._kept.append(row.donor)
+
+    def _promised(self) -> int:
+        """Pages that rows which are here will need: for their prompts, and for answers of the usual length."""
+        return sum(self._pages_of(row) for row in self._rows)
+
+    def _pages_of(self, row: _Row) -> int:
+        n_more = max(self._length - len(row.writer.answer.tokens), PAGE)
+        end = len(row.writer.row) + min(n_more, row.writer.n_left)
+        start = max(row.timeline.length, row.n_share)
+        return int(-(-end // PAGE) - start // PAGE)
+
+
+@dataclass(eq=False)
+class _Upcoming:
+    wish: Wish
+    hashes: list[bytes]
+    n_passed: int = 0  # others that were chosen before it
+
+
+def page_hashes(row: Sequence[int]) -> list[bytes]:
+    """Of each whole page of the row, a hash of all tokens up to its end."""
+    ids, chain, found = np.array(row, np.int32), b"", list[bytes]()
+    for end in range(PAGE, len(row) + 1, PAGE):
+        chain = xxhash.xxh3_128_digest(chain + ids[end - PAGE : end].tobytes())
+        found.append(chain)
+    return found
