@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,8 @@ class Counts:
     n_expert_reads: int = 0  # experts that were gone through, of all layers and steps
     n_rows: int = 0  # of all calls
     seconds: float = 0.0
-    n_most: int = 0  # answers at once
+    n_now: int = 0  # answers under way
+    n_most: int = 0  # of these, at once
 
 
 @dataclass(eq=False)
@@ -104,7 +105,7 @@ class Batch:
     def n_inflight(self) -> int:
         return len(self._rows) + len(self._back)
 
-    def run(self, wishes: Iterable[Wish]) -> Iterator[Done]:
+    def run(self, wishes: Iterable[Wish], after_step: Callable[[], None] = lambda: None) -> Generator[Done, None, None]:
         """Each wish's end as it comes, in no order; Stopped where `stop` says so. Takes wishes as it needs them."""
         source, is_open = iter(wishes), True
         compute = compute_thread()
@@ -124,6 +125,7 @@ class Batch:
                 done = compute.run(self._step, self._stop)
                 self.counts.seconds += time.perf_counter() - began
                 yield from done
+                after_step()
         finally:
             compute.submit(self._release)
 
@@ -143,7 +145,8 @@ class Batch:
         counts, starts = self.counts, [row.timeline.length for row, _ in parts]
         logits = self._engine.evaluate_rows([(row.timeline, ids) for row, ids in parts], self._stop)
         counts.n_steps += 1
-        counts.n_most = max(counts.n_most, len(self._rows))
+        counts.n_now = len(self._rows)
+        counts.n_most = max(counts.n_most, counts.n_now)
         counts.n_expert_reads += self._engine.n_expert_reads
         for (row, ids), start, drawn_from in zip(parts, starts, logits, strict=True):
             end = start + len(ids)

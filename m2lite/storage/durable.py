@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -118,16 +118,21 @@ def append_line(path: StrPath, line: str | bytes) -> None:
 class LineLog:
     """Whole lines of a file, each durable before `append` returns; locked, so that a file has one writer.
 
-    What a crash left of a last line is dropped. `remove` while the lock is held ends it.
+    What a crash left of a last line is dropped. `remove` while the lock is held ends it. `lines` are all of them, or
+    none with `keeps_lines` False, for files that are too long for that.
     """
 
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
+    def __init__(self, path: StrPath, keeps_lines: bool = True) -> None:
+        self.path, self._keeps_lines = Path(path), keeps_lines
+        self.lines: list[bytes] = []
         with _disk_errors(self.path, _BLOCK_BYTES):
             self._fd: int | None = _open_locked(self.path, 0o600)
-            data = _read_all(self._fd)
-        self._size = data.rfind(b"\n") + 1
-        self.lines: list[bytes] = data[: self._size].splitlines()
+            if keeps_lines:
+                data = _read_all(self._fd)
+                self._size = data.rfind(b"\n") + 1
+                self.lines = data[: self._size].splitlines()
+            else:
+                self._size = _end_of_lines(self._fd)
 
     def append(self, lines: Sequence[str]) -> None:
         """All of the lines are on disk; or after an error none counts."""
@@ -141,7 +146,32 @@ class LineLog:
             if not self._size:
                 _sync_directory(self.path.parent)
         self._size += len(data)
-        self.lines += data.splitlines()
+        if self._keeps_lines:
+            self.lines += data.splitlines()
+
+    def replace(self, lines: Iterable[bytes]) -> None:
+        """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
+        assert not self._keeps_lines
+        fd = _known(self._fd, self.path)
+        temporary = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        with _disk_errors(self.path, self._size):
+            new = fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before it has the name: nobody comes between
+                n_bytes = 0
+                for line in lines:
+                    _write_all(new, line, n_bytes)
+                    n_bytes += len(line)
+                fsops.fsync(new)
+                fsops.replace(temporary, self.path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    fsops.close(new)
+                    fsops.unlink(temporary)
+                raise
+            self._fd, self._size = new, n_bytes
+            fsops.close(fd)
+            _sync_directory(self.path.parent)
 
     def clear(self) -> None:
         """No line is left, on disk too."""
@@ -333,6 +363,18 @@ def _read_all(fd: int) -> bytes:
     while chunk := os.pread(fd, 1 << 20, sum(map(len, chunks))):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _end_of_lines(fd: int) -> int:
+    """Where the last whole line ends."""
+    end = os.fstat(fd).st_size
+    while end:
+        start = max(0, end - (1 << 16))
+        at = os.pread(fd, end - start, start).rfind(b"\n")
+        if at >= 0:
+            return start + at + 1
+        end = start
+    return 0
 
 
 def _write_all(fd: int, data: Buffer, offset: int | None = None) -> None:

@@ -26,7 +26,8 @@ COMMANDS = (
 Models = dict[str, Path]
 
 START_LINE = re.compile(
-    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · [\d.]+ GB of memory free · \d+ threads \(\w+\) · ctx 4,096 · KV f16 2\.1 MB"
+    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · [\d.]+ GB of memory free · \d+ threads \(\w+\) · ctx 4,096"
+    r" · KV f16 2\.1 MB"
     r" · drafts auto: prompt lookup · loaded in"
 )
 

@@ -1,0 +1,223 @@
+"""Results of a batch on disk: lines that are appended and synced, and the manifest beside them. Knows no model.
+
+A result is on disk before its line counts as done. What a crash tore off is no result. The manifest says what the
+results follow from: a run that goes on with other settings would mix two batches in one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m2lite.batch.lines import Line, line_key
+from m2lite.errors import M2liteError, UsageError
+from m2lite.storage.durable import LineLog, PartFile, atomic_write
+
+VERSION = 1
+Manifest = dict[str, Any]
+
+
+def manifest_path(output: Path) -> Path:
+    return output.with_name(output.name + ".manifest.json")
+
+
+@dataclass
+class Ended:
+    """Which lines have a result, by the hash of their names."""
+
+    done: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.done) + len(self.failed)
+
+    def __contains__(self, line: Line) -> bool:
+        return line.key in self.done or line.key in self.failed
+
+
+class Results:
+    """The output of a batch, open for one writer."""
+
+    def __init__(self, output: Path, manifest: Manifest, force: bool = False, retry_failed: bool = False) -> None:
+        """Begin the output, or go on with it.
+
+        UsageError for a file of something else, for one that was begun with other settings unless `force`, and for one
+        that another process writes. With `retry_failed`, lines that failed are to be done again.
+        """
+        self.path, self.manifest = output, manifest
+        check_output(output)
+        known = read_manifest(output)
+        if output.exists() and output.stat().st_size and known is None:
+            raise UsageError(f"{output}: exists already, and no batch wrote it.", "Choose another name.")
+        self._log = LineLog(output, keeps_lines=False)  # from here on nobody else writes
+        try:
+            self.is_begun = known is not None
+            if known is not None and not force:
+                _check_same(known, manifest, output)
+            if known is None or known != manifest:
+                atomic_write(manifest_path(output), json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+            self.ended = Ended()
+            for custom_id, is_failed in read_ends(output):
+                key = line_key(custom_id)
+                if key in self.ended.done or key in self.ended.failed:
+                    raise UsageError(f"{output}: {custom_id!r} has two results.", "Was it edited? Choose another name.")
+                (self.ended.failed if is_failed else self.ended.done).add(key)
+            if retry_failed and self.ended.failed:
+                self._forget_failed()
+        except BaseException:
+            self.close()
+            raise
+
+    def _forget_failed(self) -> None:
+        """The file without its failed lines takes its place; until then it is whole."""
+        whole = [line for line in _whole_lines(self.path) if not json.loads(line).get("error")]
+        self._log.replace(whole)
+        self.ended.failed = set()
+
+    def add(self, line: Mapping[str, Any], key: int) -> None:
+        """A result, on disk when this returns."""
+        self._log.append([json.dumps(line, ensure_ascii=False)])
+        (self.ended.failed if line.get("error") else self.ended.done).add(key)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def result_line(custom_id: str, body: Mapping[str, Any] | None, error: M2liteError | str | None) -> dict[str, Any]:
+    """A line of OpenAI's batch output."""
+    name = hashlib.sha256(custom_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    failure = None
+    if error is not None:
+        code = "invalid_request" if isinstance(error, str | UsageError) else "failed"
+        failure = {"code": code, "message": str(error)}
+    response = None if body is None else {"status_code": 200, "request_id": f"req_{name}", "body": body}
+    return {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": failure}
+
+
+def check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory.", "Name a file.")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent} is no directory.", "Make it first.")
+
+
+def read_manifest(output: Path) -> Manifest | None:
+    """None where there is none; UsageError for one that cannot be read."""
+    path = manifest_path(output)
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", "Choose another output.") from None
+    if not isinstance(found, dict) or found.get("m2lite_batch") != VERSION:
+        raise UsageError(f"{path} is no manifest of version {VERSION}.", "Choose another output.")
+    return found
+
+
+def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
+    differences = [
+        f"  {name}: {known.get(name)!r} there, {manifest.get(name)!r} now"
+        for name in [*known, *(name for name in manifest if name not in known)]
+        if known.get(name) != manifest.get(name)
+    ]
+    if differences:
+        raise UsageError(
+            "\n".join([f"{output} was begun with other settings:", *differences]),
+            "\nUse the same, or another output; --force goes on all the same.",
+        )
+
+
+def read_ends(output: Path) -> Iterator[tuple[str, bool]]:
+    """(custom_id, whether it failed) of each result; a torn last line is none. UsageError for what is no result."""
+    for number, raw in enumerate(_whole_lines(output), 1):
+        try:
+            line = json.loads(raw)
+            custom_id, error = line["custom_id"], line["error"]
+            if not isinstance(custom_id, str):
+                raise TypeError
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise UsageError(f"{output}: line {number} is no result of a batch.", "Choose another output.") from None
+        yield custom_id, error is not None
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield line
+    except FileNotFoundError:
+        return
+
+
+def status(output: Path) -> dict[str, Any]:
+    """What a batch's output holds, and what lacks."""
+    manifest = read_manifest(output)
+    if manifest is None:
+        raise UsageError(f"{output} is no batch's output: {manifest_path(output)} lacks.", "Name the file behind -o.")
+    n = {False: 0, True: 0}
+    for _, is_failed in read_ends(output):
+        n[is_failed] += 1
+    total = manifest["lines"]
+    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(output.stat().st_mtime)) if output.exists() else None
+    return {
+        "output": str(output), "done": n[False], "failed": n[True], "left": total - n[False] - n[True], "total": total,
+        "last_written": changed, "manifest": manifest,
+    }  # fmt: skip
+
+
+def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = None) -> tuple[int, int]:
+    """All results in one file: (how many, how many of them failed). With `order`, in that of those names.
+
+    Outputs of shards, or of runs over parts of an input. A name that comes twice is an error, unless one of both
+    failed, which then does not count, or both are the same.
+    """
+    places = dict[int, tuple[int, int, int, bool]]()  # name -> file, offset, bytes, whether it failed
+    paths = list(outputs)
+    for index, path in enumerate(paths):
+        if not path.exists():
+            raise UsageError(f"{path} does not exist.")
+        if path.resolve() == target.resolve():
+            raise UsageError(f"{path} would be read and written.", "Choose another name.")
+        offset = 0
+        for line, (custom_id, is_failed) in zip(_whole_lines(path), read_ends(path), strict=True):
+            place, key = (index, offset, len(line), is_failed), line_key(custom_id)
+            offset += len(line)
+            known = places.get(key)
+            if known is None or (known[3] and not is_failed):
+                places[key] = place
+            elif not is_failed and _read(paths, known) != line:
+                raise UsageError(f"{custom_id!r} has two results: in {paths[known[0]]} and {path}.", "Leave one out.")
+    keys = list(places)
+    if order is not None:
+        rank = {line_key(name): n for n, name in enumerate(order)}
+        unknown = next((key for key in keys if key not in rank), None)
+        if unknown is not None:
+            name = json.loads(_read(paths, places[unknown]))["custom_id"]
+            raise UsageError(f"{name!r} has a result, but is not in the input.", "Leave --input out.")
+        keys.sort(key=lambda key: rank[key])
+    n_bytes = sum(places[key][2] for key in keys)
+    with PartFile(target, n_bytes) as part:
+        offset = 0
+        for key in keys:
+            data = _read(paths, places[key])
+            part.write(offset, data)
+            offset += len(data)
+        part.finish()
+    return len(keys), sum(places[key][3] for key in keys)
+
+
+def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
+    with paths[place[0]].open("rb") as file:
+        file.seek(place[1])
+        return file.read(place[2])
+
+
+def same_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)

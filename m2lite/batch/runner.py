@@ -1,0 +1,134 @@
+"""A batch from its first line to its last result: what is left is answered, each result is kept as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from m2lite.batch.lines import Input, Line, line_key, line_stream
+from m2lite.batch.results import Results, result_line
+from m2lite.decode.batch import Batch, Counts, Done
+from m2lite.decode.request import Request, check_whole, response_body
+from m2lite.decode.writer import Wish
+from m2lite.errors import M2liteError, UsageError
+from m2lite.text.template import encode_chat
+
+if TYPE_CHECKING:  # this imports Numba
+    from m2lite.decode.engine import Stop
+    from m2lite.decode.session import Model
+
+Write = Callable[[dict[str, Any], int], None]  # a result and its name's hash
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `n`, from 1: the lines whose names' hashes fall to it."""
+
+    index: int = 1
+    n: int = 1
+
+    def __contains__(self, line: Line) -> bool:
+        return line.key % self.n == self.index - 1
+
+
+@dataclass
+class Tally:
+    """How far a run is. `n_total` are all lines of it, those of earlier runs included."""
+
+    n_total: int
+    n_layers: int
+    n_done: int = 0
+    n_failed: int = 0
+    n_before: int = 0  # results that earlier runs left
+    n_tokens: int = 0  # of answers
+    began: float = field(default_factory=time.monotonic)
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens drawn in the run so far, those of answers under way included."""
+        return self.counts.n_drawn / max(self.seconds, 1e-9)
+
+    @property
+    def left_s(self) -> float | None:
+        """By the lines a second so far."""
+        n_here = self.n_done + self.n_failed - self.n_before
+        n_left = self.n_total - self.n_done - self.n_failed
+        return self.seconds / n_here * n_left if n_here else None
+
+    @property
+    def experts_per_token(self) -> float | None:
+        """Of a layer: those gone through for each row that was computed; M2's 8 without any sharing."""
+        n_rows = self.counts.n_rows * self.n_layers
+        return self.counts.n_expert_reads / n_rows if n_rows else None
+
+
+def lines_left(source: Input, results: Results | None, shard: Shard, limit: int | None) -> Iterator[Line]:
+    """What is still to be answered, at most `limit` lines."""
+    n = 0
+    for line in source:
+        if limit is not None and n >= limit:
+            return
+        if line in shard and (results is None or line not in results.ended):
+            n += 1
+            yield line
+
+
+class Runner:
+    """Answers lines with a model."""
+
+    def __init__(self, model: Model, n_inflight: int, write: Write, tally: Tally, stop: Stop | None = None) -> None:
+        self._model, self._write, self.tally = model, write, tally
+        self._batch = Batch(model, n_inflight, stop)
+        tally.counts = self._batch.counts
+        self._requests = dict[str, Request]()  # of answers under way
+
+    def run(self, lines: Iterator[Line], show: Callable[[Tally], None]) -> None:
+        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
+        self.tally.began = time.monotonic()
+        wishes = self._wishes(lines)
+        with closing(self._batch.run(wishes, lambda: show(self.tally))) as ends:
+            for end in ends:
+                self._keep(end)
+                show(self.tally)
+
+    def _wishes(self, lines: Iterator[Line]) -> Iterator[Wish]:
+        model = self._model
+        for line in lines:
+            try:
+                if line.request is None:
+                    raise UsageError(str(line.error))
+                row = encode_chat(model.tokenizer, model.template, line.request.messages, line.request.tools)
+            except M2liteError as error:
+                self._add(line.custom_id, None, error, line.key)
+                continue
+            self._requests[line.custom_id] = line.request
+            yield Wish(line.custom_id, row, line_stream(line.custom_id), line.request.options(), line.request.tools)
+
+    def _keep(self, end: Done) -> None:
+        custom_id, answer, error, body = end.wish.key, end.answer, end.error, None
+        request = self._requests.pop(custom_id)
+        if answer is not None:
+            self.tally.n_tokens += len(answer.tokens)
+            try:
+                check_whole(request.schema, answer)
+                line = result_line(custom_id, None, None)
+                name = "chatcmpl-" + line["id"].removeprefix("batch_req_")
+                body = response_body(answer, self._model.tokenizer, name, self._model.path.name, int(time.time()))
+            except M2liteError as failed:
+                error = failed
+        self._add(custom_id, body, error, line_key(custom_id))
+
+    def _add(self, custom_id: str, body: dict[str, Any] | None, error: M2liteError | None, key: int) -> None:
+        self._write(result_line(custom_id, body, error), key)
+        if error is None:
+            self.tally.n_done += 1
+        else:
+            self.tally.n_failed += 1
