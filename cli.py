@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from m2lite import __version__
-from m2lite.commands import chat, files, generate, measures
+from m2lite.commands import batch, chat, files, generate, measures
 from m2lite.signals import exit_on_terminate, leave_now
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ COMMANDS = (
 )  # fmt: skip
 for _run in COMMANDS:
     app.command(_run.__name__.rstrip("_"))(_run)
+app.add_typer(batch.app, name="batch")
 
 
 def main() -> None:

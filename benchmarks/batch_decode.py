@@ -3,7 +3,8 @@
     python benchmarks/batch_decode.py SLICE [--llama llama-batched-bench] [-b 1,4,8,16,32,64] [-p 64] [-n 32] [-r 3]
         [--output benchmarks/batch.jsonl] [--plot benchmarks/batch.png]
 
-Prompts of random ids, none of which begins as another. One program at a time, in turn, `-r` times; figures are medians.
+Prompts of random ids, none of which begins as another. One program at a time, in turn for each number, `-r` times;
+figures are medians, of the ratios too.
 Of m2lite, decoding is timed from the first step in which every answer draws to the last; of llama-batched-bench its own
 S_TG. Prompts are timed from the first call to the last that reads one.
 """
@@ -17,46 +18,25 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
-
-from m2lite import Model, Sampling
-from m2lite.decode.batch import Batch
-from m2lite.decode.writer import Wish
+from m2lite import Model
+from m2lite.batch.measure import measure_speeds
 
 
 def ours(model: Model, n_at_once: int, n_prompt: int, n_tokens: int, seed: int) -> dict[str, float]:
-    random = np.random.default_rng(seed)
-    rows = random.integers(0, model.config.n_vocab, (n_at_once, n_prompt)).tolist()
-    wishes = [
-        Wish(str(i), row, i, {"sampling": Sampling(0, seed=0), "max_tokens": n_tokens}) for i, row in enumerate(rows)
-    ]
-    batch, times = Batch(model, n_at_once), list[tuple[float, int, int]]()
-    began = time.perf_counter()
-
-    def after_step() -> None:
-        counts = batch.counts
-        times.append((time.perf_counter() - began, counts.n_drawn, counts.n_expert_reads))
-
-    for _ in batch.run(wishes, after_step):
-        pass
-    first = next(i for i, (_, n, _) in enumerate(times) if n >= n_at_once)
-    last = next(i for i, (_, n, _) in enumerate(times) if n >= times[-1][1])
-    n = times[last][1] - times[first][1]
-    seconds = times[last][0] - times[first][0]
-    experts = (times[last][2] - times[first][2]) / max(1, n) / model.config.n_layers
-    return {"tg": n / seconds, "pp": n_at_once * n_prompt / times[first][0], "experts": experts}
+    speeds = measure_speeds(model, n_at_once, n_prompt, n_tokens, seed)
+    return {"tg": speeds.drawing, "pp": speeds.reading, "experts": speeds.experts}
 
 
-def theirs(command: str, path: Path, counts: list[int], n_prompt: int, n_tokens: int) -> dict[int, dict[str, float]]:
+def theirs(command: str, path: Path, n: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
     done = subprocess.run(
         [
-            command, "-m", str(path), "-npp", str(n_prompt), "-ntg", str(n_tokens), "-npl", ",".join(map(str, counts)),
-            "-c", str(max(counts) * (n_prompt + n_tokens) + 256), "-t", "2", "-tb", "2", "--output-format", "jsonl",
+            command, "-m", str(path), "-npp", str(n_prompt), "-ntg", str(n_tokens), "-npl", str(n),
+            "-c", str(n * (n_prompt + n_tokens) + 256), "-t", "2", "-tb", "2", "--output-format", "jsonl",
         ],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["pl"]: {"tg": row["speed_tg"], "pp": row["speed_pp"]} for row in found}
+    row = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    return {"tg": row["speed_tg"], "pp": row["speed_pp"]}
 
 
 def main() -> None:
@@ -74,17 +54,17 @@ def main() -> None:
     results: dict[str, dict[int, list[dict[str, float]]]] = {"m2lite": {n: [] for n in counts}}
     if options.llama:
         results["llama.cpp"] = {n: [] for n in counts}
-    for repeat in range(options.r):
-        ctx = options.p + options.n + 64
-        with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx) as model:
-            model.wait_mapped()
-            ours(model, 4, options.p, 4, 99)
-            for n in counts:
+    ctx = options.p + options.n + 64
+    with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx) as model:
+        model.wait_mapped()
+        ours(model, 4, options.p, 4, 99)
+        for repeat in range(options.r):
+            for n in counts:  # one after the other, since the machine drifts
                 results["m2lite"][n].append(ours(model, n, options.p, options.n, repeat))
-        if options.llama:
-            for n, row in theirs(options.llama, options.model, counts, options.p, options.n).items():
-                results["llama.cpp"][n].append(row)
-        report(results, counts)
+                if options.llama:
+                    row = theirs(options.llama, options.model, n, options.p, options.n)
+                    results["llama.cpp"][n].append(row)
+            report(results, counts)
     if options.output:
         with options.output.open("a") as file:
             row = {"model": options.model.name, "prompt": options.p, "tokens": options.n, "results": results}
@@ -106,7 +86,12 @@ def report(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[i
         cells = [str(n), f"{median(us, 'tg'):.1f}", f"{median(us, 'experts'):.2f}"]
         if them:
             ratio = statistics.median(a["tg"] / b["tg"] for a, b in zip(us, them, strict=True))
-            cells += [f"{median(them, 'tg'):.1f}", f"{ratio:.2f}", f"{median(us, 'pp'):.0f}", f"{median(them, 'pp'):.0f}"]
+            cells += [
+                f"{median(them, 'tg'):.1f}",
+                f"{ratio:.2f}",
+                f"{median(us, 'pp'):.0f}",
+                f"{median(them, 'pp'):.0f}",
+            ]
         else:
             cells += ["", "", f"{median(us, 'pp'):.0f}", ""]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -20,7 +20,7 @@ FLOORS = [
     ["model", "text"],
     ["decode", "describe"],
     ["workloads"],
-    ["chat", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
+    ["chat", "batch", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
     ["commands"],
     ["cli"],
     ["__main__"],

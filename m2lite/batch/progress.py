@@ -68,16 +68,18 @@ def summary(tally: Tally) -> str:
     """What the run came to."""
     counts = tally.counts
     here = tally.n_done + tally.n_failed - tally.n_before
+    done = f"{tally.n_done:,} of {tally.n_total:,} lines are done, {tally.n_failed:,} failed"
+    if not here:
+        return f"{done}; nothing was left to do" if tally.n_done + tally.n_failed >= tally.n_total else done
     lines = [
-        f"{tally.n_done:,} of {tally.n_total:,} lines are done, {tally.n_failed:,} failed"
-        + (f"; {tally.n_before:,} of them earlier" if tally.n_before else ""),
+        done + (f"; {tally.n_before:,} of all these earlier" if tally.n_before else ""),
         f"this run: {here:,} lines in {_clock(tally.seconds)}, {tally.n_tokens:,} tokens of answers, "
         f"{tally.tokens_per_s:.1f} tok/s, up to {counts.n_most} at once",
         f"prompts: {counts.n_read:,} tokens computed, {counts.n_shared:,} shared with another line"
         + (f"; {counts.n_again:,} tokens computed again for want of room" if counts.n_again else ""),
     ]
     if tally.experts_per_token is not None:
-        lines.append(f"{tally.experts_per_token:.2f} experts a token were read, all layers together")
+        lines.append(f"experts read in a layer: {tally.experts_per_token:.2f} for each token that went through it")
     return "\n".join(lines)
 
 

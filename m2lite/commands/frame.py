@@ -140,8 +140,8 @@ def say_compiling() -> None:
     note("compiling kernels for this processor, once (up to a minute)...")
 
 
-def open_model(settings: Settings) -> Model:
-    """The model that the settings name, with its start line on stderr."""
+def open_model(settings: Settings, sequences: int = 1) -> Model:
+    """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
     from m2lite.decode.session import Model
     from m2lite.describe import format_bytes, format_mix, type_mix
 
@@ -158,6 +158,7 @@ def open_model(settings: Settings) -> Model:
         draft=settings.draft,
         draft_tokens=settings.draft_tokens,
         mtp=settings.mtp,
+        sequences=sequences,
         on_compile=say_compiling,
     )
     parts = [

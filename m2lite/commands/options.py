@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from m2lite.decode.sampling import Sampling
 
 
-def make_sampling(settings: Settings) -> Sampling:
-    """The sampling options; a seed that was drawn is printed."""
+def make_sampling(settings: Settings, default_seed: int | None = None) -> Sampling:
+    """The sampling options; without a seed, and none by default, one is drawn and printed."""
     from m2lite.decode.sampling import Sampling, new_seed
 
-    seed = settings.seed
+    seed = default_seed if settings.seed is None else settings.seed
     if seed is None:
         seed = new_seed()
         if settings.temp > 0:

@@ -300,6 +300,7 @@ class Conversation:
         answer, options, before = run.answer, run.options, run.answer.stats
         rules, noted = self._rules(run)
         n_settled = len(answer.tokens)
+        known = [*answer.logprobs, *[None] * (n_settled - len(answer.logprobs))]
         ids: Iterator[int] = self.session.generate(
             new, max_tokens=max_tokens, sampling=options.get("sampling"), stream=run.stream, stop=options.get("stop"),
             progress=options.get("progress"), rules=rules, settled=answer.tokens,
@@ -307,7 +308,7 @@ class Conversation:
         try:
             for n, token in enumerate(ids, n_settled):
                 if noted is not None:
-                    answer.logprobs = noted.found[: n + 1]
+                    answer.logprobs = [*known, *noted.found[n_settled : n + 1]]
                 yield token
         finally:
             answer.stats = before.followed_by(self.session.stats) if before.n_generated else self.session.stats

@@ -29,6 +29,7 @@ class Wish:
     stream: int
     options: Options
     tools: Sequence[Mapping[str, Any]] | None = None
+    ends: bool = True  # False, for measurements: only its options and the context end the answer
 
 
 class Writer:
@@ -38,7 +39,8 @@ class Writer:
         """`n_most`: tokens that the row may have, the last of which needs no position of its own."""
         options = wish.options
         self.wish, self.answer = wish, Answer()
-        self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
+        self._tokenizer = tokenizer
+        self._stop_ids = tokenizer.stop_ids if wish.ends else frozenset[int]()
         self._sampling = options.get("sampling") or Sampling()
         in_thinking = opens_thinking(tokenizer, wish.row)
         self._reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))

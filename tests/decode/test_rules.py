@@ -69,7 +69,8 @@ def test_drafts_change_nothing(tiny: Model, temperature: float) -> None:
             assert all(n is None or n.token == t for n, t in zip(answer.logprobs, answer.tokens, strict=True))
             found.append((answer.tokens, answer.logprobs))
     assert all(each == found[0] for each in found)
-    assert any(n is None for n in found[0][1])  # the ids that closed the thinking
+    n_none = sum(n is None for n in found[0][1])
+    assert n_none == 3 and found[0][1][0] is not None  # the ids that closed the thinking, and only those
 
 
 def test_what_was_said_is_said_less(tiny: Model) -> None:

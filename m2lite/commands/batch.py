@@ -1,0 +1,322 @@
+"""`batch`, and below it `batch status` and `batch merge`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from m2lite import __version__
+from m2lite.commands.frame import MODEL, SAMPLING, command, note, open_model, print_json
+from m2lite.commands.options import make_sampling, read_schema
+from m2lite.errors import UsageError
+from m2lite.settings import Settings
+from m2lite.text.stop_text import check_stop_texts
+
+if TYPE_CHECKING:
+    from m2lite.batch.lines import Checked, Input
+    from m2lite.batch.results import Manifest, Results
+    from m2lite.batch.runner import Shard
+    from m2lite.decode.request import Request
+    from m2lite.decode.session import Model
+
+EXIT_SOME_FAILED = 3
+DEFAULT_INFLIGHT = 32
+
+
+class _Group(TyperGroup):
+    """`batch IN -o OUT` is `batch run IN -o OUT`: what is no command's name is an argument."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Answer a file of requests, or see and join what came of them: IN -o OUT is short for run IN -o OUT.",
+    no_args_is_help=True,
+)
+
+
+@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *SAMPLING)
+def run(
+    settings: Settings,
+    *,
+    source: Annotated[str, typer.Argument(metavar="IN", help="Lines of requests, or a .txt of questions; - is stdin")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="Results, a line each; - is stdout")],
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As MODEL of chat and generate")] = None,
+    inflight: Annotated[int, typer.Option("--inflight", metavar="N", min=1, help="Answers at once")] = DEFAULT_INFLIGHT,
+    on_bad_line: Annotated[
+        str, typer.Option("--on-bad-line", metavar="fail|record", help="Refuse a bad input, or record its errors")
+    ] = "fail",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Lines that failed are done again")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on with other settings than the output has")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="At most N lines of those left")
+    ] = None,
+    shard: Annotated[str, typer.Option("--shard", metavar="I/N", help="Part I of N, by the names of lines")] = "1/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count tokens, estimate; answer nothing")] = False,
+    stop_text: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="PNG", help="Draw the speed over time at the end")
+    ] = None,
+) -> None:
+    """Answer every line of IN. Ends where it was stopped before: run the same command again."""
+    from m2lite.batch.lines import Input
+    from m2lite.batch.progress import check_plot
+    from m2lite.decode.request import Request
+
+    if on_bad_line not in ("fail", "record"):
+        raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
+    if plot is not None:
+        check_plot(Path(plot))
+    schema = None if json_schema is None else read_schema(json_schema)
+    defaults = Request(
+        [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
+        check_stop_texts(stop_text or []), schema,
+    )  # fmt: skip
+    job = _Job(settings, model, inflight, defaults, parse_shard(shard), limit)
+    with ExitStack() as stack:
+        lines = Input(source, defaults)
+        stack.callback(lines.close)
+        checked = _check(lines, on_bad_line)
+        if dry_run:
+            job.estimate(lines, None if output == "-" else Path(output))
+            return
+        code = job.run(lines, checked, output, force=force, retry_failed=retry_failed, plot=plot)
+    raise typer.Exit(code)
+
+
+def _check(lines: Input, on_bad_line: str) -> Checked:
+    """Reads all of the input; what is wrong with it is told, and refused unless it is to be recorded."""
+    checked = lines.check()
+    if not checked.n_lines:
+        raise UsageError(f"{lines.name} holds no line.", "Give one request a line.")
+    for error in checked.errors:
+        note(f"{lines.name}: {error}")
+    if checked.n_errors > len(checked.errors):
+        note(f"and {checked.n_errors - len(checked.errors):,} more")
+    if checked.n_errors and on_bad_line == "fail":
+        raise UsageError(
+            f"{checked.n_errors:,} of {checked.n_lines:,} lines cannot be answered.",
+            "Correct them, or record their errors and answer the others with --on-bad-line record.",
+        )
+    return checked
+
+
+def parse_shard(text: str) -> Shard:
+    from m2lite.batch.runner import Shard
+
+    index, slash, n = text.partition("/")
+    if not (slash and index.isdigit() and n.isdigit() and 1 <= int(index) <= int(n)):
+        raise UsageError(f"--shard is {text!r}.", "Use I/N with I from 1 to N, such as 1/4.")
+    return Shard(int(index), int(n))
+
+
+class _Job:
+    """One run of a batch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: str | None,
+        inflight: int,
+        defaults: Request,
+        shard: Shard,
+        limit: int | None,
+    ) -> None:
+        self._settings, self._model_name, self._inflight = settings, model, inflight
+        self._defaults, self._shard, self._limit = defaults, shard, limit
+
+    def _open(self) -> Model:
+        settings = self._settings
+        if self._model_name is not None:
+            settings = replace(settings, model=self._model_name)
+        return open_model(replace(settings, draft="off"), sequences=self._inflight)
+
+    def run(
+        self, lines: Input, checked: Checked, output: str, *, force: bool, retry_failed: bool, plot: str | None
+    ) -> int:
+        """The exit code."""
+        from m2lite.batch.progress import Show, summary
+        from m2lite.batch.progress import plot as draw_plot
+        from m2lite.batch.results import Results, check_output, same_file
+        from m2lite.batch.runner import Runner, Tally, lines_left
+        from m2lite.decode.compute import Stopped
+        from m2lite.signals import stop_on_signals
+
+        path = None if output == "-" else Path(output)
+        if path is not None:
+            check_output(path)
+            if same_file(path, lines.path):
+                raise UsageError(f"{output} is the input.", "Choose another output.")
+        n_total = checked.n_lines if self._shard.n == 1 else sum(line in self._shard for line in lines)
+        with ExitStack() as stack:
+            model = stack.enter_context(self._open())
+            results = None
+            if path is not None:
+                manifest = self._manifest(model, checked, n_total)
+                results = Results(path, manifest, force, retry_failed)
+                stack.callback(results.close)
+            tally = Tally(n_total, model.config.n_layers)
+            if results is not None:
+                tally.n_done, tally.n_failed = len(results.ended.done), len(results.ended.failed)
+                tally.n_before = len(results.ended)
+                if tally.n_before:
+                    note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
+            stop = stack.enter_context(stop_on_signals())
+            show = Show(note)
+            runner = Runner(model, self._inflight, _writer(results), tally, stop)
+            try:
+                runner.run(lines_left(lines, results, self._shard, self._limit), show)
+            except Stopped:
+                pass
+            finally:
+                show.end()
+        note(summary(tally))
+        if plot is not None and len(show.points) > 1:
+            draw_plot(show.points, Path(plot))
+        if stop():
+            if path is not None:
+                note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {_again()}")
+            return stop.exit_code
+        return EXIT_SOME_FAILED if tally.n_failed else 0
+
+    def _manifest(self, model: Model, checked: Checked, n_lines: int) -> Manifest:
+        from m2lite.batch.results import VERSION
+        from m2lite.storage.identity import trunk_identity
+
+        defaults = self._defaults
+        options = {"max_tokens": defaults.max_tokens, "think_budget": defaults.think_tokens}
+        return {
+            "m2lite_batch": VERSION,
+            "m2lite": __version__,
+            "input_sha256": checked.sha256,
+            "lines": n_lines,
+            "shard": f"{self._shard.index}/{self._shard.n}",
+            "model": model.path.name,
+            "model_identity": trunk_identity(model.gguf),
+            "template_sha256": model.template.sha256,
+            "kv": model.kv,
+            "ctx": model.ctx,
+            **asdict(defaults.sampling),
+            **options,
+            "stop": list(defaults.stop_texts),
+            "json_schema": defaults.schema,
+        }
+
+    def estimate(self, lines: Input, output: Path | None) -> None:
+        """How much there is to do, and how long that may take."""
+        from m2lite.batch.lines import line_key
+        from m2lite.batch.results import check_output, read_ends, read_manifest
+        from m2lite.text.template import encode_chat
+
+        done = set[int]()
+        if output is not None:
+            check_output(output)
+            if read_manifest(output) is not None:
+                done = {line_key(name) for name, _ in read_ends(output)}
+        n = n_prompt = n_most = n_long = 0
+        with self._open() as model:
+            for line in lines:
+                if line.request is None or line not in self._shard or line.key in done:
+                    continue
+                if self._limit is not None and n >= self._limit:
+                    break
+                row = encode_chat(model.tokenizer, model.template, line.request.messages, line.request.tools)
+                n, n_prompt, n_most = n + 1, n_prompt + len(row), max(n_most, len(row))
+                n_long += len(row) > model.ctx
+            note(f"{n:,} lines to answer, {n_prompt:,} tokens of prompts, the longest {n_most:,}")
+            if n_long:
+                note(f"{n_long:,} of them do not fit into the context of {model.ctx:,}: they will fail")
+            if n:
+                self._time(model, n, n_prompt)
+
+    def _time(self, model: Model, n_lines: int, n_prompt: int) -> None:
+        """By measuring a few steps with as many answers at once as there will be."""
+        from m2lite.batch.measure import measure_speeds
+
+        at_once = min(self._inflight, n_lines)
+        reading, drawing, _ = measure_speeds(model, at_once)
+        n_answer = self._defaults.max_tokens or 512
+        seconds = n_prompt / reading + n_lines * n_answer / drawing
+        note(
+            f"measured: prompts {reading:,.0f} tok/s, answers {drawing:,.1f} tok/s with {at_once} at once; for answers "
+            f"of {n_answer:,} tokens and nothing shared, about {seconds / 3600:,.1f} hours"
+        )
+
+
+def _writer(results: Results | None) -> Callable[[dict[str, Any], int], None]:
+    if results is not None:
+        return results.add
+
+    def write(line: dict[str, Any], key: int) -> None:
+        print_json(line)
+
+    return write
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["m2lite", *sys.argv[1:]])
+
+
+@command()
+def status(
+    settings: Settings,
+    *,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The output of a batch")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """How far a batch is, from its output alone."""
+    from m2lite.batch.results import status as read_status
+
+    found = read_status(Path(output))
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
+    manifest = found["manifest"]
+    print(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
+
+
+@command()
+def merge(
+    settings: Settings,
+    *,
+    outputs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Outputs of shards, or of parts")],
+    target: Annotated[str, typer.Option("--output", "-o", metavar="ALL", help="The file of all results")],
+    source: Annotated[
+        str | None, typer.Option("--input", metavar="IN", help="Bring them into the order of this input")
+    ] = None,
+) -> None:
+    """Join outputs into one file. A line that failed in one and not in another counts as done."""
+    from m2lite.batch.lines import Input
+    from m2lite.batch.results import merge as merge_outputs
+    from m2lite.decode.request import Request
+    from m2lite.decode.sampling import Sampling
+
+    order = None
+    if source is not None:
+        if source == "-":
+            raise UsageError("--input - cannot be read.", "Name the file.")
+        order = (line.custom_id for line in Input(source, Request([], Sampling(seed=0))))
+    n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
+    note(f"{n:,} results in {target}, {n_failed:,} of them failed")
+    raise typer.Exit(EXIT_SOME_FAILED if n_failed else 0)
+
+
+for _function in (run, status, merge):
+    app.command(_function.__name__)(_function)

@@ -1,0 +1,244 @@
+"""A batch's output: what survives, what is refused, and how outputs are joined."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2lite import ResourceError, UsageError
+from m2lite.batch.lines import line_key
+from m2lite.batch.results import Results, manifest_path, merge, read_ends, result_line, status
+from m2lite.storage import durable
+
+MANIFEST: dict[str, Any] = {"m2lite_batch": 1, "lines": 9, "model": "m", "shard": "1/1", "seed": 0}
+
+
+def add(results: Results, *names: str, error: str | None = None) -> None:
+    for name in names:
+        body = None if error else {"text": f"é {name}"}
+        results.add(result_line(name, body, error), line_key(name))
+
+
+def ends(path: Path) -> list[tuple[str, bool]]:
+    return list(read_ends(path))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def test_lines_are_openais(out: Path) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "a")
+    add(results, "b", error="wrong")
+    results.close()
+    good, bad = map(json.loads, out.read_text().splitlines())
+    assert good["custom_id"] == "a" and good["error"] is None and good["response"]["status_code"] == 200
+    assert good["response"]["body"] == {"text": "é a"}
+    assert bad["response"] is None and bad["error"]["message"] == "wrong" and bad["id"] != good["id"]
+    assert json.loads(manifest_path(out).read_text()) == MANIFEST
+    assert status(out) | {"last_written": 0} == {
+        "output": str(out), "done": 1, "failed": 1, "left": 7, "total": 9, "manifest": MANIFEST, "last_written": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "x', b"{", b"\xff" * 100_000])
+def test_torn_line_is_dropped(out: Path, torn: bytes) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "a", "b")
+    results.close()
+    with out.open("ab") as file:
+        file.write(torn)
+    assert [name for name, _ in ends(out)] == ["a", "b"]
+    results = Results(out, MANIFEST)
+    assert len(results.ended) == 2
+    add(results, "c")
+    results.close()
+    assert [name for name, _ in ends(out)] == ["a", "b", "c"]
+    assert all(json.loads(line) for line in out.read_text().splitlines())
+
+
+def test_failed_lines_are_done_again(out: Path) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "a")
+    add(results, "b", "c", error="wrong")
+    add(results, "d")
+    results.close()
+    results = Results(out, MANIFEST)
+    assert len(results.ended) == 4
+    results.close()
+    results = Results(out, MANIFEST, retry_failed=True)
+    assert len(results.ended) == 2
+    assert [name for name, _ in ends(out)] == ["a", "d"]
+    with pytest.raises(UsageError, match="in use"):  # the file that took its place is locked, too
+        Results(out, MANIFEST)
+    add(results, "b")
+    results.close()
+    assert ends(out) == [("a", False), ("d", False), ("b", False)]
+    assert [path.name for path in out.parent.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_other_settings_are_refused_with_a_list(out: Path) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "a")
+    results.close()
+    before = out.read_bytes(), manifest_path(out).read_bytes()
+    other = MANIFEST | {"seed": 1, "temperature": 0.5}
+    with pytest.raises(UsageError) as error:
+        Results(out, other)
+    assert "seed: 0 there, 1 now" in str(error.value) and "temperature: None there, 0.5 now" in str(error.value)
+    assert "lines" not in error.value.what and (out.read_bytes(), manifest_path(out).read_bytes()) == before
+    Results(out, other, force=True).close()
+    assert json.loads(manifest_path(out).read_text()) == other
+    assert ends(out) == [("a", False)]
+
+
+def test_two_runs_on_one_output(out: Path) -> None:
+    first = Results(out, MANIFEST)
+    with pytest.raises(UsageError, match=f"in use by pid {os.getpid()}"):
+        Results(out, MANIFEST)
+    first.close()
+    Results(out, MANIFEST).close()
+
+
+def test_files_of_others_are_left_alone(out: Path, tmp_path: Path) -> None:
+    out.write_text("my notes\n")
+    with pytest.raises(UsageError, match="no batch wrote it"):
+        Results(out, MANIFEST)
+    assert out.read_text() == "my notes\n"
+    other = tmp_path / "other.jsonl"
+    Results(other, MANIFEST).close()
+    other.write_text("my notes\n")
+    with pytest.raises(UsageError, match="line 1 is no result"):
+        Results(other, MANIFEST)
+    assert other.read_text() == "my notes\n"
+    other.write_text("".join(json.dumps(result_line("a", {}, None)) + "\n" for _ in range(2)))
+    with pytest.raises(UsageError, match="two results"):
+        Results(other, MANIFEST)
+    for path in (tmp_path, tmp_path / "nowhere" / "out.jsonl"):
+        with pytest.raises(UsageError, match="directory"):
+            Results(path, MANIFEST)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"m2lite_batch": 2}'])
+def test_manifests_that_are_none(out: Path, text: str) -> None:
+    Results(out, MANIFEST).close()
+    manifest_path(out).write_text(text)
+    with pytest.raises(UsageError, match="manifest"):
+        Results(out, MANIFEST)
+
+
+class FullDisk(durable.FileOps):
+    """Writes of results fail from the n-th on, having written half."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:  # type: ignore[override]
+        self.left -= 1
+        if self.left < 0:
+            os.pwrite(fd, bytes(data)[: len(data) // 2], offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.pwrite(fd, data, offset)
+
+
+def test_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(out, MANIFEST)
+    monkeypatch.setattr(durable, "fsops", FullDisk(2))
+    add(results, "a", "b")
+    with pytest.raises(ResourceError, match="no room"):
+        add(results, "c")
+    monkeypatch.undo()
+    results.close()
+    assert [name for name, _ in ends(out)] == ["a", "b"]
+    results = Results(out, MANIFEST)
+    add(results, "c")
+    results.close()
+    assert [name for name, _ in ends(out)] == ["a", "b", "c"]
+
+
+class Dies(BaseException):
+    """As a kill: nothing that would run afterwards does."""
+
+
+@pytest.mark.parametrize("n", range(12))
+def test_retry_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The results that count are there before and after, whatever call was the last."""
+    results = Results(out, MANIFEST)
+    add(results, "a")
+    add(results, "b", error="wrong")
+    results.close()
+
+    opened: list[int] = []
+
+    class Killed(durable.FileOps):
+        left = n
+
+        @staticmethod
+        def open(*arguments: Any) -> int:
+            opened.append(os.open(*arguments))
+            return opened[-1]
+
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("left", "__class__"):  # of what is asked for, only calls count
+                return object.__getattribute__(self, name)
+            Killed.left -= 1
+            if Killed.left < 0:
+                raise Dies
+            return object.__getattribute__(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "fsops", Killed())
+        try:
+            Results(out, MANIFEST, retry_failed=True).close()
+        except Dies:
+            for fd in opened:  # as the system does
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+    assert ("a", False) in ends(out) and len(ends(out)) <= 2
+    results = Results(out, MANIFEST, retry_failed=True)
+    assert len(results.ended) == 1
+    results.close()
+
+
+def shards(tmp_path: Path) -> list[Path]:
+    paths = []
+    for n, (names, failed) in enumerate([(("a", "d"), ("b",)), (("c",), ()), (("b",), ("e",))]):
+        path = tmp_path / f"{n}.jsonl"
+        results = Results(path, MANIFEST)
+        add(results, *names)
+        add(results, *failed, error="wrong")
+        results.close()
+        paths.append(path)
+    return paths
+
+
+def test_merge(tmp_path: Path) -> None:
+    paths, target = shards(tmp_path), tmp_path / "all.jsonl"
+    assert merge(paths, target, ["e", "d", "c", "b", "a", "f"]) == (5, 1)
+    assert ends(target) == [("e", True), ("d", False), ("c", False), ("b", False), ("a", False)]
+    with pytest.raises(UsageError, match="exists already"):
+        merge(paths, target)
+    assert merge([*paths, paths[0]], tmp_path / "again.jsonl") == (5, 1)  # the same result twice is one
+
+
+def test_merges_that_are_refused(tmp_path: Path) -> None:
+    paths, target = shards(tmp_path), tmp_path / "all.jsonl"
+    with pytest.raises(UsageError, match="not in the input"):
+        merge(paths, target, ["a"])
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(result_line("a", {"text": "another"}, None)) + "\n")
+    with pytest.raises(UsageError, match="'a' has two results"):
+        merge([*paths, other], target)
+    with pytest.raises(UsageError, match="does not exist"):
+        merge([tmp_path / "nowhere"], target)
+    with pytest.raises(UsageError, match="read and written"):
+        merge([paths[0]], paths[0])
+    assert not target.exists()
