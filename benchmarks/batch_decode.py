@@ -1,7 +1,7 @@
 """Tokens a second of answers in lock-step, by their number: m2lite's batch beside llama-batched-bench on one file.
 
     python benchmarks/batch_decode.py SLICE [--llama llama-batched-bench] [-b 1,4,8,16,32,64] [-p 64] [-n 32] [-r 3]
-        [--output benchmarks/batch.jsonl] [--plot benchmarks/batch.png]
+        [--ram 5400m] [--output benchmarks/batch.jsonl] [--plot benchmarks/batch.png]
 
 Prompts of random ids, none of which begins as another. One program at a time, in turn for each number, `-r` times;
 figures are medians, of the ratios too.
@@ -20,11 +20,12 @@ from pathlib import Path
 
 from m2lite import Model
 from m2lite.batch.measure import measure_speeds
+from m2lite.settings import parse_count
 
 
 def ours(model: Model, n_at_once: int, n_prompt: int, n_tokens: int, seed: int) -> dict[str, float]:
     speeds = measure_speeds(model, n_at_once, n_prompt, n_tokens, seed)
-    return {"tg": speeds.drawing, "pp": speeds.reading, "experts": speeds.experts}
+    return {"tg": speeds.drawing, "pp": speeds.reading, "experts": speeds.experts, "read": speeds.read_bytes}
 
 
 def theirs(command: str, path: Path, n: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("-p", type=int, default=64)
     parser.add_argument("-n", type=int, default=32)
     parser.add_argument("-r", type=int, default=3)
+    parser.add_argument("--ram", type=parse_count, help="stream the model within so much memory, such as 5400m")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
     if options.llama:
         results["llama.cpp"] = {n: [] for n in counts}
     ctx = options.p + options.n + 64
-    with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx) as model:
+    with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx, ram=options.ram) as model:
         model.wait_mapped()
         ours(model, 4, options.p, 4, 99)
         for repeat in range(options.r):
@@ -94,6 +96,8 @@ def report(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[i
             ]
         else:
             cells += ["", "", f"{median(us, 'pp'):.0f}", ""]
+        if median(us, "read"):
+            cells.append(f"{median(us, 'read') / 1e6:.0f} MB read a token")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

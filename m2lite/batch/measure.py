@@ -17,11 +17,12 @@ if TYPE_CHECKING:  # this imports Numba
 
 
 class Speeds(NamedTuple):
-    """Tokens a second, of all answers together, and experts a layer goes through for a token that is drawn."""
+    """Tokens a second, of all answers together; and of a token that is drawn, experts in a layer and bytes read."""
 
     reading: float
     drawing: float
     experts: float
+    read_bytes: float  # from disk, of a model that is streamed
 
 
 def measure_speeds(model: Model, at_once: int, n_prompt: int = 64, n_tokens: int = 16, seed: int = 0) -> Speeds:
@@ -33,18 +34,18 @@ def measure_speeds(model: Model, at_once: int, n_prompt: int = 64, n_tokens: int
     ids = np.random.default_rng(seed).integers(0, model.config.n_vocab, (at_once, n_prompt)).tolist()
     options: Options = {"sampling": Sampling(0, seed=0), "max_tokens": n_tokens}
     wishes = [Wish(str(i), row, i, options, ends=False) for i, row in enumerate(ids)]
-    batch, times = Batch(model, at_once), list[tuple[float, int, int]]()
+    batch, times, stream = Batch(model, at_once), list[tuple[float, int, int, int]](), model.engine.stream
     began = time.perf_counter()
 
     def after_step() -> None:
         counts = batch.counts
-        times.append((time.perf_counter() - began, counts.n_drawn, counts.n_expert_reads))
+        n_bytes = 0 if stream is None else stream.traffic.read_bytes
+        times.append((time.perf_counter() - began, counts.n_drawn, counts.n_expert_reads, n_bytes))
 
     for _ in batch.run(wishes, after_step):
         pass
-    first = next((i for i, (_, n, _) in enumerate(times) if n >= at_once), 0)
-    last = next(i for i, (_, n, _) in enumerate(times) if n >= times[-1][1])
-    n_drawn = max(1, times[last][1] - times[first][1])
-    seconds = max(times[last][0] - times[first][0], 1e-9)
-    experts = (times[last][2] - times[first][2]) / n_drawn / model.config.n_layers
-    return Speeds(at_once * n_prompt / times[first][0], n_drawn / seconds, experts)
+    first = next(each for each in times if each[1] >= at_once)
+    last = next(each for each in times if each[1] >= times[-1][1])
+    seconds, n_drawn, n_experts, n_bytes = (b - a for a, b in zip(first, last, strict=True))
+    experts = n_experts / n_drawn / model.config.n_layers
+    return Speeds(at_once * n_prompt / first[0], n_drawn / seconds, experts, n_bytes / n_drawn)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from m2lite.batch.lines import Input, Line, line_key, line_stream
 from m2lite.batch.results import Results, result_line
@@ -34,6 +34,46 @@ class Shard:
         return line.key % self.n == self.index - 1
 
 
+class Worker(Protocol):
+    """Who answers lines: this process, or a cluster."""
+
+    facts: dict[str, Any]
+    n_layers: int
+
+    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
+        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Here:
+    """This process."""
+
+    def __init__(self, model: Model, n_inflight: int) -> None:
+        self._model, self._n_inflight = model, n_inflight
+        self.facts, self.n_layers = facts(model), model.config.n_layers
+
+    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
+        Runner(self._model, self._n_inflight, write, tally, stop).run(lines, show)
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def facts(model: Model) -> dict[str, Any]:
+    """What the answers follow from, beside the requests: the same on every machine that works on a batch."""
+    from m2lite.storage.identity import trunk_identity
+
+    return {
+        "model": model.path.name,
+        "model_identity": trunk_identity(model.gguf),
+        "template_sha256": model.template.sha256,
+        "kv": model.kv,
+        "ctx": model.ctx,
+    }
+
+
 @dataclass
 class Tally:
     """How far a run is. `n_total` are all lines of it, those of earlier runs included."""
@@ -46,6 +86,10 @@ class Tally:
     n_tokens: int = 0  # of answers
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
+
+    def begin(self, n_done: int, n_failed: int) -> None:
+        """Of earlier runs."""
+        self.n_done, self.n_failed, self.n_before = n_done, n_failed, n_done + n_failed
 
     @property
     def seconds(self) -> float:
@@ -90,8 +134,11 @@ class Runner:
         tally.counts = self._batch.counts
         self._requests = dict[str, Request]()  # of answers under way
 
-    def run(self, lines: Iterator[Line], show: Callable[[Tally], None]) -> None:
-        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
+    def run(self, lines: Iterator[Line | None], show: Callable[[Tally], None]) -> None:
+        """Until no line is left; Stopped where `stop` says so. What is written by then is done.
+
+        A line that is None says that there is none just now.
+        """
         self.tally.began = time.monotonic()
         wishes = self._wishes(lines)
         with closing(self._batch.run(wishes, lambda: show(self.tally))) as ends:
@@ -99,9 +146,12 @@ class Runner:
                 self._keep(end)
                 show(self.tally)
 
-    def _wishes(self, lines: Iterator[Line]) -> Iterator[Wish]:
+    def _wishes(self, lines: Iterator[Line | None]) -> Iterator[Wish | None]:
         model = self._model
         for line in lines:
+            if line is None:
+                yield None
+                continue
             try:
                 if line.request is None:
                     raise UsageError(str(line.error))

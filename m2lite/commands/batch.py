@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from m2lite import __version__
-from m2lite.commands.frame import MODEL, SAMPLING, command, note, open_model, print_json
+from m2lite.commands.frame import MODEL, SAMPLING, command, model_options, note, open_model, print_json
 from m2lite.commands.options import make_sampling, read_schema
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
@@ -22,7 +22,7 @@ from m2lite.text.stop_text import check_stop_texts
 if TYPE_CHECKING:
     from m2lite.batch.lines import Checked, Input
     from m2lite.batch.results import Manifest, Results
-    from m2lite.batch.runner import Shard
+    from m2lite.batch.runner import Shard, Worker
     from m2lite.decode.request import Request
     from m2lite.decode.session import Model
 
@@ -68,6 +68,10 @@ def run(
     json_schema: Annotated[
         str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster: an engine on each node; or local")
+    ] = None,
+    ray_actors: Annotated[int | None, typer.Option("--ray-actors", metavar="N", min=1, help="Engines in all")] = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="PNG", help="Draw the speed over time at the end")
     ] = None,
@@ -79,6 +83,8 @@ def run(
 
     if on_bad_line not in ("fail", "record"):
         raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
+    if ray_actors is not None and ray is None:
+        raise UsageError("--ray-actors was given without --ray.", "Add it.")
     if plot is not None:
         check_plot(Path(plot))
     schema = None if json_schema is None else read_schema(json_schema)
@@ -86,7 +92,8 @@ def run(
         [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
-    job = _Job(settings, model, inflight, defaults, parse_shard(shard), limit)
+    settings = replace(settings, model=settings.model if model is None else model, draft="off")
+    job = _Job(settings, inflight, defaults, parse_shard(shard), limit, ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)
         stack.callback(lines.close)
@@ -124,26 +131,32 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(index), int(n))
 
 
+@dataclass(frozen=True)
 class _Job:
     """One run of a batch."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: str | None,
-        inflight: int,
-        defaults: Request,
-        shard: Shard,
-        limit: int | None,
-    ) -> None:
-        self._settings, self._model_name, self._inflight = settings, model, inflight
-        self._defaults, self._shard, self._limit = defaults, shard, limit
+    settings: Settings
+    n_inflight: int
+    defaults: Request
+    shard: Shard
+    limit: int | None
+    ray: str | None
+    n_actors: int | None
+
+    def _worker(self) -> Worker:
+        if self.ray is None:
+            from m2lite.batch.runner import Here
+
+            return Here(self._open(), self.n_inflight)
+        from m2lite.batch.cluster import Cluster
+
+        options = model_options(self.settings) | {"sequences": self.n_inflight}
+        cluster = Cluster(self.ray, options, self.n_inflight, self.n_actors)
+        note(f"{cluster.n_engines} engines on Ray's nodes · {cluster.facts['model']}")
+        return cluster
 
     def _open(self) -> Model:
-        settings = self._settings
-        if self._model_name is not None:
-            settings = replace(settings, model=self._model_name)
-        return open_model(replace(settings, draft="off"), sequences=self._inflight)
+        return open_model(self.settings, sequences=self.n_inflight)
 
     def run(
         self, lines: Input, checked: Checked, output: str, *, force: bool, retry_failed: bool, plot: str | None
@@ -152,7 +165,7 @@ class _Job:
         from m2lite.batch.progress import Show, summary
         from m2lite.batch.progress import plot as draw_plot
         from m2lite.batch.results import Results, check_output, same_file
-        from m2lite.batch.runner import Runner, Tally, lines_left
+        from m2lite.batch.runner import Tally, lines_left
         from m2lite.decode.compute import Stopped
         from m2lite.signals import stop_on_signals
 
@@ -161,25 +174,20 @@ class _Job:
             check_output(path)
             if same_file(path, lines.path):
                 raise UsageError(f"{output} is the input.", "Choose another output.")
-        n_total = checked.n_lines if self._shard.n == 1 else sum(line in self._shard for line in lines)
+        n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
         with ExitStack() as stack:
-            model = stack.enter_context(self._open())
-            results = None
+            worker = self._worker()
+            stack.callback(worker.close)
+            results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
             if path is not None:
-                manifest = self._manifest(model, checked, n_total)
-                results = Results(path, manifest, force, retry_failed)
+                results = Results(path, self._manifest(worker.facts, checked, n_total), force, retry_failed)
                 stack.callback(results.close)
-            tally = Tally(n_total, model.config.n_layers)
-            if results is not None:
-                tally.n_done, tally.n_failed = len(results.ended.done), len(results.ended.failed)
-                tally.n_before = len(results.ended)
+                tally.begin(len(results.ended.done), len(results.ended.failed))
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
             stop = stack.enter_context(stop_on_signals())
-            show = Show(note)
-            runner = Runner(model, self._inflight, _writer(results), tally, stop)
             try:
-                runner.run(lines_left(lines, results, self._shard, self._limit), show)
+                worker.run(lines_left(lines, results, self.shard, self.limit), _writer(results), tally, show, stop)
             except Stopped:
                 pass
             finally:
@@ -193,25 +201,20 @@ class _Job:
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
-    def _manifest(self, model: Model, checked: Checked, n_lines: int) -> Manifest:
+    def _manifest(self, facts: dict[str, Any], checked: Checked, n_lines: int) -> Manifest:
         from m2lite.batch.results import VERSION
-        from m2lite.storage.identity import trunk_identity
 
-        defaults = self._defaults
-        options = {"max_tokens": defaults.max_tokens, "think_budget": defaults.think_tokens}
+        defaults = self.defaults
         return {
             "m2lite_batch": VERSION,
             "m2lite": __version__,
             "input_sha256": checked.sha256,
             "lines": n_lines,
-            "shard": f"{self._shard.index}/{self._shard.n}",
-            "model": model.path.name,
-            "model_identity": trunk_identity(model.gguf),
-            "template_sha256": model.template.sha256,
-            "kv": model.kv,
-            "ctx": model.ctx,
+            "shard": f"{self.shard.index}/{self.shard.n}",
+            **facts,
             **asdict(defaults.sampling),
-            **options,
+            "max_tokens": defaults.max_tokens,
+            "think_budget": defaults.think_tokens,
             "stop": list(defaults.stop_texts),
             "json_schema": defaults.schema,
         }
@@ -230,9 +233,9 @@ class _Job:
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
             for line in lines:
-                if line.request is None or line not in self._shard or line.key in done:
+                if line.request is None or line not in self.shard or line.key in done:
                     continue
-                if self._limit is not None and n >= self._limit:
+                if self.limit is not None and n >= self.limit:
                     break
                 row = encode_chat(model.tokenizer, model.template, line.request.messages, line.request.tools)
                 n, n_prompt, n_most = n + 1, n_prompt + len(row), max(n_most, len(row))
@@ -247,9 +250,9 @@ class _Job:
         """By measuring a few steps with as many answers at once as there will be."""
         from m2lite.batch.measure import measure_speeds
 
-        at_once = min(self._inflight, n_lines)
+        at_once = min(self.n_inflight, n_lines)
         reading, drawing, _ = measure_speeds(model, at_once)
-        n_answer = self._defaults.max_tokens or 512
+        n_answer = self.defaults.max_tokens or 512
         seconds = n_prompt / reading + n_lines * n_answer / drawing
         note(
             f"measured: prompts {reading:,.0f} tok/s, answers {drawing:,.1f} tok/s with {at_once} at once; for answers "

@@ -140,27 +140,30 @@ def say_compiling() -> None:
     note("compiling kernels for this processor, once (up to a minute)...")
 
 
+def model_options(settings: Settings) -> dict[str, Any]:
+    """What `Model.open` takes of the settings."""
+    return {
+        "path": settings.model,
+        "threads": settings.threads,
+        "ctx": settings.ctx,
+        "kv": settings.kv,
+        "template": settings.template,
+        "load": settings.load,
+        "ram": settings.ram,
+        "heat": settings.heat == "on",
+        "draft": settings.draft,
+        "draft_tokens": settings.draft_tokens,
+        "mtp": settings.mtp,
+    }
+
+
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
     from m2lite.decode.session import Model
     from m2lite.describe import format_bytes, format_mix, type_mix
 
     free = machine.free_memory_bytes()
-    model = Model.open(
-        settings.model,
-        threads=settings.threads,
-        ctx=settings.ctx,
-        kv=settings.kv,
-        template=settings.template,
-        load=settings.load,
-        ram=settings.ram,
-        heat=settings.heat == "on",
-        draft=settings.draft,
-        draft_tokens=settings.draft_tokens,
-        mtp=settings.mtp,
-        sequences=sequences,
-        on_compile=say_compiling,
-    )
+    model = Model.open(**model_options(settings), sequences=sequences, on_compile=say_compiling)
     parts = [
         model.path.name,
         format_mix(type_mix(model.gguf)),

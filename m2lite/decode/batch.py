@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ _KEPT = 64  # rows that are done and stay, while their pages are not needed
 _TRIED = 8  # rows with the same whole pages that are compared token by token
 _SHARE = 16  # tokens that make it worth to wait for another row, or to copy a page
 _LENGTH = 128.0  # of an answer, until it is known better
+_IDLE_S = 0.01  # between two looks for wishes when there are none
 _TOGETHER = 8  # a share of the places is filled at once, unless nobody answers
 
 
@@ -105,22 +106,25 @@ class Batch:
     def n_inflight(self) -> int:
         return len(self._rows) + len(self._back)
 
-    def run(self, wishes: Iterable[Wish], after_step: Callable[[], None] = lambda: None) -> Generator[Done, None, None]:
-        """Each wish's end as it comes, in no order; Stopped where `stop` says so. Takes wishes as it needs them."""
+    def run(
+        self, wishes: Iterable[Wish | None], after_step: Callable[[], None] = lambda: None
+    ) -> Generator[Done, None, None]:
+        """Each wish's end as it comes, in no order; Stopped where `stop` says so. Takes wishes as it needs them.
+
+        A wish that is None says that there is none just now.
+        """
         source, is_open = iter(wishes), True
         compute = compute_thread()
         compute.run(self._engine.fit, self._stop)
         try:
             while True:
-                while is_open and len(self._upcoming) < self._window:
-                    wish = next(source, None)
-                    if wish is None:
-                        is_open = False
-                        break
-                    self._upcoming.append(_Upcoming(wish, page_hashes(wish.row)))
-                if not (self._rows or self._back or self._upcoming):
-                    return
+                is_open = is_open and self._take(source)
                 ask(self._stop)
+                if not (self._rows or self._back or self._upcoming):
+                    if not is_open:
+                        return
+                    time.sleep(_IDLE_S)
+                    continue
                 began = time.perf_counter()
                 done = compute.run(self._step, self._stop)
                 self.counts.seconds += time.perf_counter() - began
@@ -128,6 +132,18 @@ class Batch:
                 after_step()
         finally:
             compute.submit(self._release)
+
+    def _take(self, source: Iterator[Wish | None]) -> bool:
+        """Wishes until there are enough to choose from; False when the last was taken."""
+        while len(self._upcoming) < self._window:
+            try:
+                wish = next(source)
+            except StopIteration:
+                return False
+            if wish is None:
+                break
+            self._upcoming.append(_Upcoming(wish, page_hashes(wish.row)))
+        return True
 
     def _release(self) -> None:
         for row in (*self._rows, *self._kept):

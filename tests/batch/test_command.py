@@ -21,7 +21,10 @@ from m2lite.storage.durable import LineLog
 from tests.conftest import Run
 
 Models = dict[str, Path]
-WORDS = ["cat", "dog", "king", "sea", "ship", "bird", "fox", "moon", "bread", "rain", "tree", "hill", "lamp", "door", "song", "wind", "star", "coat", "book", "road"]
+WORDS = [
+    "cat", "dog", "king", "sea", "ship", "bird", "fox", "moon", "bread", "rain", "tree", "hill", "lamp", "door", "song",
+    "wind", "star", "coat", "book", "road",
+]  # fmt: skip
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:

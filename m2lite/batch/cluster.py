@@ -1,0 +1,211 @@
+"""A batch on several machines: an engine in a Ray actor on each node, and a driver that hands out lines. Knows no file.
+
+Only the driver writes results, so what holds for one machine holds here: a line counts when its result is on disk.
+Lines of an engine that is lost are handed out again, and another engine takes its place.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from m2lite.batch.lines import Line
+from m2lite.batch.runner import Runner, Tally, Write, facts
+from m2lite.decode.batch import Counts
+from m2lite.decode.compute import Stopped
+from m2lite.decode.engine import Stop
+from m2lite.errors import M2liteError, UsageError
+
+_WAIT_S = 0.5  # for a result, before an engine says that there is none
+_MOST_LOSSES = 3  # engines in a row that are lost before any of them has answered
+_AHEAD = 2  # lines that an engine has at hand, for each that it answers at once
+
+
+class Engine:
+    """What runs in an actor: a model, and a thread that answers the lines that come."""
+
+    def __init__(self, options: dict[str, Any], n_inflight: int) -> None:
+        """`options`: of Model.open."""
+        from m2lite.decode.session import Model
+
+        self._model = Model.open(**options)
+        self._lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[dict[str, Any], int]] = queue.SimpleQueue()
+        self._tally = Tally(0, self._model.config.n_layers)
+        self._error: BaseException | None = None
+        runner = Runner(self._model, n_inflight, lambda line, key: self._results.put((line, key)), self._tally)
+        self._thread = threading.Thread(target=self._run, args=(runner,), daemon=True)
+        self._thread.start()
+
+    def _run(self, runner: Runner) -> None:
+        try:
+            runner.run(self._come(), lambda tally: None)
+        except BaseException as error:  # told by `take`
+            self._error = error
+
+    def _come(self) -> Iterator[Line | None]:
+        while True:
+            try:
+                yield self._lines.get_nowait()
+            except queue.Empty:
+                yield None
+
+    def facts(self) -> dict[str, Any]:
+        return facts(self._model) | {"n_layers": self._model.config.n_layers}
+
+    def put(self, lines: list[Line]) -> None:
+        for line in lines:
+            self._lines.put(line)
+
+    def take(self) -> tuple[list[tuple[dict[str, Any], int]], Counts]:
+        """The results that there are, after a while if there are none; and what was done so far."""
+        if self._error is not None:
+            raise self._error
+        found = list[tuple[dict[str, Any], int]]()
+        try:
+            found.append(self._results.get(timeout=_WAIT_S))
+            while True:
+                found.append(self._results.get_nowait())
+        except queue.Empty:
+            return found, self._tally.counts
+
+
+@dataclass
+class _Place:
+    """An engine of the cluster, the lines that it has, and the call that waits for its results."""
+
+    node: str | None
+    actor: Any
+    lines: dict[int, Line] = field(default_factory=dict)
+    waits: Any = None
+    counts: Counts = field(default_factory=Counts)
+    n_lost: int = 0
+
+
+class Cluster:
+    """Engines on the nodes of a Ray cluster."""
+
+    def __init__(self, address: str, options: dict[str, Any], n_inflight: int, n_actors: int | None) -> None:
+        """`address` is Ray's, or "local" for a cluster of this machine alone; by default one engine on each node."""
+        try:
+            import ray
+        except ImportError:
+            raise UsageError("--ray needs the package ray.", "pip install 'm2lite[ray]'.") from None
+        self._ray: Any = ray
+        self._options, self._n_inflight = options, n_inflight
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+        try:
+            if address == "local":
+                ray.init(num_cpus=n_actors or 1, **quiet)
+            else:
+                quiet.pop("include_dashboard")
+                ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
+        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        n = n_actors or len(nodes)
+        self._places = [self._place(nodes[i % len(nodes)]) for i in range(n)]
+        found = ray.get([place.actor.facts.remote() for place in self._places])
+        other = next((each for each in found if each != found[0]), None)
+        if other is not None:
+            self.close()
+            raise UsageError(f"The nodes have different models: {found[0]} and {other}.", "Give them the same file.")
+        self.n_layers: int = found[0].pop("n_layers")
+        self.facts: dict[str, Any] = found[0]
+
+    @property
+    def n_engines(self) -> int:
+        return len(self._places)
+
+    def _place(self, node: str | None) -> _Place:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=True)
+        actor = (
+            self._ray.remote(Engine)
+            .options(num_cpus=1, max_concurrency=2, scheduling_strategy=strategy)
+            .remote(self._options, self._n_inflight)
+        )
+        return _Place(node, actor)
+
+    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
+        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
+        ray, again = self._ray, deque[Line]()
+        tally.began = time.monotonic()
+        while True:
+            if stop():
+                raise Stopped
+            for place in self._places:
+                self._feed(place, again, lines)
+            waiting = [place.waits for place in self._places if place.waits is not None]
+            if not waiting:
+                return
+            ready, _ = ray.wait(waiting, timeout=_WAIT_S)
+            for place in self._places:
+                if place.waits in ready:
+                    self._collect(place, again, write, tally)
+            tally.counts = _sum(place.counts for place in self._places)
+            show(tally)
+
+    def _feed(self, place: _Place, again: deque[Line], lines: Iterator[Line]) -> None:
+        """As many lines as an engine should have at hand."""
+        new = list[Line]()
+        while len(place.lines) + len(new) < _AHEAD * self._n_inflight:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                break
+            new.append(line)
+        if new:
+            place.lines |= {line.key: line for line in new}
+            place.actor.put.remote(new)
+        if place.lines and place.waits is None:
+            place.waits = place.actor.take.remote()
+
+    def _collect(self, place: _Place, again: deque[Line], write: Write, tally: Tally) -> None:
+        """The results of an engine; if it is lost, its lines are to be done again by whoever is there."""
+        waits, place.waits = place.waits, None
+        try:
+            found, place.counts = self._ray.get(waits)
+        except self._ray.exceptions.RayActorError as error:
+            place.n_lost += 1
+            if place.n_lost > _MOST_LOSSES:
+                raise M2liteError(
+                    f"{place.n_lost} engines were lost one after the other: {error}.", "See Ray's log."
+                ) from None
+            again.extend(place.lines.values())
+            place.lines = {}
+            place.actor = self._place(place.node).actor
+            return
+        except self._ray.exceptions.RayTaskError as error:
+            raise M2liteError(f"An engine failed: {error.cause}.", "See Ray's log.") from None
+        for result, key in found:
+            place.n_lost = 0
+            if place.lines.pop(key, None) is None:  # it was handed out again, and another was quicker
+                continue
+            write(result, key)
+            tally.n_tokens += _n_tokens(result)
+            if result["error"] is None:
+                tally.n_done += 1
+            else:
+                tally.n_failed += 1
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _n_tokens(result: dict[str, Any]) -> int:
+    response = result["response"]
+    return int(response["body"]["usage"]["completion_tokens"]) if response else 0
+
+
+def _sum(counts: Iterator[Counts]) -> Counts:
+    total = Counts()
+    for each in counts:
+        for name, value in vars(each).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total

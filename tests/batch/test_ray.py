@@ -1,0 +1,83 @@
+"""A batch on a Ray cluster of this machine: two engines, one of which may be lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import Run
+
+pytest.importorskip("ray", reason="ray has no wheel for this Python")
+pytestmark = pytest.mark.slow
+
+
+def write(path: Path, n: int, n_tokens: int) -> Path:
+    lines = [{"custom_id": f"q{i}", "prompt": f"Tell me a story, number {i}.", "max_tokens": n_tokens} for i in range(n)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def answers(path: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {line["custom_id"]: line["response"]["body"]["choices"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def engines(parent: psutil.Process) -> list[psutil.Process]:
+    """Ray's processes that run an engine."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "ray::Engine" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_two_engines_one_is_killed(
+    run_m2lite: Run, command_env: dict[str, str], tmp_path: Path, bundled_model: Path
+) -> None:
+    """The answers are those of one process, whoever gave them, and those of the engine that was killed come, too."""
+    source = write(tmp_path / "in.jsonl", 40, 150)
+    options = ["--model", str(bundled_model), "--inflight", "4", "--threads", "1"]
+    assert run_m2lite("batch", source, "-o", tmp_path / "alone.jsonl", *options).returncode == 0
+    out = tmp_path / "out.jsonl"
+    command = ["batch", str(source), "-o", str(out), *options, "--ray", "local", "--ray-actors", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found = engines(psutil.Process(process.pid))
+        assert len(found) == 2
+        os.kill(found[0].pid, signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, told
+    assert "2 engines on Ray's nodes" in told and "40 of 40 lines are done, 0 failed" in told
+    assert answers(out) == answers(tmp_path / "alone.jsonl")
+    done = run_m2lite(*command[:-4])  # goes on without Ray: the manifest is the same
+    assert done.returncode == 0 and "nothing was left to do" in done.stderr
+
+
+def test_no_cluster(run_m2lite: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", 1, 5)
+    done = run_m2lite("batch", source, "-o", tmp_path / "out.jsonl", "--ray", "127.0.0.1:1")
+    assert done.returncode == 1 and "No Ray cluster at '127.0.0.1:1'" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out.jsonl").exists()
