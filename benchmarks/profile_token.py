@@ -25,8 +25,9 @@ import numpy as np
 from m2lite import Model
 from m2lite.bench import fill, random_ids
 from m2lite.decode.compute import compute_thread
+from m2lite.decode.context import kv_bytes_per_position
 from m2lite.decode.sampling import Sampling, draw
-from m2lite.decode.session import Session, kv_bytes_per_position
+from m2lite.decode.session import Session
 from m2lite.kernels.layer import interpreted
 from m2lite.model.weights import Matrix
 

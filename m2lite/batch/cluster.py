@@ -7,6 +7,7 @@ Lines of an engine that is lost are handed out again, and another engine takes i
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
 
 _WAIT_S = 0.5  # for a result, before an engine says that there is none
+_CONNECT_S, _START_S = 5.0, 900.0  # to reach the cluster, and for every engine to open its model
 _MOST_LOSSES = 3  # engines in a row that are lost before any of them has answered
 _AHEAD = 2  # lines that an engine has at hand, for each that it answers at once
 
@@ -96,6 +98,7 @@ class Cluster:
             import ray
         except ImportError:
             raise UsageError("--ray needs the package ray.", "pip install 'm2lite[ray]'.") from None
+        _check_address(address)
         self._ray: Any = ray
         self._options, self._n_inflight = options, n_inflight
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
@@ -110,13 +113,28 @@ class Cluster:
         nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
         n = n_actors or len(nodes)
         self._places = [self._place(nodes[i % len(nodes)]) for i in range(n)]
-        found = ray.get([place.actor.facts.remote() for place in self._places])
+        found = self._facts()
         other = next((each for each in found if each != found[0]), None)
         if other is not None:
             self.close()
             raise UsageError(f"The nodes have different models: {found[0]} and {other}.", "Give them the same file.")
         self.n_layers: int = found[0].pop("n_layers")
         self.facts: dict[str, Any] = found[0]
+
+    def _facts(self) -> list[dict[str, Any]]:
+        """Of each engine, once it has opened its model."""
+        ray = self._ray
+        try:
+            found: list[dict[str, Any]] = ray.get([p.actor.facts.remote() for p in self._places], timeout=_START_S)
+        except ray.exceptions.GetTimeoutError:
+            self.close()
+            raise M2liteError(
+                f"Not all of {self.n_engines} engines have started in {_START_S:g} s.", "Are there cores for them?"
+            ) from None
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise M2liteError(f"An engine cannot start: {error}.", "Is the model at this path on each node?") from None
+        return found
 
     @property
     def n_engines(self) -> int:
@@ -196,6 +214,17 @@ class Cluster:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Somebody listens there: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # local, auto, or a name that Ray knows
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
 
 
 def _n_tokens(result: dict[str, Any]) -> int:

@@ -251,7 +251,8 @@ class _Job:
         from m2lite.batch.measure import measure_speeds
 
         at_once = min(self.n_inflight, n_lines)
-        reading, drawing, _ = measure_speeds(model, at_once)
+        speeds = measure_speeds(model, at_once)
+        reading, drawing = speeds.reading, speeds.drawing
         n_answer = self.defaults.max_tokens or 512
         seconds = n_prompt / reading + n_lines * n_answer / drawing
         note(

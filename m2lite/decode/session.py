@@ -22,6 +22,7 @@ import numpy.typing as npt
 from m2lite import machine
 from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.decode.constrain import Masks
+from m2lite.decode.context import check_ctx, chunk_rows, default_ctx, kv_bytes_per_position, pool_positions
 from m2lite.decode.drafts import Drafter, Drafting, n_common, open_drafting
 from m2lite.decode.engine import Engine, Stop, ask
 from m2lite.decode.generation import Generation
@@ -30,8 +31,8 @@ from m2lite.decode.rules import Penalties, Rule
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.stats import Stats
 from m2lite.decode.warm import Warmer
-from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
-from m2lite.model.cache import PAGE, check_kv, kv_layer_bytes
+from m2lite.errors import ContextError, M2liteError, UsageError
+from m2lite.model.cache import PAGE, check_kv
 from m2lite.model.config import Config, parse_config
 from m2lite.model.residency import check_load
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
@@ -46,10 +47,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
 
-DEFAULT_CTX = 32 * 1024
-MAX_ROWS = 2048  # of one forward call
 MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
-MAX_CALL_MACS = 50e9  # of all rows in one product: a stop is heard between them, well under half a second
 
 Progress = Callable[[int, int], None]  # rows evaluated, rows in all
 
@@ -459,53 +457,3 @@ class Session:
 
 def _release(timeline: Timeline) -> None:
     compute_thread().submit(timeline.release)
-
-
-def kv_bytes_per_position(config: Config, kv: str, n_modules: int = 0) -> int:
-    return (config.n_layers + n_modules) * kv_layer_bytes(config, kv)
-
-
-def default_ctx(config: Config, kv_bytes: int) -> int:
-    """The smaller of 32k, the model's limit and what a quarter of free memory holds, in whole pages.
-
-    kv_bytes: of the KV cache for a position.
-    """
-    fits = machine.free_memory_bytes() // 4 // kv_bytes // PAGE * PAGE
-    return min(DEFAULT_CTX, config.n_ctx_train, max(PAGE, fits))
-
-
-def check_ctx(config: Config, ctx: int, kv_bytes: int) -> int:
-    """`ctx`, if the model and this machine's memory allow it."""
-    if not 1 <= ctx <= config.n_ctx_train:
-        raise UsageError(
-            f"A context of {ctx:,} was asked for; the model allows 1 to {config.n_ctx_train:,}.", "Change --ctx."
-        )
-    needed, free = ctx * kv_bytes, machine.free_memory_bytes()
-    if needed > free:
-        most = free // kv_bytes // PAGE * PAGE
-        raise ResourceError(
-            f"A context of {ctx:,} needs {needed:,} bytes of KV cache; {free:,} bytes of memory are free.",
-            f"Use --ctx {most} or less.",
-        )
-    return ctx
-
-
-def pool_positions(ctx: int, kv_bytes: int, sequences: int, pool: int | None = None) -> int:
-    """KV positions of all sessions together, in whole pages: at least one session's.
-
-    kv_bytes: of the KV cache for a position.
-    """
-    free = machine.free_memory_bytes()
-    if pool is not None and pool * kv_bytes > free:
-        raise ResourceError(
-            f"{pool:,} positions need {pool * kv_bytes:,} bytes of KV cache; {free:,} bytes of memory are free.",
-            f"Use {free // kv_bytes // PAGE * PAGE:,} or less.",
-        )
-    each = -(-ctx // PAGE) * PAGE if sequences > 1 else ctx
-    fits = free // 4 // kv_bytes // PAGE * PAGE
-    return pool or max(ctx, min(sequences * each, fits))
-
-
-def chunk_rows(config: Config) -> int:
-    """Rows of one forward call: bounded, so that a stop is heard soon."""
-    return max(1, min(MAX_ROWS, int(MAX_CALL_MACS / (config.n_embd * config.n_q))))

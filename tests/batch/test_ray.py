@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 def write(path: Path, n: int, n_tokens: int) -> Path:
-    lines = [{"custom_id": f"q{i}", "prompt": f"Tell me a story, number {i}.", "max_tokens": n_tokens} for i in range(n)]
+    lines = [
+        {"custom_id": f"q{i}", "prompt": f"Tell me a story, number {i}.", "max_tokens": n_tokens} for i in range(n)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

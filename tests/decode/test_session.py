@@ -17,8 +17,9 @@ import pytest
 import tinymodel
 from m2lite import BadModelError, ContextError, M2liteError, Model, ResourceError, Sampling, UsageError, machine
 from m2lite.decode import compute
+from m2lite.decode.context import MAX_ROWS, chunk_rows, default_ctx, kv_bytes_per_position
 from m2lite.decode.engine import Stop
-from m2lite.decode.session import MAX_ROWS, Session, chunk_rows, default_ctx, kv_bytes_per_position, n_common
+from m2lite.decode.session import Session, n_common
 from m2lite.model import residency
 from m2lite.model.forward import FEW_ROWS
 
