@@ -166,6 +166,8 @@ def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: in
         emit.fence(builder)
 
 
+AHEAD = 32  # rows: the tile after the next; of short rows (`ffn_down_exps`) one tile is read before it has come
+
 # Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
 AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
 
@@ -302,7 +304,7 @@ n_vectors = 2
 def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     for first in range(0, n_store, AT_ONCE):
         acc, rows = zeros(), w + first * stride
-        ahead = rows + 16 * stride
+        ahead = rows + AHEAD * stride
         for b in range(n_blocks // n_steps):
             at = rows + b * block_bytes
             acc = dot_block(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * AT_ONCE * block_bytes)
@@ -311,7 +313,7 @@ def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 
 def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
-    sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + 16 * stride
+    sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + AHEAD * stride
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
     for b in range(n_blocks // n_steps):
