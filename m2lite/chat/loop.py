@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -13,6 +12,7 @@ from m2lite.chat.chat import Begin, Chat
 from m2lite.chat.commands import Leave, last_exchange, run_command
 from m2lite.chat.lines import ask_line, piped_lines, typed_lines, without_echo
 from m2lite.chat.markdown import Markdown
+from m2lite.chat.progress import PromptProgress
 from m2lite.chat.render import Renderer, neutralise, styled
 from m2lite.chat.status import status_line
 from m2lite.chat.tools import Tools, describe_call, run_tool
@@ -21,7 +21,6 @@ from m2lite.errors import M2liteError
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
 
 _SHOWN_RESULT = 2000  # characters of a tool's result that are shown; the model gets all of it
-_SLOW_PROMPT_S = 0.5  # from here on, reading the prompt is worth a line of progress
 
 
 def run_chat(chat: Chat) -> int:
@@ -128,7 +127,7 @@ class _Talk:
         markdown = Markdown() if styled(sys.stdout) and not chat.is_plain else None
         renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr), chat.show_thinking, markdown)
         with stop_on_signals() as stop, without_echo():
-            progress = _PromptProgress()
+            progress = PromptProgress()
             options: Options = chat.options() | {"stop": stop, "progress": progress}
             pieces = begin(options)
             keeper = chat.keeper()
@@ -189,27 +188,6 @@ class _Talk:
 
 def _tell_results(conversation: Conversation, results: list[str], options: Options) -> Pieces:
     return conversation.tell_results(results, **options)
-
-
-class _PromptProgress:
-    """`reading 512 of 4,000 tokens`, rewritten in place, only on a terminal and only when it takes a while."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._shown = False
-
-    def __call__(self, done: int, total: int) -> None:
-        seconds = time.monotonic() - self._started
-        if done < total and sys.stderr.isatty() and seconds > _SLOW_PROMPT_S:
-            speed = done / seconds
-            text = f"reading {done:,} of {total:,} tokens, {speed:,.0f} tok/s, {(total - done) / speed:,.0f} s left"
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def end(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
 
 
 def tell(text: str, dim: bool = False) -> None:

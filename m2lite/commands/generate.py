@@ -50,6 +50,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end")] = False,
 ) -> None:
     """Answer one question: the answer on stdout, everything else on stderr."""
+    from m2lite.chat.progress import PromptProgress
     from m2lite.decode.conversation import Conversation
     from m2lite.decode.request import Request, check_whole
     from m2lite.signals import stop_on_signals
@@ -72,11 +73,13 @@ def generate(
         wanted = _read_request(request, wanted)
     with open_model(settings) as model, stop_on_signals() as stop:
         conversation = Conversation(model.session(), system, wanted.tools)
-        options: Options = wanted.options() | {"stop": stop}
+        progress = PromptProgress()
+        options: Options = wanted.options() | {"stop": stop, "progress": progress}
         if text is None:
             pieces = conversation.reply_to(wanted.messages, **options)
         else:
             pieces = (conversation.complete if no_template else conversation.ask)(text, **options)
+        pieces = progress.until_read(pieces)
         if as_json:
             for _ in pieces:
                 pass
