@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from m2lite.text.reply import Piece
 
@@ -31,7 +31,7 @@ class PromptProgress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
             self._shown = False
 
-    def until_read(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def until_read(self, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
         """The pieces of an answer; the line is gone before the first, and in any case at the end."""
         try:
             for piece in pieces:
