@@ -115,7 +115,6 @@ class Batch:
         """
         source, is_open = iter(wishes), True
         compute = compute_thread()
-        compute.run(self._engine.fit, self._stop)
         try:
             while True:
                 is_open = is_open and self._take(source)
@@ -154,7 +153,10 @@ class Batch:
 
     def _step(self) -> list[Done]:
         """One call of the model, and a token for every row whose end it reached."""
+        n_before = len(self._rows)
         done = self._admit()
+        if len(self._rows) > n_before:
+            self._engine.fit()  # our own memory grows with them
         parts = self._parts()
         if not parts:
             return done

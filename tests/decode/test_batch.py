@@ -13,6 +13,7 @@ from m2lite.decode.batch import Batch, page_hashes
 from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.decode.conversation import Answer, Conversation
 from m2lite.decode.writer import Wish
+from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
 
 QUESTIONS = [
@@ -99,6 +100,16 @@ def test_little_room_changes_nothing(
         done = {end.wish.key: end for end in batch.run(wishes)}
         assert all(same(done[w.key].answer, a) for w, a in zip(wishes, answers, strict=True))
         assert n_free(model) == pool
+
+
+@pytest.mark.skipif(not syscalls.AVAILABLE, reason="models are streamed on Linux only")
+@pytest.mark.parametrize("load", ["mmap", "direct"])
+def test_streamed_model(bundled_model: Path, expected: tuple[list[Wish], list[Answer]], load: str) -> None:
+    wishes, answers = expected
+    with Model.open(bundled_model, draft="off", sequences=8, load=load, ctx=256, threads=2) as model:
+        done = {end.wish.key: end for end in Batch(model, 8).run(wishes)}
+        assert (model.engine.stream is not None) == (load == "direct")
+    assert all(same(done[w.key].answer, a) for w, a in zip(wishes, answers, strict=True))
 
 
 def test_answers_that_give_way_are_computed_again(tiny: Model, bundled_model: Path) -> None:
