@@ -25,4 +25,5 @@ def test_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     shown = set(re.findall(r"^    m2lite (\w+)", text, re.MULTILINE))
     registered = {c.callback.__name__.rstrip("_") for c in app.registered_commands if c.callback is not None}
+    registered |= {str(group.name) for group in app.registered_groups}
     assert shown == registered
