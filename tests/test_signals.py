@@ -10,6 +10,8 @@ import pytest
 
 from m2lite.signals import StopFlag, exit_on_terminate, stop_on_signals
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 def test_first_signal_sets_the_flag() -> None:
     before = signal.getsignal(signal.SIGINT)

@@ -20,6 +20,8 @@ from m2lite.decode.conversation import Conversation
 from m2lite.storage.durable import LineLog
 from tests.conftest import Run
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Models = dict[str, Path]
 WORDS = [
     "cat", "dog", "king", "sea", "ship", "bird", "fox", "moon", "bread", "rain", "tree", "hill", "lamp", "door", "song",

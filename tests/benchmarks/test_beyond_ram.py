@@ -11,6 +11,8 @@ import pytest
 from beyond_ram import BeyondBench, disk_reads, summary
 from runs import Work
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BeyondBench:

@@ -10,6 +10,8 @@ import deep_decode
 from m2lite import Model
 from runs import RunError, Work
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 LOG = """
 0.04.535.445 I common_perf_print:    sampling time =       1.68 ms
 0.04.535.579 I common_perf_print: prompt eval time =     268.24 ms /     1 tokens

@@ -11,6 +11,8 @@ from draft_costs import Lots, break_even, measure_point, quoting, record_trace, 
 from m2lite import Model
 from m2lite.bench_drafts import Setting
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.4])
 def test_lots_share_as_much_as_they_should(overlap: float) -> None:

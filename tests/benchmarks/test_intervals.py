@@ -8,6 +8,8 @@ import pytest
 
 from intervals import exact_rank, median_interval, paired_ratio
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 def test_ranks_are_those_of_the_sign_test() -> None:
     assert exact_rank(5) is None  # 1 - 2 / 32 = 93.75 %

@@ -9,6 +9,8 @@ import pytest
 from m2lite import Model
 from profile_token import Profiler, format_profile, profile
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 @pytest.mark.parametrize(("depth", "n_ids"), [(0, 1), (300, 1), (300, 70)])
 def test_a_call_is_taken_apart(opened: Callable[[str], Model], depth: int, n_ids: int) -> None:

@@ -13,6 +13,8 @@ import report
 from intervals import median_interval
 from runs import RunError, append_row
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 FOLDER = Path(report.__file__).parent
 TARGETS = [{"label": "slice*", "kind": "decode", "depth": 0, "ratio": 1.5, "mapped": 0.95}, {"busy": 2.5}]
 

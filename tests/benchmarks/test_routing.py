@@ -10,6 +10,8 @@ import pytest
 from m2lite import Model
 from routing import HALF_LIVES, best_hit_rate, compare, hit_rate, record, table
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 @pytest.fixture(scope="module")
 def trace(bundled_model: Path) -> np.ndarray:

@@ -22,6 +22,8 @@ import runs
 import side_by_side
 from runs import RunError, Work, append_row, identity, llama_argv, ours_argv, parse_llama, parse_ours, read_rows, series
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 SAMPLE = Path(__file__).parent / "llama_bench.json"
 VERSIONS = {"tree": "t", "python": "3", "numba": "1", "llama.cpp": "b1", "commit": "c"}
 COMPUTER = {"processor": "p", "cores": 2}

@@ -12,6 +12,8 @@ import pytest
 from m2lite.chat.render import Renderer, neutralise
 from m2lite.text.reply import Piece
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -19,6 +19,8 @@ from m2lite.decode.conversation import Conversation
 from tests.chat.conftest import Start
 from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, TAB, Terminal
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Models = dict[str, Path]
 
 

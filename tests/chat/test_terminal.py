@@ -14,6 +14,8 @@ import tinymodel
 from tests.chat.conftest import Start, StartRaw
 from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, NEWLINE
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Models = dict[str, Path]
 
 

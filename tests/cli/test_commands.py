@@ -19,6 +19,8 @@ import pytest
 
 import tinymodel
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMANDS = (
     "chat", "generate", "convert", "quantize", "imatrix", "verify", "inspect", "bench", "perplexity", "doctor",

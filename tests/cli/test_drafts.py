@@ -16,6 +16,8 @@ from m2lite.workloads import WORKLOADS
 from tests.conftest import Run
 from tests.quant import checkpoints
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 STORY = ("-p", "Tell me a short story about a fox and a lantern.", "--seed", "7", "-n", "60", "--json")
 
 

@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import Run
 from tests.quant import checkpoints
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 TEXT = "One day a fox met an owl by the river. They looked for the lantern until it was dark, and then they sang. " * 20
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import Run
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 Models = dict[str, Path]
 SCHEMA = {
     "type": "object",

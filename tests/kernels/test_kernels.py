@@ -16,6 +16,8 @@ from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 
 def test_every_kernel_has_a_twin() -> None:
     for name in fast.__all__:

@@ -17,6 +17,8 @@ from m2lite.quant.search_reference import encode_reference
 from m2lite.storage.blocks import FORMATS, pack_rows, unpack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 PLAIN = [name for name in ENCODERS if FORMATS[name].pack is not None]
 SEARCHED = [name for name in ENCODERS if FORMATS[name].pack is None]
 WEIGHTED = [name for name in ENCODERS if uses_importance(name)]

@@ -13,6 +13,8 @@ from m2lite import Model
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_reader import open_gguf
 
+pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
+
 ROOT = Path(__file__).parents[2]
 
 
