@@ -157,6 +157,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
     """100,000 lines of 1 kB take no more than their hashes."""
     path, n = tmp_path / "in.jsonl", 100_000

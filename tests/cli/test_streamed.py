@@ -11,7 +11,10 @@ import pytest
 from conftest import Run
 from m2lite.storage import syscalls
 
-pytestmark = pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only")
+pytestmark = [
+    pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only"),
+    pytest.mark.slow,
+]
 
 
 def test_what_a_streamed_answer_cost(run_inline: Run, bundled_model: Path) -> None:

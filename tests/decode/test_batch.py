@@ -89,6 +89,7 @@ def test_answers_are_those_of_each_alone(
     assert n_free(tiny) == tiny.engine.pool.n_positions  # every page came back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [256, 512, 1024])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_little_room_changes_nothing(

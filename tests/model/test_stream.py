@@ -23,7 +23,10 @@ from m2lite.model.stream import Run, Stream, runs
 from m2lite.storage import syscalls
 from m2lite.storage.reads import DirectReads
 
-pytestmark = pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only")
+pytestmark = [
+    pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(autouse=True)
