@@ -207,10 +207,7 @@ class Cluster:
                 continue
             write(result, key)
             tally.n_tokens += _n_tokens(result)
-            if result["error"] is None:
-                tally.n_done += 1
-            else:
-                tally.n_failed += 1
+            tally.add(result["error"] is not None)
 
     def close(self) -> None:
         self._ray.shutdown()

@@ -91,6 +91,11 @@ class Tally:
         """Of earlier runs."""
         self.n_done, self.n_failed, self.n_before = n_done, n_failed, n_done + n_failed
 
+    def add(self, is_failed: bool) -> None:
+        """Another line has its result."""
+        self.n_done += not is_failed
+        self.n_failed += is_failed
+
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -178,7 +183,4 @@ class Runner:
 
     def _add(self, custom_id: str, body: dict[str, Any] | None, error: M2liteError | None, key: int) -> None:
         self._write(result_line(custom_id, body, error), key)
-        if error is None:
-            self.tally.n_done += 1
-        else:
-            self.tally.n_failed += 1
+        self.tally.add(error is not None)

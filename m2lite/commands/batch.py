@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from m2lite import __version__
 from m2lite.commands.frame import MODEL, SAMPLING, command, model_options, note, open_model, print_json
-from m2lite.commands.options import make_sampling, read_schema
+from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
@@ -64,10 +64,8 @@ def run(
     ] = None,
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help="Part I of N, by the names of lines")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count tokens, estimate; answer nothing")] = False,
-    stop_text: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")] = None,
-    json_schema: Annotated[
-        str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
-    ] = None,
+    stop_text: StopOption = None,
+    json_schema: SchemaOption = None,
     ray: Annotated[
         str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster: an engine on each node; or local")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import make_sampling, read_schema, think_tokens
+from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
@@ -31,10 +31,8 @@ def chat(
     keep_thinking: Annotated[
         bool, typer.Option("--keep-thinking", help="Earlier turns keep their thinking, and every id that they had")
     ] = False,
-    stop_text: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")] = None,
-    json_schema: Annotated[
-        str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
-    ] = None,
+    stop_text: StopOption = None,
+    json_schema: SchemaOption = None,
     tools: Annotated[
         list[str] | None,
         typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, note, open_model, print_json
-from m2lite.commands.options import make_sampling, read_schema, think_tokens
+from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
@@ -38,10 +38,8 @@ def generate(
         str | None, typer.Option("--request", metavar="FILE", help="An OpenAI chat completion's body instead")
     ] = None,
     no_template: Annotated[bool, typer.Option("--no-template", help="Feed the text as it is")] = False,
-    stop_text: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends the answer")] = None,
-    json_schema: Annotated[
-        str | None, typer.Option("--json-schema", metavar="FILE", help="The answer is JSON of this schema")
-    ] = None,
+    stop_text: StopOption = None,
+    json_schema: SchemaOption = None,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", metavar="N", help="With --json: log probabilities, and the N likeliest")
     ] = None,

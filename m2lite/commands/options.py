@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from m2lite.commands.frame import note
 from m2lite.errors import UsageError
@@ -12,6 +14,12 @@ from m2lite.settings import Settings
 if TYPE_CHECKING:
     from m2lite.decode.constrain import Schema
     from m2lite.decode.sampling import Sampling
+
+
+StopOption = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")]
+SchemaOption = Annotated[
+    str | None, typer.Option("--json-schema", metavar="FILE", help="Answers are JSON of this schema")
+]
 
 
 def make_sampling(settings: Settings, default_seed: int | None = None) -> Sampling:

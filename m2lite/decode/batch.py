@@ -60,7 +60,6 @@ class Counts:
     n_again: int = 0  # tokens computed again, of answers that had to give way
     n_expert_reads: int = 0  # experts that were gone through, of all layers and steps
     n_rows: int = 0  # of all calls
-    seconds: float = 0.0
     n_now: int = 0  # answers under way
     n_most: int = 0  # of these, at once
 
@@ -102,10 +101,6 @@ class Batch:
         self._length = _LENGTH
         self.counts = Counts()
 
-    @property
-    def n_inflight(self) -> int:
-        return len(self._rows) + len(self._back)
-
     def run(
         self, wishes: Iterable[Wish | None], after_step: Callable[[], None] = lambda: None
     ) -> Generator[Done, None, None]:
@@ -124,10 +119,7 @@ class Batch:
                         return
                     time.sleep(_IDLE_S)
                     continue
-                began = time.perf_counter()
-                done = compute.run(self._step, self._stop)
-                self.counts.seconds += time.perf_counter() - began
-                yield from done
+                yield from compute.run(self._step, self._stop)
                 after_step()
         finally:
             compute.submit(self._release)
@@ -214,7 +206,7 @@ class Batch:
         while not self._has_pages(sum(row.timeline.pages_needed(1) for row in self._rows if row.n_todo == 1)):
             self._give_way()
         parts, n_pages, room = list[tuple[_Row, list[int]]](), 0, self._model.n_rows
-        for row in sorted(self._rows, key=lambda row: row.n_todo > 1):  # answers first, then who came first
+        for row in sorted(self._rows, key=lambda row: row.is_reading):  # answers first, then who came first
             if row.donor is not None or not room:
                 continue
             at, n = row.timeline.length, min(room, row.n_todo)
@@ -291,20 +283,22 @@ class Batch:
     def _choose(self) -> int:
         """Whose turn it is: who begins as rows that are here do, but nobody is passed over for ever."""
         first = self._upcoming[0]
-        best, depth = 0, self._depth(first)
+        best, depth = 0, self._depth(first.hashes)
         if first.n_passed < self._window:
             for i, other in enumerate(self._upcoming):
-                if len(other.hashes) > depth and (found := self._depth(other)) > depth:
+                if len(other.hashes) > depth and (found := self._depth(other.hashes)) > depth:
                     best, depth = i, found
         first.n_passed += best > 0
         return best
 
-    def _depth(self, upcoming: _Upcoming) -> int:
+    def _depth(self, hashes: Sequence[bytes]) -> int:
         """Whole pages that a row which is here begins with, too."""
-        return next((n for n, key in enumerate(upcoming.hashes) if key not in self._holders), len(upcoming.hashes))
+        return next((n for n, key in enumerate(hashes) if key not in self._holders), len(hashes))
 
     def _begin(self, upcoming: _Upcoming) -> _Row:
-        """M2liteError for what cannot be answered."""
+        """The row of a wish, made once however often there is no room yet; M2liteError for what cannot be answered."""
+        if upcoming.row is not None:
+            return upcoming.row
         wish, limit = upcoming.wish, min(self._model.ctx, self._pool.n_positions)
         if len(wish.row) > limit:
             raise ContextError(
@@ -315,12 +309,13 @@ class Batch:
                 limit=limit,
             )
         writer = Writer(wish, self._model.tokenizer, self._model.masks, limit + 1)
-        return _Row(writer, self._pool.timeline(), upcoming.hashes)
+        upcoming.row = _Row(writer, self._pool.timeline(), upcoming.hashes)
+        return upcoming.row
 
     def _look_for_donor(self, row: _Row) -> None:
         """The row that is here whose beginning is this one's for longest."""
         ids, n_most = row.writer.row, min(len(row.writer.wish.row), len(row.writer.row) - 1)
-        depth = next((n for n, key in enumerate(row.hashes) if key not in self._holders), len(row.hashes))
+        depth = self._depth(row.hashes)
         holders = self._holders[row.hashes[depth - 1]] if depth else [*self._kept, *self._rows]
         row.donor, row.n_share = None, _SHARE - 1
         for other in holders[: -_TRIED - 1 : -1]:
@@ -350,6 +345,7 @@ class _Upcoming:
     wish: Wish
     hashes: list[bytes]
     n_passed: int = 0  # others that were chosen before it
+    row: _Row | None = None  # once it was tried to begin it
 
 
 def page_hashes(row: Sequence[int]) -> list[bytes]:
