@@ -171,6 +171,9 @@ AHEAD = 32  # rows: the tile after the next; of short rows (`ffn_down_exps`) one
 # Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
 AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
 
+# Of several activation rows, those that meet a tile while it is unpacked. It takes 32 registers (with 16: 1.1 to 1.4 times the time).
+FOUR_AT_FIRST, TWO_AT_FIRST = (4, 2) if emit.FORM == "avx512vnni" else (0, 0)
+
 
 def _dot_block_of(form: TileForm) -> Any:
     """dot_block(acc, w, stride, x, ahead): acc after all steps of a block of AT_ONCE rows and the activation row at x.
@@ -203,27 +206,40 @@ def _dot_block_of(form: TileForm) -> Any:
     return dot_block
 
 
-def _unpack_tile_of(form: TileForm) -> Any:
-    """unpack_tile(w, stride, out, ahead): the steps of one block of 16 rows, `step_vectors` vectors each, to memory."""
+def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
+    """unpack_tile(w, stride, out, x, x_step, sums, ahead): the steps of one block of 16 rows, `step_vectors` vectors
+    each, to memory, and their products with n_rows activation rows at x added to the sums, a vector each in memory.
+
+    x_step: bytes from step to step of the panel. Unpacking shuffles and dots multiply: side by side they take as long
+    as the longer of them, but a processor does not see far enough ahead to overlap one after the other.
+    """
 
     @intrinsic
-    def unpack_tile(typingctx: Any, w: Any, stride: Any, out: Any, ahead: Any) -> Any:
+    def unpack_tile(typingctx: Any, w: Any, stride: Any, out: Any, x: Any, x_step: Any, sums: Any, ahead: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            w_value, stride_value, at, ahead_value = args
+            w_value, stride_value, at, x_value, x_step_value, sums_value, ahead_value = args
             steps = iter(range(form.n_steps))
+            places = [builder.add(sums_value, emit.I64(64 * r)) for r in range(n_rows)]
+            accs = [emit.load(builder, place, emit.V_F32) for place in places]
 
             def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
-                nonlocal at
+                nonlocal at, x_value
                 _prefetch_step(builder, form, ahead_value, next(steps))
-                kept = [*prepare(builder, form.integers, weights), *scales] + ([] if minimum is None else [minimum])
-                for v in kept:
+                tile = prepare(builder, form.integers, weights)
+                for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
                     emit.store(builder, v, at)
                     at = builder.add(at, emit.I64(64))
+                rows = [builder.add(x_value, emit.I64(PANEL.BYTES * r)) for r in range(n_rows)]
+                for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
+                    accs[r] = _add_step(builder, accs[r], dots, scales, minimum, rows[r])
+                x_value = builder.add(x_value, x_step_value)
 
             form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
+            for acc, place in zip(accs, places, strict=True):
+                emit.store(builder, acc, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return unpack_tile
 
@@ -287,7 +303,8 @@ zeros = zeros_of(_SUMS)
 step_bytes = block_bytes = step_vectors = tile_vectors = 0
 n_steps = 1
 dot_block: Any = None
-unpack_tile: Any = None
+unpack_with_four: Any = None
+unpack_with_two: Any = None
 load_step: Any = None
 dot_four: Any = None
 dot_two: Any = None
@@ -314,20 +331,27 @@ def _int8_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 def _int8_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
     sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + AHEAD * stride
+    x_step, first = n_x * PANEL_BYTES, FOUR_AT_FIRST if n_x >= 4 else TWO_AT_FIRST
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
     for b in range(n_blocks // n_steps):
-        unpack_tile(w + b * block_bytes, stride, tile, ahead + b * 16 * block_bytes)
+        at, panel, tile_ahead = w + b * block_bytes, x + b * n_steps * x_step, ahead + b * 16 * block_bytes
+        if FOUR_AT_FIRST and n_x >= 4:
+            unpack_with_four(at, stride, tile, panel, x_step, sums, tile_ahead)
+        else:
+            unpack_with_two(at, stride, tile, panel, x_step, sums, tile_ahead)
+        if n_x == first:
+            continue
         for s in range(n_steps):
-            weights, at = load_step(tile + 64 * step_vectors * s), x + (b * n_steps + s) * n_x * PANEL_BYTES
-            for t in range(0, n_x - 3, 4):
-                dot_four(weights, at + PANEL_BYTES * t, sums + 64 * t)
-            t = n_x // 4 * 4
-            if n_x & 2:
-                dot_two(weights, at + PANEL_BYTES * t, sums + 64 * t)
+            weights, rows, t = load_step(tile + 64 * step_vectors * s), panel + s * x_step, first
+            while t + 4 <= n_x:
+                dot_four(weights, rows + PANEL_BYTES * t, sums + 64 * t)
+                t += 4
+            if t + 2 <= n_x:
+                dot_two(weights, rows + PANEL_BYTES * t, sums + 64 * t)
                 t += 2
-            if n_x & 1:
-                dot_one(weights, at + PANEL_BYTES * t, sums + 64 * t)
+            if t < n_x:
+                dot_one(weights, rows + PANEL_BYTES * t, sums + 64 * t)
     for t in range(n_x):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
@@ -423,7 +447,8 @@ def _names_of_integers(form: TileForm) -> dict[str, Any]:
         "step_vectors": form.step_vectors,
         "tile_vectors": form.n_steps * form.step_vectors,
         "dot_block": _dot_block_of(form),
-        "unpack_tile": _unpack_tile_of(form),
+        "unpack_with_four": _unpack_tile_of(form, FOUR_AT_FIRST),
+        "unpack_with_two": _unpack_tile_of(form, TWO_AT_FIRST),
         "load_step": _load_step_of(form),
         "dot_four": _dot_rows_of(form, 4),
         "dot_two": _dot_rows_of(form, 2),
