@@ -171,8 +171,8 @@ AHEAD = 32  # rows: the tile after the next; of short rows (`ffn_down_exps`) one
 # Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
 AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
 
-# Of several activation rows, those that meet a tile while it is unpacked. It takes 32 registers: with 16 it is slower by
-# 10 to 40 %.
+# Of several activation rows, those that meet a tile while it is unpacked. It takes 32 registers: with 16 it costs 10 to
+# 40 % instead.
 FOUR_AT_FIRST, TWO_AT_FIRST = (4, 2) if emit.FORM == "avx512vnni" else (0, 0)
 
 
