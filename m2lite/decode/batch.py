@@ -4,6 +4,8 @@ In each step every answer under way adds a row, and prompts that are still to be
 expert is read once for all rows that chose it. A row's numbers do not depend on the others in the call, so answers are
 those that each prompt would get alone.
 
+Drafts add rows to an answer, whose draws say which of them are right (batch_drafts.py): never another token.
+
 A beginning that prompts share is computed once: a row that begins as another does waits until that has got so far, and
 takes its pages. Rows that are done stay for a while, for those to come.
 """
@@ -14,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
 
+from m2lite.decode.batch_drafts import BatchDrafts, CallCost
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.conversation import Answer
 from m2lite.decode.drafts import n_common
@@ -28,7 +31,8 @@ from m2lite.decode.writer import Wish, Writer
 from m2lite.errors import ContextError, M2liteError
 from m2lite.model.cache import PAGE
 
-if TYPE_CHECKING:  # this imports Numba
+if TYPE_CHECKING:  # these import Numba
+    from m2lite.decode.lookup import Lookup
     from m2lite.decode.session import Model
     from m2lite.model.cache import Timeline
 
@@ -59,9 +63,30 @@ class Counts:
     n_drawn: int = 0
     n_again: int = 0  # tokens computed again, of answers that had to give way
     n_expert_reads: int = 0  # experts that were gone through, of all layers and steps
-    n_rows: int = 0  # of all calls
+    n_rows: int = 0  # of all calls, but for drafts that were wrong
+    n_drafts: int = 0  # that were verified
+    n_right: int = 0  # of these
     n_now: int = 0  # answers under way
     n_most: int = 0  # of these, at once
+
+
+class _Part(NamedTuple):
+    """What a row adds to a call: `ids` stand behind its timeline, and the last of them are drafts."""
+
+    row: _Row
+    ids: list[int]
+    is_end: bool  # whether nothing of the row lacks behind them, but for drafts
+    n_drafts: int = 0
+
+    @property
+    def n_draws(self) -> int:
+        """Rows, the last ones, that a token is drawn from."""
+        return self.is_end + self.n_drafts
+
+    @property
+    def room(self) -> int:
+        """Drafts that there is room for, on the page that is needed anyway."""
+        return min(self.row.writer.n_left - 1, -(self.row.timeline.length + len(self.ids)) % PAGE)
 
 
 @dataclass(eq=False)
@@ -74,6 +99,7 @@ class _Row:
     donor: _Row | None = None  # whose beginning this row waits for
     n_share: int = 0  # tokens of that
     n_seen: int = 0  # tokens that were counted as computed or shared
+    lookup: Lookup | None = None  # once it answers, if anything drafts
 
     @property
     def n_todo(self) -> int:
@@ -99,6 +125,7 @@ class Batch:
         self._kept: deque[_Row] = deque()  # done, the one used last at the end
         self._holders: dict[bytes, list[_Row]] = {}
         self._length = _LENGTH
+        self._drafts = _drafts_of(model)
         self.counts = Counts()
 
     def run(
@@ -149,41 +176,101 @@ class Batch:
         done = self._admit()
         if len(self._rows) > n_before:
             self._engine.fit()  # our own memory grows with them
-        parts = self._parts()
+        parts = self._with_drafts(self._parts())
         if not parts:
             return done
-        counts, starts = self.counts, [row.timeline.length for row, _ in parts]
-        logits = self._engine.evaluate_rows([(row.timeline, ids) for row, ids in parts], self._stop)
+        began = time.perf_counter()
+        n_draws = [part.n_draws for part in parts]
+        logits = self._engine.evaluate_rows([(part.row.timeline, part.ids) for part in parts], n_draws, self._stop)
+        self._count(parts)
+        at = 0
+        for part, n in zip(parts, n_draws, strict=True):
+            writer = part.row.writer
+            error = self._settle(part, logits[at : at + n])
+            at += n
+            if error is not None or writer.is_done:
+                done.append(Done(writer.wish, None if error is not None else writer.answer, error))
+                self._finish(part.row)
+        if self._drafts is not None and all(n_draws):  # nobody read a prompt
+            self._drafts.saw_step(sum(n_draws), self._engine.n_expert_reads, time.perf_counter() - began)
+        return done
+
+    def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
+        """The parts, with drafts behind those of answers."""
+        if self._drafts is None:
+            return parts
+        answers = {i: part.row.lookup for i, part in enumerate(parts) if part.n_draws and part.row.lookup is not None}
+        n_rows = sum(len(part.ids) for part in parts)
+        n_free = self._model.n_rows - n_rows
+        rooms = [min(parts[i].room, n_free) for i in answers]
+        drafts = self._drafts.choose(list(answers.values()), rooms, n_rows)
+        for i, ids in zip(answers, drafts, strict=True):
+            ids = ids[:n_free]
+            parts[i] = parts[i]._replace(ids=parts[i].ids + ids, n_drafts=len(ids))
+            n_free -= len(ids)
+        return parts
+
+    def _count(self, parts: Sequence[_Part]) -> None:
+        counts = self.counts
         counts.n_steps += 1
         counts.n_now = len(self._rows)
         counts.n_most = max(counts.n_most, counts.n_now)
         counts.n_expert_reads += self._engine.n_expert_reads
-        for (row, ids), start, drawn_from in zip(parts, starts, logits, strict=True):
-            end = start + len(ids)
-            counts.n_rows += len(ids)
-            counts.n_again += max(0, min(end, row.n_seen) - start)
-            counts.n_read += max(0, min(end, len(row.writer.wish.row)) - max(start, row.n_seen))
-            row.n_seen = max(row.n_seen, end)
-            if row.n_todo == 0:
-                error = self._write(row, drawn_from)
-                if error is not None or row.writer.is_done:
-                    done.append(Done(row.writer.wish, None if error is not None else row.writer.answer, error))
-                    self._finish(row)
-        return done
+        counts.n_drafts += sum(part.n_drafts for part in parts)
 
-    def _write(self, row: _Row, logits: Logits) -> M2liteError | None:
-        """The row's next token; an error that is its own, for one of a schema that cannot be followed."""
-        before = len(row.writer.answer.tokens)
+    def _settle(self, part: _Part, logits: Logits) -> M2liteError | None:
+        """The part was computed: the row goes on with what its logits [draws, V] say, right drafts included.
+
+        Returns an error that is the answer's own.
+        """
+        row, counts, error, n_right = part.row, self.counts, None, 0
+        end = row.timeline.length - part.n_drafts
+        start = end - len(part.ids) + part.n_drafts
+        counts.n_again += max(0, min(end, row.n_seen) - start)
+        counts.n_read += max(0, min(end, len(row.writer.wish.row)) - max(start, row.n_seen))
+        if len(logits):
+            before = len(row.writer.row)
+            error, n_right = self._write(row, logits, part.ids[len(part.ids) - part.n_drafts :])
+            self._follow(row, row.writer.row[before:])
+        if n_right < part.n_drafts:
+            row.timeline.rewind(end + n_right)
+        counts.n_right += n_right
+        counts.n_rows += end - start + n_right
+        row.n_seen = max(row.n_seen, end + n_right)
+        return error
+
+    def _write(self, row: _Row, logits: Logits, drafts: Sequence[int]) -> tuple[M2liteError | None, int]:
+        """The row's next tokens, up to the first that was no draft: (an error of its own, drafts that were right).
+
+        An error is one of a schema that cannot be followed.
+        """
+        writer, n_right = row.writer, 0
+        before = len(writer.answer.tokens)
         try:
-            row.writer.write(logits)
+            while not writer.is_done:
+                at = len(writer.row)
+                writer.write(logits[n_right])
+                if n_right == len(drafts) or writer.row[at:] != [drafts[n_right]]:
+                    break
+                n_right += 1
         except M2liteError as error:
-            return error
-        self.counts.n_drawn += len(row.writer.answer.tokens) - before
-        return None
+            return error, n_right
+        self.counts.n_drawn += len(writer.answer.tokens) - before
+        return None, n_right
+
+    def _follow(self, row: _Row, new: Sequence[int]) -> None:
+        """What may be drafted follows from the row's tokens, of which these are new."""
+        if self._drafts is None or row.writer.is_done:
+            return
+        if row.lookup is None:
+            row.lookup = self._drafts.lookup(row.writer.row, row.writer.n_most)
+        else:
+            self._drafts.push(row.lookup, new)
 
     def _finish(self, row: _Row) -> None:
         """Its prompt stays for those that begin as it does, while there is room."""
         self._rows.remove(row)
+        row.lookup = None
         self._length += (len(row.writer.answer.tokens) - self._length) / 16
         if row.timeline.length > (n := len(row.writer.wish.row)):
             row.timeline.rewind(n)
@@ -199,13 +286,13 @@ class Batch:
             if not self._holders[key]:
                 del self._holders[key]
 
-    def _parts(self) -> list[tuple[_Row, list[int]]]:
+    def _parts(self) -> list[_Part]:
         """What the next call computes: a token of each answer, and of prompts as much as there is room for."""
         for row in self._rows:
             self._take_share(row)
         while not self._has_pages(sum(row.timeline.pages_needed(1) for row in self._rows if row.n_todo == 1)):
             self._give_way()
-        parts, n_pages, room = list[tuple[_Row, list[int]]](), 0, self._model.n_rows
+        parts, n_pages, room = list[_Part](), 0, self._model.n_rows
         for row in sorted(self._rows, key=lambda row: row.is_reading):  # answers first, then who came first
             if row.donor is not None or not room:
                 continue
@@ -213,7 +300,7 @@ class Batch:
             if not self._has_pages(n_pages + row.timeline.pages_needed(n)):
                 continue
             n_pages += row.timeline.pages_needed(n)
-            parts.append((row, row.writer.row[at : at + n]))
+            parts.append(_Part(row, row.writer.row[at : at + n], n == row.n_todo))
             room -= n
         if not parts and self._rows:
             self._give_way()
@@ -346,6 +433,18 @@ class _Upcoming:
     hashes: list[bytes]
     n_passed: int = 0  # others that were chosen before it
     row: _Row | None = None  # once it was tried to begin it
+
+
+def _drafts_of(model: Model) -> BatchDrafts | None:
+    """As the model was opened, but that modules have no say here.
+
+    A model that is streamed drafts only if it was asked for: experts that nobody else chose would come from disk.
+    """
+    engine = model.engine
+    drafting = engine.drafting
+    if drafting.mode == "ngram" or (drafting.mode == "auto" and engine.stream is None):
+        return BatchDrafts(engine.gate, CallCost.of(engine.weights), drafting.n_tokens, drafting.mode == "auto")
+    return None
 
 
 def page_hashes(row: Sequence[int]) -> list[bytes]:

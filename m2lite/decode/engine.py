@@ -173,13 +173,15 @@ class Engine:
         assert timeline.length == start, (timeline.length, start)
         return self._compute([(timeline, tokens)], outputs, stop, leave)
 
-    def evaluate_rows(self, parts: Sequence[tuple[Timeline, Sequence[int]]], stop: Stop | None = None) -> Any:
-        """float32 [parts, vocab] = logits after the last of each part's tokens, which stand behind its timeline.
+    def evaluate_rows(
+        self, parts: Sequence[tuple[Timeline, Sequence[int]]], outputs: Sequence[int], stop: Stop | None = None
+    ) -> Any:
+        """float32 [sum(outputs), vocab] = logits after each part's last tokens, so many as `outputs` says.
 
-        As `evaluate`, and counts what it goes through in `n_expert_reads`.
+        The tokens stand behind the part's timeline. As `evaluate`, and counts what it goes through in `n_expert_reads`.
         """
         self.buffers.n_expert_reads = 0
-        return self._compute(parts, "last", stop, None)
+        return self._compute(parts, outputs, stop, None)
 
     @property
     def n_expert_reads(self) -> int:
@@ -187,7 +189,11 @@ class Engine:
         return self.buffers.n_expert_reads or 0
 
     def _compute(
-        self, parts: Sequence[tuple[Timeline, Sequence[int]]], outputs: str, stop: Stop | None, leave: Leave | None
+        self,
+        parts: Sequence[tuple[Timeline, Sequence[int]]],
+        outputs: str | Sequence[int],
+        stop: Stop | None,
+        leave: Leave | None,
     ) -> Any:
         def check() -> None:
             compute_thread().check()

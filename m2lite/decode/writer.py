@@ -30,6 +30,7 @@ class Wish:
     options: Options
     tools: Sequence[Mapping[str, Any]] | None = None
     ends: bool = True  # False, for measurements: only its options and the context end the answer
+    script: Sequence[int] | None = None  # of a measurement: the row's ids, which are said whatever is drawn
 
 
 class Writer:
@@ -38,13 +39,13 @@ class Writer:
     def __init__(self, wish: Wish, tokenizer: Tokenizer, masks: Masks, n_most: int) -> None:
         """`n_most`: tokens that the row may have, the last of which needs no position of its own."""
         options = wish.options
-        self.wish, self.answer = wish, Answer()
+        self.wish, self.answer, self.n_most = wish, Answer(), n_most
         self._tokenizer = tokenizer
         self._stop_ids = tokenizer.stop_ids if wish.ends else frozenset[int]()
         self._sampling = options.get("sampling") or Sampling()
         in_thinking = opens_thinking(tokenizer, wish.row)
         self._reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))
-        self._n_most, self._n_left, self._n_think = n_most, options.get("max_tokens"), options.get("think_tokens")
+        self._n_left, self._n_think = options.get("max_tokens"), options.get("think_tokens")
         self._rules: list[Rule] = []
         n_likeliest, schema = options.get("logprobs"), options.get("schema")
         self._noted = None if n_likeliest is None else Logprobs(n_likeliest)
@@ -61,7 +62,7 @@ class Writer:
     @property
     def n_left(self) -> int:
         """Tokens that may come at most."""
-        n_room = self._n_most - len(self.row)
+        n_room = self.n_most - len(self.row)
         return n_room if self._n_left is None else min(n_room, self._n_left)
 
     @property
@@ -73,6 +74,8 @@ class Writer:
         for rule in self._rules:
             logits = rule.apply(logits)
         token = draw(logits, self._sampling, self.wish.stream, len(self.row))
+        if self.wish.script is not None:
+            token = self.wish.script[len(self.row)]
         for rule in self._rules:
             rule.settle(token)
         if token in self._stop_ids:
@@ -82,7 +85,7 @@ class Writer:
         self._n_left = None if self._n_left is None else self._n_left - 1
         if self._reply.is_stopped:
             self._end("stop")
-        elif self._n_left == 0 or len(self.row) >= self._n_most:
+        elif self._n_left == 0 or len(self.row) >= self.n_most:
             self._end("length")
         elif self._n_think is not None and self._reply.kind == "thinking":
             self._n_think -= 1
@@ -96,7 +99,7 @@ class Writer:
                 for rule in self._rules:
                     rule.settle(token)
                 self._push(token)
-            if len(self.row) >= self._n_most:
+            if len(self.row) >= self.n_most:
                 self._end("length")
         self._n_think = None
 

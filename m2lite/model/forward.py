@@ -15,7 +15,7 @@ Prefill, decode, verification and batch are this one call; a row's result does n
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -162,11 +162,11 @@ def forward(
     pool: KVPool,
     buffers: Buffers,
     rows: Rows,
-    outputs: str = "last",
+    outputs: str | Sequence[int] = "last",
     check: Check = go_on,
     leave: Leave | None = None,
 ) -> npt.NDArray[np.float32]:
-    """float32 [n_out, n_vocab]: logits of each timeline's last row ("last") or of every row ("all").
+    """float32 [n_out, n_vocab]: logits of each part's last row ("last"), of its last outputs[part], or of all ("all").
 
     The result is a view that the next call overwrites. The timelines grow by the rows. buffers.array("x")[:T] then
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
@@ -190,7 +190,7 @@ def forward(
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
     if b.stream is not None:
         b.stream.enter(c.n_layers, n, is_last=True)
-    logits = _head(weights, b, rows) if outputs == "last" else head(weights, b, b.x, weights.output_norm, n)
+    logits = _head(weights, b, rows, outputs) if outputs != "all" else head(weights, b, b.x, weights.output_norm, n)
     for timeline, length in rows.lengths:
         timeline.length = length - (rows.n - n)
     return logits
@@ -351,11 +351,16 @@ def _as_they_come(stream: Stream, b: Buffers, slab: Slab) -> Iterator[Slab]:
         yield Slab(b.places + 4 * first, b.starts + 4 * first, end - first, pair, int(starts[end]) - pair)
 
 
-def _head(weights: Weights, b: Buffers, rows: Rows) -> npt.NDArray[np.float32]:
-    """rms_norm(x) @ output for each timeline's last row."""
-    n, source = len(rows.last), b.x + 4 * weights.config.n_embd * rows.last[0]
+def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str | Sequence[int]) -> npt.NDArray[np.float32]:
+    """rms_norm(x) @ output for each part's last row, or its last outputs[part]."""
+    chosen = rows.last
+    if not isinstance(outputs, str):
+        chosen = [row for last, n in zip(rows.last, outputs, strict=True) for row in range(last - n + 1, last + 1)]
+    if not chosen:
+        return b.logits[:0]
+    n, source = len(chosen), b.x + 4 * weights.config.n_embd * chosen[0]
     if n > 1:
-        b.array("h")[:n] = b.array("x")[rows.last]
+        b.array("h")[:n] = b.array("x")[chosen]
         source = b.h
     return head(weights, b, source, weights.output_norm, n)
 

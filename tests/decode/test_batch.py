@@ -89,14 +89,48 @@ def test_answers_are_those_of_each_alone(
     assert n_free(tiny) == tiny.engine.pool.n_positions  # every page came back
 
 
+@pytest.fixture(scope="module", params=[None, 1, 3])
+def looking_up(bundled_model: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
+    with Model.open(bundled_model, draft="ngram", draft_tokens=request.param, sequences=32) as model:
+        yield model
+
+
+@pytest.mark.parametrize("n_inflight", [1, 5, 24])
+def test_drafts_change_no_answer(looking_up: Model, expected: tuple[list[Wish], list[Answer]], n_inflight: int) -> None:
+    """Nor what is counted of prompts. What they save is calls."""
+    wishes, answers = expected
+    batch = Batch(looking_up, n_inflight)
+    done = {end.wish.key: end for end in batch.run(wishes)}
+    for wish, answer in zip(wishes, answers, strict=True):
+        assert same(done[wish.key].answer, answer), wish.key
+    counts = batch.counts
+    assert 0 < counts.n_right < counts.n_drafts
+    assert counts.n_read + counts.n_shared == sum(len(wish.row) for wish in wishes)
+    assert n_free(looking_up) == looking_up.engine.pool.n_positions
+
+
+def test_drafts_save_calls(looking_up: Model, tiny: Model) -> None:
+    """An answer that says the same again and again, at temperature 0."""
+    row = tiny.tokenizer.encode("one two three four " * 30)
+    wishes = [
+        Wish(str(n), row[n:], n, {"sampling": Sampling(0, seed=0), "max_tokens": 100}, ends=False) for n in range(4)
+    ]
+    plain, drafted = Batch(tiny, 4), Batch(looking_up, 4)
+    answers = [{end.wish.key: end.answer for end in batch.run(wishes)} for batch in (plain, drafted)]
+    for wish in wishes:
+        assert same(answers[0][wish.key], answers[1][wish.key])
+    assert drafted.counts.n_drawn == plain.counts.n_drawn
+    assert drafted.counts.n_steps <= 0.85 * plain.counts.n_steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", [256, 512, 1024])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "draft"), [(1, "ngram"), (2, "off"), (2, "auto")])
 def test_little_room_changes_nothing(
-    bundled_model: Path, expected: tuple[list[Wish], list[Answer]], pool: int, threads: int
+    bundled_model: Path, expected: tuple[list[Wish], list[Answer]], pool: int, threads: int, draft: str
 ) -> None:
     wishes, answers = expected
-    with Model.open(bundled_model, draft="off", sequences=24, ctx=256, pool=pool, threads=threads) as model:
+    with Model.open(bundled_model, draft=draft, sequences=24, ctx=256, pool=pool, threads=threads) as model:
         batch = Batch(model, 24)
         done = {end.wish.key: end for end in batch.run(wishes)}
         assert all(same(done[w.key].answer, a) for w, a in zip(wishes, answers, strict=True))
