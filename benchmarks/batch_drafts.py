@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from m2lite import Model
-from m2lite.decode.batch import Batch, Counts
+from m2lite.decode.batch import Batch
+from m2lite.decode.batch_rows import Counts
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.writer import Wish
 from m2lite.workloads import WORKLOADS

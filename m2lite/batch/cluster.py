@@ -11,13 +11,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from m2lite.batch.lines import Line
 from m2lite.batch.runner import Runner, Tally, Write, facts
-from m2lite.decode.batch import Counts
+from m2lite.decode.batch_rows import Counts
 from m2lite.decode.compute import Stopped
 from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
@@ -89,6 +89,25 @@ class _Place:
     n_lost: int = 0
 
 
+def share_out(places: Sequence[_Place], n_inflight: int, twice: set[int]) -> dict[int, list[Line]]:
+    """What engines without a line get, by their place, when none is left: lines that others have not begun.
+
+    Half of those of whom most are waiting for. Both answer them, and the first answer counts; `twice` are lines for
+    which that holds already.
+    """
+    given = dict[int, list[Line]]()
+    for idle, place in enumerate(places):
+        if place.lines or idle in given:
+            continue
+        waiting = [[line for key, line in list(p.lines.items())[n_inflight:] if key not in twice] for p in places]
+        most = max(waiting, key=len)
+        if not most:
+            break
+        given[idle] = most[len(most) // 2 :]
+        twice.update(line.key for line in given[idle])
+    return given
+
+
 class Cluster:
     """Engines on the nodes of a Ray cluster."""
 
@@ -153,13 +172,15 @@ class Cluster:
 
     def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
-        ray, again = self._ray, deque[Line]()
+        ray, again, twice = self._ray, deque[Line](), set[int]()
         tally.began = time.monotonic()
         while True:
             if stop():
                 raise Stopped
             for place in self._places:
                 self._feed(place, again, lines)
+            for idle, more in share_out(self._places, self._n_inflight, twice).items():
+                self._hand(self._places[idle], more)
             waiting = [place.waits for place in self._places if place.waits is not None]
             if not waiting:
                 return
@@ -178,6 +199,9 @@ class Cluster:
             if line is None:
                 break
             new.append(line)
+        self._hand(place, new)
+
+    def _hand(self, place: _Place, new: list[Line]) -> None:
         if new:
             place.lines |= {line.key: line for line in new}
             place.actor.put.remote(new)
@@ -195,16 +219,18 @@ class Cluster:
                 raise M2liteError(
                     f"{place.n_lost} engines were lost one after the other: {error}.", "See Ray's log."
                 ) from None
-            again.extend(place.lines.values())
-            place.lines = {}
+            lost, place.lines = place.lines, {}
+            again.extend(line for key, line in lost.items() if not any(key in each.lines for each in self._places))
             place.actor = self._place(place.node).actor
             return
         except self._ray.exceptions.RayTaskError as error:
             raise M2liteError(f"An engine failed: {error.cause}.", "See Ray's log.") from None
         for result, key in found:
             place.n_lost = 0
-            if place.lines.pop(key, None) is None:  # it was handed out again, and another was quicker
+            if key not in place.lines:  # it was handed out again, and another was quicker
                 continue
+            for each in self._places:
+                each.lines.pop(key, None)
             write(result, key)
             tally.n_tokens += _n_tokens(result)
             tally.add(result["error"] is not None)

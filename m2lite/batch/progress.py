@@ -78,6 +78,11 @@ def summary(tally: Tally) -> str:
         f"prompts: {counts.n_read:,} tokens computed, {counts.n_shared:,} shared with another line"
         + (f"; {counts.n_again:,} tokens computed again for want of room" if counts.n_again else ""),
     ]
+    if counts.n_drafts:
+        lines.append(
+            f"drafts: {counts.n_drafts:,} verified, {counts.n_right / counts.n_drafts:.0%} right; "
+            f"{counts.n_steps:,} calls of the model"
+        )
     if tally.experts_per_token is not None:
         lines.append(f"experts read in a layer: {tally.experts_per_token:.2f} for each token that went through it")
     return "\n".join(lines)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from m2lite.batch.lines import Input, Line, line_key, line_stream
 from m2lite.batch.results import Results, result_line
-from m2lite.decode.batch import Batch, Counts, Done
+from m2lite.decode.batch import Batch
+from m2lite.decode.batch_rows import Counts, Done
 from m2lite.decode.request import Request, check_whole, response_body
 from m2lite.decode.writer import Wish
 from m2lite.errors import M2liteError, UsageError

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from m2lite import __version__
-from m2lite.commands.frame import MODEL, SAMPLING, command, model_options, note, open_model, print_json
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
@@ -46,7 +46,7 @@ app = typer.Typer(
 )
 
 
-@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *SAMPLING)
+@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING)
 def run(
     settings: Settings,
     *,
@@ -90,7 +90,7 @@ def run(
         [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
-    settings = replace(settings, model=settings.model if model is None else model, draft="off")
+    settings = replace(settings, model=settings.model if model is None else model)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)

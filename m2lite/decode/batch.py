@@ -15,26 +15,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-import xxhash
+from typing import TYPE_CHECKING
 
 from m2lite.decode.batch_drafts import BatchDrafts, CallCost
+from m2lite.decode.batch_modules import BatchModule, Followed, Settled
+from m2lite.decode.batch_rows import Counts, Done, Part, Row, Upcoming, page_hashes
 from m2lite.decode.compute import compute_thread
-from m2lite.decode.conversation import Answer
 from m2lite.decode.drafts import n_common
 from m2lite.decode.engine import Stop, ask
+from m2lite.decode.gate import Gate
 from m2lite.decode.sampling import Logits
 from m2lite.decode.writer import Wish, Writer
 from m2lite.errors import ContextError, M2liteError
 from m2lite.model.cache import PAGE
 
 if TYPE_CHECKING:  # these import Numba
-    from m2lite.decode.lookup import Lookup
     from m2lite.decode.session import Model
-    from m2lite.model.cache import Timeline
 
 _KEPT = 64  # rows that are done and stay, while their pages are not needed
 _TRIED = 8  # rows with the same whole pages that are compared token by token
@@ -42,73 +38,6 @@ _SHARE = 16  # tokens that make it worth to wait for another row, or to copy a p
 _LENGTH = 128.0  # of an answer, until it is known better
 _IDLE_S = 0.01  # between two looks for wishes when there are none
 _TOGETHER = 8  # a share of the places is filled at once, unless nobody answers
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a wish ended: with an answer, or with an error of its own."""
-
-    wish: Wish
-    answer: Answer | None
-    error: M2liteError | None = None
-
-
-@dataclass
-class Counts:
-    """What a batch did."""
-
-    n_steps: int = 0
-    n_read: int = 0  # tokens of prompts that were computed
-    n_shared: int = 0  # tokens of prompts that another row had computed
-    n_drawn: int = 0
-    n_again: int = 0  # tokens computed again, of answers that had to give way
-    n_expert_reads: int = 0  # experts that were gone through, of all layers and steps
-    n_rows: int = 0  # of all calls, but for drafts that were wrong
-    n_drafts: int = 0  # that were verified
-    n_right: int = 0  # of these
-    n_now: int = 0  # answers under way
-    n_most: int = 0  # of these, at once
-
-
-class _Part(NamedTuple):
-    """What a row adds to a call: `ids` stand behind its timeline, and the last of them are drafts."""
-
-    row: _Row
-    ids: list[int]
-    is_end: bool  # whether nothing of the row lacks behind them, but for drafts
-    n_drafts: int = 0
-
-    @property
-    def n_draws(self) -> int:
-        """Rows, the last ones, that a token is drawn from."""
-        return self.is_end + self.n_drafts
-
-    @property
-    def room(self) -> int:
-        """Drafts that there is room for, on the page that is needed anyway."""
-        return min(self.row.writer.n_left - 1, -(self.row.timeline.length + len(self.ids)) % PAGE)
-
-
-@dataclass(eq=False)
-class _Row:
-    """An answer under way, or one that is done and whose prompt others may begin with."""
-
-    writer: Writer
-    timeline: Timeline
-    hashes: list[bytes]
-    donor: _Row | None = None  # whose beginning this row waits for
-    n_share: int = 0  # tokens of that
-    n_seen: int = 0  # tokens that were counted as computed or shared
-    lookup: Lookup | None = None  # once it answers, if anything drafts
-
-    @property
-    def n_todo(self) -> int:
-        """Tokens that lack in the cache: one, but for prompts and what was forced."""
-        return len(self.writer.row) - self.timeline.length
-
-    @property
-    def is_reading(self) -> bool:
-        return self.n_todo > 1
 
 
 class Batch:
@@ -119,11 +48,11 @@ class Batch:
         self._pool = model.engine.pool
         self._n_inflight = min(n_inflight, model.n_rows)
         self._window = max(64, 2 * n_inflight)  # wishes that are looked at for the next
-        self._upcoming: deque[_Upcoming] = deque()
-        self._rows: list[_Row] = []  # under way, in the order in which they began
-        self._back: deque[_Row] = deque()  # that had to give way
-        self._kept: deque[_Row] = deque()  # done, the one used last at the end
-        self._holders: dict[bytes, list[_Row]] = {}
+        self._upcoming: deque[Upcoming] = deque()
+        self._rows: list[Row] = []  # under way, in the order in which they began
+        self._back: deque[Row] = deque()  # that had to give way
+        self._kept: deque[Row] = deque()  # done, the one used last at the end
+        self._holders: dict[bytes, list[Row]] = {}
         self._length = _LENGTH
         self._drafts = _drafts_of(model)
         self.counts = Counts()
@@ -160,7 +89,7 @@ class Batch:
                 return False
             if wish is None:
                 break
-            self._upcoming.append(_Upcoming(wish, page_hashes(wish.row)))
+            self._upcoming.append(Upcoming(wish, page_hashes(wish.row)))
         return True
 
     def _release(self) -> None:
@@ -180,7 +109,7 @@ class Batch:
         if not parts:
             return done
         began = time.perf_counter()
-        n_draws = [part.n_draws for part in parts]
+        n_draws, starts = [part.n_draws for part in parts], [part.row.timeline.length for part in parts]
         logits = self._engine.evaluate_rows([(part.row.timeline, part.ids) for part in parts], n_draws, self._stop)
         self._count(parts)
         at = 0
@@ -191,26 +120,45 @@ class Batch:
             if error is not None or writer.is_done:
                 done.append(Done(writer.wish, None if error is not None else writer.answer, error))
                 self._finish(part.row)
-        if self._drafts is not None and all(n_draws):  # nobody read a prompt
-            self._drafts.saw_step(sum(n_draws), self._engine.n_expert_reads, time.perf_counter() - began)
+        if self._drafts is not None:
+            seconds = time.perf_counter() - began if all(n_draws) else 0.0  # beside a prompt it would be another's
+            n_rows = sum(len(part.ids) for part in parts)
+            self._drafts.saw_step(n_rows, sum(p.n_drafts for p in parts), self._engine.n_expert_reads, seconds)
+            if self._drafts.follows:
+                self._foresee(parts, starts, n_rows)
         return done
 
-    def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
+    def _foresee(self, parts: Sequence[Part], starts: Sequence[int], n_rows: int) -> None:
+        """The prediction module follows what was settled."""
+        assert self._drafts is not None
+        at, settled = 0, list[Settled]()
+        for part, start in zip(parts, starts, strict=True):
+            row, ids = part.row, part.row.writer.row
+            if row in self._rows:
+                draws = row.writer.draws if row.n_todo == 1 else None
+                ids = ids[start : row.timeline.length + 1]
+                settled.append(Settled(row.followed, row.timeline, at, start, ids, draws))
+            at += len(part.ids)
+        if self._has_pages(sum(each.timeline.pages_needed(1) for each in settled)):
+            self._drafts.follow(n_rows, settled, all(part.n_draws for part in parts))
+
+    def _with_drafts(self, parts: list[Part]) -> list[Part]:
         """The parts, with drafts behind those of answers."""
         if self._drafts is None:
             return parts
-        answers = {i: part.row.lookup for i, part in enumerate(parts) if part.n_draws and part.row.lookup is not None}
+        answers = [i for i, part in enumerate(parts) if part.n_draws]
         n_rows = sum(len(part.ids) for part in parts)
         n_free = self._model.n_rows - n_rows
         rooms = [min(parts[i].room, n_free) for i in answers]
-        drafts = self._drafts.choose(list(answers.values()), rooms, n_rows)
-        for i, ids in zip(answers, drafts, strict=True):
+        known = [(parts[i].row.lookup, parts[i].row.followed) for i in answers]
+        for i, (ids, is_foreseen) in zip(answers, self._drafts.choose(known, rooms, n_rows), strict=True):
             ids = ids[:n_free]
             parts[i] = parts[i]._replace(ids=parts[i].ids + ids, n_drafts=len(ids))
             n_free -= len(ids)
+            self.counts.n_foreseen += is_foreseen and len(ids)
         return parts
 
-    def _count(self, parts: Sequence[_Part]) -> None:
+    def _count(self, parts: Sequence[Part]) -> None:
         counts = self.counts
         counts.n_steps += 1
         counts.n_now = len(self._rows)
@@ -218,7 +166,7 @@ class Batch:
         counts.n_expert_reads += self._engine.n_expert_reads
         counts.n_drafts += sum(part.n_drafts for part in parts)
 
-    def _settle(self, part: _Part, logits: Logits) -> M2liteError | None:
+    def _settle(self, part: Part, logits: Logits) -> M2liteError | None:
         """The part was computed: the row goes on with what its logits [draws, V] say, right drafts included.
 
         Returns an error that is the answer's own.
@@ -239,7 +187,7 @@ class Batch:
         row.n_seen = max(row.n_seen, end + n_right)
         return error
 
-    def _write(self, row: _Row, logits: Logits, drafts: Sequence[int]) -> tuple[M2liteError | None, int]:
+    def _write(self, row: Row, logits: Logits, drafts: Sequence[int]) -> tuple[M2liteError | None, int]:
         """The row's next tokens, up to the first that was no draft: (an error of its own, drafts that were right).
 
         An error is one of a schema that cannot be followed.
@@ -258,19 +206,22 @@ class Batch:
         self.counts.n_drawn += len(writer.answer.tokens) - before
         return None, n_right
 
-    def _follow(self, row: _Row, new: Sequence[int]) -> None:
+    def _follow(self, row: Row, new: Sequence[int]) -> None:
         """What may be drafted follows from the row's tokens, of which these are new."""
-        if self._drafts is None or row.writer.is_done:
+        drafts = self._drafts
+        if drafts is None or not new:
             return
+        drafts.saw_foreseen(row.followed, new[0])
         if row.lookup is None:
-            row.lookup = self._drafts.lookup(row.writer.row, row.writer.n_most)
+            row.lookup = drafts.lookup(row.writer.row, row.writer.n_most)
         else:
-            self._drafts.push(row.lookup, new)
+            drafts.push(row.lookup, new)
 
-    def _finish(self, row: _Row) -> None:
+    def _finish(self, row: Row) -> None:
         """Its prompt stays for those that begin as it does, while there is room."""
         self._rows.remove(row)
         row.lookup = None
+        row.followed.cut(len(row.writer.wish.row))
         self._length += (len(row.writer.answer.tokens) - self._length) / 16
         if row.timeline.length > (n := len(row.writer.wish.row)):
             row.timeline.rewind(n)
@@ -278,7 +229,7 @@ class Batch:
         while len(self._kept) > _KEPT:
             self._drop(self._kept.popleft())
 
-    def _drop(self, row: _Row) -> None:
+    def _drop(self, row: Row) -> None:
         """Nobody can begin as it does any more."""
         row.timeline.release()
         for key in row.hashes:
@@ -286,28 +237,30 @@ class Batch:
             if not self._holders[key]:
                 del self._holders[key]
 
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[Part]:
         """What the next call computes: a token of each answer, and of prompts as much as there is room for."""
         for row in self._rows:
             self._take_share(row)
         while not self._has_pages(sum(row.timeline.pages_needed(1) for row in self._rows if row.n_todo == 1)):
             self._give_way()
-        parts, n_pages, room = list[_Part](), 0, self._model.n_rows
+        parts, n_pages, room = list[Part](), 0, self._model.n_rows
+        follows = self._drafts is not None and self._drafts.follows
+        n_spare = min(len(self._rows), room // 4) if follows else 0  # rows that begin take one more of the module
         for row in sorted(self._rows, key=lambda row: row.is_reading):  # answers first, then who came first
             if row.donor is not None or not room:
                 continue
-            at, n = row.timeline.length, min(room, row.n_todo)
-            if not self._has_pages(n_pages + row.timeline.pages_needed(n)):
+            at, n = row.timeline.length, min(room - n_spare if row.is_reading else room, row.n_todo)
+            if n < 1 or not self._has_pages(n_pages + row.timeline.pages_needed(n)):
                 continue
             n_pages += row.timeline.pages_needed(n)
-            parts.append(_Part(row, row.writer.row[at : at + n], n == row.n_todo))
+            parts.append(Part(row, row.writer.row[at : at + n], n == row.n_todo))
             room -= n
         if not parts and self._rows:
             self._give_way()
             return self._parts()
         return parts
 
-    def _take_share(self, row: _Row) -> None:
+    def _take_share(self, row: Row) -> None:
         """The beginning that another row has computed by now; who waits for one that has gone waits no more."""
         donor = row.donor
         if donor is None:
@@ -317,6 +270,7 @@ class Batch:
         elif donor.timeline.length >= row.n_share:
             row.timeline = donor.timeline.fork()
             row.timeline.rewind(row.n_share)
+            row.followed = donor.followed.shared(row.n_share)
             self.counts.n_shared += max(0, row.n_share - row.n_seen)
             row.n_seen = max(row.n_seen, row.n_share)
             row.donor = None
@@ -334,7 +288,7 @@ class Batch:
         row = self._rows.pop()
         assert self._rows, "one row alone has room: its length is bounded"
         self._drop(row)
-        row.donor = None
+        row.donor, row.followed = None, Followed()
         self._back.appendleft(row)
 
     def _admit(self) -> list[Done]:
@@ -382,7 +336,7 @@ class Batch:
         """Whole pages that a row which is here begins with, too."""
         return next((n for n, key in enumerate(hashes) if key not in self._holders), len(hashes))
 
-    def _begin(self, upcoming: _Upcoming) -> _Row:
+    def _begin(self, upcoming: Upcoming) -> Row:
         """The row of a wish, made once however often there is no room yet; M2liteError for what cannot be answered."""
         if upcoming.row is not None:
             return upcoming.row
@@ -396,10 +350,10 @@ class Batch:
                 limit=limit,
             )
         writer = Writer(wish, self._model.tokenizer, self._model.masks, limit + 1)
-        upcoming.row = _Row(writer, self._pool.timeline(), upcoming.hashes)
+        upcoming.row = Row(writer, self._pool.timeline(), upcoming.hashes)
         return upcoming.row
 
-    def _look_for_donor(self, row: _Row) -> None:
+    def _look_for_donor(self, row: Row) -> None:
         """The row that is here whose beginning is this one's for longest."""
         ids, n_most = row.writer.row, min(len(row.writer.wish.row), len(row.writer.row) - 1)
         depth = self._depth(row.hashes)
@@ -420,37 +374,22 @@ class Batch:
         """Pages that rows which are here will need: for their prompts, and for answers of the usual length."""
         return sum(self._pages_of(row) for row in self._rows)
 
-    def _pages_of(self, row: _Row) -> int:
+    def _pages_of(self, row: Row) -> int:
         n_more = max(self._length - len(row.writer.answer.tokens), PAGE)
         end = len(row.writer.row) + min(n_more, row.writer.n_left)
         start = max(row.timeline.length, row.n_share)
         return int(-(-end // PAGE) - start // PAGE)
 
 
-@dataclass(eq=False)
-class _Upcoming:
-    wish: Wish
-    hashes: list[bytes]
-    n_passed: int = 0  # others that were chosen before it
-    row: _Row | None = None  # once it was tried to begin it
-
-
 def _drafts_of(model: Model) -> BatchDrafts | None:
-    """As the model was opened, but that modules have no say here.
+    """As the model was opened.
 
     A model that is streamed drafts only if it was asked for: experts that nobody else chose would come from disk.
     """
     engine = model.engine
-    drafting = engine.drafting
-    if drafting.mode == "ngram" or (drafting.mode == "auto" and engine.stream is None):
-        return BatchDrafts(engine.gate, CallCost.of(engine.weights), drafting.n_tokens, drafting.mode == "auto")
-    return None
-
-
-def page_hashes(row: Sequence[int]) -> list[bytes]:
-    """Of each whole page of the row, a hash of all tokens up to its end."""
-    ids, chain, found = np.array(row, np.int32), b"", list[bytes]()
-    for end in range(PAGE, len(row) + 1, PAGE):
-        chain = xxhash.xxh3_128_digest(chain + ids[end - PAGE : end].tobytes())
-        found.append(chain)
-    return found
+    mode, n_most, modules = engine.drafting.mode, engine.drafting.n_tokens, engine.modules
+    if mode == "off" or (mode == "auto" and engine.stream is not None):
+        return None
+    module = None if modules is None or mode == "ngram" else BatchModule(modules)
+    gate = engine.gate if mode == "auto" else Gate(engine.drafting.n_modules)
+    return BatchDrafts(gate, CallCost.of(engine.weights), n_most, mode, module)

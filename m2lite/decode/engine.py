@@ -89,10 +89,10 @@ class Engine:
             self.residency = Residency(gguf, config, load, budget, memory)
             self.buffers.stream, address = self.residency.stream, self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
-        self._modules: Modules | None = None
+        self.modules: Modules | None = None
         if drafting.sidecar is not None:
             mtp = bind_mtp(drafting.sidecar, self.weights)
-            self._modules = Modules(mtp, drafting.n_modules, self.pool, self.buffers)
+            self.modules = Modules(mtp, drafting.n_modules, self.pool, self.buffers)
         self.gate = Gate(drafting.n_modules)
         for n in sorted({min(n_rows, ctx, PAGE), 1}):
             self._load_kernels(n)
@@ -113,13 +113,13 @@ class Engine:
         check_draft(mode, n_tokens)
         if mode == "off":
             return None
-        if mode == "mtp" and self._modules is None:
+        if mode == "mtp" and self.modules is None:
             raise UsageError("The model was opened without prediction modules.", "Open it with draft='mtp'.")
         from m2lite.decode.leaving import Leaving
         from m2lite.decode.lookup import Lookup
         from m2lite.decode.replay import Replay
 
-        replay = None if self._modules is None or mode == "ngram" else Replay(self._modules, timeline)
+        replay = None if self.modules is None or mode == "ngram" else Replay(self.modules, timeline)
         lookup = None if mode == "mtp" else Lookup(self.buffers.n_positions + 1)
         # What a fixed number of drafts measures is not the gate's: it would know more than it can find out itself.
         gate = self.gate if mode == "auto" else Gate(self.drafting.n_modules)
@@ -145,10 +145,10 @@ class Engine:
         rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
         one_layer = replace(self.weights, layers=self.weights.layers[:1])
         self._forward(one_layer, self.pool, self.buffers, rows)
-        if self._modules is not None:
+        if self.modules is not None:
             from m2lite.decode.replay import Replay
 
-            replay = Replay(self._modules, timeline)
+            replay = Replay(self.modules, timeline)
             replay.keep(0, n_rows, 0)
             replay.draft(0, [0] * n_rows, (), Sampling(0.0, seed=0), 0)
         timeline.release()

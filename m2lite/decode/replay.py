@@ -77,7 +77,7 @@ class Replay:
         n_rows = end - first
         while first < end:
             ids = [*row[first : first + m.buffers.n_rows], *drafts[max(0, first - len(row)) :]][: m.buffers.n_rows]
-            rows = m.pool.rows_at(self._timeline, first, ids)
+            rows = m.pool.rows_at([(self._timeline, first, ids)])
             previous = self._states[k].address(first - 1)
             state = run_module(m.mtp, k, m.pool, m.buffers, m.scratch, rows, previous)
             if k + 1 < m.n_used:

@@ -60,6 +60,11 @@ class Writer:
             self._close()
 
     @property
+    def draws(self) -> tuple[Sampling, int]:
+        """With which tokens are drawn, and the stream of random numbers."""
+        return self._sampling, self.wish.stream
+
+    @property
     def n_left(self) -> int:
         """Tokens that may come at most."""
         n_room = self.n_most - len(self.row)

@@ -78,7 +78,8 @@ class Rows:
         self._small = array("i", [*tokens, *positions, *indices, *[i % PAGE for i in indices]])
         self._wide = array("q", [*pages, *tables])
         self.start = indices[0]  # place of the first row in its timeline
-        self.starts_at_0 = positions[0] == 0
+        starts = [last - len(ids) + 1 for last, (_, _, ids) in zip(self.last, parts, strict=True)]
+        self.at_0 = [row for row in starts if positions[row] == 0]  # rows that have nothing before them
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """Of tokens, positions, indices, slots, pages and tables."""
@@ -133,12 +134,15 @@ class KVPool:
         self._prepare(checked)
         return Rows(checked, lengths=tuple((t, start + len(ids)) for t, start, ids in checked))
 
-    def rows_at(self, timeline: Timeline, start: int, ids: npt.ArrayLike) -> Rows:
-        """Rows from position `start` on that leave the timeline's length as it is: for prediction modules."""
-        parts = [Part(timeline, start, self._check_ids(ids))]
-        assert start >= 0
-        self._prepare(parts)
-        return Rows(parts, lengths=())
+    def rows_at(self, parts: Sequence[tuple[Timeline, int, npt.ArrayLike]]) -> Rows:
+        """Rows of each part's token ids from its position on; timelines stay as long as they are.
+
+        For prediction modules, whose K and V stand beside those of the model.
+        """
+        checked = [Part(timeline, start, self._check_ids(ids)) for timeline, start, ids in parts]
+        assert all(part.start >= 0 for part in checked)
+        self._prepare(checked)
+        return Rows(checked, lengths=())
 
     def _prepare(self, parts: Sequence[Part]) -> None:
         """Take the pages that the parts need, and compute the angles of their positions."""

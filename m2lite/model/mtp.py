@@ -180,8 +180,9 @@ def run_module(
     b.kernels.embed_rows(
         weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.h, 4 * c.n_embd
     )
-    if mtp.zero_at_0 and rows.starts_at_0:
-        b.array("h")[0] = 0
+    if mtp.zero_at_0:
+        for row in rows.at_0:
+            b.array("h")[row] = 0
     b.kernels.steps.join(jit.team(), module.record, b.record, scratch.joined, previous, n)
     if not run_layer(c, module.layer, b, place, n, (c.n_layers + k) * pool.layer_bytes):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from m2lite.batch import cluster
+from m2lite.batch.lines import Line
 from tests.conftest import Run
 
 pytest.importorskip("ray", reason="ray has no wheel for this Python")
@@ -76,6 +78,21 @@ def test_two_engines_one_is_killed(
     assert answers(out) == answers(tmp_path / "alone.jsonl")
     done = run_m2lite(*command[:-4])  # goes on without Ray: the manifest is the same
     assert done.returncode == 0 and "nothing was left to do" in done.stderr
+
+
+def test_idle_engines_share_what_others_have_not_begun() -> None:
+    def place(first: int, n: int) -> Any:
+        lines = [Line(i, f"q{i}", None) for i in range(first, first + n)]
+        return cluster._Place(None, None, {line.key: line for line in lines})
+
+    def names(given: dict[int, list[Line]]) -> dict[int, list[str]]:
+        return {i: [line.custom_id for line in lines] for i, lines in given.items()}
+
+    places, twice = [place(0, 10), place(20, 5), place(30, 0), place(40, 0)], set[int]()
+    assert names(cluster.share_out(places, 4, twice)) == {2: ["q7", "q8", "q9"], 3: ["q5", "q6"]}
+    assert names(cluster.share_out(places, 4, twice)) == {2: ["q4"], 3: ["q24"]}
+    assert cluster.share_out(places, 4, twice) == {}  # the others have been begun
+    assert cluster.share_out([place(0, 9)], 4, set()) == {}  # nobody is idle
 
 
 def test_no_cluster(run_m2lite: Run, tmp_path: Path) -> None:

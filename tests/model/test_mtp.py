@@ -49,7 +49,7 @@ def run_all(engine: Engine, mtp: Mtp, tokens: Sequence[int]) -> list[Agreement]:
     states, address = States(engine.config.n_embd), trunk_states(mtp, engine.buffers, n)
     for k in range(3):
         states.append(address, n)
-        rows = engine.pool.rows_at(timeline, 0, tokens)
+        rows = engine.pool.rows_at([(timeline, 0, tokens)])
         address = run_module(mtp, k, engine.pool, engine.buffers, scratch, rows, states.address(-1))
         states = States(engine.config.n_embd)
         found.append(compare(GOLDEN[f"mtp_{k + 1}"], module_logits(mtp, k, engine.buffers, 0, n)[::every]))
@@ -83,7 +83,7 @@ def test_modules_in_chunks_equal_modules_at_once(bundled_model: Path, sidecar: P
     def run(cuts: list[int]) -> bytes:
         parts = []
         for first, last in pairwise([0, *cuts, len(tokens)]):
-            rows = engine.pool.rows_at(timeline, first, tokens[first:last])
+            rows = engine.pool.rows_at([(timeline, first, tokens[first:last])])
             run_module(mtp, 0, engine.pool, engine.buffers, scratch, rows, states.address(first - 1))
             parts.append(module_logits(mtp, 0, engine.buffers, 0, rows.n).copy())
         return np.concatenate(parts).tobytes()
