@@ -28,7 +28,7 @@ _NOISE = 0.05  # of a step's time
 _FAR_OFF = 4.0  # times what is expected: more of one step counts as this
 _FIRST = 4  # steps that are measured before anything is drafted
 _FEW = 8  # drafts of a step, at least, that there is room for: else as many as answers
-_TRIAL, _PAUSE = 64, 512  # steps after which the module has to have paid; before it is tried again
+_TRIAL, _PAUSE = 16, 512  # steps after which the module has to have paid; before it is tried again
 
 
 class CallCost:
@@ -202,12 +202,13 @@ def _may_draft(lookup: Lookup | None, followed: Followed) -> bool:
 
 
 def _all(chances: dict[int, tuple[list[float], bool]], n_most: int) -> dict[int, int]:
-    """Every draft that there is, up to n_most."""
+    """Every draft that there is, up to n_most: all answers' first ones, then their second ones."""
     counts = dict[int, int]()
-    for i, (each, _) in chances.items():
-        if n := min(len(each), n_most):
-            counts[i] = n
-            n_most -= n
+    for n in range(1, MOST_DRAFTS + 1):
+        for i, (each, _) in chances.items():
+            if len(each) >= n and n_most:
+                counts[i] = n
+                n_most -= 1
     return counts
 
 
