@@ -212,6 +212,8 @@ class Batch:
         if drafts is None or not new:
             return
         drafts.saw_foreseen(row.followed, new[0])
+        if row.writer.is_done:
+            return
         if row.lookup is None:
             row.lookup = drafts.lookup(row.writer.row, row.writer.n_most)
         else:

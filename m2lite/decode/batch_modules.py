@@ -58,10 +58,6 @@ class BatchModule:
         buffers = modules.buffers
         self._previous = np.empty((0, buffers.config.n_embd), np.float32)
 
-    def pages_needed(self, rows: Sequence[Settled]) -> int:
-        """Pages that `follow` takes from the pool."""
-        return sum(row.timeline.pages_needed(1) for row in rows)
-
     def follow(self, n_computed: int, rows: Sequence[Settled]) -> None:
         """A call of the trunk computed n_computed rows, and these are what was settled by it."""
         from m2lite.model.mtp import run_module, trunk_states
@@ -86,9 +82,8 @@ class BatchModule:
             return
         trunk_states(m.mtp, m.buffers, n_computed)
         self._gather("h" if m.mtp.is_post_norm else "x", sources)
-        run_module(
-            m.mtp, 0, m.pool, m.buffers, m.scratch, m.pool.rows_at(parts), int(self._previous.ctypes.data)
-        )  # fmt: skip
+        at = int(self._previous.ctypes.data)
+        run_module(m.mtp, 0, m.pool, m.buffers, m.scratch, m.pool.rows_at(parts), at)
         self._ask(ends)
 
     def _gather(self, name: str, sources: Sequence[int]) -> None:
