@@ -28,12 +28,13 @@ class Show:
         self._is_terminal = sys.stderr.isatty()
         self._shown_at = time.monotonic()
         self._point_s = _POINT_S
+        self._tally: Tally | None = None
         self.points: list[tuple[float, int, int]] = []  # seconds, tokens drawn, answers at once
 
     def __call__(self, tally: Tally) -> None:
-        now = time.monotonic()
+        now, self._tally = time.monotonic(), tally
         if not self.points or tally.seconds - self.points[-1][0] >= self._point_s:
-            self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_now))
+            self._add_point(tally)
             if len(self.points) > _MOST_POINTS:
                 self.points, self._point_s = self.points[::2], 2 * self._point_s
         if now - self._shown_at < (_DRAWN_S if self._is_terminal else EVERY_S):
@@ -44,8 +45,13 @@ class Show:
         else:
             self._note(describe(tally))
 
+    def _add_point(self, tally: Tally) -> None:
+        self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_now))
+
     def end(self) -> None:
-        """The terminal is as it was."""
+        """The last point of the plot; the terminal is as it was."""
+        if self._tally is not None:
+            self._add_point(self._tally)
         if self._is_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
