@@ -106,7 +106,8 @@ def report(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[i
             ]
         else:
             cells += ["", "", f"{median(us, 'pp'):.0f}", ""]
-        cells.append(" - ".join(f"{pick(row['memory'] for row in us) / 1e9:.0f}" for pick in (min, max)))
+        speeds = [row["memory"] / 1e9 for row in us]
+        cells.append(f"{min(speeds):.0f} - {max(speeds):.0f}" if max(speeds) else "")
         if median(us, "read"):
             cells.append(f"{median(us, 'read') / 1e6:.0f} MB read a token")
         print(f"| {' | '.join(cells)} |", flush=True)
