@@ -97,7 +97,7 @@ def share_out(places: Sequence[_Place], n_inflight: int, twice: set[int]) -> dic
     """
     given = dict[int, list[Line]]()
     for idle, place in enumerate(places):
-        if place.lines or idle in given:
+        if place.lines:
             continue
         waiting = [[line for key, line in list(p.lines.items())[n_inflight:] if key not in twice] for p in places]
         most = max(waiting, key=len)
@@ -202,6 +202,7 @@ class Cluster:
         self._hand(place, new)
 
     def _hand(self, place: _Place, new: list[Line]) -> None:
+        """An engine gets these lines, and is asked for results as long as it has any."""
         if new:
             place.lines |= {line.key: line for line in new}
             place.actor.put.remote(new)

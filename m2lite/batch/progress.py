@@ -28,11 +28,10 @@ class Show:
         self._is_terminal = sys.stderr.isatty()
         self._shown_at = time.monotonic()
         self._point_s = _POINT_S
-        self._tally: Tally | None = None
         self.points: list[tuple[float, int, int]] = []  # seconds, tokens drawn, answers at once
 
     def __call__(self, tally: Tally) -> None:
-        now, self._tally = time.monotonic(), tally
+        now = time.monotonic()
         if not self.points or tally.seconds - self.points[-1][0] >= self._point_s:
             self._add_point(tally)
             if len(self.points) > _MOST_POINTS:
@@ -48,10 +47,9 @@ class Show:
     def _add_point(self, tally: Tally) -> None:
         self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_now))
 
-    def end(self) -> None:
+    def end(self, tally: Tally) -> None:
         """The last point of the plot; the terminal is as it was."""
-        if self._tally is not None:
-            self._add_point(self._tally)
+        self._add_point(tally)
         if self._is_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 

@@ -189,7 +189,7 @@ class _Job:
             except Stopped:
                 pass
             finally:
-                show.end()
+                show.end(tally)
         note(summary(tally))
         if plot is not None and len(show.points) > 1:
             draw_plot(show.points, Path(plot))

@@ -109,7 +109,7 @@ class Batch:
         if not parts:
             return done
         began = time.perf_counter()
-        n_draws, starts = [part.n_draws for part in parts], [part.row.timeline.length for part in parts]
+        n_draws = [part.n_draws for part in parts]
         logits = self._engine.evaluate_rows([(part.row.timeline, part.ids) for part in parts], n_draws, self._stop)
         self._count(parts)
         at = 0
@@ -121,26 +121,27 @@ class Batch:
                 done.append(Done(writer.wish, None if error is not None else writer.answer, error))
                 self._finish(part.row)
         if self._drafts is not None:
-            seconds = time.perf_counter() - began if all(n_draws) else 0.0  # beside a prompt it would be another's
+            is_alone = all(part.end == part.start + 1 for part in parts)  # beside a prompt the time would be another's
+            seconds = time.perf_counter() - began if is_alone else 0.0
             n_rows = sum(len(part.ids) for part in parts)
             self._drafts.saw_step(n_rows, sum(p.n_drafts for p in parts), self._engine.n_expert_reads, seconds)
             if self._drafts.follows:
-                self._foresee(parts, starts, n_rows)
+                self._foresee(parts, n_rows, is_alone)
         return done
 
-    def _foresee(self, parts: Sequence[Part], starts: Sequence[int], n_rows: int) -> None:
+    def _foresee(self, parts: Sequence[Part], n_rows: int, is_alone: bool) -> None:
         """The prediction module follows what was settled."""
         assert self._drafts is not None
         at, settled = 0, list[Settled]()
-        for part, start in zip(parts, starts, strict=True):
-            row, ids = part.row, part.row.writer.row
+        for part in parts:
+            row = part.row
             if row in self._rows:
                 draws = row.writer.draws if row.n_todo == 1 else None
-                ids = ids[start : row.timeline.length + 1]
-                settled.append(Settled(row.followed, row.timeline, at, start, ids, draws))
+                ids = row.writer.row[part.start : row.timeline.length + 1]
+                settled.append(Settled(row.followed, row.timeline, at, part.start, ids, draws))
             at += len(part.ids)
         if self._has_pages(sum(each.timeline.pages_needed(1) for each in settled)):
-            self._drafts.follow(n_rows, settled, all(part.n_draws for part in parts))
+            self._drafts.follow(n_rows, settled, is_alone)
 
     def _with_drafts(self, parts: list[Part]) -> list[Part]:
         """The parts, with drafts behind those of answers."""
@@ -172,8 +173,7 @@ class Batch:
         Returns an error that is the answer's own.
         """
         row, counts, error, n_right = part.row, self.counts, None, 0
-        end = row.timeline.length - part.n_drafts
-        start = end - len(part.ids) + part.n_drafts
+        start, end = part.start, part.end
         counts.n_again += max(0, min(end, row.n_seen) - start)
         counts.n_read += max(0, min(end, len(row.writer.wish.row)) - max(start, row.n_seen))
         if len(logits):
@@ -255,7 +255,7 @@ class Batch:
             if n < 1 or not self._has_pages(n_pages + row.timeline.pages_needed(n)):
                 continue
             n_pages += row.timeline.pages_needed(n)
-            parts.append(Part(row, row.writer.row[at : at + n], n == row.n_todo))
+            parts.append(Part(row, at, row.writer.row[at : at + n], n == row.n_todo))
             room -= n
         if not parts and self._rows:
             self._give_way()

@@ -68,9 +68,8 @@ class BatchModule:
             followed, n = row.followed, len(row.ids) - 1
             followed.token = -1
             is_new = followed.top == row.start  # of its first token no state is known: zeros
-            if not is_new and followed.top != row.start + 1:
-                followed.top = _LOST
-            if followed.top == _LOST or len(sources) + n + is_new > m.buffers.n_rows:
+            is_next = is_new or followed.top == row.start + 1
+            if not is_next or len(sources) + n + is_new > m.buffers.n_rows:
                 followed.top = _LOST
                 continue
             sources += [-1] * is_new + list(range(row.at, row.at + n))
@@ -95,14 +94,10 @@ class BatchModule:
 
     def _ask(self, ends: Sequence[tuple[int, Settled]]) -> None:
         """What comes behind the rows that end there."""
-        if not ends:
-            return
-        from m2lite.model.forward import head
+        from m2lite.model.forward import head_of
 
-        m = self._modules
-        b, n = m.buffers, len(ends)
-        b.array("h")[:n] = b.array("x")[[at for at, _ in ends]]
-        logits = head(m.mtp.trunk, b, b.h, m.mtp.modules[0].norm, n)
+        mtp = self._modules.mtp
+        logits = head_of(mtp.trunk, self._modules.buffers, [at for at, _ in ends], mtp.modules[0].norm)
         for own, (_, row) in zip(logits, ends, strict=True):
             assert row.draws is not None
             row.followed.token, row.followed.share = foresee(own, *row.draws, row.followed.top)

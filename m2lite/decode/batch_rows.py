@@ -48,9 +48,10 @@ class Counts:
 
 
 class Part(NamedTuple):
-    """What a row adds to a call: `ids` stand behind its timeline, and the last of them are drafts."""
+    """What a row adds to a call: `ids` stand behind its timeline, from `start` on, and the last of them are drafts."""
 
     row: Row
+    start: int
     ids: list[int]
     is_end: bool  # whether nothing of the row lacks behind them, but for drafts
     n_drafts: int = 0
@@ -61,9 +62,14 @@ class Part(NamedTuple):
         return self.is_end + self.n_drafts
 
     @property
+    def end(self) -> int:
+        """The position behind what is no draft."""
+        return self.start + len(self.ids) - self.n_drafts
+
+    @property
     def room(self) -> int:
         """Drafts that there is room for, on the page that is needed anyway."""
-        return min(self.row.writer.n_left - 1, -(self.row.timeline.length + len(self.ids)) % PAGE)
+        return min(self.row.writer.n_left - 1, -self.end % PAGE)
 
 
 @dataclass(eq=False)

@@ -58,6 +58,7 @@ class Rows:
         self.lengths = lengths  # what the timelines' lengths will be
         self.n_positions = max(start + len(ids) for _, start, ids in parts)  # of the longest, these rows included
         self.last: list[int] = []  # each timeline's last row
+        self.at_0: list[int] = []  # rows that have nothing before them
         tokens: list[int] = []
         positions: list[int] = []
         indices: list[int] = []
@@ -65,6 +66,8 @@ class Rows:
         tables: list[int] = []
         for timeline, start, ids in parts:
             index, first, address = range(start, start + len(ids)), timeline.first_position, timeline.pool.page_address
+            if start + first == 0:
+                self.at_0.append(len(tokens))
             tokens += ids
             positions += range(start + first, start + first + len(ids))
             indices += index
@@ -78,8 +81,6 @@ class Rows:
         self._small = array("i", [*tokens, *positions, *indices, *[i % PAGE for i in indices]])
         self._wide = array("q", [*pages, *tables])
         self.start = indices[0]  # place of the first row in its timeline
-        starts = [last - len(ids) + 1 for last, (_, _, ids) in zip(self.last, parts, strict=True)]
-        self.at_0 = [row for row in starts if positions[row] == 0]  # rows that have nothing before them
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """Of tokens, positions, indices, slots, pages and tables."""

@@ -356,13 +356,18 @@ def _head(weights: Weights, b: Buffers, rows: Rows, outputs: str | Sequence[int]
     chosen = rows.last
     if not isinstance(outputs, str):
         chosen = [row for last, n in zip(rows.last, outputs, strict=True) for row in range(last - n + 1, last + 1)]
+    return head_of(weights, b, chosen, weights.output_norm)
+
+
+def head_of(weights: Weights, b: Buffers, chosen: Sequence[int], norm: Vector) -> npt.NDArray[np.float32]:
+    """As `head`, of these rows of x."""
     if not chosen:
         return b.logits[:0]
     n, source = len(chosen), b.x + 4 * weights.config.n_embd * chosen[0]
     if n > 1:
         b.array("h")[:n] = b.array("x")[chosen]
         source = b.h
-    return head(weights, b, source, weights.output_norm, n)
+    return head(weights, b, source, norm, n)
 
 
 def head(weights: Weights, b: Buffers, x: int, norm: Vector, n: int) -> npt.NDArray[np.float32]:
