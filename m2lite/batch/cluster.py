@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Engine:
 
         self._model = Model.open(**options)
         self._lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[dict[str, Any], int]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Mapping[str, Any], int]] = queue.SimpleQueue()
         self._tally = Tally(0, self._model.config.n_layers)
         self._error: BaseException | None = None
         runner = Runner(self._model, n_inflight, lambda line, key: self._results.put((line, key)), self._tally)
@@ -64,11 +64,11 @@ class Engine:
         for line in lines:
             self._lines.put(line)
 
-    def take(self) -> tuple[list[tuple[dict[str, Any], int]], Counts]:
+    def take(self) -> tuple[list[tuple[Mapping[str, Any], int]], Counts]:
         """The results that there are, after a while if there are none; and what was done so far."""
         if self._error is not None:
             raise self._error
-        found = list[tuple[dict[str, Any], int]]()
+        found = list[tuple[Mapping[str, Any], int]]()
         try:
             found.append(self._results.get(timeout=_WAIT_S))
             while True:

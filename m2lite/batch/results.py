@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
@@ -84,8 +85,48 @@ class Results:
         self._log.append([json.dumps(line, ensure_ascii=False)])
         (self.ended.failed if line.get("error") else self.ended.done).add(key)
 
+    def sort(self, order: Iterable[str]) -> None:
+        """Results in the order of these names; any others come last. Until all are on disk, the file is as it was."""
+        rank = {line_key(name): n for n, name in enumerate(order)}
+        places, offset = list[tuple[int, int, int]](), 0
+        for line, (custom_id, _) in zip(_whole_lines(self.path), read_ends(self.path), strict=True):
+            places.append((rank.get(line_key(custom_id), len(rank)), offset, len(line)))
+            offset += len(line)
+        in_order = sorted(places)
+        if in_order != places:
+            with self.path.open("rb") as file:
+                self._log.replace(_read_at(file, at, n_bytes) for _, at, n_bytes in in_order)
+
     def close(self) -> None:
         self._log.close()
+
+
+class InTurn:
+    """Hands results on in the order in which their lines were taken."""
+
+    def __init__(self, write: Callable[[Mapping[str, Any], int], None]) -> None:
+        self._write = write
+        self._taken = deque[int]()
+        self._held = dict[int, Mapping[str, Any]]()
+
+    def take(self, lines: Iterable[Line]) -> Iterator[Line]:
+        for line in lines:
+            self._taken.append(line.key)
+            yield line
+
+    def add(self, result: Mapping[str, Any], key: int) -> None:
+        self._held[key] = result
+        while self._taken and self._taken[0] in self._held:
+            self._hand_on(self._taken.popleft())
+
+    def close(self) -> None:
+        """Those that still waited for another."""
+        for key in self._taken:
+            if key in self._held:
+                self._hand_on(key)
+
+    def _hand_on(self, key: int) -> None:
+        self._write(self._held.pop(key), key)
 
 
 def result_line(custom_id: str, body: Mapping[str, Any] | None, error: M2liteError | str | None) -> dict[str, Any]:
@@ -215,8 +256,12 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
 
 def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
     with paths[place[0]].open("rb") as file:
-        file.seek(place[1])
-        return file.read(place[2])
+        return _read_at(file, place[1], place[2])
+
+
+def _read_at(file: IO[bytes], offset: int, n_bytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(n_bytes)
 
 
 def same_file(a: Path, b: Path) -> bool:

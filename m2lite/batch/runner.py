@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # this imports Numba
     from m2lite.decode.engine import Stop
     from m2lite.decode.session import Model
 
-Write = Callable[[dict[str, Any], int], None]  # a result and its name's hash
+Write = Callable[[Mapping[str, Any], int], None]  # a result and its name's hash
 
 
 @dataclass(frozen=True)

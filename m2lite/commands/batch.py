@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +20,9 @@ from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
-    from m2lite.batch.lines import Checked, Input
-    from m2lite.batch.results import Manifest, Results
-    from m2lite.batch.runner import Shard, Worker
+    from m2lite.batch.lines import Checked, Input, Line
+    from m2lite.batch.results import Manifest
+    from m2lite.batch.runner import Shard, Worker, Write
     from m2lite.decode.request import Request
     from m2lite.decode.session import Model
 
@@ -64,6 +64,10 @@ def run(
     ] = None,
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help="Part I of N, by the names of lines")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count tokens, estimate; answer nothing")] = False,
+    order: Annotated[
+        str,
+        typer.Option("--order", metavar="done|input", help="Results as they are done, or as IN has them"),
+    ] = "done",
     stop_text: StopOption = None,
     json_schema: SchemaOption = None,
     ray: Annotated[
@@ -81,6 +85,8 @@ def run(
 
     if on_bad_line not in ("fail", "record"):
         raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
+    if order not in ("done", "input"):
+        raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
     if plot is not None:
@@ -91,7 +97,7 @@ def run(
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
     settings = replace(settings, model=settings.model if model is None else model)
-    job = _Job(settings, inflight, defaults, parse_shard(shard), limit, ray, ray_actors)
+    job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)
         stack.callback(lines.close)
@@ -138,6 +144,7 @@ class _Job:
     defaults: Request
     shard: Shard
     limit: int | None
+    is_in_order: bool  # results as the input has their lines
     ray: str | None
     n_actors: int | None
 
@@ -183,9 +190,13 @@ class _Job:
                 tally.begin(len(results.ended.done), len(results.ended.failed))
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
+            left = lines_left(lines, results, self.shard, self.limit)
+            left, write = self._in_turn(stack, left) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
-                worker.run(lines_left(lines, results, self.shard, self.limit), _writer(results), tally, show, stop)
+                worker.run(left, write, tally, show, stop)
+                if results is not None and self.is_in_order:
+                    results.sort(line.custom_id for line in lines)
             except Stopped:
                 pass
             finally:
@@ -198,6 +209,19 @@ class _Job:
                 note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {_again()}")
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
+
+    def _in_turn(self, stack: ExitStack, lines: Iterator[Line]) -> tuple[Iterator[Line], Write]:
+        """The lines, and what prints their results, as they are done or as the lines come."""
+        from m2lite.batch.results import InTurn
+
+        def write(line: Mapping[str, Any], key: int) -> None:
+            print_json(line)
+
+        if not self.is_in_order:
+            return lines, write
+        turn = InTurn(write)
+        stack.callback(turn.close)
+        return turn.take(lines), turn.add
 
     def _manifest(self, facts: dict[str, Any], checked: Checked, n_lines: int) -> Manifest:
         from m2lite.batch.results import VERSION
@@ -257,16 +281,6 @@ class _Job:
             f"measured: prompts {reading:,.0f} tok/s, answers {drawing:,.1f} tok/s with {at_once} at once; for answers "
             f"of {n_answer:,} tokens and nothing shared, about {seconds / 3600:,.1f} hours"
         )
-
-
-def _writer(results: Results | None) -> Callable[[dict[str, Any], int], None]:
-    if results is not None:
-        return results.add
-
-    def write(line: dict[str, Any], key: int) -> None:
-        print_json(line)
-
-    return write
 
 
 def _again() -> str:

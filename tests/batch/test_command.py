@@ -235,6 +235,31 @@ def test_stdin_and_stdout(run_m2lite: Run, model_files: Models) -> None:
     assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == ["line-1", "line-2"]
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "-"])
+def test_results_as_the_input_has_them(run_inline: Run, tmp_path: Path, bundled_model: Path, output: str) -> None:
+    """Short answers are done before long ones that came first."""
+    lines = [{**line, "max_tokens": 30 if n % 3 else 90} for n, line in enumerate(questions(12))]
+    source = write(tmp_path / "in.jsonl", lines)
+    names = [line["custom_id"] for line in lines]
+    found = {}
+    for order in ("done", "input"):
+        target = output if output == "-" else tmp_path / f"{order}-{output}"
+        done = run_inline("batch", source, "-o", target, "--model", bundled_model, "--inflight", "6", "--order", order)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout if output == "-" else target.read_text()
+        found[order] = [json.loads(line) for line in text.splitlines()]
+    for line in found["done"] + found["input"]:
+        line["response"]["body"].pop("created")
+    by_name = {order: [line["custom_id"] for line in rows] for order, rows in found.items()}
+    assert by_name["input"] == names and by_name["done"] != names
+    assert sorted(map(json.dumps, found["input"])) == sorted(map(json.dumps, found["done"]))
+    if output != "-":  # a batch that is done can still be brought into order, and only then
+        target = tmp_path / f"done-{output}"
+        done = run_inline("batch", source, "-o", target, "--model", bundled_model, "--order", "input")
+        assert done.returncode == 0 and "12 of 12 lines have a result already" in done.stderr
+        assert list(results(target)) == names
+
+
 def test_outputs_that_are_refused(run_inline: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
     (tmp_path / "link").symlink_to(source)
@@ -247,7 +272,7 @@ def test_outputs_that_are_refused(run_inline: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"], ["--on-bad-line", "skip"], ["--plot", "x.gif"],
-     ["--inflight", "0"], ["--limit", "0"]],
+     ["--inflight", "0"], ["--limit", "0"], ["--order", "random"]],
 )  # fmt: skip
 def test_bad_options(run_inline: Run, tmp_path: Path, options: list[str]) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a"}])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from m2lite import ResourceError, UsageError
-from m2lite.batch.lines import line_key
-from m2lite.batch.results import Results, manifest_path, merge, read_ends, result_line, status
+from m2lite import M2liteError, ResourceError, UsageError
+from m2lite.batch.lines import Line, line_key
+from m2lite.batch.results import InTurn, Results, manifest_path, merge, read_ends, result_line, status
 from m2lite.storage import durable
 
 MANIFEST: dict[str, Any] = {"m2lite_batch": 1, "lines": 9, "model": "m", "shard": "1/1", "seed": 0}
@@ -168,14 +170,8 @@ class Dies(BaseException):
     """As a kill: nothing that would run afterwards does."""
 
 
-@pytest.mark.parametrize("n", range(12))
-def test_retry_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """The results that count are there before and after, whatever call was the last."""
-    results = Results(out, MANIFEST)
-    add(results, "a")
-    add(results, "b", error="wrong")
-    results.close()
-
+def run_killed_after(n: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the action came to its end before call n of those that change the disk."""
     opened: list[int] = []
 
     class Killed(durable.FileOps):
@@ -197,15 +193,91 @@ def test_retry_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(durable, "fsops", Killed())
         try:
-            Results(out, MANIFEST, retry_failed=True).close()
+            action()
         except Dies:
             for fd in opened:  # as the system does
                 with contextlib.suppress(OSError):
                     os.close(fd)
+            return False
+    return True
+
+
+@pytest.mark.parametrize("n", range(12))
+def test_retry_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The results that count are there before and after, whatever call was the last."""
+    results = Results(out, MANIFEST)
+    add(results, "a")
+    add(results, "b", error="wrong")
+    results.close()
+    run_killed_after(n, lambda: Results(out, MANIFEST, retry_failed=True).close(), monkeypatch)
     assert ("a", False) in ends(out) and len(ends(out)) <= 2
     results = Results(out, MANIFEST, retry_failed=True)
     assert len(results.ended) == 1
     results.close()
+
+
+def test_sorting(out: Path) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "c", "x", "a")
+    add(results, "b", error="wrong")
+    before = {line["custom_id"]: line for line in map(json.loads, out.read_text().splitlines())}
+    results.sort(["a", "b", "other", "c"])
+    assert ends(out) == [("a", False), ("b", True), ("c", False), ("x", False)]
+    assert {line["custom_id"]: line for line in map(json.loads, out.read_text().splitlines())} == before
+    inode = out.stat().st_ino
+    results.sort(["a", "b", "other", "c"])
+    assert out.stat().st_ino == inode  # nothing to do
+    add(results, "other")
+    results.close()
+    assert [name for name, _ in ends(out)] == ["a", "b", "c", "x", "other"]
+
+
+def test_sorting_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for n in range(100):
+        results = Results(out, MANIFEST)
+        if n == 0:
+            add(results, "b", "c", "a")
+        is_whole = run_killed_after(n, functools.partial(results.sort, ["a", "b", "c"]), monkeypatch)
+        with contextlib.suppress(M2liteError):  # its file was closed under it, as the system does
+            results.close()
+        orders.append([name for name, _ in ends(out)])
+        if is_whole:
+            break
+    assert len(orders) > 5 and set(map(tuple, orders)) == {("b", "c", "a"), ("a", "b", "c")}
+    assert orders[-1] == ["a", "b", "c"]
+
+
+def test_sorting_on_a_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(out, MANIFEST)
+    add(results, "b", "a")
+    before = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "fsops", FullDisk(1))
+        with pytest.raises(ResourceError, match="no room"):
+            results.sort(["a", "b"])
+    assert out.read_bytes() == before and [path.name for path in out.parent.glob("*.tmp")] == []
+    results.sort(["a", "b"])
+    results.close()
+    assert [name for name, _ in ends(out)] == ["a", "b"]
+
+
+def test_results_in_turn() -> None:
+    written: list[str] = []
+    turn = InTurn(lambda result, key: written.append(result["custom_id"]))
+    lines = [Line(n, name, None) for n, name in enumerate("abcdef")]
+    taken = turn.take(lines)
+    for _ in range(4):
+        next(taken)
+    for name, expected in (("c", ""), ("b", ""), ("a", "abc")):
+        turn.add(result_line(name, {}, None), line_key(name))
+        assert "".join(written) == expected
+    list(taken)
+    for name in "fe":
+        turn.add(result_line(name, {}, None), line_key(name))
+    assert written == ["a", "b", "c"]
+    turn.close()
+    assert written == ["a", "b", "c", "e", "f"]  # nothing that is done is lost when d never comes
 
 
 def shards(tmp_path: Path) -> list[Path]:
