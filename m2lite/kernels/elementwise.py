@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.dot import GROUP
-from m2lite.kernels.dots import PANEL
+from m2lite.kernels.dots import GROUP, PANEL
 from m2lite.kernels.jit import kernel
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (

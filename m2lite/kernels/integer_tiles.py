@@ -1,0 +1,308 @@
+"""The tile kernels of formats with a tile of integers (contract and order of the sums: dot.py). Sees addresses.
+
+A tile meets one activation row, a few rows with everything in registers, or up to GROUP rows with the unpacked tile in
+memory. The sums are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+from m2lite.kernels import emit, simd
+from m2lite.kernels.dots import GROUP, PANEL, Vectors, integer_dots, prepare
+from m2lite.kernels.jit import kernel, specialise
+from m2lite.kernels.packs import PackType, store_rows
+from m2lite.kernels.packs import zeros as no_sums
+from m2lite.kernels.row_dots import ROW_FORMS, row_dots
+from m2lite.kernels.simd import load_f32, scratch, splat, store_f32, store_lanes, zeros_of
+from m2lite.kernels.tiles import TILES, TileForm
+
+ZERO = np.float32(0)
+PANEL_BYTES = PANEL.BYTES
+
+
+def _add_step(
+    builder: ir.IRBuilder, acc: ir.Value, dots: Vectors, scales: Vectors, minimum: ir.Value | None, row: ir.Value
+) -> ir.Value:
+    """acc after one fma per group, and one for the minimum."""
+    n = acc.type.count
+    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE), n)
+    for dot, scale in zip(dots, scales, strict=True):
+        acc = emit.fma_values(builder, builder.sitofp(dot, acc.type), builder.fmul(scale, x_scale), acc)
+    if minimum is not None:
+        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM), n)
+        acc = emit.fma_values(builder, minimum, scaled_sum, acc)
+    return acc
+
+
+def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
+    """The lines from `ahead` on that are step s's share of a block of n rows.
+
+    All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
+    them together again but for the fence. They go to the second cache: two tiles of wide rows are more than a first
+    cache of 32 kB holds, and a processor waits for fewer lines at once there (Zen 4: 19 GB/s instead of 30).
+    """
+    lines = range(0, n_rows * form.block_bytes, 64)
+    for line in lines[s * len(lines) // form.n_steps : (s + 1) * len(lines) // form.n_steps]:
+        emit.prefetch(builder, builder.add(ahead, emit.I64(line)), 2)
+    if form.n_steps > 1:
+        emit.fence(builder)
+
+
+AHEAD = 32  # rows: the tile after the next; of short rows (`ffn_down_exps`) one tile is read before it has come
+
+# Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
+AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
+
+# So many activation rows meet a tile as it is unpacked, without its going through memory. It takes 32 registers.
+FEW = 4 if emit.FORM == "avx512vnni" else 1
+
+# Of more rows, those that meet it on its way to memory, from where the others take it.
+N_FIRST = 4 if emit.FORM == "avx512vnni" else 0
+
+
+def _dot_block_of(form: TileForm) -> Any:
+    """dot_block(acc, w, stride, x, ahead): acc after all steps of a block of AT_ONCE rows and the activation row at x.
+
+    AVX2 multiplies the rows as they lie; nothing uses the tile's weights then, so they are not made.
+    """
+
+    @intrinsic
+    def dot_block(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            acc_value, w_value, stride_value, x_value, ahead_value = args
+            rows, steps = emit.rows_of(builder, w_value, stride_value, AT_ONCE), iter(range(form.n_steps))
+
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                nonlocal acc_value
+                s = next(steps)
+                row = builder.add(x_value, emit.I64(PANEL.BYTES * s))
+                _prefetch_step(builder, form, ahead_value, s, AT_ONCE)
+                if emit.FORM == "avx2":
+                    dots = row_dots(builder, form.integers, ROW_FORMS[form.name], rows, s, row)
+                else:
+                    dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
+                acc_value = _add_step(builder, acc_value, dots, scales, minimum, row)
+
+            form.read(builder, rows, step)
+            return acc_value
+
+        return _SUMS(_SUMS, *[types.int64] * 4), codegen
+
+    return dot_block
+
+
+def _dot_few_of(form: TileForm, n_rows: int) -> Any:
+    """dot_few(accs, w, stride, x, x_step, ahead): the pack of n_rows sums after all steps of a block of 16 rows.
+
+    x_step: bytes from step to step of the panel, as in `unpack_tile`.
+    """
+    kind = PackType(simd.f32x16, n_rows)
+
+    @intrinsic
+    def dot_few(typingctx: Any, accs: Any, w: Any, stride: Any, x: Any, x_step: Any, ahead: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pack, w_value, stride_value, x_value, x_step_value, ahead_value = args
+            steps = iter(range(form.n_steps))
+            sums = [builder.extract_value(pack, r) for r in range(n_rows)]
+
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                nonlocal x_value
+                _prefetch_step(builder, form, ahead_value, next(steps))
+                tile = prepare(builder, form.integers, weights)
+                _add_rows(builder, form, sums, tile, scales, minimum, x_value)
+                x_value = builder.add(x_value, x_step_value)
+
+            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
+            return emit.pack_of(builder, sums)
+
+        return kind(kind, *[types.int64] * 5), codegen
+
+    return dot_few
+
+
+def _add_rows(
+    builder: ir.IRBuilder, form: TileForm, sums: Vectors, tile: Vectors, scales: Vectors, minimum: ir.Value | None,
+    x: ir.Value,
+) -> None:  # fmt: skip
+    """Adds a step's products with the rows at x to `sums`, one for each."""
+    rows = [builder.add(x, emit.I64(PANEL.BYTES * r)) for r in range(len(sums))]
+    for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
+        sums[r] = _add_step(builder, sums[r], dots, scales, minimum, rows[r])
+
+
+def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
+    """unpack_tile(w, stride, out, x, x_step, sums, ahead): the steps of one block of 16 rows, `step_vectors` vectors
+    each, to memory, and their products with n_rows activation rows at x added to the sums, a vector each in memory.
+
+    x_step: bytes from step to step of the panel. Unpacking shuffles and dots multiply: side by side they take as long
+    as the longer of them, but a processor does not see far enough ahead to overlap one after the other.
+    """
+
+    @intrinsic
+    def unpack_tile(typingctx: Any, w: Any, stride: Any, out: Any, x: Any, x_step: Any, sums: Any, ahead: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            w_value, stride_value, at, x_value, x_step_value, sums_value, ahead_value = args
+            steps = iter(range(form.n_steps))
+            places = [builder.add(sums_value, emit.I64(64 * r)) for r in range(n_rows)]
+            accs = [emit.load(builder, place, emit.V_F32) for place in places]
+
+            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+                nonlocal at, x_value
+                _prefetch_step(builder, form, ahead_value, next(steps))
+                tile = prepare(builder, form.integers, weights)
+                for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
+                    emit.store(builder, v, at)
+                    at = builder.add(at, emit.I64(64))
+                _add_rows(builder, form, accs, tile, scales, minimum, x_value)
+                x_value = builder.add(x_value, x_step_value)
+
+            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
+            for acc, place in zip(accs, places, strict=True):
+                emit.store(builder, acc, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return unpack_tile
+
+
+def _load_step_of(form: TileForm) -> Any:
+    """load_step(at): the vectors of a step that `unpack_tile` has written, as a pack."""
+    kind = PackType(simd.i32x16, form.step_vectors)
+
+    @intrinsic
+    def load_step(typingctx: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return emit.pack_of(builder, [emit.load(builder, args[0], emit.V_I32, 64 * i) for i in range(kind.n)])
+
+        return kind(types.int64), codegen
+
+    return load_step
+
+
+def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
+    """dot_rows(step, x, sums): adds a step's products with n rows at x to their sums, a vector each in memory."""
+
+    @intrinsic
+    def dot_rows(typingctx: Any, step: Any, x: Any, sums: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            step_value, x_value, sums_value = args
+            vectors = [builder.extract_value(step_value, i) for i in range(form.step_vectors)]
+            rows = [builder.add(x_value, emit.I64(PANEL.BYTES * r)) for r in range(n_rows)]
+            dots = integer_dots(builder, form.integers, vectors[:8], rows)
+            floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
+            scales = floats[: form.integers.n_groups]
+            minimum = floats[-1] if form.has_minimum else None
+            for r, row in enumerate(rows):
+                acc = emit.load(builder, sums_value, emit.V_F32, 64 * r)
+                acc = _add_step(builder, acc, dots[r], scales, minimum, row)
+                emit.store(builder, acc, builder.add(sums_value, emit.I64(64 * r)))
+            return context.get_dummy_value()
+
+        return types.void(step, types.int64, types.int64), codegen
+
+    return dot_rows
+
+
+zeros = zeros_of(_SUMS)
+
+# Names that `specialise` fills in: the templates below see them as globals.
+block_bytes = step_vectors = tile_vectors = 0
+n_steps = n_rows = n_first = 1
+dot_block: Any = None
+dot_few: Any = None
+unpack_tile: Any = None
+load_step: Any = None
+dot_four: Any = None
+dot_two: Any = None
+dot_one: Any = None
+few_rows: Any = None
+many_rows: Any = None
+
+
+def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    for first in range(0, n_store, AT_ONCE):
+        acc, rows = zeros(), w + first * stride
+        ahead = rows + AHEAD * stride
+        for b in range(n_blocks // n_steps):
+            at = rows + b * block_bytes
+            acc = dot_block(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * AT_ONCE * block_bytes)
+        store_lanes(out + 4 * first, acc, n_store)
+
+
+def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """n_x is n_rows, which the compiler knows: the sums stay in registers, and so do the weights."""
+    accs, ahead, x_step = no_sums(n_rows), w + AHEAD * stride, n_rows * PANEL_BYTES
+    for b in range(n_blocks // n_steps):
+        at, tile_ahead = w + b * block_bytes, ahead + b * 16 * block_bytes
+        accs = dot_few(accs, at, stride, x + b * n_steps * x_step, x_step, tile_ahead)
+    sums = scratch(n_rows)
+    store_rows(sums, 64, accs)
+    for t in range(n_rows):
+        store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
+
+
+def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
+    sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + AHEAD * stride
+    x_step = n_x * PANEL_BYTES
+    for t in range(n_x):
+        store_f32(sums + 64 * t, splat(ZERO))
+    for b in range(n_blocks // n_steps):
+        at, panel, tile_ahead = w + b * block_bytes, x + b * n_steps * x_step, ahead + b * 16 * block_bytes
+        unpack_tile(at, stride, tile, panel, x_step, sums, tile_ahead)
+        for s in range(n_steps):
+            weights, rows, t = load_step(tile + 64 * step_vectors * s), panel + s * x_step, n_first
+            while t + 4 <= n_x:
+                dot_four(weights, rows + PANEL_BYTES * t, sums + 64 * t)
+                t += 4
+            if t + 2 <= n_x:
+                dot_two(weights, rows + PANEL_BYTES * t, sums + 64 * t)
+                t += 2
+            if t < n_x:
+                dot_one(weights, rows + PANEL_BYTES * t, sums + 64 * t)
+    for t in range(n_x):
+        store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
+
+
+def _few_or_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    if n_x == n_rows:
+        few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+    else:
+        many_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+
+
+def _names_of(form: TileForm) -> dict[str, Any]:
+    """What the templates of integer tiles see."""
+    return {
+        "block_bytes": form.block_bytes,
+        "n_steps": form.n_steps,
+        "step_vectors": form.step_vectors,
+        "tile_vectors": form.n_steps * form.step_vectors,
+        "dot_block": _dot_block_of(form),
+        "n_first": N_FIRST,
+        "unpack_tile": _unpack_tile_of(form, N_FIRST),
+        "load_step": _load_step_of(form),
+        "dot_four": _dot_rows_of(form, 4),
+        "dot_two": _dot_rows_of(form, 2),
+        "dot_one": _dot_rows_of(form, 1),
+    }
+
+
+def tile_functions(name: str) -> tuple[Any, Any]:
+    """The compiled kernels of a format: of one activation row, and of 2 to GROUP."""
+    form = TILES[name]
+    names = _names_of(form)
+    one_row = kernel(specialise(_one, f"one_row_{name}_int8", **names))
+    many_rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
+    for n in range(2, FEW + 1):
+        few = names | {"n_rows": n, "dot_few": _dot_few_of(form, n)}
+        either = {"n_rows": n, "few_rows": kernel(specialise(_few, f"rows_{n}_{name}", **few)), "many_rows": many_rows}
+        many_rows = kernel(specialise(_few_or_many, f"rows_{n}_or_many_{name}", **either))
+    return one_row, many_rows
