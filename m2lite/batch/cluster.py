@@ -10,8 +10,8 @@ import queue
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,70 +81,81 @@ class Engine:
 class _Place:
     """An engine of the cluster, the lines that it has, and the call that waits for its results."""
 
-    node: str | None
+    node: str
     actor: Any
+    starts: Any = None  # the call that tells that its model is open, until it has
     lines: dict[int, Line] = field(default_factory=dict)
     waits: Any = None
     counts: Counts = field(default_factory=Counts)
-    n_lost: int = 0
+    n_lost: int = 0  # one after the other, without a result
 
 
-def share_out(places: Sequence[_Place], n_inflight: int, twice: set[int]) -> dict[int, list[Line]]:
+class _Supply:
+    """Lines to hand out: those that came back first."""
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self._lines, self._back = lines, deque[Line]()
+        self.is_empty = False  # known when one was asked for that is not there
+
+    def take(self) -> Line | None:
+        line = self._back.popleft() if self._back else next(self._lines, None)
+        self.is_empty = line is None
+        return line
+
+    def give_back(self, lines: Iterable[Line]) -> None:
+        self._back.extend(lines)
+        self.is_empty = self.is_empty and not self._back
+
+
+def share_out(places: Sequence[_Place], n_inflight: int) -> dict[int, list[Line]]:
     """What engines without a line get, by their place, when none is left: lines that others have not begun.
 
-    Half of those of whom most are waiting for. Both answer them, and the first answer counts; `twice` are lines for
-    which that holds already.
+    Half of those of whom most are waiting for. Both answer them, the first answer counts, and no third gets them.
     """
+    held = Counter(key for place in places for key in place.lines)
     given = dict[int, list[Line]]()
     for idle, place in enumerate(places):
         if place.lines:
             continue
-        waiting = [[line for key, line in list(p.lines.items())[n_inflight:] if key not in twice] for p in places]
+        waiting = [[line for key, line in list(p.lines.items())[n_inflight:] if held[key] == 1] for p in places]
         most = max(waiting, key=len)
         if not most:
             break
         given[idle] = most[len(most) // 2 :]
-        twice.update(line.key for line in given[idle])
+        held.update(line.key for line in given[idle])
     return given
 
 
 class Cluster:
     """Engines on the nodes of a Ray cluster."""
 
-    def __init__(self, address: str, options: dict[str, Any], n_inflight: int, n_actors: int | None) -> None:
-        """`address` is Ray's, or "local" for a cluster of this machine alone; by default one engine on each node."""
-        try:
-            import ray
-        except ImportError:
-            raise UsageError("--ray needs the package ray.", "pip install 'm2lite[ray]'.") from None
-        _check_address(address)
-        self._ray: Any = ray
-        self._options, self._n_inflight = options, n_inflight
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
-        try:
-            if address == "local":
-                ray.init(num_cpus=n_actors or 1, **quiet)
-            else:
-                quiet.pop("include_dashboard")
-                ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
-        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-        n = n_actors or len(nodes)
-        self._places = [self._place(nodes[i % len(nodes)]) for i in range(n)]
-        found = self._facts()
+    def __init__(
+        self, address: str, options: dict[str, Any], n_inflight: int, n_actors: int | None, tell: Callable[[str], None]
+    ) -> None:
+        """`address` is Ray's, or "local" for a cluster of this machine alone; by default one engine on each node.
+
+        `tell` is called when an engine is lost.
+        """
+        self._ray = _connect(address, n_actors)
+        self._options, self._n_inflight, self._tell = options, n_inflight, tell
+        nodes = sorted(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
+        self._places = [self._place(nodes[i % len(nodes)]) for i in range(n_actors or len(nodes))]
+        self._lost = list[Counts]()  # what engines had done that are no more
+        self._alone_since: float | None = None
+        found = self._start_all()
         other = next((each for each in found if each != found[0]), None)
         if other is not None:
             self.close()
-            raise UsageError(f"The nodes have different models: {found[0]} and {other}.", "Give them the same file.")
-        self.n_layers: int = found[0].pop("n_layers")
-        self.facts: dict[str, Any] = found[0]
+            raise _different(found[0], other)
+        self._found = found[0]
+        self.n_layers: int = self._found["n_layers"]
+        self.facts = {name: value for name, value in self._found.items() if name != "n_layers"}
 
-    def _facts(self) -> list[dict[str, Any]]:
-        """Of each engine, once it has opened its model."""
+    def _start_all(self) -> list[dict[str, Any]]:
+        """What each engine says of its model, once it is open."""
         ray = self._ray
         try:
-            found: list[dict[str, Any]] = ray.get([p.actor.facts.remote() for p in self._places], timeout=_START_S)
+            found: list[dict[str, Any]] = ray.get([place.starts for place in self._places], timeout=_START_S)
         except ray.exceptions.GetTimeoutError:
             self.close()
             raise M2liteError(
@@ -153,49 +164,51 @@ class Cluster:
         except ray.exceptions.RayError as error:
             self.close()
             raise M2liteError(f"An engine cannot start: {error}.", "Is the model at this path on each node?") from None
+        for place in self._places:
+            place.starts = None
         return found
 
     @property
     def n_engines(self) -> int:
         return len(self._places)
 
-    def _place(self, node: str | None) -> _Place:
+    def _place(self, node: str) -> _Place:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        strategy = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=True)
         actor = (
             self._ray.remote(Engine)
-            .options(num_cpus=1, max_concurrency=2, scheduling_strategy=strategy)
+            .options(num_cpus=1, max_concurrency=2, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True))
             .remote(self._options, self._n_inflight)
         )
-        return _Place(node, actor)
+        return _Place(node, actor, actor.facts.remote())
 
     def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
-        ray, again, twice = self._ray, deque[Line](), set[int]()
+        supply = _Supply(lines)
         tally.began = time.monotonic()
         while True:
             if stop():
                 raise Stopped
-            for place in self._places:
-                self._feed(place, again, lines)
-            for idle, more in share_out(self._places, self._n_inflight, twice).items():
-                self._hand(self._places[idle], more)
-            waiting = [place.waits for place in self._places if place.waits is not None]
-            if not waiting:
+            ready = [place for place in self._places if place.starts is None]
+            for place in ready:
+                self._feed(place, supply)
+            for idle, more in share_out(ready, self._n_inflight).items():
+                self._hand(ready[idle], more)
+            if supply.is_empty and not any(place.lines for place in ready):
                 return
-            ready, _ = ray.wait(waiting, timeout=_WAIT_S)
-            for place in self._places:
-                if place.waits in ready:
-                    self._collect(place, again, write, tally)
-            tally.counts = _sum(place.counts for place in self._places)
+            self._check_that_any(ready)
+            calls = {call: place for place in self._places for call in (place.starts, place.waits) if call is not None}
+            answered, _ = self._ray.wait(list(calls), timeout=_WAIT_S)
+            for call in answered:
+                self._take(calls[call], call, supply, write, tally)
+            tally.counts = _sum([*self._lost, *(place.counts for place in self._places)])
             show(tally)
 
-    def _feed(self, place: _Place, again: deque[Line], lines: Iterator[Line]) -> None:
+    def _feed(self, place: _Place, supply: _Supply) -> None:
         """As many lines as an engine should have at hand."""
         new = list[Line]()
         while len(place.lines) + len(new) < _AHEAD * self._n_inflight:
-            line = again.popleft() if again else next(lines, None)
+            line = supply.take()
             if line is None:
                 break
             new.append(line)
@@ -209,23 +222,37 @@ class Cluster:
         if place.lines and place.waits is None:
             place.waits = place.actor.take.remote()
 
-    def _collect(self, place: _Place, again: deque[Line], write: Write, tally: Tally) -> None:
-        """The results of an engine; if it is lost, its lines are to be done again by whoever is there."""
-        waits, place.waits = place.waits, None
+    def _check_that_any(self, ready: list[_Place]) -> None:
+        now = time.monotonic()
+        if ready:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+        elif now - self._alone_since > _START_S:
+            raise M2liteError(f"All engines are lost, and none has started in {_START_S:g} s.", "See Ray's log.")
+
+    def _take(self, place: _Place, call: Any, supply: _Supply, write: Write, tally: Tally) -> None:
+        """What an engine answered to a call: that it has started, or results."""
+        exceptions, has_started = self._ray.exceptions, call == place.waits
         try:
-            found, place.counts = self._ray.get(waits)
-        except self._ray.exceptions.RayActorError as error:
-            place.n_lost += 1
-            if place.n_lost > _MOST_LOSSES:
-                raise M2liteError(
-                    f"{place.n_lost} engines were lost one after the other: {error}.", "See Ray's log."
-                ) from None
-            lost, place.lines = place.lines, {}
-            again.extend(line for key, line in lost.items() if not any(key in each.lines for each in self._places))
-            place.actor = self._place(place.node).actor
+            answer = self._ray.get(call)
+        except exceptions.RayActorError as error:
+            self._replace(place, supply, str(error))
             return
-        except self._ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             raise M2liteError(f"An engine failed: {error.cause}.", "See Ray's log.") from None
+        if has_started:
+            place.waits = None
+            self._collect(place, answer, write, tally)
+            return
+        place.starts = None
+        if answer != self._found:
+            raise _different(self._found, answer)
+
+    def _collect(
+        self, place: _Place, answer: tuple[list[tuple[Mapping[str, Any], int]], Counts], write: Write, tally: Tally
+    ) -> None:
+        found, place.counts = answer
         for result, key in found:
             place.n_lost = 0
             if key not in place.lines:  # it was handed out again, and another was quicker
@@ -236,8 +263,47 @@ class Cluster:
             tally.n_tokens += _n_tokens(result)
             tally.add(result["error"] is not None)
 
+    def _replace(self, place: _Place, supply: _Supply, why: str) -> None:
+        """An engine is lost: its lines go to others now, and to the one that takes its place once that has started."""
+        lost, place.lines, place.waits = place.lines, {}, None
+        supply.give_back(line for key, line in lost.items() if not any(key in each.lines for each in self._places))
+        place.counts.n_now = 0
+        self._lost.append(place.counts)
+        place.counts, place.n_lost = Counts(), place.n_lost + 1
+        if place.n_lost <= _MOST_LOSSES:
+            self._tell(f"an engine was lost, its {len(lost):,} lines go to others; a new one is started")
+            new = self._place(place.node)
+            place.actor, place.starts = new.actor, new.starts
+        elif len(self._places) > 1:
+            self._tell(f"{place.n_lost} engines of one node were lost one after the other; the others go on")
+            self._places.remove(place)
+        else:
+            raise M2liteError(f"{place.n_lost} engines were lost one after the other: {why}.", "See Ray's log.")
+
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _connect(address: str, n_actors: int | None) -> Any:
+    """The package ray, connected."""
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--ray needs the package ray.", "pip install 'm2lite[ray]'.") from None
+    _check_address(address)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if address == "local":
+            ray.init("local", num_cpus=n_actors or 1, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
+    return ray
+
+
+def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> UsageError:
+    return UsageError(f"The nodes have different models: {one} and {other}.", "Give them the same file.")
 
 
 def _check_address(address: str) -> None:
@@ -251,12 +317,12 @@ def _check_address(address: str) -> None:
         raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
 
 
-def _n_tokens(result: dict[str, Any]) -> int:
+def _n_tokens(result: Mapping[str, Any]) -> int:
     response = result["response"]
     return int(response["body"]["usage"]["completion_tokens"]) if response else 0
 
 
-def _sum(counts: Iterator[Counts]) -> Counts:
+def _sum(counts: Iterable[Counts]) -> Counts:
     total = Counts()
     for each in counts:
         for name, value in vars(each).items():

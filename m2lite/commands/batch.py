@@ -156,7 +156,7 @@ class _Job:
         from m2lite.batch.cluster import Cluster
 
         options = model_options(self.settings) | {"sequences": self.n_inflight}
-        cluster = Cluster(self.ray, options, self.n_inflight, self.n_actors)
+        cluster = Cluster(self.ray, options, self.n_inflight, self.n_actors, _tell)
         note(f"{cluster.n_engines} engines on Ray's nodes · {cluster.facts['model']}")
         return cluster
 
@@ -281,6 +281,11 @@ class _Job:
             f"measured: prompts {reading:,.0f} tok/s, answers {drawing:,.1f} tok/s with {at_once} at once; for answers "
             f"of {n_answer:,} tokens and nothing shared, about {seconds / 3600:,.1f} hours"
         )
+
+
+def _tell(text: str) -> None:
+    """A line while progress is shown."""
+    note(f"\r\033[K{text}" if sys.stderr.isatty() else text)
 
 
 def _again() -> str:

@@ -83,16 +83,68 @@ def test_two_engines_one_is_killed(
 def test_idle_engines_share_what_others_have_not_begun() -> None:
     def place(first: int, n: int) -> Any:
         lines = [Line(i, f"q{i}", None) for i in range(first, first + n)]
-        return cluster._Place(None, None, {line.key: line for line in lines})
+        return cluster._Place("node", None, lines={line.key: line for line in lines})
 
     def names(given: dict[int, list[Line]]) -> dict[int, list[str]]:
         return {i: [line.custom_id for line in lines] for i, lines in given.items()}
 
-    places, twice = [place(0, 10), place(20, 5), place(30, 0), place(40, 0)], set[int]()
-    assert names(cluster.share_out(places, 4, twice)) == {2: ["q7", "q8", "q9"], 3: ["q5", "q6"]}
-    assert names(cluster.share_out(places, 4, twice)) == {2: ["q4"], 3: ["q24"]}
-    assert cluster.share_out(places, 4, twice) == {}  # the others have been begun
-    assert cluster.share_out([place(0, 9)], 4, set()) == {}  # nobody is idle
+    places = [place(0, 10), place(20, 5), place(30, 0), place(40, 0)]
+    first = cluster.share_out(places, 4)
+    assert names(first) == {2: ["q7", "q8", "q9"], 3: ["q5", "q6"]}
+    for i, lines in first.items():
+        places[i].lines = {line.key: line for line in lines}
+    assert cluster.share_out(places, 4) == {}  # nobody is idle
+    places[2].lines = {}  # lost: what it had is shared again
+    assert names(cluster.share_out(places, 4)) == {2: ["q8", "q9"]}
+    assert cluster.share_out([place(0, 4), place(9, 0)], 4) == {}  # they have been begun
+
+
+def test_lines_that_come_back_are_handed_out_first() -> None:
+    supply = cluster._Supply(iter(Line(i, f"q{i}", None) for i in range(2)))
+    first = supply.take()
+    assert first is not None and first.custom_id == "q0" and not supply.is_empty
+    supply.give_back([first])
+    names = [line.custom_id for line in iter(supply.take, None)]
+    assert names == ["q0", "q1"] and supply.is_empty
+    supply.give_back([])
+    assert supply.is_empty
+    supply.give_back([first])
+    assert not supply.is_empty and supply.take() is first and supply.take() is None and supply.is_empty
+
+
+def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: Path, bundled_model: Path) -> None:
+    """Of two nodes with a core each: there is no room for a new engine, and the other one does all that is left."""
+    from ray.cluster_utils import Cluster
+
+    source = write(tmp_path / "in.jsonl", 150, 300)
+    options = ["--model", str(bundled_model), "--inflight", "4", "--threads", "1"]
+    assert run_m2lite("batch", source, "-o", tmp_path / "alone.jsonl", *options).returncode == 0
+    out = tmp_path / "out.jsonl"
+    config = {"health_check_period_ms": 300, "health_check_timeout_ms": 300, "health_check_failure_threshold": 2}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": config})
+    process = None
+    try:
+        other = nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        command = ["batch", str(source), "-o", str(out), *options, "--ray", nodes.address]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not out.exists() or out.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        nodes.remove_node(other, allow_graceful=False)
+        _, told = process.communicate(timeout=120)
+    finally:
+        if process is not None:
+            process.kill()
+        nodes.shutdown()
+    assert process.returncode == 0, told
+    assert "2 engines on Ray's nodes" in told and "150 of 150 lines are done, 0 failed" in told
+    assert "an engine was lost" in told
+    assert answers(out) == answers(tmp_path / "alone.jsonl")
 
 
 def test_no_cluster(run_m2lite: Run, tmp_path: Path) -> None:
