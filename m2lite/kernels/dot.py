@@ -43,6 +43,7 @@ from m2lite.kernels.dots import GROUP, PANEL, Vectors
 from m2lite.kernels.integer_tiles import tile_functions
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, pack_get
+from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.simd import (
     fma,
     load_f32,
@@ -149,39 +150,90 @@ def unpack_of(name: str) -> Any:
     return unpack
 
 
+# Weight rows and activation rows whose sums are in registers at once.
+W_ROWS, X_ROWS = (4, 4) if emit.FORM == "avx512vnni" else (2, 2)
+N_SUMS = W_ROWS * X_ROWS
+
+
+def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
+    """add_products(sums, w, stride, x): sums[r * n_x + t] after 32 weights of row r times those of activation row t."""
+    form, kind = WEIGHTS[name], PackType(simd.f32x16, n_rows * n_x)
+
+    @intrinsic
+    def add_products(typingctx: Any, sums: Any, w: Any, stride: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            assert form.unpack is not None
+            pack, w_value, stride_value, x_value = args
+            values = [
+                [emit.load(builder, x_value, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)
+            ]
+            out = []
+            for r in range(n_rows):
+                row = builder.add(w_value, builder.mul(stride_value, emit.I64(r)))
+                weights = form.unpack(builder, row)
+                for t in range(n_x):
+                    total = builder.extract_value(pack, r * n_x + t)
+                    for weight, value in zip(weights, values[t], strict=True):
+                        total = emit.fma_values(builder, weight, value, total)
+                    out.append(total)
+            return emit.pack_of(builder, out)
+
+        return kind(kind, *[types.int64] * 3), codegen
+
+    return add_products
+
+
+@intrinsic(prefer_literal=True)
+def write_sums(typingctx: Any, sums: Any, out: Any, out_stride: Any, n_x: Any) -> Any:
+    """The lanes of sums[r * n_x + t] added as a tree, to out[t, r]; out_stride in bytes, n_x a literal."""
+    n = n_x.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pack, at, stride, _ = args
+        for i in range(sums.n):
+            total = emit.tree_of(builder, builder.extract_value(pack, i))
+            row = builder.add(at, builder.mul(stride, emit.I64(i % n)))
+            emit.store(builder, total, builder.add(row, emit.I64(4 * (i // n))))
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64, types.int64, n_x), codegen
+
+
 # Names that `specialise` fills in: the templates below see them as globals.
 step_bytes = x_bytes = 0
 step = 32
 n_vectors = 2
 one_row: Any = None
 many_rows: Any = None
+add_together: Any = None
+add_apart: Any = None
+add_single: Any = None
 unpack: Any = None
 unpack_block: Any = None
 
 
-def _float32_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    for r in range(n_store):
-        acc = splat(ZERO)
-        for b in range(n_blocks):
-            values = unpack(w + r * stride + b * step_bytes)
-            acc = fma(pack_get(values, 0), load_f32(x + b * 128), acc)
-            acc = fma(pack_get(values, 1), load_f32(x + b * 128 + 64), acc)
-        write_f32(out + 4 * r, tree_sum(acc))
-
-
-def _float32_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    sums = scratch(GROUP)
-    for r in range(n_store):
+def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+    """Blocks of W_ROWS x X_ROWS sums in registers, then rows of x one by one."""
+    if n_store == 1:
         for t in range(n_x):
-            store_f32(sums + 64 * t, splat(ZERO))
-        for b in range(n_blocks):
-            values = unpack(w + r * stride + b * step_bytes)
-            for t in range(n_x):
-                at = x + (b * n_x + t) * 128
-                acc = fma(pack_get(values, 0), load_f32(at), load_f32(sums + 64 * t))
-                store_f32(sums + 64 * t, fma(pack_get(values, 1), load_f32(at + 64), acc))
-        for t in range(n_x):
-            write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
+            sums = no_sums(1)
+            for b in range(n_blocks):
+                sums = add_single(sums, w + b * step_bytes, stride, x + (b * n_x + t) * 128)
+            write_sums(sums, out + t * out_stride, out_stride, 1)
+    else:
+        n_together = n_x // X_ROWS * X_ROWS
+        for r in range(0, n_store, W_ROWS):
+            rows, at = w + r * stride, out + 4 * r
+            for t in range(0, n_together, X_ROWS):
+                sums = no_sums(N_SUMS)
+                for b in range(n_blocks):
+                    sums = add_together(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
+                write_sums(sums, at + t * out_stride, out_stride, X_ROWS)
+            for t in range(n_together, n_x):
+                sums = no_sums(W_ROWS)
+                for b in range(n_blocks):
+                    sums = add_apart(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
+                write_sums(sums, at + t * out_stride, out_stride, 1)
 
 
 def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
@@ -249,8 +301,11 @@ def _tile_function(name: str, kind: str) -> Any:
         one_row, many_rows = tile_functions(name)
     else:
         if form.unpack is not None:
-            names: dict[str, Any] = {"step_bytes": form.step_bytes, "unpack": unpack_of(name)}
-            one, many = _float32_one, _float32_many
+            names: dict[str, Any] = {
+                "step_bytes": form.step_bytes, "add_together": _add_products_of(name, W_ROWS, X_ROWS),
+                "add_apart": _add_products_of(name, W_ROWS, 1), "add_single": _add_products_of(name, 1, 1),
+            }  # fmt: skip
+            one = many = _float32
         else:
             names, one, many = _names_of_blocks(name), _blocks_one, _blocks_many
         one_row = kernel(specialise(one, f"one_row_{name}_{kind}", **names))

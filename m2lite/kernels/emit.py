@@ -118,11 +118,11 @@ def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 
     return builder.load(builder.inttoptr(where, kind.as_pointer()), align=1)
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value, locality: int = 3) -> None:
+def prefetch(builder: ir.IRBuilder, address: ir.Value, locality: int = 3, to_write: bool = False) -> None:
     """Ask for the cache line at `address`; never faults. Locality 3 is the first cache, 2 the second."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(0), I32(locality), I32(1)])
+    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(int(to_write)), I32(locality), I32(1)])
 
 
 def fence(builder: ir.IRBuilder) -> None:

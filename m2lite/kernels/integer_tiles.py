@@ -19,7 +19,7 @@ from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.row_dots import ROW_FORMS, row_dots
-from m2lite.kernels.simd import load_f32, scratch, splat, store_f32, store_lanes, zeros_of
+from m2lite.kernels.simd import expect_to_write, load_f32, scratch, splat, store_f32, store_lanes, zeros_of
 from m2lite.kernels.tiles import TILES, TileForm
 
 ZERO = np.float32(0)
@@ -254,6 +254,7 @@ def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     x_step = n_x * PANEL_BYTES
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
+        expect_to_write(out + t * out_stride)
     for b in range(n_blocks // n_steps):
         at, panel, tile_ahead = w + b * block_bytes, x + b * n_steps * x_step, ahead + b * 16 * block_bytes
         unpack_tile(at, stride, tile, panel, x_step, sums, tile_ahead)

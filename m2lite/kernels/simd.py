@@ -405,6 +405,17 @@ def store_lanes(typingctx: Any, address: Any, value: Any, n: Any) -> Any:
     return types.void(types.int64, value, types.int64), codegen
 
 
+@intrinsic
+def expect_to_write(typingctx: Any, address: Any) -> Any:
+    """The cache line at `address` is fetched, for a later write; never faults."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit.prefetch(builder, args[0], to_write=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def zeros_of(vector: VectorType) -> Any:
     """zeros() -> a vector of that type."""
 
