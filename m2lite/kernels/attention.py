@@ -351,6 +351,24 @@ def n_blocks_of(positions, t):
 
 
 @kernel
+def page_at(tables, t, page):
+    return read_i64(read_i64(tables + 8 * t) + 8 * page)
+
+
+@kernel
+def page_ahead(page, t, tables, positions, n_rows):
+    """The page that attend_block reads next; its own for rows behind the first of a shared page: they ask for none."""
+    own = page_at(tables, t, page)
+    if t > 0 and page < n_pages_of(positions, t - 1) and page_at(tables, t - 1, page) == own:
+        return own
+    for u in range(t + 1, t + n_rows + 1):
+        p = page + u // n_rows
+        if p < n_pages_of(positions, u % n_rows) and page_at(tables, u % n_rows, p) != own:
+            return page_at(tables, u % n_rows, p)
+    return own
+
+
+@kernel
 def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, shape, scale, work):
     """states[t] = the block's triple of each row; a page is read by all rows before the next one is touched."""
     page_function, group, head_dim, half_bytes = shape
@@ -362,13 +380,10 @@ def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, sh
         for t in range(n_rows):
             n_valid = min(PAGE, read_i32(positions + 4 * t) + 1 - page * PAGE)
             if n_valid > 0:
-                at = read_i64(tables + 8 * t) + 8 * page
-                # Only the first row asks for the next page: the others would for the same.
-                ahead = at + 8 if t == 0 and page + 1 < n_pages_of(positions, t) else at
-                k = read_i64(at) + offset
+                k = page_at(tables, t, page) + offset
                 call_page(
                     page_function, states + t * step, q + t * q_step, k, k + half_bytes, n_valid, group, head_dim,
-                    scale, read_i64(ahead) + offset, work,
+                    scale, page_ahead(page, t, tables, positions, n_rows) + offset, work,
                 )  # fmt: skip
 
 
@@ -446,8 +461,7 @@ def attend_part(
 def join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, scratch, scratch_bytes):
     """Rows that were cut: the later parts' blocks are merged, in order, into the state of the part with block 0."""
     group = n_heads // n_kv_heads
-    step = state_bytes(group, head_dim)
-    owner = 0
+    step, owner = state_bytes(group, head_dim), 0
     for part in range(1, n_parts):
         kv_head, t, block = part_begin(part, n_parts, positions, n_rows, n_kv_heads)
         end_head, end_row, end_block = part_begin(part + 1, n_parts, positions, n_rows, n_kv_heads)
