@@ -64,7 +64,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 def draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> int:
     """The id drawn from `logits` [V] for `position`; `stream` separates answers that share a seed."""
     if sampling.temperature == 0:
-        token = int(np.argmax(logits)) if math.isfinite(float(logits.max())) else -1
+        token = int(np.argmax(logits))  # the first NaN, where there is one
+        token = token if math.isfinite(logits[token]) else -1
     else:
         token, _ = _draw(logits, sampling, stream, position)
     return _checked(token, position)
