@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from m2lite.decode.batch import Batch
+from m2lite.decode.compute import Stopped
 from m2lite.decode.conversation import Options
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.writer import Wish
@@ -26,26 +28,41 @@ class Speeds(NamedTuple):
 
 
 def measure_speeds(model: Model, at_once: int, n_prompt: int = 64, n_tokens: int = 16, seed: int = 0) -> Speeds:
-    """Of `at_once` prompts of random ids, none of which begins as another, and of answers of `n_tokens`.
+    """Of `at_once` prompts of random ids, none of which begins as another, and of `n_tokens` steps of their answers.
 
-    Drawing is timed from the step in which the last answer has begun to the last token.
+    Drawing is timed from the first step in which all of them draw, by whose end all is read. Where there is no room for
+    so many, from the step by which as many tokens are drawn.
     """
-    n_prompt = min(n_prompt, model.ctx - n_tokens)
+    n_steps = n_tokens + 2 + 2 * at_once * n_prompt // model.n_rows  # the first go on until the last prompt is read
+    n_prompt = min(n_prompt, max(1, model.ctx - n_steps))
     ids = np.random.default_rng(seed).integers(0, model.config.n_vocab, (at_once, n_prompt)).tolist()
-    options: Options = {"sampling": Sampling(0, seed=0), "max_tokens": n_tokens}
+    options: Options = {"sampling": Sampling(0, seed=0), "max_tokens": min(n_steps, model.ctx - n_prompt)}
     wishes = [Wish(str(i), row, i, options, ends=False) for i, row in enumerate(ids)]
-    batch, times, stream = Batch(model, at_once), list[tuple[float, int, int, int]](), model.engine.stream
+    n_together, stream = 0, model.engine.stream
+    batch = Batch(model, at_once, lambda: n_together >= n_tokens)
+    times = [(0.0, 0, 0, 0)]
     began = time.perf_counter()
 
     def after_step() -> None:
+        nonlocal n_together
         counts = batch.counts
         n_bytes = 0 if stream is None else stream.traffic.read_bytes
         times.append((time.perf_counter() - began, counts.n_drawn, counts.n_expert_reads, n_bytes))
+        n_together += _draws_all(times, len(times) - 1, at_once)
 
-    for _ in batch.run(wishes, after_step):
-        pass
-    first = next(each for each in times if each[1] >= at_once)
-    last = next(each for each in times if each[1] >= times[-1][1])
+    with suppress(Stopped):
+        for _ in batch.run(wishes, after_step):
+            pass
+    together = [i for i in range(1, len(times)) if _draws_all(times, i, at_once)]
+    if len(together) > 1:
+        first, last = times[together[0]], times[together[-1]]
+    else:
+        first = next(each for each in times if each[1] >= at_once)
+        last = next(each for each in times if each[1] >= times[-1][1])
     seconds, n_drawn, n_experts, n_bytes = (b - a for a, b in zip(first, last, strict=True))
     experts = n_experts / n_drawn / model.config.n_layers
     return Speeds(at_once * n_prompt / first[0], n_drawn / seconds, experts, n_bytes / n_drawn)
+
+
+def _draws_all(times: list[tuple[float, int, int, int]], i: int, at_once: int) -> bool:
+    return times[i][1] - times[i - 1][1] >= at_once
