@@ -63,7 +63,7 @@ def main() -> None:
     results: dict[str, dict[int, list[dict[str, float]]]] = {"m2lite": {n: [] for n in counts}}
     if options.llama:
         results["llama.cpp"] = {n: [] for n in counts}
-    # The first answers go on until the last prompt is read, some 256 tokens a step.
+    # Room for what the first answers draw until the last prompt is read.
     ctx = -(-(options.p + options.n + 64 + max(counts) * options.p // 128) // 64) * 64
     with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx, ram=options.ram) as model:
         model.wait_mapped()

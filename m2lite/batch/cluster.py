@@ -233,7 +233,7 @@ class Cluster:
 
     def _take(self, place: _Place, call: Any, supply: _Supply, write: Write, tally: Tally) -> None:
         """What an engine answered to a call: that it has started, or results."""
-        exceptions, has_started = self._ray.exceptions, call == place.waits
+        exceptions, are_results = self._ray.exceptions, call == place.waits
         try:
             answer = self._ray.get(call)
         except exceptions.RayActorError as error:
@@ -241,7 +241,7 @@ class Cluster:
             return
         except exceptions.RayTaskError as error:
             raise M2liteError(f"An engine failed: {error.cause}.", "See Ray's log.") from None
-        if has_started:
+        if are_results:
             place.waits = None
             self._collect(place, answer, write, tally)
             return
