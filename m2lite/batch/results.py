@@ -88,10 +88,10 @@ class Results:
     def sort(self, order: Iterable[str]) -> None:
         """Results in the order of these names; any others come last. Until all are on disk, the file is as it was."""
         rank = {line_key(name): n for n, name in enumerate(order)}
-        places, offset = list[tuple[int, int, int]](), 0
-        for line, (custom_id, _) in zip(_whole_lines(self.path), read_ends(self.path), strict=True):
-            places.append((rank.get(line_key(custom_id), len(rank)), offset, len(line)))
-            offset += len(line)
+        places = [
+            (rank.get(line_key(custom_id), len(rank)), offset, len(line))
+            for custom_id, _, offset, line in _placed_lines(self.path)
+        ]
         in_order = sorted(places)
         if in_order != places:
             with self.path.open("rb") as file:
@@ -197,6 +197,14 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         return
 
 
+def _placed_lines(path: Path) -> Iterator[tuple[str, bool, int, bytes]]:
+    """(custom_id, whether it failed, offset, line) of each result."""
+    offset = 0
+    for line, (custom_id, is_failed) in zip(_whole_lines(path), read_ends(path), strict=True):
+        yield custom_id, is_failed, offset, line
+        offset += len(line)
+
+
 def status(output: Path) -> dict[str, Any]:
     """What a batch's output holds, and what lacks."""
     manifest = read_manifest(output)
@@ -226,10 +234,8 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
             raise UsageError(f"{path} does not exist.")
         if path.resolve() == target.resolve():
             raise UsageError(f"{path} would be read and written.", "Choose another name.")
-        offset = 0
-        for line, (custom_id, is_failed) in zip(_whole_lines(path), read_ends(path), strict=True):
+        for custom_id, is_failed, offset, line in _placed_lines(path):
             place, key = (index, offset, len(line), is_failed), line_key(custom_id)
-            offset += len(line)
             known = places.get(key)
             if known is None or (known[3] and not is_failed):
                 places[key] = place

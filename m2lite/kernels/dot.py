@@ -40,7 +40,7 @@ from numba.core.extending import intrinsic
 from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import GROUP, PANEL, Vectors
-from m2lite.kernels.integer_tiles import tile_functions
+from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, pack_get
 from m2lite.kernels.packs import zeros as no_sums
@@ -203,8 +203,7 @@ def write_sums(typingctx: Any, sums: Any, out: Any, out_stride: Any, n_x: Any) -
 step_bytes = x_bytes = 0
 step = 32
 n_vectors = 2
-one_row: Any = None
-many_rows: Any = None
+group_rows: Any = None
 add_together: Any = None
 add_apart: Any = None
 add_single: Any = None
@@ -237,7 +236,7 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 
 
 def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    """As _float32_one; a step is a block of the format, which goes through scratch."""
+    """Row by row; a step is a block of the format, which goes through scratch."""
     values = scratch(n_vectors)
     for r in range(n_store):
         acc = splat(ZERO)
@@ -249,7 +248,7 @@ def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 
 
 def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
-    """As _float32_many: a block is unpacked once for the n_x rows of a group."""
+    """As _blocks_one: a block is unpacked once for the n_x rows of a group."""
     values, sums = scratch(n_vectors), scratch(GROUP)
     for r in range(n_store):
         for t in range(n_x):
@@ -269,10 +268,7 @@ def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     for t in range(0, n_x, GROUP):
         group, rows = x + t * n_blocks * x_bytes, min(GROUP, n_x - t)
-        if rows == 1:
-            one_row(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
-        else:
-            many_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
+        group_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
 
 
 def _unpack_row(w, n_blocks, out):
@@ -298,20 +294,18 @@ def _tile_function(name: str, kind: str) -> Any:
     """The tile kernel of one format and kind of activations."""
     form = WEIGHTS[name]
     if kind == "int8":
-        one_row, many_rows = tile_functions(name)
+        rows = tile_function(name)
+    elif form.unpack is not None:
+        names = {
+            "step_bytes": form.step_bytes, "add_together": _add_products_of(name, W_ROWS, X_ROWS),
+            "add_apart": _add_products_of(name, W_ROWS, 1), "add_single": _add_products_of(name, 1, 1),
+        }  # fmt: skip
+        rows = kernel(specialise(_float32, f"rows_{name}_float32", **names))
     else:
-        if form.unpack is not None:
-            names: dict[str, Any] = {
-                "step_bytes": form.step_bytes, "add_together": _add_products_of(name, W_ROWS, X_ROWS),
-                "add_apart": _add_products_of(name, W_ROWS, 1), "add_single": _add_products_of(name, 1, 1),
-            }  # fmt: skip
-            one = many = _float32
-        else:
-            names, one, many = _names_of_blocks(name), _blocks_one, _blocks_many
-        one_row = kernel(specialise(one, f"one_row_{name}_{kind}", **names))
-        many_rows = kernel(specialise(many, f"many_rows_{name}_{kind}", **names))
-    inner = {"one_row": one_row, "many_rows": many_rows}
-    return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], **inner)
+        names = _names_of_blocks(name)
+        one, many = (kernel(specialise(f, f"{f.__name__[1:]}_{name}", **names)) for f in (_blocks_one, _blocks_many))
+        rows = by_rows(f"{name}_float32", 1, one, many)
+    return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], group_rows=rows)
 
 
 def activation_kind(name: str, generic: bool = False) -> str:

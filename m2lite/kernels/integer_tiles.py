@@ -98,16 +98,13 @@ def _dot_block_of(form: TileForm) -> Any:
 
 
 def _dot_few_of(form: TileForm, n_rows: int) -> Any:
-    """dot_few(accs, w, stride, x, x_step, ahead): the pack of n_rows sums after all steps of a block of 16 rows.
-
-    x_step: bytes from step to step of the panel, as in `unpack_tile`.
-    """
+    """dot_few(accs, w, stride, x, ahead): the pack of n_rows sums after all steps of a block of 16 rows."""
     kind = PackType(simd.f32x16, n_rows)
 
     @intrinsic
-    def dot_few(typingctx: Any, accs: Any, w: Any, stride: Any, x: Any, x_step: Any, ahead: Any) -> Any:
+    def dot_few(typingctx: Any, accs: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pack, w_value, stride_value, x_value, x_step_value, ahead_value = args
+            pack, w_value, stride_value, x_value, ahead_value = args
             steps = iter(range(form.n_steps))
             sums = [builder.extract_value(pack, r) for r in range(n_rows)]
 
@@ -116,12 +113,12 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
                 _prefetch_step(builder, form, ahead_value, next(steps))
                 tile = prepare(builder, form.integers, weights)
                 _add_rows(builder, form, sums, tile, scales, minimum, x_value)
-                x_value = builder.add(x_value, x_step_value)
+                x_value = builder.add(x_value, emit.I64(n_rows * PANEL.BYTES))
 
             form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
             return emit.pack_of(builder, sums)
 
-        return kind(kind, *[types.int64] * 5), codegen
+        return kind(kind, *[types.int64] * 4), codegen
 
     return dot_few
 
@@ -223,7 +220,7 @@ dot_four: Any = None
 dot_two: Any = None
 dot_one: Any = None
 few_rows: Any = None
-many_rows: Any = None
+other_rows: Any = None
 
 
 def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
@@ -238,10 +235,10 @@ def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
 
 def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     """n_x is n_rows, which the compiler knows: the sums stay in registers, and so do the weights."""
-    accs, ahead, x_step = no_sums(n_rows), w + AHEAD * stride, n_rows * PANEL_BYTES
+    accs, ahead = no_sums(n_rows), w + AHEAD * stride
     for b in range(n_blocks // n_steps):
         at, tile_ahead = w + b * block_bytes, ahead + b * 16 * block_bytes
-        accs = dot_few(accs, at, stride, x + b * n_steps * x_step, x_step, tile_ahead)
+        accs = dot_few(accs, at, stride, x + b * n_steps * n_rows * PANEL_BYTES, tile_ahead)
     sums = scratch(n_rows)
     store_rows(sums, 64, accs)
     for t in range(n_rows):
@@ -272,11 +269,20 @@ def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def _few_or_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
     if n_x == n_rows:
         few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
     else:
-        many_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+        other_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+
+
+def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:
+    """The kernel that is the first for n_rows activation rows and the second for any other number.
+
+    `name` tells it apart in Numba's cache.
+    """
+    names = {"n_rows": n_rows, "few_rows": few_rows, "other_rows": other_rows}
+    return kernel(specialise(_by_rows, f"by_rows_{n_rows}_{name}", **names))
 
 
 def _names_of(form: TileForm) -> dict[str, Any]:
@@ -296,14 +302,13 @@ def _names_of(form: TileForm) -> dict[str, Any]:
     }
 
 
-def tile_functions(name: str) -> tuple[Any, Any]:
-    """The compiled kernels of a format: of one activation row, and of 2 to GROUP."""
+def tile_function(name: str) -> Any:
+    """The compiled kernel of a format, for 1 to GROUP activation rows."""
     form = TILES[name]
     names = _names_of(form)
-    one_row = kernel(specialise(_one, f"one_row_{name}_int8", **names))
-    many_rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
+    rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
     for n in range(2, FEW + 1):
         few = names | {"n_rows": n, "dot_few": _dot_few_of(form, n)}
-        either = {"n_rows": n, "few_rows": kernel(specialise(_few, f"rows_{n}_{name}", **few)), "many_rows": many_rows}
-        many_rows = kernel(specialise(_few_or_many, f"rows_{n}_or_many_{name}", **either))
-    return one_row, many_rows
+        rows = by_rows(f"{name}_int8", n, kernel(specialise(_few, f"rows_{n}_{name}", **few)), rows)
+    one_row = kernel(specialise(_one, f"one_row_{name}_int8", **names))
+    return by_rows(f"{name}_int8", 1, one_row, rows)
