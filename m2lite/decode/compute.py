@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_POLL_S = 0.1  # between two looks at whether to stop
+_POLL_S = 0.05  # between two looks at whether to stop
 _GRACE_S = 0.25  # for a job to end by itself, as kernels do; the compiler goes on behind
 
 
