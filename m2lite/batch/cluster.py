@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from m2lite import __version__
 from m2lite.batch.lines import Line
 from m2lite.batch.runner import Runner, Tally, Write, facts
 from m2lite.decode.batch_rows import Counts
@@ -35,11 +36,15 @@ class Engine:
         """`options`: of Model.open."""
         from m2lite.decode.session import Model
 
-        self._model = Model.open(**options)
         self._lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Mapping[str, Any], int]] = queue.SimpleQueue()
-        self._tally = Tally(0, self._model.config.n_layers)
         self._error: BaseException | None = None
+        try:
+            self._model = Model.open(**options)
+        except Exception as error:  # told by `facts`: of what is raised here, Ray would hand on a text
+            self._error = error
+            return
+        self._tally = Tally(0, self._model.config.n_layers)
         runner = Runner(self._model, n_inflight, lambda line, key: self._results.put((line, key)), self._tally)
         self._thread = threading.Thread(target=self._run, args=(runner,), daemon=True)
         self._thread.start()
@@ -58,7 +63,10 @@ class Engine:
                 yield None
 
     def facts(self) -> dict[str, Any]:
-        return facts(self._model) | {"n_layers": self._model.config.n_layers}
+        """Of the model, once it is open, and of the program."""
+        if self._error is not None:
+            raise self._error
+        return facts(self._model) | {"m2lite": __version__, "n_layers": self._model.config.n_layers}
 
     def put(self, lines: list[Line]) -> None:
         for line in lines:
@@ -81,7 +89,8 @@ class Engine:
 class _Place:
     """An engine of the cluster, the lines that it has, and the call that waits for its results."""
 
-    node: str
+    node: str  # Ray's name of it
+    address: str
     actor: Any
     starts: Any = None  # the call that tells that its model is open, until it has
     lines: dict[int, Line] = field(default_factory=dict)
@@ -138,41 +147,47 @@ class Cluster:
         """
         self._ray = _connect(address, n_actors)
         self._options, self._n_inflight, self._tell = options, n_inflight, tell
-        nodes = sorted(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
-        self._places = [self._place(nodes[i % len(nodes)]) for i in range(n_actors or len(nodes))]
+        nodes = sorted((node["NodeID"], node["NodeManagerAddress"]) for node in self._ray.nodes() if node["Alive"])
+        self._places = [self._place(*nodes[i % len(nodes)]) for i in range(n_actors or len(nodes))]
         self._lost = list[Counts]()  # what engines had done that are no more
         self._alone_since: float | None = None
-        found = self._start_all()
-        other = next((each for each in found if each != found[0]), None)
-        if other is not None:
-            self.close()
-            raise _different(found[0], other)
-        self._found = found[0]
-        self.n_layers: int = self._found["n_layers"]
-        self.facts = {name: value for name, value in self._found.items() if name != "n_layers"}
-
-    def _start_all(self) -> list[dict[str, Any]]:
-        """What each engine says of its model, once it is open."""
-        ray = self._ray
         try:
-            found: list[dict[str, Any]] = ray.get([place.starts for place in self._places], timeout=_START_S)
-        except ray.exceptions.GetTimeoutError:
+            self._found = self._start_all()
+        except BaseException:
             self.close()
-            raise M2liteError(
-                f"Not all of {self.n_engines} engines have started in {_START_S:g} s.", "Are there cores for them?"
-            ) from None
-        except ray.exceptions.RayError as error:
-            self.close()
-            raise M2liteError(f"An engine cannot start: {error}.", "Is the model at this path on each node?") from None
+            raise
+        self.n_layers: int = self._found["n_layers"]
+        self.facts = {name: value for name, value in self._found.items() if name not in ("n_layers", "m2lite")}
+
+    def _start_all(self) -> dict[str, Any]:
+        """What every engine says of its model, once it is open. One that is lost meanwhile is replaced by `run`."""
+        found = dict[str, dict[str, Any]]()
+        deadline, lost = time.monotonic() + _START_S, ""
         for place in self._places:
-            place.starts = None
-        return found
+            try:
+                found[place.address] = self._ray.get(place.starts, timeout=max(0.0, deadline - time.monotonic()))
+            except self._ray.exceptions.GetTimeoutError:
+                raise M2liteError(
+                    f"Not all of {self.n_engines} engines have started in {_START_S:g} s.", "Are there cores for them?"
+                ) from None
+            except self._ray.exceptions.RayTaskError as error:
+                raise _failed(place, "cannot start", error.cause) from None
+            except self._ray.exceptions.RayActorError as error:
+                lost = str(error)
+            else:
+                place.starts = None
+                _check_alike(found)
+        if not found:
+            raise M2liteError(f"No engine has started: {lost}.", "See Ray's log.")
+        address, first = next(iter(found.items()))
+        _check_alike({"this machine": first | {"m2lite": __version__}, address: first})
+        return first
 
     @property
     def n_engines(self) -> int:
         return len(self._places)
 
-    def _place(self, node: str) -> _Place:
+    def _place(self, node: str, address: str) -> _Place:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actor = (
@@ -180,7 +195,7 @@ class Cluster:
             .options(num_cpus=1, max_concurrency=2, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True))
             .remote(self._options, self._n_inflight)
         )
-        return _Place(node, actor, actor.facts.remote())
+        return _Place(node, address, actor, actor.facts.remote())
 
     def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
@@ -240,14 +255,13 @@ class Cluster:
             self._replace(place, supply, str(error))
             return
         except exceptions.RayTaskError as error:
-            raise M2liteError(f"An engine failed: {error.cause}.", "See Ray's log.") from None
+            raise _failed(place, "failed" if are_results else "cannot start", error.cause) from None
         if are_results:
             place.waits = None
             self._collect(place, answer, write, tally)
             return
         place.starts = None
-        if answer != self._found:
-            raise _different(self._found, answer)
+        _check_alike({"the first": self._found, place.address: answer})
 
     def _collect(
         self, place: _Place, answer: tuple[list[tuple[Mapping[str, Any], int]], Counts], write: Write, tally: Tally
@@ -271,11 +285,12 @@ class Cluster:
         self._lost.append(place.counts)
         place.counts, place.n_lost = Counts(), place.n_lost + 1
         if place.n_lost <= _MOST_LOSSES:
-            self._tell(f"an engine was lost, its {len(lost):,} lines go to others; a new one is started")
-            new = self._place(place.node)
+            n = len(lost)
+            self._tell(f"an engine was lost ({place.address}), its {n:,} lines go to others; a new one is started")
+            new = self._place(place.node, place.address)
             place.actor, place.starts = new.actor, new.starts
         elif len(self._places) > 1:
-            self._tell(f"{place.n_lost} engines of one node were lost one after the other; the others go on")
+            self._tell(f"{place.n_lost} engines of {place.address} were lost one after the other; the others go on")
             self._places.remove(place)
         else:
             raise M2liteError(f"{place.n_lost} engines were lost one after the other: {why}.", "See Ray's log.")
@@ -302,8 +317,28 @@ def _connect(address: str, n_actors: int | None) -> Any:
     return ray
 
 
-def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> UsageError:
-    return UsageError(f"The nodes have different models: {one} and {other}.", "Give them the same file.")
+def _failed(place: _Place, how: str, cause: Exception) -> M2liteError:
+    """What an engine raised, with the machine's address and the cause's own exit code."""
+    what = f"The engine on {place.address} {how}: "
+    if not isinstance(cause, M2liteError):
+        return M2liteError(f"{what}{type(cause).__name__}: {cause}.", "See Ray's log.")
+    error = M2liteError(what + cause.what, cause.todo)
+    error.exit_code = cause.exit_code
+    return error
+
+
+_REMEDIES = {"ctx": "Say --ctx.", "m2lite": "Install the same version on all."}  # other facts follow from the file
+
+
+def _check_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the engines say, by their addresses: they must answer alike. A UsageError says in what they do not."""
+    (one, first), *others = found.items()
+    for other, facts_of_other in others:
+        names = [name for name in first if first[name] != facts_of_other[name]]
+        if names:
+            what = ", ".join(f"{name} {first[name]} and {facts_of_other[name]}" for name in names)
+            todo = next((_REMEDIES[name] for name in names if name in _REMEDIES), "Give them the same file.")
+            raise UsageError(f"The engines on {one} and {other} differ: {what}.", todo)
 
 
 def _check_address(address: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -180,7 +180,10 @@ class _Job:
             if same_file(path, lines.path):
                 raise UsageError(f"{output} is the input.", "Choose another output.")
         n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
+        stdout = sys.stdout
         with ExitStack() as stack:
+            if self.ray is not None:  # Ray prints what befalls its nodes, among the results
+                stack.enter_context(redirect_stdout(sys.stderr))
             worker = self._worker()
             stack.callback(worker.close)
             results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
@@ -191,7 +194,7 @@ class _Job:
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
             left = lines_left(lines, results, self.shard, self.limit)
-            left, write = self._in_turn(stack, left) if results is None else (left, results.add)
+            left, write = self._in_turn(stack, left, stdout) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
                 worker.run(left, write, tally, show, stop)
@@ -210,12 +213,12 @@ class _Job:
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
-    def _in_turn(self, stack: ExitStack, lines: Iterator[Line]) -> tuple[Iterator[Line], Write]:
-        """The lines, and what prints their results, as they are done or as the lines come."""
+    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], stdout: TextIO) -> tuple[Iterator[Line], Write]:
+        """The lines, and what prints their results there, as they are done or as the lines come."""
         from m2lite.batch.results import InTurn
 
         def write(line: Mapping[str, Any], key: int) -> None:
-            print_json(line)
+            print_json(line, stdout)
 
         if not self.is_in_order:
             return lines, write

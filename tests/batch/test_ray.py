@@ -16,6 +16,7 @@ import pytest
 
 from m2lite.batch import cluster
 from m2lite.batch.lines import Line
+from m2lite.errors import UsageError
 from tests.conftest import Run
 
 pytest.importorskip("ray", reason="ray has no wheel for this Python")
@@ -83,7 +84,7 @@ def test_two_engines_one_is_killed(
 def test_idle_engines_share_what_others_have_not_begun() -> None:
     def place(first: int, n: int) -> Any:
         lines = [Line(i, f"q{i}", None) for i in range(first, first + n)]
-        return cluster._Place("node", None, lines={line.key: line for line in lines})
+        return cluster._Place("node", "address", None, lines={line.key: line for line in lines})
 
     def names(given: dict[int, list[Line]]) -> dict[int, list[str]]:
         return {i: [line.custom_id for line in lines] for i, lines in given.items()}
@@ -113,7 +114,10 @@ def test_lines_that_come_back_are_handed_out_first() -> None:
 
 
 def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: Path, bundled_model: Path) -> None:
-    """Of two nodes with a core each: there is no room for a new engine, and the other one does all that is left."""
+    """Of two nodes with a core each: there is no room for a new engine, and the other one does all that is left.
+
+    Ray prints to stdout that the node is gone: not among the results.
+    """
     from ray.cluster_utils import Cluster
 
     source = write(tmp_path / "in.jsonl", 150, 300)
@@ -126,12 +130,14 @@ def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: 
     try:
         other = nodes.add_node(num_cpus=1)
         nodes.wait_for_nodes()
-        command = ["batch", str(source), "-o", str(out), *options, "--ray", nodes.address]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
-        )
+        command = ["batch", str(source), "-o", "-", *options, "--ray", nodes.address]
+        with out.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "m2lite", *command], env=command_env, stdout=file, stderr=subprocess.PIPE,
+                text=True,
+            )  # fmt: skip
         deadline = time.monotonic() + 120
-        while not out.exists() or out.read_bytes().count(b"\n") < 2:
+        while out.read_bytes().count(b"\n") < 2:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -143,8 +149,30 @@ def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: 
         nodes.shutdown()
     assert process.returncode == 0, told
     assert "2 engines on Ray's nodes" in told and "150 of 150 lines are done, 0 failed" in told
-    assert "an engine was lost" in told
+    assert "an engine was lost" in told and "marked dead" in told
     assert answers(out) == answers(tmp_path / "alone.jsonl")
+
+
+def test_an_engine_cannot_open_the_model(run_m2lite: Run, tmp_path: Path) -> None:
+    """What it says is what one on this machine says, and where."""
+    source, missing = write(tmp_path / "in.jsonl", 1, 5), tmp_path / "missing.gguf"
+    done = run_m2lite("batch", source, "-o", tmp_path / "out.jsonl", "--model", missing, "--ray", "local")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "The engine on " in lines[0] and f"cannot start: {missing} does not exist." in lines[0]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_engines_that_would_answer_differently() -> None:
+    one = {"model_identity": "a", "ctx": 4096, "m2lite": "1.0"}
+    cluster._check_alike({"10.0.0.1": one, "10.0.0.2": dict(one)})
+    for change, told in (
+        ({"ctx": 2048}, r"10\.0\.0\.1 and 10\.0\.0\.2 differ: ctx 4096 and 2048\. Say --ctx"),
+        ({"model_identity": "b"}, "model_identity a and b. Give them the same file"),
+        ({"m2lite": "1.1"}, "m2lite 1.0 and 1.1. Install the same version"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            cluster._check_alike({"10.0.0.1": one, "10.0.0.2": one | change})
 
 
 def test_no_cluster(run_m2lite: Run, tmp_path: Path) -> None:
