@@ -216,7 +216,9 @@ class Cluster:
             answered, _ = self._ray.wait(list(calls), timeout=_WAIT_S)
             for call in answered:
                 self._take(calls[call], call, supply, write, tally)
+            n_most = tally.counts.n_most
             tally.counts = _sum([*self._lost, *(place.counts for place in self._places)])
+            tally.counts.n_most = max(n_most, tally.counts.n_most)
             show(tally)
 
     def _feed(self, place: _Place, supply: _Supply) -> None:
@@ -281,7 +283,7 @@ class Cluster:
         """An engine is lost: its lines go to others now, and to the one that takes its place once that has started."""
         lost, place.lines, place.waits = place.lines, {}, None
         supply.give_back(line for key, line in lost.items() if not any(key in each.lines for each in self._places))
-        place.counts.n_now = 0
+        place.counts.n_now = place.counts.n_most = 0
         self._lost.append(place.counts)
         place.counts, place.n_lost = Counts(), place.n_lost + 1
         if place.n_lost <= _MOST_LOSSES:
