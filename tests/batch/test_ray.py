@@ -38,7 +38,7 @@ def answers(path: Path) -> dict[str, Any]:
     return found
 
 
-def engines(parent: psutil.Process) -> list[psutil.Process]:
+def engines() -> list[psutil.Process]:
     """Ray's processes that run an engine."""
     found = []
     for process in psutil.process_iter():
@@ -68,7 +68,7 @@ def test_two_engines_one_is_killed(
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        found = engines(psutil.Process(process.pid))
+        found = engines()
         assert len(found) == 2
         os.kill(found[0].pid, signal.SIGKILL)
         _, told = process.communicate(timeout=120)
@@ -79,6 +79,32 @@ def test_two_engines_one_is_killed(
     assert answers(out) == answers(tmp_path / "alone.jsonl")
     done = run_m2lite(*command[:-4])  # goes on without Ray: the manifest is the same
     assert done.returncode == 0 and "nothing was left to do" in done.stderr
+
+
+def test_an_engine_is_lost_while_it_opens_its_model(
+    run_m2lite: Run, command_env: dict[str, str], tmp_path: Path, bundled_model: Path
+) -> None:
+    """The other one begins, and a new one is started beside it."""
+    source, out = write(tmp_path / "in.jsonl", 20, 50), tmp_path / "out.jsonl"
+    options = ["--model", str(bundled_model), "--inflight", "4", "--threads", "1"]
+    command = ["batch", str(source), "-o", str(out), *options, "--ray", "local", "--ray-actors", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := engines()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(found[0].pid, signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, told
+    assert "its 0 lines go to others" in told and "20 of 20 lines are done, 0 failed" in told
+    assert run_m2lite("batch", source, "-o", tmp_path / "alone.jsonl", *options).returncode == 0
+    assert answers(out) == answers(tmp_path / "alone.jsonl")
 
 
 def test_idle_engines_share_what_others_have_not_begun() -> None:
