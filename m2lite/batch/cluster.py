@@ -152,15 +152,18 @@ class Cluster:
         self._lost = list[Counts]()  # what engines had done that are no more
         self._alone_since: float | None = None
         try:
-            self._found = self._start_all()
+            self._first, self._found = self._start_all()
         except BaseException:
             self.close()
             raise
         self.n_layers: int = self._found["n_layers"]
         self.facts = {name: value for name, value in self._found.items() if name not in ("n_layers", "m2lite")}
 
-    def _start_all(self) -> dict[str, Any]:
-        """What every engine says of its model, once it is open. One that is lost meanwhile is replaced by `run`."""
+    def _start_all(self) -> tuple[str, dict[str, Any]]:
+        """An engine's address, and what all say of their models once they are open.
+
+        One that is lost meanwhile is replaced by `run`.
+        """
         found = dict[str, dict[str, Any]]()
         deadline, lost = time.monotonic() + _START_S, ""
         for place in self._places:
@@ -181,7 +184,7 @@ class Cluster:
             raise M2liteError(f"No engine has started: {lost}.", "See Ray's log.")
         address, first = next(iter(found.items()))
         _check_alike({"this machine": first | {"m2lite": __version__}, address: first})
-        return first
+        return address, first
 
     @property
     def n_engines(self) -> int:
@@ -263,7 +266,7 @@ class Cluster:
             self._collect(place, answer, write, tally)
             return
         place.starts = None
-        _check_alike({"the first": self._found, place.address: answer})
+        _check_alike({f"{self._first} at the start": self._found, place.address: answer})
 
     def _collect(
         self, place: _Place, answer: tuple[list[tuple[Mapping[str, Any], int]], Counts], write: Write, tally: Tally
