@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 
 class M2liteError(Exception):
     """One sentence on what is wrong, with the numbers, and one on what to do."""
@@ -15,6 +18,13 @@ class M2liteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what} {self.todo}".strip()
+
+    def told_of(self, where: str) -> Self:
+        """The same error, with `where` named before what is wrong."""
+        error = copy.copy(self)
+        error.what = f"{where}: {self.what}"
+        error.args = error.what, error.todo
+        return error
 
 
 class UsageError(M2liteError):

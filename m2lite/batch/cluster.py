@@ -63,10 +63,10 @@ class Engine:
                 yield None
 
     def facts(self) -> dict[str, Any]:
-        """Of the model, once it is open, and of the program."""
+        """As the runner's, once the model is open."""
         if self._error is not None:
             raise self._error
-        return facts(self._model) | {"m2lite": __version__, "n_layers": self._model.config.n_layers}
+        return facts(self._model) | {"n_layers": self._model.config.n_layers}
 
     def put(self, lines: list[Line]) -> None:
         for line in lines:
@@ -157,7 +157,7 @@ class Cluster:
             self.close()
             raise
         self.n_layers: int = self._found["n_layers"]
-        self.facts = {name: value for name, value in self._found.items() if name not in ("n_layers", "m2lite")}
+        self.facts = {name: value for name, value in self._found.items() if name != "n_layers"}
 
     def _start_all(self) -> tuple[str, dict[str, Any]]:
         """An engine's address, and what all say of their models once they are open.
@@ -179,12 +179,11 @@ class Cluster:
                 lost = str(error)
             else:
                 place.starts = None
-                _check_alike(found)
         if not found:
             raise M2liteError(f"No engine has started: {lost}.", "See Ray's log.")
-        address, first = next(iter(found.items()))
-        _check_alike({"this machine": first | {"m2lite": __version__}, address: first})
-        return address, first
+        _check_alike({"this machine": {"m2lite": __version__}} | found)
+        _check_alike(found)
+        return next(iter(found.items()))
 
     @property
     def n_engines(self) -> int:
@@ -324,12 +323,10 @@ def _connect(address: str, n_actors: int | None) -> Any:
 
 def _failed(place: _Place, how: str, cause: Exception) -> M2liteError:
     """What an engine raised, with the machine's address and the cause's own exit code."""
-    what = f"The engine on {place.address} {how}: "
-    if not isinstance(cause, M2liteError):
-        return M2liteError(f"{what}{type(cause).__name__}: {cause}.", "See Ray's log.")
-    error = M2liteError(what + cause.what, cause.todo)
-    error.exit_code = cause.exit_code
-    return error
+    error = (
+        cause if isinstance(cause, M2liteError) else M2liteError(f"{type(cause).__name__}: {cause}.", "See Ray's log.")
+    )
+    return error.told_of(f"The engine on {place.address} {how}")
 
 
 _REMEDIES = {"ctx": "Say --ctx.", "m2lite": "Install the same version on all."}  # other facts follow from the file

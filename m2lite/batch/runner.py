@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from m2lite import __version__
 from m2lite.batch.lines import Input, Line, line_key, line_stream
 from m2lite.batch.results import Results, result_line
 from m2lite.decode.batch import Batch
@@ -67,6 +68,7 @@ def facts(model: Model) -> dict[str, Any]:
     from m2lite.storage.identity import trunk_identity
 
     return {
+        "m2lite": __version__,
         "model": model.path.name,
         "model_identity": trunk_identity(model.gguf),
         "template_sha256": model.template.sha256,

@@ -140,7 +140,7 @@ def _load_file(source: str) -> list[dict[str, Any]]:
     try:
         return check_tools(value) or []
     except UsageError as error:
-        raise UsageError(f"{source}: {error.what}", error.todo) from None
+        raise error.told_of(source) from None
 
 
 def run_tool(call: Tool, limits: Limits, stop: Stop) -> str:

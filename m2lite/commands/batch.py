@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from m2lite import __version__
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.errors import UsageError
@@ -232,7 +231,6 @@ class _Job:
         defaults = self.defaults
         return {
             "m2lite_batch": VERSION,
-            "m2lite": __version__,
             "input_sha256": checked.sha256,
             "lines": n_lines,
             "shard": f"{self.shard.index}/{self.shard.n}",

@@ -147,7 +147,7 @@ def _read_request(source: str, defaults: Request) -> Request:
     try:
         return parse_request(body, defaults)
     except UsageError as error:
-        raise UsageError(f"{source}: {error.what}", error.todo) from None
+        raise error.told_of(source) from None
 
 
 def _question(prompt: str | None, files: list[str]) -> str:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -50,6 +51,22 @@ def engines() -> list[psutil.Process]:
     return found
 
 
+def start(command: list[str], env: dict[str, str], stdout: IO[str] | None = None) -> subprocess.Popen[str]:
+    """m2lite, whose stderr can be read."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "m2lite", *command], env=env, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_until(process: subprocess.Popen[str], is_so: Callable[[], bool]) -> None:
+    """Fails where the process ends before, or after two minutes."""
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_two_engines_one_is_killed(
     run_m2lite: Run, command_env: dict[str, str], tmp_path: Path, bundled_model: Path
 ) -> None:
@@ -59,15 +76,9 @@ def test_two_engines_one_is_killed(
     assert run_m2lite("batch", source, "-o", tmp_path / "alone.jsonl", *options).returncode == 0
     out = tmp_path / "out.jsonl"
     command = ["batch", str(source), "-o", str(out), *options, "--ray", "local", "--ray-actors", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
-    )
+    process = start(command, command_env)
     try:
-        deadline = time.monotonic() + 120
-        while not out.exists() or out.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(process, lambda: out.exists() and out.read_bytes().count(b"\n") >= 3)
         found = engines()
         assert len(found) == 2
         os.kill(found[0].pid, signal.SIGKILL)
@@ -88,16 +99,10 @@ def test_an_engine_is_lost_while_it_opens_its_model(
     source, out = write(tmp_path / "in.jsonl", 20, 50), tmp_path / "out.jsonl"
     options = ["--model", str(bundled_model), "--inflight", "4", "--threads", "1"]
     command = ["batch", str(source), "-o", str(out), *options, "--ray", "local", "--ray-actors", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "m2lite", *command], env=command_env, stderr=subprocess.PIPE, text=True
-    )
+    process = start(command, command_env)
     try:
-        deadline = time.monotonic() + 120
-        while not (found := engines()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(found[0].pid, signal.SIGKILL)
+        wait_until(process, lambda: len(engines()) > 0)
+        os.kill(engines()[0].pid, signal.SIGKILL)
         _, told = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -158,15 +163,8 @@ def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: 
         nodes.wait_for_nodes()
         command = ["batch", str(source), "-o", "-", *options, "--ray", nodes.address]
         with out.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "m2lite", *command], env=command_env, stdout=file, stderr=subprocess.PIPE,
-                text=True,
-            )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while out.read_bytes().count(b"\n") < 2:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+            process = start(command, command_env, stdout=file)
+        wait_until(process, lambda: out.read_bytes().count(b"\n") >= 2)
         nodes.remove_node(other, allow_graceful=False)
         _, told = process.communicate(timeout=120)
     finally:
