@@ -2,12 +2,13 @@
 
 A tile kernel is called by address (`simd.call_tile`) with
 
-    tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+    tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
 
     out[t, r] = sum over blocks b of  w[r, b] . x[t, b]      r < 16, t < n_x
 
 w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes one row alone); n_store: 16 or 1;
-n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes. x is an activation panel:
+n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes; ahead: what will be read soon, as many bytes
+as the 16 rows are: they are asked for, never touched. x is an activation panel:
 
   int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.PANEL)
   float32  128 bytes per row and block: 32 float32
@@ -211,7 +212,7 @@ unpack: Any = None
 unpack_block: Any = None
 
 
-def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     """Blocks of W_ROWS x X_ROWS sums in registers, then rows of x one by one."""
     if n_store == 1:
         for t in range(n_x):
@@ -235,7 +236,7 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
                 write_sums(sums, at + t * out_stride, out_stride, 1)
 
 
-def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     """Row by row; a step is a block of the format, which goes through scratch."""
     values = scratch(n_vectors)
     for r in range(n_store):
@@ -247,7 +248,7 @@ def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
         write_f32(out + 4 * r, tree_sum(acc))
 
 
-def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     """As _blocks_one: a block is unpacked once for the n_x rows of a group."""
     values, sums = scratch(n_vectors), scratch(GROUP)
     for r in range(n_store):
@@ -265,10 +266,10 @@ def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
             write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
 
 
-def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     for t in range(0, n_x, GROUP):
         group, rows = x + t * n_blocks * x_bytes, min(GROUP, n_x - t)
-        group_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride)
+        group_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride, ahead)
 
 
 def _unpack_row(w, n_blocks, out):
@@ -316,7 +317,7 @@ def activation_kind(name: str, generic: bool = False) -> str:
 @cache
 def tile_address(name: str, kind: str) -> int:
     """Compile the tile kernel of format `name` for activations of `kind` and return its address."""
-    return address_of(_tile_function(name, kind), types.void(*([types.int64] * 8)))
+    return address_of(_tile_function(name, kind), types.void(*([types.int64] * 9)))
 
 
 @cache

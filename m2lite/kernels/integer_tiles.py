@@ -54,8 +54,6 @@ def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: in
         emit.fence(builder)
 
 
-AHEAD = 32  # rows: the tile after the next; of short rows (`ffn_down_exps`) one tile is read before it has come
-
 # Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
 AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
 
@@ -223,19 +221,19 @@ few_rows: Any = None
 other_rows: Any = None
 
 
-def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     for first in range(0, n_store, AT_ONCE):
         acc, rows = zeros(), w + first * stride
-        ahead = rows + AHEAD * stride
+        rows_ahead = ahead + first * stride
         for b in range(n_blocks // n_steps):
             at = rows + b * block_bytes
-            acc = dot_block(acc, at, stride, x + b * n_steps * PANEL_BYTES, ahead + b * AT_ONCE * block_bytes)
+            acc = dot_block(acc, at, stride, x + b * n_steps * PANEL_BYTES, rows_ahead + b * AT_ONCE * block_bytes)
         store_lanes(out + 4 * first, acc, n_store)
 
 
-def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     """n_x is n_rows, which the compiler knows: the sums stay in registers, and so do the weights."""
-    accs, ahead = no_sums(n_rows), w + AHEAD * stride
+    accs = no_sums(n_rows)
     for b in range(n_blocks // n_steps):
         at, tile_ahead = w + b * block_bytes, ahead + b * 16 * block_bytes
         accs = dot_few(accs, at, stride, x + b * n_steps * n_rows * PANEL_BYTES, tile_ahead)
@@ -245,9 +243,9 @@ def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
-    sums, tile, ahead = scratch(GROUP), scratch(tile_vectors), w + AHEAD * stride
+    sums, tile = scratch(GROUP), scratch(tile_vectors)
     x_step = n_x * PANEL_BYTES
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
@@ -269,11 +267,11 @@ def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride):
+def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
     if n_x == n_rows:
-        few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+        few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
     else:
-        other_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride)
+        other_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
 
 
 def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 
 from m2lite.kernels.elementwise import sigmoid16
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.matmul import tile_at
+from m2lite.kernels.matmul import AHEAD, tile_at
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
     fma,
@@ -126,6 +126,25 @@ def tiles_of(i, n_tiles, begin, end, active, starts):
 
 
 @kernel
+def next_of(i, e, n_tiles, begin, end, active, starts, n_active):
+    """The expert whose tiles a share has after those of chosen expert i, which is e; e if there is none."""
+    if i + 1 < n_active:
+        other, _, _, first_tile, end_tile = tiles_of(i + 1, n_tiles, begin, end, active, starts)
+        if first_tile < end_tile:
+            return other
+    return e
+
+
+@kernel
+def coming(w, next_w, tile_bytes, tile, end_tile):
+    """The address of what comes AHEAD tiles later: the matrix at next_w is asked for before the one at w has ended."""
+    at = tile + AHEAD
+    if at < end_tile or next_w == w:
+        return w + min(at, end_tile - 1) * tile_bytes
+    return next_w + (at - end_tile) * tile_bytes
+
+
+@kernel
 def experts_up_part(
     part, n_parts, thread, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
     up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
@@ -135,18 +154,22 @@ def experts_up_part(
     Pairs are counted from starts[0]. scratch: scratch_bytes for each thread, two tiles of 64 bytes a row of the largest
     expert.
     """
-    n_tiles = (n_ff + 15) // 16
+    n_tiles, gate_stride, up_stride = (n_ff + 15) // 16, gate_slice // n_ff, up_slice // n_ff
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
         e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
+        next_e = next_of(i, e, n_tiles, begin, end, active, starts, n_active)
+        gate_w, next_gate = gate + e * gate_slice, gate + next_e * gate_slice
+        up_w, next_up = up + e * up_slice, up + next_e * up_slice
+        gate_x, up_x = gate_panel + first * gate_row, up_panel + first * up_row
         g = scratch + thread * scratch_bytes
         u = g + 64 * n_x
         for tile in range(first_tile, end_tile):
             r = min(tile * 16, n_ff - 16)
-            gate_at = gate + e * gate_slice + r * (gate_slice // n_ff)
-            up_at = up + e * up_slice + r * (up_slice // n_ff)
-            tile_at(gate_tile, 0, gate_at, gate_slice // n_ff, 16, n_blocks, gate_panel + first * gate_row, n_x, g, 64)
-            tile_at(up_tile, 0, up_at, up_slice // n_ff, 16, n_blocks, up_panel + first * up_row, n_x, u, 64)
+            ahead = coming(gate_w, next_gate, 16 * gate_stride, tile, end_tile)
+            tile_at(gate_tile, 0, gate_w + r * gate_stride, gate_stride, 16, n_blocks, gate_x, n_x, g, 64, ahead)
+            ahead = coming(up_w, next_up, 16 * up_stride, tile, end_tile)
+            tile_at(up_tile, 0, up_w + r * up_stride, up_stride, 16, n_blocks, up_x, n_x, u, 64, ahead)
             for t in range(n_x):
                 gate_value = load_f32(g + 64 * t)
                 silu = mul(gate_value, sigmoid16(gate_value))
@@ -162,9 +185,11 @@ def experts_down_part(
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
         e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
-        at, out = panel + first * panel_row, y + 4 * first * n_out
+        next_e = next_of(i, e, n_tiles, begin, end, active, starts, n_active)
+        here, after, x = w + e * slice_bytes, w + next_e * slice_bytes, panel + first * panel_row
         for k in range(first_tile, end_tile):
-            tile_at(tile, k, w + e * slice_bytes, stride, n_out, n_blocks, at, n_x, out, 4 * n_out)
+            ahead = coming(here, after, 16 * stride, k, end_tile)
+            tile_at(tile, k, here, stride, n_out, n_blocks, x, n_x, y + 4 * first * n_out, 4 * n_out, ahead)
 
 
 @kernel

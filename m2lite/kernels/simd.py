@@ -344,9 +344,9 @@ def _call_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 @intrinsic
 def call_tile(typingctx: Any, function: Any, w: Any, stride: Any, n_store: Any, n_blocks: Any, x: Any, n_x: Any,
-              out: Any, out_stride: Any) -> Any:  # fmt: skip
+              out: Any, out_stride: Any, ahead: Any) -> Any:  # fmt: skip
     """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""
-    return types.void(*([types.int64] * 9)), _call_address
+    return types.void(*([types.int64] * 10)), _call_address
 
 
 @intrinsic

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from m2lite.kernels import dot, dots, emit, fast, jit, reference, tiles
+from m2lite.kernels import dot, dots, emit, fast, jit, matmul, reference, router, tiles
 from m2lite.kernels.attention import join_parts, part_begin
 from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
@@ -143,6 +143,24 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
     }
     assert len(with_kernels) > 5
     assert with_kernels <= set(jit.source_files())
+
+
+@pytest.mark.parametrize("share", range(3))
+def test_a_share_of_experts_asks_for_what_it_reads_next(share: int) -> None:
+    n_parts, n_tiles, tile_bytes, slice_bytes, ids, counts = 3, 5, 100, 1000, [2, 3, 7, 9], [1, 2, 9, 1]
+    active, starts = np.array(ids, np.int32), np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    at, begun = active.ctypes.data, starts.ctypes.data
+    begin, end = router.share_of(share, n_parts, n_tiles, begun, len(ids))
+    read, asked = [], []
+    for i in range(len(ids)):
+        e, _, _, first_tile, end_tile = router.tiles_of(i, n_tiles, begin, end, at, begun)
+        other = router.next_of(i, e, n_tiles, begin, end, at, begun, len(ids))
+        for tile in range(first_tile, end_tile):
+            read.append(e * slice_bytes + tile * tile_bytes)
+            asked.append(router.coming(e * slice_bytes, other * slice_bytes, tile_bytes, tile, end_tile))
+    assert len({r // slice_bytes for r in read}) > 1, "the case has a share of several experts"
+    assert asked[: -matmul.AHEAD] == read[matmul.AHEAD :]
+    assert set(asked[-matmul.AHEAD :]) == {read[-1]}, "what has been asked for before"
 
 
 @pytest.mark.parametrize("is_q8", [0, 1])
