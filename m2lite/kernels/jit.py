@@ -9,19 +9,18 @@ import ctypes
 import ctypes.util
 import hashlib
 import importlib.util
-import math
 import os
 import stat
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import platformdirs
-import psutil
+
+from m2lite.kernels.crowd import Crowd
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
@@ -173,56 +172,6 @@ def address_of(function: Callable[..., Any], signature: Any) -> int:
 
 
 SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us
-
-
-class Crowd:
-    """How many threads a region should use now: as many as others leave cores for.
-
-    A region ends when its last thread does, so a thread that has to share its core slows all of them: two threads
-    beside one busy process were slower than one. What others use is what the system counts less what we used.
-    """
-
-    WINDOW_S = 0.15  # the system counts in ticks of 10 ms
-    SPARE = 0.3  # of a core: what others may use before it counts
-
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = self.n_active = n_threads
-        self._since, self._last = time.perf_counter(), _processor_seconds() if n_threads > 1 else None
-
-    def look(self) -> bool:
-        """Call between regions; True when `n_active` has changed."""
-        now, last = time.perf_counter(), self._last
-        if now < self._since + self.WINDOW_S or last is None:
-            return False
-        seen, elapsed = _processor_seconds(), now - self._since
-        self._since, self._last = now, seen
-        if seen is None or elapsed > 10 * self.WINDOW_S:  # we were idle: nothing to learn from
-            return False
-        self.n_active, before = self.wanted(seen.others - last.others, elapsed, seen.n_cores), self.n_active
-        return self.n_active != before
-
-    def wanted(self, others_s: float, elapsed_s: float, n_cores: int) -> int:
-        """Threads to use where others took `others_s` seconds of `n_cores` cores in `elapsed_s`."""
-        busy = others_s / elapsed_s
-        return max(1, min(self.n_threads, math.floor(n_cores - busy + self.SPARE)))
-
-
-class Used(NamedTuple):
-    """Processor time since some start, and the number of cores."""
-
-    others: float  # seconds
-    n_cores: int
-
-
-def _processor_seconds() -> Used | None:
-    """None where the system does not say."""
-    try:
-        times, n_cores = psutil.cpu_times(), psutil.cpu_count()
-    except OSError:
-        return None
-    busy = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
-    return Used(busy - time.process_time(), n_cores) if n_cores else None
-
 
 _crowd = Crowd(1)
 

@@ -232,24 +232,3 @@ def test_exp_is_accurate() -> None:
     exact = np.exp(x.astype(np.float64))
     assert np.max(np.abs(reference.exp32(x) / exact - 1)) < 4e-7
     assert reference.exp32(np.array([-np.inf, -1000, -87.5], np.float32)).tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("n_threads", "n_cores", "others", "wanted"),
-    [(2, 2, 0.0, 2), (2, 2, 0.25, 2), (2, 2, 1.0, 1), (2, 2, 5.0, 1), (8, 8, 3.0, 5), (4, 64, 20.0, 4), (1, 2, 2.0, 1)],
-)
-def test_threads_leave_cores_to_others(n_threads: int, n_cores: int, others: float, wanted: int) -> None:
-    assert jit.Crowd(n_threads).wanted(others * 0.15, 0.15, n_cores) == wanted
-
-
-def test_threads_come_back_when_others_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, used = [0.0], [0.0]
-    monkeypatch.setattr(jit.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(jit, "_processor_seconds", lambda: jit.Used(used[0], 2))
-    crowd, seen = jit.Crowd(2), []
-    for others in (0.0, 1.0, 1.0, 0.0, 0.0):
-        clock[0] += jit.Crowd.WINDOW_S
-        used[0] += others * jit.Crowd.WINDOW_S
-        crowd.look()
-        seen.append(crowd.n_active)
-    assert seen == [2, 1, 1, 2, 2]
