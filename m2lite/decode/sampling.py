@@ -85,13 +85,10 @@ def foresee(logits: Logits, sampling: Sampling, stream: int = 0, position: int =
 
 
 def _draw(logits: Logits, sampling: Sampling, stream: int, position: int) -> tuple[int, float]:
-    kernels = _compiled()
-    if not 0 < sampling.top_k <= min(kernels.MAX_TOP_K, logits.size):
-        return draw_sorted(logits, sampling, stream, position)
-    options = sampling.top_k, sampling.temperature, sampling.top_p, sampling.min_p
-    token, share = kernels.draw_top_k(
-        logits, *options, np.uint64(sampling.seed), np.uint64(stream), np.uint64(position)
-    )
+    kernels, n = _compiled(), min(sampling.top_k or logits.size, logits.size)
+    among = kernels.draw_top_k if n <= kernels.MAX_TOP_K else kernels.draw_sorted
+    options = n, sampling.temperature, sampling.top_p, sampling.min_p
+    token, share = among(logits, *options, np.uint64(sampling.seed), np.uint64(stream), np.uint64(position))
     return int(token), share
 
 
@@ -112,8 +109,8 @@ def _compiled() -> ModuleType:
     return draw
 
 
-def draw_sorted(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> tuple[int, float]:
-    """(id, share) as kernels.draw gives them, for any number of candidates; the id is -1 for logits not finite."""
+def plain_draw(logits: Logits, sampling: Sampling, stream: int = 0, position: int = 0) -> tuple[int, float]:
+    """(id, share) in NumPy, to which kernels/draw.py is held; the id is -1 for logits that are not finite."""
     if not math.isfinite(float(logits.max())):
         return -1, 0.0
     ids, weights = candidates(logits, sampling)

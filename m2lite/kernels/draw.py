@@ -1,4 +1,4 @@
-"""A draw from logits in one call: decode/sampling.py's filters for short lists of candidates. Knows no options object.
+"""A draw from logits in one call: the filters of decode/sampling.py, for few and many candidates. Knows no options.
 
 Every operation is the one that sampling.py has, in its order, so the ids are the same, bit for bit.
 """
@@ -14,6 +14,9 @@ from m2lite.kernels.jit import kernel
 
 MAX_TOP_K = 128  # longer lists are sorted faster than they are kept sorted
 NOT_FINITE = -1
+DIGIT_BITS = 11  # of a radix sort of 32 bits, in three passes
+LOWEST_POWER = math.floor(EXP_FLOOR * LOG2_E) - 1
+POWERS = 2.0 ** np.arange(LOWEST_POWER, 2)  # ldexp is a call; these products are as exact
 
 U32 = np.uint64(0xFFFF_FFFF)
 U1, U11, U32_BITS = np.uint64(1), np.uint64(11), np.uint64(32)
@@ -30,7 +33,7 @@ def exp_below_0(x):
     y = TAYLOR[0]
     for i in range(1, 14):
         y = y * r + TAYLOR[i]
-    return math.ldexp(y, int(n))
+    return y * POWERS[int(n) - LOWEST_POWER]
 
 
 @kernel
@@ -74,21 +77,64 @@ def largest(logits, ids, values):
 
 
 @kernel
-def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position):
-    """(id, share): drawn from float32 logits [V] among the top_k (1 to V) largest, and its probability there.
+def rank_keys(logits):
+    """uint32 that rise as the logits fall; -0 is 0."""
+    raw, keys = logits.view(np.uint32), np.empty(len(logits), np.uint32)
+    for i in range(len(logits)):
+        bits = raw[i] if logits[i] != 0 else np.uint32(0)
+        keys[i] = bits if bits >> 31 else bits ^ 0x7FFF_FFFF
+    return keys
 
-    The id is NOT_FINITE where a logit is. seed, stream and position are uint64.
-    """
-    ids, values = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
-    if not largest(logits, ids, values) or values[0] == -np.inf:
-        return NOT_FINITE, 0.0
-    steps, total = np.empty(top_k, np.float64), 0.0
-    weights = np.empty(top_k, np.float64)
-    for i in range(top_k):
+
+@kernel
+def largest_digit(keys, k):
+    """(d, n): the k smallest keys have a first digit of d or less, as n keys have."""
+    counts = np.zeros(1 << DIGIT_BITS, np.int64)
+    for i in range(len(keys)):
+        counts[keys[i] >> (32 - DIGIT_BITS)] += 1
+    digit, n = 0, counts[0]
+    while n < k:
+        digit += 1
+        n += counts[digit]
+    return digit, n
+
+
+@kernel
+def ranked(logits, k):
+    """The first k ids by falling logit, equal ones by rising id, as sampling.ranked; sorts those in question."""
+    all_keys = rank_keys(logits)
+    last, n = largest_digit(all_keys, k)
+    buffers, at = np.empty((4, n), np.uint32), 0
+    ids, keys, next_ids, next_keys = buffers[0], buffers[1], buffers[2], buffers[3]
+    for i in range(len(all_keys)):
+        if all_keys[i] >> (32 - DIGIT_BITS) <= last:
+            ids[at], keys[at] = i, all_keys[i]
+            at += 1
+    for shift in range(0, 32, DIGIT_BITS):
+        places = np.zeros((1 << DIGIT_BITS) + 1, np.int64)
+        for i in range(n):
+            places[((keys[i] >> shift) & ((1 << DIGIT_BITS) - 1)) + 1] += 1
+        for digit in range(1 << DIGIT_BITS):
+            places[digit + 1] += places[digit]
+        for i in range(n):
+            digit = (keys[i] >> shift) & ((1 << DIGIT_BITS) - 1)
+            next_keys[places[digit]], next_ids[places[digit]] = keys[i], ids[i]
+            places[digit] += 1
+        ids, next_ids, keys, next_keys = next_ids, ids, next_keys, keys
+    return ids[:k]
+
+
+@kernel
+def draw_ranked(ids, values, temperature, top_p, min_p, seed, stream, position):
+    """(id, share): drawn from candidates in rank order, whose logits are `values`, and its probability among them."""
+    n, total = len(values), 0.0
+    steps, weights = np.empty(n, np.float64), np.empty(n, np.float64)
+    for i in range(n):  # apart from the sums, which are one chain: these are computed several at a time
         weights[i] = exp_below_0((np.float64(values[i]) - np.float64(values[0])) / temperature)
+    for i in range(n):
         total += weights[i]
         steps[i] = total
-    kept = top_k
+    kept = n
     if top_p < 1:
         kept = 1
         while steps[kept - 1] < top_p * total:
@@ -99,7 +145,31 @@ def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position)
     target, i = uniform(seed, stream, position) * steps[kept - 1], 0
     while i < kept - 1 and steps[i] <= target:
         i += 1
-    return ids[i], weights[i] / steps[kept - 1]
+    return np.int64(ids[i]), weights[i] / steps[kept - 1]
+
+
+@kernel
+def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position):
+    """(id, share): drawn from float32 logits [V] among the top_k (1 to V) largest, and its probability there.
+
+    The id is NOT_FINITE where a logit is NaN or infinite. seed, stream and position are uint64.
+    """
+    ids, values = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
+    if not largest(logits, ids, values) or values[0] == -np.inf:
+        return NOT_FINITE, 0.0
+    return draw_ranked(ids, values, temperature, top_p, min_p, seed, stream, position)
+
+
+@kernel
+def draw_sorted(logits, top_k, temperature, top_p, min_p, seed, stream, position):
+    """As draw_top_k, whose time grows with top_k; this one sorts them all."""
+    finite = True
+    for i in range(len(logits)):
+        finite = finite and logits[i] < np.inf
+    ids = ranked(logits, top_k)
+    if not finite or logits[ids[0]] == -np.inf:
+        return NOT_FINITE, 0.0
+    return draw_ranked(ids, logits[ids], temperature, top_p, min_p, seed, stream, position)
 
 
 @kernel

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2lite.decode.sampling import Sampling, candidates, draw, draw_sorted, exp_below_0, foresee, new_seed, uniform
+from m2lite.decode.sampling import Sampling, candidates, draw, exp_below_0, foresee, new_seed, plain_draw, uniform
 from m2lite.errors import M2liteError, UsageError
 
 M64 = 2**64 - 1
@@ -84,8 +84,8 @@ def test_filters(values: list[int], top_k: int, top_p: float, min_p: float, temp
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(-20, 20), st.just(-math.inf)), min_size=1, max_size=300),
-    st.integers(1, 140),
+    st.lists(st.one_of(st.integers(-20, 20), st.just(-0.0), st.just(-math.inf)), min_size=1, max_size=300),
+    st.integers(0, 310),
     st.one_of(st.just(1.0), st.floats(0, 1)),
     st.one_of(st.just(0.0), st.floats(0, 1)),
     st.floats(1e-3, 5),
@@ -93,12 +93,12 @@ def test_filters(values: list[int], top_k: int, top_p: float, min_p: float, temp
     st.integers(0, M64),
     st.integers(0, 1 << 40),
 )
-def test_compiled_draws_are_those_of_sorting(
+def test_compiled_draws_are_the_plain_ones(
     values: list[float], top_k: int, top_p: float, min_p: float, temperature: float, seed: int, stream: int, at: int
 ) -> None:
     logits = np.array(values, np.float32) / 4
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    expected, share = draw_sorted(logits, sampling, stream, at)
+    expected, share = plain_draw(logits, sampling, stream, at)
     if expected < 0:
         with pytest.raises(M2liteError, match="not finite"):
             draw(logits, sampling, stream, at)
@@ -112,8 +112,18 @@ def test_compiled_draws_of_a_large_vocabulary() -> None:
     rng = np.random.default_rng(5)
     drawn = rng.standard_normal(200_064).astype(np.float32) * 3
     for logits in (drawn, np.sort(drawn), np.sort(drawn)[::-1].copy()):
-        for at in range(50):
-            assert draw(logits, Sampling(seed=9), 2, at) == draw_sorted(logits, Sampling(seed=9), 2, at)[0]
+        for at in range(40):
+            sampling = Sampling(1.5, top_k=(40, 0, 5000)[at % 3], top_p=(0.95, 1)[at % 2], min_p=at % 5 / 1000, seed=9)
+            assert foresee(logits, sampling, 2, at) == plain_draw(logits, sampling, 2, at)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_draw_hides_a_bad_logit_among_many(bad: float) -> None:
+    logits = np.random.default_rng(6).standard_normal(5000).astype(np.float32)
+    logits[4321] = bad
+    for top_k in (0, 40, 1000):
+        with pytest.raises(M2liteError, match="not finite"):
+            draw(logits, Sampling(top_k=top_k, seed=0))
 
 
 def test_a_greedy_draft_says_how_far_it_is_ahead() -> None:
