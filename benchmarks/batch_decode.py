@@ -1,10 +1,11 @@
 """Tokens a second of answers in lock-step, by their number: m2lite's batch beside llama-batched-bench on one file.
 
     python benchmarks/batch_decode.py SLICE [--llama llama-batched-bench] [-b 1,4,8,16,32,64] [-p 64] [-n 32] [-r 3]
-        [--ram 5400m] [--output benchmarks/batch.jsonl] [--plot benchmarks/batch.png]
+        [--ram 5400m] [--output benchmarks/batch.jsonl] [--since "2026-11-28"] [--plot benchmarks/batch.png]
 
 Prompts of random ids, none of which begins as another. One program at a time, in turn for each number, `-r` times;
 figures are medians, of the ratios too.
+With --since, runs with the same prompts and answers that --output has from that time on are counted, too.
 Plain reading of the mapped file is timed before each of m2lite's turns: the memory of a shared machine is not always as
 fast, and it is what bounds m2lite's steps.
 Of m2lite, decoding is timed from the first step in which every answer draws to the last; of llama-batched-bench its own
@@ -19,11 +20,14 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from m2lite import Model
 from m2lite.batch.measure import measure_speeds
 from m2lite.bench import read_mapped
 from m2lite.settings import parse_count
+
+Results = dict[str, dict[int, list[dict[str, float]]]]  # by program and answers at once: turns
 
 
 def ours(model: Model, n_at_once: int, n_prompt: int, n_tokens: int, seed: int) -> dict[str, float]:
@@ -57,10 +61,11 @@ def main() -> None:
     parser.add_argument("-r", type=int, default=3)
     parser.add_argument("--ram", type=parse_count, help="stream the model within so much memory, such as 5400m")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--since", metavar="TIME", help="report with the runs that --output has since then")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     counts = [int(n) for n in options.b.split(",")]
-    results: dict[str, dict[int, list[dict[str, float]]]] = {"m2lite": {n: [] for n in counts}}
+    results: Results = {"m2lite": {n: [] for n in counts}}
     if options.llama:
         results["llama.cpp"] = {n: [] for n in counts}
     # Room for what the first answers draw until the last prompt is read.
@@ -76,27 +81,43 @@ def main() -> None:
                     results["llama.cpp"][n].append(row)
             report(results, counts)
     if options.output:
+        row = {"model": options.model.name, "prompt": options.p, "tokens": options.n, "results": results}
         with options.output.open("a") as file:
-            row = {"model": options.model.name, "prompt": options.p, "tokens": options.n, "results": results}
             file.write(json.dumps(row | {"time": time.strftime("%Y-%m-%d %H:%M")}) + "\n")
+        if options.since:
+            results = gathered(options.output, row, options.since)
+            counts = sorted(results["m2lite"])
+            report(results, counts)
     if options.plot:
         plot(results, counts, options.plot)
+
+
+def gathered(path: Path, like: dict[str, Any], since: str) -> Results:
+    """The turns of all runs beside llama.cpp since then that were as `like` is."""
+    out: Results = {"m2lite": {}, "llama.cpp": {}}
+    for row in map(json.loads, path.read_text().splitlines()):
+        is_alike = all(row[key] == like[key] for key in ("model", "prompt", "tokens"))
+        if row["time"] < since or not is_alike or "llama.cpp" not in row["results"]:
+            continue
+        for name, turns in row["results"].items():
+            for n, each in turns.items():
+                out[name].setdefault(int(n), []).extend(each)
+    return out
 
 
 def median(rows: list[dict[str, float]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def report(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[int]) -> None:
-    print(f"after {len(results['m2lite'][counts[0]])} of each:")
+def report(results: Results, counts: list[int]) -> None:
     print(
-        "| at once | m2lite, tok/s | experts a token | llama.cpp, tok/s | ratio (from - to) | prompts: m2lite "
+        "| at once | turns | m2lite, tok/s | experts a token | llama.cpp, tok/s | ratio (from - to) | prompts: m2lite "
         "| llama.cpp | plain reading, GB/s |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for n in counts:
         us, them = results["m2lite"][n], results.get("llama.cpp", {}).get(n)
-        cells = [str(n), f"{median(us, 'tg'):.1f}", f"{median(us, 'experts'):.2f}"]
+        cells = [str(n), str(len(us)), f"{median(us, 'tg'):.1f}", f"{median(us, 'experts'):.2f}"]
         if them:
             ratios = [a["tg"] / b["tg"] for a, b in zip(us, them, strict=True)]
             cells += [
@@ -114,7 +135,7 @@ def report(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[i
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def plot(results: dict[str, dict[int, list[dict[str, float]]]], counts: list[int], path: Path) -> None:
+def plot(results: Results, counts: list[int], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
