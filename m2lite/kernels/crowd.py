@@ -45,12 +45,12 @@ class Crowd:
         return self.n_active != before
 
     def _next(self, seen: Used, last: Used, now: float, elapsed: float) -> int:
+        n = self.wanted(seen.others - last.others, elapsed, seen.n_cores)
+        if seen.waited is None or last.waited is None:
+            return n
         if self.n_active < self.n_threads and now > self._fewer_since + self.RETRY_S:
             return self.n_threads
-        n = self.wanted(seen.others - last.others, elapsed, seen.n_cores)
-        if n >= self.n_active or seen.waited is None or last.waited is None:
-            return n
-        return n if seen.waited - last.waited > self.PATIENCE * elapsed else self.n_active
+        return n if n > self.n_active or seen.waited - last.waited > self.PATIENCE * elapsed else self.n_active
 
     def wanted(self, others_s: float, elapsed_s: float, n_cores: int) -> int:
         """Threads to use where others took `others_s` seconds of `n_cores` cores in `elapsed_s`."""

@@ -57,6 +57,7 @@ def test_all_threads_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = active(monkeypatch, 4, (2.0, 1.0), *[(2.0, 0.0)] * n, (2.0, 0.05), (2.0, 1.0))
     assert seen[: n - 1] == [2] * (n - 1)
     assert seen[-2:] == [4, 2]
+    assert active(monkeypatch, 4, *[(2.0, None)] * (n + 2)) == [2] * (n + 2), "where waiting is not counted, in vain"
 
 
 @pytest.mark.slow
