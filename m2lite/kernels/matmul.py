@@ -10,10 +10,22 @@ AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the 
 
 
 @kernel
+def coming(w, next_w, tile_bytes, tile, end_tile):
+    """The address of what comes AHEAD tiles later: the matrix at next_w is asked for before the one at w has ended.
+
+    next_w is w where none follows.
+    """
+    at = tile + AHEAD
+    if at < end_tile or next_w == w:
+        return w + min(at, end_tile - 1) * tile_bytes
+    return next_w + (at - end_tile) * tile_bytes
+
+
+@kernel
 def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead):
     """Tile i of a matrix of n_out rows: the last one moves back to end at n_out; fewer than 16 rows go one by one.
 
-    ahead: the address of the tile that comes AHEAD tiles later.
+    ahead: as `coming` says.
     """
     if n_out >= 16:
         r = min(i * 16, n_out - 16)
@@ -28,7 +40,7 @@ def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, 
     """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
     n_tiles = (n_out + 15) // 16
     for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
-        ahead = w + min(i + AHEAD, n_tiles - 1) * 16 * stride
+        ahead = coming(w, w, 16 * stride, i, n_tiles)
         tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
 
 

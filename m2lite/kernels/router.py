@@ -6,7 +6,7 @@ import numpy as np
 
 from m2lite.kernels.elementwise import sigmoid16
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.matmul import AHEAD, tile_at
+from m2lite.kernels.matmul import coming, tile_at
 from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
     fma,
@@ -133,15 +133,6 @@ def next_of(i, e, n_tiles, begin, end, active, starts, n_active):
         if first_tile < end_tile:
             return other
     return e
-
-
-@kernel
-def coming(w, next_w, tile_bytes, tile, end_tile):
-    """The address of what comes AHEAD tiles later: the matrix at next_w is asked for before the one at w has ended."""
-    at = tile + AHEAD
-    if at < end_tile or next_w == w:
-        return w + min(at, end_tile - 1) * tile_bytes
-    return next_w + (at - end_tile) * tile_bytes
 
 
 @kernel

@@ -157,7 +157,7 @@ def test_a_share_of_experts_asks_for_what_it_reads_next(share: int) -> None:
         other = router.next_of(i, e, n_tiles, begin, end, at, begun, len(ids))
         for tile in range(first_tile, end_tile):
             read.append(e * slice_bytes + tile * tile_bytes)
-            asked.append(router.coming(e * slice_bytes, other * slice_bytes, tile_bytes, tile, end_tile))
+            asked.append(matmul.coming(e * slice_bytes, other * slice_bytes, tile_bytes, tile, end_tile))
     assert len({r // slice_bytes for r in read}) > 1, "the case has a share of several experts"
     assert asked[: -matmul.AHEAD] == read[matmul.AHEAD :]
     assert set(asked[-matmul.AHEAD :]) == {read[-1]}, "what has been asked for before"
