@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Self
+
+from m2lite.shown import shown
 
 
 class M2liteError(Exception):
-    """One sentence on what is wrong, with the numbers, and one on what to do."""
+    """One sentence on what is wrong, with the numbers, and one on what to do.
+
+    Both are one line whatever names they quote: nothing that a file or a request holds can forge another. `details`
+    are further lines between them.
+    """
 
     exit_code = 1
 
-    def __init__(self, what: str, todo: str = "") -> None:
-        super().__init__(what, todo)
-        self.what = what
-        self.todo = todo
+    def __init__(self, what: str, todo: str = "", *, details: Sequence[str] = ()) -> None:
+        self.what = shown(what)
+        self.todo = shown(todo)
+        self.details = tuple(map(shown, details))
+        super().__init__(self.what, self.todo)
 
     def __str__(self) -> str:
+        if self.details:
+            return "\n".join([self.what, *self.details, self.todo]).strip()
         return f"{self.what} {self.todo}".strip()
 
     def told_of(self, where: str) -> Self:
         """The same error, with `where` named before what is wrong."""
         error = copy.copy(self)
-        error.what = f"{where}: {self.what}"
+        error.what = shown(f"{where}: {self.what}")
         error.args = error.what, error.todo
         return error
 

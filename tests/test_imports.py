@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "m2lite"
 
 # Lower floors first; a part may import parts of lower floors and itself.
 FLOORS = [
+    ["shown"],
     ["errors"],
+    ["system"],
     ["storage", "machine", "signals", "settings"],
     ["kernels"],
     ["model", "text"],
@@ -28,7 +30,8 @@ FLOORS = [
 FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
 QUANT_MAY = (
-    "quant", "errors", "storage", "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
+    "quant", "errors", "shown", "system", "storage",
+    "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
     "text.tokenizer",
 )  # fmt: skip
 

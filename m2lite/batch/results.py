@@ -169,8 +169,9 @@ def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
     ]
     if differences:
         raise UsageError(
-            "\n".join([f"{output} was begun with other settings:", *differences]),
-            "\nUse the same, or another output; --force goes on all the same.",
+            f"{output} was begun with other settings:",
+            "Use the same, or another output; --force goes on all the same.",
+            details=differences,
         )
 
 

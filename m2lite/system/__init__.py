@@ -1,0 +1,1 @@
+"""What every program needs of its surroundings: JSON from strangers, standard streams, names of outputs."""
