@@ -17,6 +17,8 @@ from typing import Any
 
 from m2lite.errors import UsageError
 
+_MOST_DIGITS = 19  # of a count
+_MOST_BYTES = 1 << 20  # of config.toml
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
@@ -70,7 +72,10 @@ def parse_count(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9][0-9_,]*)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("expected a whole number such as 4096 or 32k")
-    return int(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
+    digits = re.sub("[_,]", "", match[1]).lstrip("0") or "0"
+    if len(digits) > _MOST_DIGITS or (value := int(digits) * _UNITS[match[2].lower()]) >= 1 << 63:
+        raise ValueError("expected a number below 2**63")
+    return value
 
 
 def parse_positive(text: str) -> int:
@@ -103,7 +108,7 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 
 def parse_seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**64:
+    if not re.fullmatch(r"0*[0-9]{1,20}", text) or int(text.lstrip("0") or "0") >= 2**64:
         raise ValueError("expected a whole number from 0 to 2**64 - 1")
     return int(text)
 
@@ -170,14 +175,25 @@ def load_config(path: Path) -> dict[str, Any]:
     """The keys of config.toml; {} when there is none."""
     try:
         with path.open("rb") as file:
-            config = tomllib.load(file)
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+        config = tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}.", "Correct it or move it away.") from error
     unknown = sorted(set(config) - set(OPTIONS))
     if unknown:
         raise UsageError(f"{path} has the unknown key {unknown[0]!r}.", f"Known keys: {', '.join(OPTIONS)}.")
+    for name, value in config.items():
+        is_text = OPTIONS[name].parse is str
+        is_huge = isinstance(value, int) and abs(value) >= 1 << 64  # Python may refuse to print it
+        if is_huge or not isinstance(value, str if is_text else str | int | float) or "\0" in str(value):
+            what, value = "a text" if is_text else "a text or a number", "a huge number" if is_huge else value
+            raise UsageError(
+                f"key {name} in {path} is {str(value)[:80]!r}, expected {what}.", "Correct it or leave it out."
+            )
     return config
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from m2lite import __version__
 from m2lite.errors import BadModelError, UsageError
 from m2lite.storage.durable import LineLog
+from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1
 TOOL = f"m2lite {__version__}"
@@ -130,10 +132,9 @@ class Journal:
 
     def _head(self) -> dict[str, Any]:
         try:
-            head = json.loads(self._log.lines[0])
-        except (ValueError, IndexError, RecursionError):
+            return parse_object(self._log.lines[0])
+        except (JsonError, IndexError):
             return {}
-        return head if isinstance(head, dict) else {}
 
     def _difference(self, ticket: Ticket) -> str:
         """The first thing that is not as it was then, in words."""
@@ -161,14 +162,18 @@ class Journal:
 def _parse_entry(line: bytes) -> Entry | None:
     """A line that cannot be read is no tensor: it is done again."""
     try:
-        found = json.loads(line)
-        return Entry(str(found["tensor"]), int(found["off"]), int(found["nbytes"]), int(found["xxh64"], 16))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        found = parse_object(line)
+    except JsonError:
         return None
+    entry = found.get("tensor"), found.get("off"), found.get("nbytes"), found.get("xxh64")
+    if tuple(map(type, entry)) != (str, int, int, str) or not re.fullmatch("[0-9a-f]{16}", found["xxh64"]):
+        return None
+    return Entry(found["tensor"], found["off"], found["nbytes"], int(found["xxh64"], 16))
 
 
 def _source_difference(before: Any, now: Sequence[Mapping[str, Any]]) -> str:
-    known = {file.get("name"): file for file in before if isinstance(file, dict)} if isinstance(before, list) else {}
+    files = [file for file in before if isinstance(file, dict)] if isinstance(before, list) else []
+    known = {str(file.get("name")): file for file in files}
     for file in now:
         if known.get(file["name"]) != file:
             what = "has changed since" if file["name"] in known else "was not among its inputs"

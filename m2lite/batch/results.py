@@ -18,8 +18,12 @@ from typing import IO, Any
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import LineLog, PartFile, atomic_write
+from m2lite.system.json_text import JsonError, parse_object
 
 VERSION = 1
+_LONGEST = 256 << 20  # bytes of a result
+_MOST_DIFFERENCES = 30  # that are told
+_MOST_MANIFEST = 16 << 20  # bytes: a schema of 1 MiB, indented
 Manifest = dict[str, Any]
 
 
@@ -76,8 +80,7 @@ class Results:
 
     def _forget_failed(self) -> None:
         """The file without its failed lines takes its place; until then it is whole."""
-        whole = [line for line in _whole_lines(self.path) if not json.loads(line).get("error")]
-        self._log.replace(whole)
+        self._log.replace(line for _, is_failed, _, line in _placed_lines(self.path) if not is_failed)
         self.ended.failed = set()
 
     def add(self, line: Mapping[str, Any], key: int) -> None:
@@ -151,21 +154,37 @@ def read_manifest(output: Path) -> Manifest | None:
     """None where there is none; UsageError for one that cannot be read."""
     path = manifest_path(output)
     try:
-        found = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            found = parse_object(file.read(_MOST_MANIFEST + 1), most_bytes=_MOST_MANIFEST)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.", "Choose another output.") from None
-    if not isinstance(found, dict) or found.get("m2lite_batch") != VERSION:
+    except (OSError, JsonError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read as a manifest: {what}.", "Choose another output.") from None
+    if found.get("m2lite_batch") != VERSION:
         raise UsageError(f"{path} is no manifest of version {VERSION}.", "Choose another output.")
+    for name, is_sound, what in _MANIFEST_FIELDS:
+        if not is_sound(found.get(name)):
+            raise UsageError(
+                f"{path}: {name} is {str(found.get(name))[:80]!r}, expected {what}.",
+                "Was it edited? Choose another output.",
+            )
     return found
 
 
+# Of a manifest's fields, those that anything is done with beyond being compared.
+_MANIFEST_FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("lines", lambda value: type(value) is int and 0 <= value < 1 << 53, "a number of lines"),
+    ("model", lambda value: isinstance(value, str), "a name"),
+    ("shard", lambda value: isinstance(value, str), "a text such as '1/1'"),
+)
+
+
 def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
+    names = [name for name in {**known, **manifest} if known.get(name) != manifest.get(name)]
     differences = [
-        f"  {name}: {known.get(name)!r} there, {manifest.get(name)!r} now"
-        for name in [*known, *(name for name in manifest if name not in known)]
-        if known.get(name) != manifest.get(name)
+        f"  {name[:60]}: {_short(known.get(name))} there, {_short(manifest.get(name))} now"
+        for name in names[:_MOST_DIFFERENCES]
     ]
     if differences:
         raise UsageError(
@@ -175,33 +194,54 @@ def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
         )
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 def read_ends(output: Path) -> Iterator[tuple[str, bool]]:
     """(custom_id, whether it failed) of each result; a torn last line is none. UsageError for what is no result."""
-    for number, raw in enumerate(_whole_lines(output), 1):
-        try:
-            line = json.loads(raw)
-            custom_id, error = line["custom_id"], line["error"]
-            if not isinstance(custom_id, str):
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise UsageError(f"{output}: line {number} is no result of a batch.", "Choose another output.") from None
-        yield custom_id, error is not None
+    for custom_id, is_failed, _, _ in _placed_lines(output):
+        yield custom_id, is_failed
+
+
+def _parse_result(raw: bytes) -> tuple[str, bool]:
+    """(custom_id, whether it failed); JsonError for what no batch wrote."""
+    line = parse_object(raw)
+    custom_id, error = line.get("custom_id"), line.get("error")
+    if not isinstance(custom_id, str) or "error" not in line or not isinstance(error, dict | None):
+        raise JsonError("no custom_id, or no error")
+    return custom_id, error is not None
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            for line in file:
+            number = 0
+            while line := file.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise UsageError(
+                        f"{path}: line {number} has more than {_LONGEST:,} bytes.", "Choose another output."
+                    )
                 if line.endswith(b"\n"):
                     yield line
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Choose another output.") from None
 
 
 def _placed_lines(path: Path) -> Iterator[tuple[str, bool, int, bytes]]:
     """(custom_id, whether it failed, offset, line) of each result."""
     offset = 0
-    for line, (custom_id, is_failed) in zip(_whole_lines(path), read_ends(path), strict=True):
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            custom_id, is_failed = _parse_result(line)
+        except JsonError as error:
+            raise UsageError(
+                f"{path}: line {number} is no result of a batch ({error}).", "Choose another output."
+            ) from None
         yield custom_id, is_failed, offset, line
         offset += len(line)
 
@@ -247,7 +287,7 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
         rank = {line_key(name): n for n, name in enumerate(order)}
         unknown = next((key for key in keys if key not in rank), None)
         if unknown is not None:
-            name = json.loads(_read(paths, places[unknown]))["custom_id"]
+            name, _ = _parse_result(_read(paths, places[unknown]))
             raise UsageError(f"{name!r} has a result, but is not in the input.", "Leave --input out.")
         keys.sort(key=lambda key: rank[key])
     n_bytes = sum(places[key][2] for key in keys)

@@ -116,14 +116,12 @@ def told_of(said: Answer) -> dict[str, Any]:
 def said_of(saved: Saved) -> Answer:
     """The answer at the end of a saved chat."""
     told: Mapping[str, Any] = saved.answer or {"finish_reason": "stop"}
-    tokens = told.get("tokens", [])
-    is_list = isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
     message = saved.messages[-1] if saved.messages else {}
     return Answer(
-        tokens=list(tokens) if is_list else [],
-        reply=Reply(str(message.get("reasoning_content", "")), str(message.get("content", ""))),
+        tokens=list(told.get("tokens", [])),
+        reply=Reply(str(message.get("reasoning_content") or ""), str(message.get("content", ""))),
         finish_reason=str(told.get("finish_reason")),
-        attempt=told["attempt"] if isinstance(told.get("attempt"), int) else 0,
+        attempt=told.get("attempt", 0),
     )
 
 

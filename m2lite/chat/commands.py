@@ -257,7 +257,11 @@ def _export(chat: Chat, rest: str) -> str:
 def _sessions(chat: Chat, rest: str) -> str:
     found, lines = list_sessions(), list[str]()
     for path in found[:_SHOWN_SESSIONS]:
-        saved = read_session(path)
+        try:
+            saved = read_session(path)
+        except UsageError as error:
+            lines.append(f"  {path.stem:<24} {error.what}")
+            continue
         here = "*" if chat.saved is not None and chat.saved.name == path.stem else " "
         lines.append(f"{here} {path.stem:<24} {saved.n_turns:>4} turns  {saved.title}")
     if len(found) > _SHOWN_SESSIONS:
@@ -281,7 +285,10 @@ def last_exchange(chat: Chat) -> str:
     assert chat.saved is not None
     saved, lines = chat.saved.saved, list[str]()
     if saved.bad_line is not None:
-        lines.append(f"warning: line {saved.bad_line} of {chat.saved.path} cannot be read; the chat ends before it")
+        lines.append(
+            f"warning: line {saved.bad_line} of {chat.saved.path} cannot be read; the chat ends before it. Who goes on "
+            f"finds all of the file in {chat.saved.path.name}.damaged."
+        )
     turns = chat.conversation.turns()
     lines.append(f"— {chat.saved.name}: {len(turns)} turns")
     if turns:

@@ -38,6 +38,7 @@ class FileOps:
     fdatasync = staticmethod(getattr(os, "fdatasync", os.fsync))  # macOS has only the former
     close = staticmethod(os.close)
     replace = staticmethod(os.replace)
+    link = staticmethod(os.link)
     unlink = staticmethod(os.unlink)
 
     @staticmethod
@@ -130,7 +131,7 @@ class LineLog:
             if keeps_lines:
                 data = _read_all(self._fd)
                 self._size = data.rfind(b"\n") + 1
-                self.lines = data[: self._size].splitlines()
+                self.lines = data[: self._size].split(b"\n")[:-1]
             else:
                 self._size = _end_of_lines(self._fd)
 
@@ -147,7 +148,7 @@ class LineLog:
                 _sync_directory(self.path.parent)
         self._size += len(data)
         if self._keeps_lines:
-            self.lines += data.splitlines()
+            self.lines += data.split(b"\n")[:-1]
 
     def replace(self, lines: Iterable[bytes]) -> None:
         """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
@@ -175,12 +176,29 @@ class LineLog:
 
     def clear(self) -> None:
         """No line is left, on disk too."""
-        fd = _known(self._fd, self.path)
+        self.cut(0)
+
+    def cut(self, n_lines: int) -> None:
+        """The first `n_lines` are left, on disk too."""
+        assert self._keeps_lines
+        fd, size = _known(self._fd, self.path), sum(len(line) + 1 for line in self.lines[:n_lines])
         with _disk_errors(self.path, 0):
-            fsops.truncate(fd, 0)
+            fsops.truncate(fd, size)
             fsops.fsync(fd)
-        self._size = 0
-        self.lines = []
+        self._size = size
+        del self.lines[n_lines:]
+
+    def rename(self, path: Path) -> None:
+        """The file has another name, which nobody has yet: UsageError for one that is taken."""
+        with _disk_errors(path, _BLOCK_BYTES):
+            try:
+                fsops.link(self.path, path)  # unlike a rename it never takes a name from another file
+            except FileExistsError:
+                raise UsageError(f"{path}: exists already.", "Choose another name.") from None
+            former, self.path = self.path, path
+            with contextlib.suppress(OSError):  # it then has two names, and is whole under both
+                fsops.unlink(former)
+            _sync_directory(path.parent)
 
     def remove(self) -> None:
         try:

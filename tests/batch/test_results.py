@@ -129,12 +129,59 @@ def test_files_of_others_are_left_alone(out: Path, tmp_path: Path) -> None:
             Results(path, MANIFEST)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"m2lite_batch": 2}'])
+HEAD = '{"m2lite_batch": 1, "model": "m", "shard": "1/1", "lines": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "[" * 100_000, '{"m2lite_batch": 2}', '{"m2lite_batch": 1}', HEAD + '"9"}', HEAD + "-1}",
+     HEAD + "true}", HEAD + "NaN}", HEAD + "9" * 5000 + "}", HEAD + '9, "x": "\\ud800"}', HEAD + '9, "lines": 9}',
+     HEAD.replace('"m"', "[]") + "9}", HEAD.replace('"1/1"', "1") + "9}", '{"m2lite_batch": true, "lines": 9}'],
+)  # fmt: skip
 def test_manifests_that_are_none(out: Path, text: str) -> None:
     Results(out, MANIFEST).close()
     manifest_path(out).write_text(text)
-    with pytest.raises(UsageError, match="manifest"):
+    for read in (functools.partial(Results, out, MANIFEST), functools.partial(status, out)):
+        with pytest.raises(UsageError, match="manifest"):
+            read()
+
+
+RESULT = json.dumps(result_line("a", {}, None))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "3", "[]", "[" * 100_000, '{"custom_id": "a"}', '{"custom_id": 1, "error": null}', "\xff",
+     RESULT.replace('"a"', '"\\ud800"'), RESULT.replace('"a"', '"a", "custom_id": "b"'),
+     RESULT.replace('"error": null', '"error": 0'), RESULT.replace("200", "9" * 5000), RESULT.replace("200", "1e999")],
+)  # fmt: skip
+def test_lines_that_are_no_result(out: Path, tmp_path: Path, line: str) -> None:
+    Results(out, MANIFEST).close()
+    out.write_text(RESULT.replace('"a"', '"first"') + "\n" + line + "\n", "latin-1")
+    before = out.read_bytes()
+    for read in (
+        functools.partial(Results, out, MANIFEST, retry_failed=True),
+        functools.partial(status, out),
+        functools.partial(merge, [out], tmp_path / "all.jsonl", ["first"]),
+    ):
+        with pytest.raises(UsageError, match=r"out\.jsonl: line 2 is no result of a batch \("):
+            read()
+    assert out.read_bytes() == before and not (tmp_path / "all.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_read(out: Path) -> None:
+    Results(out, MANIFEST).close()
+    out.unlink()
+    out.mkdir()
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        status(out)
+
+
+def test_many_differences_are_told_in_part(out: Path) -> None:
+    Results(out, MANIFEST | {f"k{n}": "x" * 1000 for n in range(100)}).close()
+    with pytest.raises(UsageError) as error:
         Results(out, MANIFEST)
+    assert 20 <= len(error.value.details) <= 40 and all(len(line) < 500 for line in error.value.details)
 
 
 class FullDisk(durable.FileOps):
