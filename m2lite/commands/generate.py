@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, not
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from m2lite.decode.request import Request
     from m2lite.decode.rules import Logprob
     from m2lite.decode.session import Model
+
+_MOST_REQUEST = 64 << 20  # bytes
 
 
 @command(*MODEL, *DRAFT, "template", *THINKING, *SAMPLING)
@@ -138,11 +140,15 @@ def _read_request(source: str, defaults: Request) -> Request:
     from m2lite.decode.request import parse_request
 
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        body = json.loads(data)
+        if source == "-":
+            data = sys.stdin.buffer.read(_MOST_REQUEST + 1)
+        else:
+            with Path(source).expanduser().open("rb") as file:
+                data = file.read(_MOST_REQUEST + 1)
+        body = parse_json(data, most_bytes=_MOST_REQUEST)
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:
         return parse_request(body, defaults)
