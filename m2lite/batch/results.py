@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, PartFile, atomic_write
+from m2lite.storage.durable import LineLog, PartFile, atomic_write, remove_leftovers
 from m2lite.system.json_text import JsonError, parse_object
 
 VERSION = 1
@@ -61,6 +61,8 @@ class Results:
             raise UsageError(f"{output}: exists already, and no batch wrote it.", "Choose another name.")
         self._log = LineLog(output, keeps_lines=False)  # from here on nobody else writes
         try:
+            for path in (output, manifest_path(output)):
+                remove_leftovers(path)
             self.is_begun = known is not None
             if known is not None and not force:
                 _check_same(known, manifest, output)

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def free_bytes(directory: StrPath) -> int:
 def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     with _disk_errors(path, len(data)):
         fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -89,6 +90,20 @@ def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
                 fsops.unlink(temporary)
             raise
         _sync_directory(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` under which its next content grows."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """What was to take the place of `path` when a process died; only for whoever keeps others from writing it."""
+    ours = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for found in path.parent.iterdir():
+            if ours.fullmatch(found.name) and found.is_file() and not found.is_symlink():
+                fsops.unlink(found)
 
 
 def append_line(path: StrPath, line: str | bytes) -> None:
@@ -154,7 +169,7 @@ class LineLog:
         """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
         assert not self._keeps_lines
         fd = _known(self._fd, self.path)
-        temporary = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        temporary = _temporary(self.path)
         with _disk_errors(self.path, self._size):
             new = fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:

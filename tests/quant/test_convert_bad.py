@@ -19,10 +19,10 @@ from m2lite.quant import job as job_module
 from m2lite.quant import options as options_module
 from m2lite.quant.convert import Conversion, convert
 from m2lite.storage.gguf_reader import open_gguf
+from tests.faults.disk import Dead, faults
 from tests.golden.models import hf_config, hf_weights
 from tests.quant import checkpoints
 from tests.quant.checkpoints import SMALL, digest, digests
-from tests.quant.faults import Dead, faults
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,8 @@ from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.verify import verify
 from m2lite.storage import durable
 from m2lite.storage.gguf_reader import open_gguf
-from tests.quant.faults import Dead, MemorySource, faults, made, memory_job
+from tests.faults.disk import Dead, faults
+from tests.quant.memory_job import MemorySource, made, memory_job
 
 Files = dict[str, bytes]
 
