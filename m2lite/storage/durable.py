@@ -156,11 +156,16 @@ class LineLog:
         data = b"".join(line.encode() + b"\n" for line in lines)
         assert data.count(b"\n") == len(lines)
         with _disk_errors(self.path, len(data)):
-            fsops.truncate(fd, self._size)  # a torn line, of a crash or of an append that failed
-            _write_all(fd, data, self._size)
-            fsops.fsync(fd)
-            if not self._size:
-                _sync_directory(self.path.parent)
+            fsops.truncate(fd, self._size)  # a line that a crash tore
+            try:
+                _write_all(fd, data, self._size)
+                fsops.fsync(fd)
+                if not self._size:
+                    _sync_directory(self.path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    fsops.truncate(fd, self._size)
+                raise
         self._size += len(data)
         if self._keeps_lines:
             self.lines += data.split(b"\n")[:-1]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from m2lite import M2liteError, ResourceError, UsageError
+from m2lite import ResourceError, UsageError
 from m2lite.batch.lines import Line, line_key
 from m2lite.batch.results import InTurn, Results, manifest_path, merge, read_ends, result_line, status
 from m2lite.storage import durable
@@ -213,56 +211,6 @@ def test_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, _ in ends(out)] == ["a", "b", "c"]
 
 
-class Dies(BaseException):
-    """As a kill: nothing that would run afterwards does."""
-
-
-def run_killed_after(n: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the action came to its end before call n of those that change the disk."""
-    opened: list[int] = []
-
-    class Killed(durable.FileOps):
-        left = n
-
-        @staticmethod
-        def open(*arguments: Any) -> int:
-            opened.append(os.open(*arguments))
-            return opened[-1]
-
-        def __getattribute__(self, name: str) -> Any:
-            if name in ("left", "__class__"):  # of what is asked for, only calls count
-                return object.__getattribute__(self, name)
-            Killed.left -= 1
-            if Killed.left < 0:
-                raise Dies
-            return object.__getattribute__(self, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "fsops", Killed())
-        try:
-            action()
-        except Dies:
-            for fd in opened:  # as the system does
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-            return False
-    return True
-
-
-@pytest.mark.parametrize("n", range(12))
-def test_retry_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """The results that count are there before and after, whatever call was the last."""
-    results = Results(out, MANIFEST)
-    add(results, "a")
-    add(results, "b", error="wrong")
-    results.close()
-    run_killed_after(n, lambda: Results(out, MANIFEST, retry_failed=True).close(), monkeypatch)
-    assert ("a", False) in ends(out) and len(ends(out)) <= 2
-    results = Results(out, MANIFEST, retry_failed=True)
-    assert len(results.ended) == 1
-    results.close()
-
-
 def test_sorting(out: Path) -> None:
     results = Results(out, MANIFEST)
     add(results, "c", "x", "a")
@@ -277,22 +225,6 @@ def test_sorting(out: Path) -> None:
     add(results, "other")
     results.close()
     assert [name for name, _ in ends(out)] == ["a", "b", "c", "x", "other"]
-
-
-def test_sorting_that_is_killed_at_any_call(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    orders = []
-    for n in range(100):
-        results = Results(out, MANIFEST)
-        if n == 0:
-            add(results, "b", "c", "a")
-        is_whole = run_killed_after(n, functools.partial(results.sort, ["a", "b", "c"]), monkeypatch)
-        with contextlib.suppress(M2liteError):  # its file was closed under it, as the system does
-            results.close()
-        orders.append([name for name, _ in ends(out)])
-        if is_whole:
-            break
-    assert len(orders) > 5 and set(map(tuple, orders)) == {("b", "c", "a"), ("a", "b", "c")}
-    assert orders[-1] == ["a", "b", "c"]
 
 
 def test_sorting_on_a_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,8 @@ def at_every_call(
         for number in itertools.count(1):
             folder = tmp_path / f"{code}-{number}"
             folder.mkdir()
-            prepare(folder)
+            with faults(monkeypatch):  # without waiting for the disk
+                prepare(folder)
             is_done = False
             with faults(monkeypatch, number, code, most) as disk:
                 try:
@@ -109,7 +110,8 @@ def at_every_call(
                 except M2liteError as error:
                     assert code is not None and isinstance(error, ResourceError) == (code == errno.ENOSPC)
                     assert os.strerror(code) in str(error)
-            check(folder, is_done, code is None and not is_done)
+            with faults(monkeypatch):
+                check(folder, is_done, code is None and not is_done)
             if disk.n_calls < number:
                 assert is_done
                 n_calls = disk.n_calls

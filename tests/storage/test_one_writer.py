@@ -23,6 +23,7 @@ _OF_MODULE = {
     "np": {"save", "memmap"},
     "numpy": {"save", "memmap"},
 }
+_NAMES = _ALWAYS.union({"open", "fdopen"}, *_OF_MODULE.values())
 _OURS = {"chat.saved", "self._log"}  # a SavedChat and a LineLog, whose methods do it right
 _WRITING_FLAGS = {"O_CREAT", "O_WRONLY", "O_RDWR", "O_APPEND", "O_TRUNC"}
 
@@ -56,6 +57,8 @@ def changes(path: Path) -> Iterator[tuple[int, str]]:
             continue
         function, arguments = node.func, [*node.args, *(keyword.value for keyword in node.keywords)]
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if name not in _NAMES:
+            continue
         owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
         if owner.endswith("fsops") or owner in _OURS:
             continue
