@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from m2lite.system.json_text import JsonError, parse_json
 
 _INVOKE = re.compile(r"<invoke\s+name=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter\s+name=([^>\n]*)>")
@@ -90,13 +91,17 @@ def _schema_types(schema: object, depth: int = 0) -> set[str]:
     if not isinstance(schema, Mapping) or depth > 8:
         return set()
     named = schema.get("type")
-    types = {named} if isinstance(named, str) else {t for t in named or () if isinstance(t, str)}
-    for value in [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]:
+    types = {named} if isinstance(named, str) else {t for t in _list(named) if isinstance(t, str)}
+    for value in [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]:
         types.add(_json_type(value))
     for key in ("anyOf", "oneOf", "allOf"):
-        for item in schema.get(key, ()):
+        for item in _list(schema.get(key)):
             types |= _schema_types(item, depth + 1)
     return types & {*_JSON_TYPES, "string"}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _json_type(value: object) -> str:
@@ -112,15 +117,11 @@ def _convert(raw: str, types: set[str]) -> tuple[Any, bool]:
     if not types - {"null", "string"}:
         return raw, not types or "string" in types
     try:
-        value = json.loads(_PYTHON_WORDS.get(raw.strip(), raw), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        value = parse_json(_PYTHON_WORDS.get(raw.strip(), raw))
+    except JsonError:
         return raw, "string" in types
     if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
         value = int(value)
     kind = _json_type(value)
     fits = kind in types or (kind == "integer" and "number" in types)
     return (value, True) if fits else (raw, "string" in types)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
