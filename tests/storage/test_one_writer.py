@@ -32,7 +32,6 @@ ALLOWED = {
     ("storage/durable.py", "*"): "the place where it is done",
     ("storage/pages.py", "mkdir"): "a directory of a cache",
     ("storage/heat.py", "mkdir"): "a directory of a cache",
-    ("storage/heat.py", "save"): "into memory",
     ("kernels/jit.py", "mkdir"): "a directory of a cache",
     ("kernels/jit.py", "mkdtemp"): "where no cache can be kept",
     ("kernels/jit.py", "rmdir"): "what such a place held",
