@@ -165,7 +165,7 @@ def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) 
             if not isinstance(factor, (int, float)) or not 0 < factor <= 1:
                 raise _bad(f"{place}partial_rotary_factor", factor, "a number in (0, 1]", "Check config.json.")
             found[f"{place}partial_rotary_factor"] = int(head_dim * factor)
-    if len(set(found.values())) > 1:
+    if len({str(value) for value in found.values()}) > 1:
         raise BadModelError(f"config.json contradicts itself on the rotary width: {found}.", "Keep one of them.")
     value = next(iter(found.values()), head_dim)
     if type(value) is not int or not 2 <= value <= head_dim or value % 2:

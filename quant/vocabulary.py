@@ -93,6 +93,11 @@ def sampling_keys(directory: Path) -> list[Key]:
     for source, target, make in SAMPLING:
         value = found.get(source)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not -(2**31) < value < 2**31:
+                raise BadModelError(
+                    f"generation_config.json: {source} is {str(value)[:40]}, which no sampler has.",
+                    "Correct that file.",
+                )
             keys.append(make(target, value))
     return keys
 
@@ -205,7 +210,7 @@ def _load_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
             raise BadModelError(f"{path.name} is not UTF-8: {error}.", "Check that it is the template.") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones: the default is the one that everybody uses
-        found = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        found = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         if not isinstance(found.get("default"), str):
             raise _bad_setting("chat_template", f"a list without a template named default, of {list(found)}")
         template = found["default"]

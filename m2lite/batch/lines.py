@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import xxhash
 
 from m2lite.decode.request import FIELDS, Request, parse_request
 from m2lite.errors import UsageError
+from m2lite.system.json_text import JsonError, parse_json
 
 URL = "/v1/chat/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
@@ -127,12 +127,12 @@ class Input:
         name = f"line-{number}"
         try:
             text = raw.decode()
-            value: Any = {"prompt": text} if self.is_text else json.loads(text)
+            value: Any = {"prompt": text} if self.is_text else parse_json(text)
             name, body = _name_and_body(value, name)
             return Line(number, name, parse_request(body, self._defaults))
         except UnicodeDecodeError as error:
             return Line(number, name, None, f"no UTF-8: byte {error.start} is 0x{raw[error.start]:02x}.")
-        except (ValueError, RecursionError) as error:
+        except JsonError as error:
             return Line(number, name, None, f"no JSON ({error}).")
         except UsageError as error:
             return Line(number, name, None, str(error))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m2lite.errors import UsageError
+from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.tokenizer import check_text
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -107,8 +108,8 @@ def _check_calls(calls: object, where: str) -> list[dict[str, Any]]:
 def _check_arguments(arguments: object, here: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except JsonError as error:
             raise UsageError(f"{here}: its arguments are no JSON ({error}).") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):

@@ -1,6 +1,7 @@
 """`python -m tests.fuzz TARGET --seconds N --state DIR`: atheris on one target. Needs the extra `fuzz`.
 
-DIR keeps what was found: corpus/, and a file for every finding with its traceback beside it. Findings of one place
+DIR keeps what was found: corpus/, and a file for every finding with its traceback beside it; `running` is the last
+input of a process that ended early. Findings of one place
 count once, and the run goes on behind them. `--minimise` ends with a small set that covers the same in DIR/small.
 """
 
@@ -64,9 +65,10 @@ def main() -> None:
 
 def collecting(function: Callable[[bytes], None], state: Path) -> Callable[[bytes], None]:
     """The target, whose findings are written down once for each place instead of ending the run."""
-    known = set[str]()
+    known, running = set[str](), state / "running"
 
     def run(data: bytes) -> None:
+        running.write_bytes(data)  # what ended the process, should it end
         try:
             function(data)
         except Exception as error:
