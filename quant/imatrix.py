@@ -141,6 +141,9 @@ def _read_entry(gguf: GGUFFile, name: str) -> tuple[F32, F32]:
         raise BadModelError(
             f"{gguf.path}: {name} has {sums.size:,} sums for {counts.size} counts, not as many for each.", _AGAIN
         )
+    if (counts % 1).any():  # what is divided by less than one may be infinite
+        first = int((counts % 1 > 0).argmax())
+        raise BadModelError(f"{gguf.path}: {name} counts {counts[first]} rows at {first}, no whole number.", _AGAIN)
     return sums.reshape(counts.size, -1), counts
 
 

@@ -13,6 +13,7 @@ import random
 import resource
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--minimise", action="store_true")
     options = parser.parse_args()
+    warnings.simplefilter("error")  # as in the tests: a user would see them
     # Kernels are compiled from their own byte code: it stays as it is.
     with atheris.instrument_imports(include=["m2lite"], exclude=["m2lite.kernels", "m2lite.quant.search"]):
         from tests.fuzz.seeds import SEEDS

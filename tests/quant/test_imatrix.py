@@ -156,6 +156,7 @@ def test_sizes_are_checked_against_the_model() -> None:
         ({"a.in_sum2": F32([1, np.nan]), "a.counts": F32([1])}, r"a\.in_sum2 holds nan at 1"),
         ({"a.in_sum2": F32([np.inf, 1]), "a.counts": F32([1])}, r"a\.in_sum2 holds inf at 0"),
         ({"a.in_sum2": F32([1, 1]), "a.counts": F32([np.nan])}, r"a\.counts holds nan"),
+        ({"a.in_sum2": F32([1, 1]), "a.counts": F32([1e-40])}, r"a counts .* rows at 0, no whole number"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray[Any, Any]], message: str) -> None:
