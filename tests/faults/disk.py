@@ -25,15 +25,15 @@ class Dead(BaseException):
 class Faults(durable.FileOps):
     """The real calls (but syncs, which only cost time here), of which number `fails_at` fails with `code`.
 
-    Without a code the process ends there, by raising Dead, or with `exits` in earnest; nothing happens afterwards.
+    Without a code the process ends there, by raising Dead; nothing happens afterwards.
     Writes take `most` bytes at once. `names` are the calls that were made.
     """
 
-    def __init__(self, fails_at: int = 0, code: int | None = None, exits: bool = False, most: int = 350) -> None:
+    def __init__(self, fails_at: int = 0, code: int | None = None, most: int = 350) -> None:
         self.n_calls = 0
         self.names: list[str] = []
         self.open_fds: set[int] = set()
-        self._fails_at, self._code, self._exits, self._most = fails_at, code, exits, most
+        self._fails_at, self._code, self._most = fails_at, code, most
         for name in CHANGES:
             setattr(self, name, self._counted(name, getattr(durable.FileOps, name)))
 
@@ -42,8 +42,6 @@ class Faults(durable.FileOps):
             self.n_calls += 1
             self.names.append(name)
             if self._fails_at and self.n_calls >= self._fails_at and self._code is None:
-                if self._exits:
-                    os._exit(77)
                 raise Dead
             if self.n_calls == self._fails_at:
                 assert self._code is not None
