@@ -185,7 +185,7 @@ def write_imatrix(path: str | Path, importance: Importance, *, overwrite: bool =
     header, offsets, size_bytes = _build_header(importance)
     with PartFile(path, size_bytes, replaces=overwrite) as part:
         try:
-            part.write(0, bytes(len(MAGIC)) + header[len(MAGIC) :])
+            part.write(len(MAGIC), header[len(MAGIC) :])
             for (name, data), offset in zip(importance._tensors(), offsets, strict=True):
                 if not np.isfinite(data).all():
                     raise UsageError(f"{name} holds numbers that are not finite in float32.", "Use another text.")

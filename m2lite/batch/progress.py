@@ -103,8 +103,8 @@ def check_plot(path: Path) -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs the package matplotlib.", "pip install 'm2lite[plot]'.")
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: no name of a PNG in a directory that exists.")
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the name of a picture ends in .png.", "Name it so.")
 
 
 def plot(points: list[tuple[float, int, int]], path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, PartFile, atomic_write
+from m2lite.storage.durable import PART_MARK, LineLog, PartFile, atomic_write, part_path
+from m2lite.system.outputs import STDIO, Places
 
 VERSION = 1
 Manifest = dict[str, Any]
@@ -25,6 +26,15 @@ Manifest = dict[str, Any]
 
 def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
+
+
+def approve_output(places: Places, output: str) -> None:
+    """UsageError unless the results of a batch may be written there."""
+    if output == STDIO:
+        places.approve_stdout("--output -")
+    else:
+        beside, todo = [manifest_path(Path(output))], "Name a file, or use -o - for stdout."
+        places.approve("--output", output, beside, kind="continued", todo=todo)
 
 
 @dataclass
@@ -51,7 +61,7 @@ class Results:
         that another process writes. With `retry_failed`, lines that failed are to be done again.
         """
         self.path, self.manifest = output, manifest
-        check_output(output)
+        approve_output(Places(), str(output))
         known = read_manifest(output)
         if output.exists() and output.stat().st_size and known is None:
             raise UsageError(f"{output}: exists already, and no batch wrote it.", "Choose another name.")
@@ -140,13 +150,6 @@ def result_line(custom_id: str, body: Mapping[str, Any] | None, error: M2liteErr
     return {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": failure}
 
 
-def check_output(output: Path) -> None:
-    if output.is_dir():
-        raise UsageError(f"{output} is a directory.", "Name a file.")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is no directory.", "Make it first.")
-
-
 def read_manifest(output: Path) -> Manifest | None:
     """None where there is none; UsageError for one that cannot be read."""
     path = manifest_path(output)
@@ -230,11 +233,10 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
     """
     places = dict[int, tuple[int, int, int, bool]]()  # name -> file, offset, bytes, whether it failed
     paths = list(outputs)
+    Places().reads(*paths).approve("--output", target, [part_path(target)])
     for index, path in enumerate(paths):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
-        if path.resolve() == target.resolve():
-            raise UsageError(f"{path} would be read and written.", "Choose another name.")
         for custom_id, is_failed, offset, line in _placed_lines(path):
             place, key = (index, offset, len(line), is_failed), line_key(custom_id)
             known = places.get(key)
@@ -252,13 +254,23 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
         keys.sort(key=lambda key: rank[key])
     n_bytes = sum(places[key][2] for key in keys)
     with PartFile(target, n_bytes) as part:
-        offset = 0
-        for key in keys:
-            data = _read(paths, places[key])
-            part.write(offset, data)
-            offset += len(data)
-        part.finish()
+        try:
+            _join(paths, [places[key] for key in keys], part)
+        except BaseException:
+            part.discard()
+            raise
     return len(keys), sum(places[key][3] for key in keys)
+
+
+def _join(paths: list[Path], places: Iterable[tuple[int, int, int, bool]], part: PartFile) -> None:
+    offset, head = 0, b""
+    for place in places:
+        data = _read(paths, place)
+        if not offset:  # the beginning comes last: until then the part's mark stands there
+            offset, head, data = len(PART_MARK), data[: len(PART_MARK)], data[len(PART_MARK) :]
+        part.write(offset, data)
+        offset += len(data)
+    part.finish(head)
 
 
 def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
@@ -269,7 +281,3 @@ def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
 def _read_at(file: IO[bytes], offset: int, n_bytes: int) -> bytes:
     file.seek(offset)
     return file.read(n_bytes)
-
-
-def same_file(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)

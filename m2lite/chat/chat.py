@@ -14,6 +14,7 @@ from m2lite.decode.constrain import Schema
 from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
 from m2lite.decode.sampling import Sampling
 from m2lite.errors import UsageError
+from m2lite.system.outputs import Places
 from m2lite.text.reply import KINDS, Piece, Reply
 
 _MOST_FILE_BYTES = 4 << 20
@@ -38,6 +39,7 @@ class Chat:
     approve: str = "ask"  # which calls run: ask, never or all
     stop_texts: tuple[str, ...] = ()  # that end an answer
     schema: Schema | None = None  # every answer is JSON of it
+    places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
 
     def options(self) -> Options:

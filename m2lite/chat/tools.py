@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.outputs import Places
 from m2lite.text.messages import check_tools
 
 _POLL_S = 0.1  # between two looks at whether to stop
@@ -35,6 +36,7 @@ class Limits:
     directory: Path
     seconds: float = 60.0
     characters: int = 20_000
+    places: Places = field(default_factory=Places)  # what the chat itself reads
 
 
 class ToolError(Exception):
@@ -72,6 +74,7 @@ def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             raise ToolError(f"{path}: is a directory")
+        limits.places.check("write_file", place, kind="replaced")
         atomic_write(place, content.encode(errors="replace"), mode=0o666)
     except OSError as error:
         raise ToolError(f"{path}: {error.strerror}") from None

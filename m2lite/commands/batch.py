@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
+from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
@@ -80,6 +81,7 @@ def run(
     """Answer every line of IN. Ends where it was stopped before: run the same command again."""
     from m2lite.batch.lines import Input
     from m2lite.batch.progress import check_plot
+    from m2lite.batch.results import approve_output
     from m2lite.decode.request import Request
 
     if on_bad_line not in ("fail", "record"):
@@ -88,14 +90,17 @@ def run(
         raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
+    settings = replace(settings, model=settings.model if model is None else model)
+    places = places_beside(source, json_schema, models=[settings.model, settings.mtp])
+    approve_output(places, output)
     if plot is not None:
+        places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
     schema = None if json_schema is None else read_schema(json_schema)
     defaults = Request(
         [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
-    settings = replace(settings, model=settings.model if model is None else model)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)
@@ -168,16 +173,12 @@ class _Job:
         """The exit code."""
         from m2lite.batch.progress import Show, summary
         from m2lite.batch.progress import plot as draw_plot
-        from m2lite.batch.results import Results, check_output, same_file
+        from m2lite.batch.results import Results
         from m2lite.batch.runner import Tally, lines_left
         from m2lite.decode.compute import Stopped
         from m2lite.signals import stop_on_signals
 
         path = None if output == "-" else Path(output)
-        if path is not None:
-            check_output(path)
-            if same_file(path, lines.path):
-                raise UsageError(f"{output} is the input.", "Choose another output.")
         n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
         stdout = sys.stdout
         with ExitStack() as stack:
@@ -245,14 +246,12 @@ class _Job:
     def estimate(self, lines: Input, output: Path | None) -> None:
         """How much there is to do, and how long that may take."""
         from m2lite.batch.lines import line_key
-        from m2lite.batch.results import check_output, read_ends, read_manifest
+        from m2lite.batch.results import read_ends, read_manifest
         from m2lite.text.template import encode_chat
 
         done = set[int]()
-        if output is not None:
-            check_output(output)
-            if read_manifest(output) is not None:
-                done = {line_key(name) for name, _ in read_ends(output)}
+        if output is not None and read_manifest(output) is not None:
+            done = {line_key(name) for name, _ in read_ends(output)}
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
             for line in lines:
@@ -329,7 +328,9 @@ def merge(
     from m2lite.batch.results import merge as merge_outputs
     from m2lite.decode.request import Request
     from m2lite.decode.sampling import Sampling
+    from m2lite.storage.durable import part_path
 
+    places_beside(source, *outputs).approve("--output", target, [part_path(Path(target))])
     order = None
     if source is not None:
         if source == "-":

@@ -311,6 +311,6 @@ def test_merges_that_are_refused(tmp_path: Path) -> None:
         merge([*paths, other], target)
     with pytest.raises(UsageError, match="does not exist"):
         merge([tmp_path / "nowhere"], target)
-    with pytest.raises(UsageError, match="read and written"):
+    with pytest.raises(UsageError, match="a file that this command reads"):
         merge([paths[0]], paths[0])
     assert not target.exists()
