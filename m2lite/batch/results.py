@@ -18,6 +18,7 @@ from typing import IO, Any
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import PART_MARK, LineLog, PartFile, atomic_write, part_path
+from m2lite.system.inputs import check_regular
 from m2lite.system.outputs import STDIO, Places
 
 VERSION = 1
@@ -217,11 +218,11 @@ def status(output: Path) -> dict[str, Any]:
     n = {False: 0, True: 0}
     for _, is_failed in read_ends(output):
         n[is_failed] += 1
-    total = manifest["lines"]
+    total, n_results = manifest["lines"], n[False] + n[True]
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(output.stat().st_mtime)) if output.exists() else None
     return {
-        "output": str(output), "done": n[False], "failed": n[True], "left": total - n[False] - n[True], "total": total,
-        "last_written": changed, "manifest": manifest,
+        "output": str(output), "done": n[False], "failed": n[True], "left": max(0, total - n_results), "total": total,
+        "surplus": max(0, n_results - total), "last_written": changed, "manifest": manifest,
     }  # fmt: skip
 
 
@@ -237,6 +238,7 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
     for index, path in enumerate(paths):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
+        check_regular(path)
         for custom_id, is_failed, offset, line in _placed_lines(path):
             place, key = (index, offset, len(line), is_failed), line_key(custom_id)
             known = places.get(key)

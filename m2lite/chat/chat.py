@@ -14,6 +14,7 @@ from m2lite.decode.constrain import Schema
 from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
 from m2lite.decode.sampling import Sampling
 from m2lite.errors import UsageError
+from m2lite.system.inputs import read_input
 from m2lite.system.outputs import Places
 from m2lite.text.reply import KINDS, Piece, Reply
 
@@ -159,10 +160,7 @@ def export_markdown(messages: list[Message]) -> str:
 def read_text(path: Path) -> str:
     """A text file that goes with a message; UsageError says why not."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_FILE_BYTES + 1)
-        if len(data) > _MOST_FILE_BYTES:
-            raise UsageError(f"{path} cannot be read: it has more than {_MOST_FILE_BYTES:,} bytes.")
+        data = read_input(path, _MOST_FILE_BYTES)
         return data.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None

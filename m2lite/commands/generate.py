@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, note, open_model, print_json
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
+from m2lite.commands.options import MOST_BYTES, SchemaOption, StopOption, make_sampling, read_schema, think_tokens
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.inputs import read_input
+from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
@@ -138,11 +139,10 @@ def _read_request(source: str, defaults: Request) -> Request:
     from m2lite.decode.request import parse_request
 
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        body = json.loads(data)
+        body = parse_json(read_input(source, MOST_BYTES))
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:
         return parse_request(body, defaults)
@@ -164,7 +164,7 @@ def _question(prompt: str | None, files: list[str]) -> str:
 
 
 def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
+    raw = read_input("-", MOST_BYTES)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
