@@ -22,6 +22,7 @@ from m2lite.quant.header import DEFAULT_ALIGNMENT, MAGIC, Key, pack_key, pack_st
 from m2lite.storage.blocks import FORMATS
 from m2lite.storage.durable import PartFile
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.system.inputs import check_regular
 
 F32 = npt.NDArray[np.float32]
 
@@ -161,6 +162,7 @@ def _read_floats(gguf: GGUFFile, name: str) -> F32:
 
 def _refuse_legacy(path: Path) -> None:
     """The .dat format has no name of its own: it begins with the number of entries and the first one's name."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(8 + 128)

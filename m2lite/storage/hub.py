@@ -41,7 +41,7 @@ def _snapshot_of(repository: Path, snapshots: Path) -> Path:
     commit = _read_ref(repository / "refs" / BRANCH)
     if commit is not None and (snapshots / commit).is_dir():
         return snapshots / commit
-    found = sorted(child for child in snapshots.iterdir() if child.is_dir())
+    found = sorted(child for child in snapshots.iterdir() if child.is_dir() and not child.name.startswith("."))
     if len(found) == 1:
         return found[0]
     name = repository_name(repository)
@@ -66,7 +66,7 @@ def _read_ref(path: Path) -> str | None:
 
 def _check_not_cache(path: Path) -> None:
     """The cache as a whole is no model: say which repositories it holds."""
-    if (path / "config.json").exists() or any(path.glob("*.gguf")):
+    if (path / "config.json").exists() or any(path.glob("[!.]*.gguf")):
         return
     for directory in (path, path / "hub"):
         if not directory.is_dir():
