@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
+from m2lite.storage.durable import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,5 +128,7 @@ def plot(points: list[tuple[float, int, int]], path: Path) -> None:
     other.set_ylabel("answers at once")
     other.set_ylim(bottom=0)
     figure.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
+    atomic_write(path, picture.getbuffer(), mode=0o644)

@@ -65,7 +65,8 @@ def chat(
     if json_schema is not None and tools:
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
-    places = places_beside(json_schema, *(tools or []), models=[settings.model, settings.mtp])
+    files = [source for source in tools or [] if Path(source).exists()]  # others are names of tools
+    places = places_beside(json_schema, *files, models=[settings.model, settings.mtp])
     box = load_tools(tools, Limits(Path(tool_dir), tool_seconds, places=places)) if tools else None
     saved = None
     if continue_ or session is not None or (sys.stdin.isatty() and not no_save):  # what is piped is somebody's script

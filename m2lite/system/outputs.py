@@ -6,6 +6,7 @@ takes minutes to read, and what was overwritten is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -18,6 +19,7 @@ from m2lite.errors import UsageError
 StrPath = str | os.PathLike[str]
 Kind = Literal["new", "replaced", "continued"]
 STDIO = "-"
+_STDIN = Path("/dev/stdin")
 _OTHER = "Choose another name."
 
 
@@ -29,11 +31,13 @@ class Places:
         self._outputs: dict[tuple[int, int] | Path, None] = {}
 
     def reads(self, *paths: StrPath | None) -> Self:
-        """These are inputs; of a directory every file in it is. None and "-" are no file; a file may be missing."""
+        """These are inputs: of a directory every file in it, for "-" what stdin reads. One may be missing, or None."""
         for path in paths:
-            if path is None or os.fspath(path) == STDIO:
+            if path is None:
                 continue
-            named = Path(path).expanduser() if str(path).startswith("~") else Path(path)
+            named = _STDIN if os.fspath(path) == STDIO else Path(path)
+            with contextlib.suppress(RuntimeError):  # nobody's home
+                named = named.expanduser()
             for file in [named, *_files_in(named)]:
                 for key in _keys(file):
                     self._inputs.setdefault(key, file)
@@ -107,12 +111,13 @@ class Places:
 
 def _keys(path: Path) -> list[tuple[int, int] | Path]:
     """What tells a file: its place once links are followed, and its inode, which hard links share."""
-    try:
-        keys: list[tuple[int, int] | Path] = [Path(os.path.realpath(path))]
+    keys: list[tuple[int, int] | Path] = [path]
+    with contextlib.suppress(OSError, ValueError):
+        keys = [Path(os.path.realpath(path))]
         status = path.stat()
-    except (OSError, ValueError):
-        return [path]
-    return [*keys, (status.st_dev, status.st_ino)] if stat.S_ISREG(status.st_mode) else keys
+        if stat.S_ISREG(status.st_mode):
+            keys.append((status.st_dev, status.st_ino))
+    return keys
 
 
 def _files_in(directory: Path) -> list[Path]:

@@ -206,7 +206,9 @@ def test_a_picture_replaces_only_a_picture(run_inline: Run, model_files: dict[st
     done = run_inline("inspect", model_files["reply"], "--png", tmp_path / "thesis.png")
     assert done.returncode == 2 and "exists already, and is no file of this kind" in done.stderr
     (tmp_path / "old.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
-    done = run_inline("inspect", model_files["reply"], "--png", tmp_path / "old.png")
+    done = run_inline(
+        "inspect", model_files["reply"], "--png", tmp_path / "old.png", env={"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    )
     assert done.returncode == 2 and "No use of" in done.stderr  # it got that far
 
 

@@ -75,7 +75,7 @@ def test_a_file_that_is_written_to_while_it_loads(model: Path, monkeypatch: pyte
 @pytest.mark.parametrize("load", ["auto", "mmap", "direct"])
 def test_a_file_that_is_cut_within_a_call(model: Path, monkeypatch: pytest.MonkeyPatch, load: str) -> None:
     """After the check before it: zeros are computed with, and the answer is thrown away."""
-    with Model.open(model, ctx=64, draft="off", load=load, ram=1 << 40 if load == "mmap" else None) as opened:
+    with Model.open(model, ctx=64, draft="off", load=load, heat=False) as opened:
         if load != "direct":
             opened.engine.weights.gguf.drop_cache()
         forward = opened.engine._forward

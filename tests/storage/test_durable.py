@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,6 +265,19 @@ def test_each_limit_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ResourceError, match="no room: 9 bytes are needed") as error:
         atomic_write(tmp_path / "a", b"123456789")
     assert words in str(error.value) and ("ulimit -f" in str(error.value)) == (code == errno.EFBIG)
+
+
+def test_a_limit_on_file_sizes_in_earnest(tmp_path: Path) -> None:
+    """As `ulimit -f` sets it; Python ignores its signal, so that the write fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        for write in (lambda: atomic_write(tmp_path / "a", bytes(9000)), lambda: PartFile(tmp_path / "b", 9000)):
+            with pytest.raises(ResourceError, match="a file may have 8192, the limit on file sizes of this shell"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_part_file_that_is_finished_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
