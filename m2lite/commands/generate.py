@@ -154,7 +154,7 @@ def _question(prompt: str | None, files: list[str]) -> str:
     """What is asked, behind the files that go with it."""
     from m2lite.chat.chat import read_text, with_files
 
-    attached = [(name, read_text(Path(name).expanduser())) for name in files]
+    attached = [(name, read_text(Path(name))) for name in files]
     if prompt is None and sys.stdin.isatty():
         raise UsageError("Nothing was asked.", "Use -p TEXT, or pipe a text in.")
     text = _read_stdin() if prompt is None or prompt == "-" else prompt

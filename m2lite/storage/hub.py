@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
 
     Links are kept: parts of a split lie beside each other in the snapshot, not in blobs/.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
+    with contextlib.suppress(RuntimeError):  # nobody's home: there is no such file
+        path = path.expanduser()
     if path.name == "snapshots" and path.parent.name.startswith(REPOSITORY):
         path = path.parent
     if not path.is_dir():
