@@ -10,6 +10,7 @@ import errno
 import gzip
 import io
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -181,20 +182,20 @@ def _open_gzip(file: IO[bytes]) -> IO[bytes]:
     return gzip.GzipFile(fileobj=file, mode="rb")  # type: ignore[return-value]  # IO but for details
 
 
-# What packed files begin with, by what, and who unpacks it.
+# What packed files begin with, which no text does; by what, and who unpacks it.
 _PACKED: tuple[tuple[bytes, str, Callable[[IO[bytes]], IO[bytes]] | None], ...] = (
-    (b"\x1f\x8b", "gzip", _open_gzip),
-    (b"\x28\xb5\x2f\xfd", "zstd", _open_zstd if sys.version_info >= (3, 14) else None),
-    (b"\xfd7zXZ\0", "xz", None),
-    (b"BZh", "bzip2", None),
-    (b"PK\x03\x04", "zip", None),
+    (rb"\x1f\x8b", "gzip", _open_gzip),
+    (rb"\x28\xb5\x2f\xfd", "zstd", _open_zstd if sys.version_info >= (3, 14) else None),
+    (rb"\xfd7zXZ\0", "xz", None),
+    (rb"BZh[1-9]1AY&SY", "bzip2", None),
+    (rb"PK\x03\x04", "zip", None),
 )
 
 
 def _kind(file: io.BufferedReader) -> str:
     """By what the file is packed; "" for none."""
-    start = file.peek(8)
-    return next((name for magic, name, _ in _PACKED if start.startswith(magic)), "")
+    start = file.peek(10)
+    return next((name for pattern, name, _ in _PACKED if re.match(pattern, start)), "")
 
 
 def _unpacked(file: io.BufferedReader, name: str) -> Iterator[bytes]:

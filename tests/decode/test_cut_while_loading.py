@@ -17,6 +17,7 @@ from m2lite.decode import session as session_module
 from m2lite.errors import BadModelError
 from m2lite.model import weights as weights_module
 from m2lite.storage import gguf_reader
+from m2lite.storage.sidecar import sidecar_path
 from tests.conftest import Run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the handler")
@@ -87,6 +88,18 @@ def test_a_file_that_is_cut_within_a_call(model: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(opened.engine, "_forward", cut)
         with opened.session() as session, pytest.raises(BadModelError, match="model file changed on disk"):
             list(session.generate([1, 2, 3], max_tokens=3, sampling=Sampling(0.0, seed=0)))
+
+
+def test_prediction_modules_that_are_cut(bundled_model: Path, tmp_path: Path) -> None:
+    """They are mapped, too, and drafts of zeros are no drafts."""
+    path = Path(shutil.copy(bundled_model, tmp_path / "m.gguf"))
+    beside = Path(shutil.copy(sidecar_path(bundled_model), tmp_path / "mtp-m.gguf"))
+    with Model.open(path, ctx=128, draft="mtp") as opened, opened.session() as session:
+        answer = session.generate("Once upon a time", max_tokens=60, sampling=Sampling(0.0, seed=0), ignore_stop=True)
+        next(answer)
+        os.truncate(beside, 5000)
+        with pytest.raises(BadModelError, match=r"mtp-m\.gguf: model file changed on disk"):
+            list(answer)
 
 
 def test_the_command_ends_with_its_code(run_inline: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
