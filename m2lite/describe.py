@@ -74,38 +74,45 @@ def format_mix(mix: dict[str, float]) -> str:
 
 def describe_file(path: str) -> dict[str, Any]:
     """Header, types, dimensions, tokenizer and template of the file, as plain values that JSON can hold."""
+    with open_gguf(path) as gguf:
+        try:
+            return _describe(gguf)
+        finally:
+            gguf.check_unchanged()  # of one that was cut meanwhile nothing of it is true
+
+
+def _describe(gguf: GGUFFile) -> dict[str, Any]:
     from m2lite.model.config import parse_config
     from m2lite.text.template import load_template
     from m2lite.text.tokenizer import load_tokenizer
 
-    with open_gguf(path) as gguf:
-        config = parse_config(gguf.metadata)
-        tokenizer = load_tokenizer(gguf)
-        template = load_template(gguf)
-        return {
-            "path": str(gguf.path),
-            "parts": [str(part) for part in gguf.parts],
-            "size_bytes": gguf.size_bytes,
-            "n_tensors": len(gguf.tensors),
-            "sizes": size_table(gguf),
-            "types": type_table(gguf),
-            "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
-            "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
-            "tokenizer": {
-                "n_vocab": tokenizer.n_vocab,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-                "stop_ids": sorted(tokenizer.stop_ids),
-                "n_control": len(tokenizer.control_strings),
-            },
-            "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),
-            "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
-            "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
-            "tensors": [
-                {"name": t.name, "type": t.format.name, "shape": list(t.shape), "n_bytes": t.n_bytes}
-                for t in gguf.tensors.values()
-            ],
-        }
+    config = parse_config(gguf.metadata)
+    tokenizer = load_tokenizer(gguf)
+    template = load_template(gguf)
+    return {
+        "path": str(gguf.path),
+        "parts": [str(part) for part in gguf.parts],
+        "size_bytes": gguf.size_bytes,
+        "n_tensors": len(gguf.tensors),
+        "sizes": size_table(gguf),
+        "types": type_table(gguf),
+        "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
+        "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
+        "tokenizer": {
+            "n_vocab": tokenizer.n_vocab,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "stop_ids": sorted(tokenizer.stop_ids),
+            "n_control": len(tokenizer.control_strings),
+        },
+        "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),
+        "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
+        "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
+        "tensors": [
+            {"name": t.name, "type": t.format.name, "shape": list(t.shape), "n_bytes": t.n_bytes}
+            for t in gguf.tensors.values()
+        ],
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from m2lite.quant.decode import decode_rows
 from m2lite.quant.journal import SourceFile
 from m2lite.quant.safetensors import Shard, SourceTensor, check_impostor
 from m2lite.storage.hub import find_snapshot
+from m2lite.system.inputs import check_regular
 
 F32 = npt.NDArray[np.float32]
 
@@ -220,6 +221,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def load_json(directory: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
     """A JSON object beside the weights; `optional` gives {} for a missing file."""
     path = directory / name
+    check_regular(path)
     try:
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
@@ -263,7 +265,7 @@ def _open_sharded(directory: Path, shards: list[Shard]) -> None:
 
 def _check_only(directory: Path, expected: set[str]) -> None:
     """A safetensors file that no index lists may hold half of a model: say so instead of leaving it out."""
-    extra = sorted(p.name for p in directory.glob("*.safetensors") if p.name not in expected)
+    extra = sorted(p.name for p in directory.glob("[!.]*.safetensors") if p.name not in expected)  # ._x: of macOS
     if extra:
         known = f"{INDEX_NAME} does not list it" if expected != {SINGLE_NAME} else f"there is no {INDEX_NAME}"
         raise BadModelError(f"{directory} holds {extra[0]}, but {known}.", "Add the index, or move the file away.")

@@ -36,6 +36,7 @@ from m2lite.quant.recipes import Recipe
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
+from m2lite.storage.hub import find_snapshot
 from m2lite.storage.identity import hash_trunk, trunk_sizes
 from m2lite.storage.sidecar import sidecar_path
 
@@ -73,7 +74,7 @@ def convert(
 def plan_convert(hf_dir: str | Path, out_path: str | Path, type_name: str, **asked: Unpack[Asked]) -> Iterator[JobPlan]:
     """What `convert` would do. Nothing is written; the checkpoint is open within the `with` block."""
     out = Path(out_path)
-    options = resolve_options(out, type_name, asked)
+    options = resolve_options(out, type_name, asked, [Path(hf_dir), find_snapshot(hf_dir)])
     with open_checkpoint(hf_dir) as checkpoint:
         yield _plan(checkpoint, out, options)
 

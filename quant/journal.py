@@ -19,6 +19,7 @@ from m2lite.storage.durable import LineLog
 from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1
+_BEGINS = b'{"files": ['  # the first line's keys are sorted
 TOOL = f"m2lite {__version__}"
 
 
@@ -80,6 +81,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_ours(path)
         self._log = LineLog(path)
         self.entries: dict[str, Entry] = {}
 
@@ -157,6 +159,19 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _check_ours(path: Path) -> None:
+    """What begins as no journal does is somebody else's file, also where --restart would throw a journal away."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_BEGINS))
+    except OSError:
+        return  # there is none, or LineLog says what is wrong with it
+    if not _BEGINS.startswith(start) and start.strip(b"\0"):
+        raise UsageError(
+            f"{path} is there already and no journal of m2lite.", "Move it away, or choose another name for the output."
+        )
 
 
 def _parse_entry(line: bytes) -> Entry | None:

@@ -21,10 +21,13 @@ from m2lite.errors import UsageError
 from m2lite.quant.encode import can_encode, encode_rows, uses_importance
 from m2lite.quant.header import Key, Slot, build_header, choose_alignment, string, tensor_bytes, uint32
 from m2lite.quant.imatrix import Importance, read_imatrix
-from m2lite.quant.job import Job, Output, Progress, run_job
+from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
 from m2lite.quant.recipes import Choice, Recipe, choose_formats, find_recipe
 from m2lite.quant.recipes import Planned as Wanted
 from m2lite.quant.stream import Bytes
+from m2lite.storage.durable import part_path
+from m2lite.storage.sidecar import model_files, sidecar_path
+from m2lite.system.outputs import Places
 
 F32 = npt.NDArray[np.float32]
 Overrides = Sequence[tuple[re.Pattern[str], str]]
@@ -119,11 +122,13 @@ def carry_out(
     return replace(plan.result, resumed_bytes=resumed)
 
 
-def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize: bool = False) -> Options:
-    """What can be refused without reading the input is refused here."""
+def resolve_options(
+    out: Path, type_name: str, asked: Asked, inputs: Sequence[Path], *, allow_requantize: bool = False
+) -> Options:
+    """What can be refused without reading the inputs is refused here."""
     recipe = find_recipe(type_name)
-    check_output(out)
     path = asked.get("imatrix")
+    check_output(out, [*inputs, *(model_files(Path(path)) if path else ())])
     return Options(
         recipe=recipe,
         mtp=asked.get("mtp", True),
@@ -139,12 +144,18 @@ def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize
     )
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, inputs: Sequence[Path]) -> None:
+    """UsageError unless `out`, and every file that its job writes beside it, may be written."""
+    beside = [part_path(out), journal_path(out), sidecar_path(out), part_path(sidecar_path(out))]
+    Places().reads(*inputs).approve("The output", out, beside, kind="replaced")
     if out.suffix != ".gguf":
         raise UsageError(f"The output {out.name!r} does not end in .gguf.", "Name it so: programs go by that.")
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a directory" if out.is_dir() else f"has no directory {out.parent} to lie in"
-        raise UsageError(f"The output {out} {what}.", "Give the path of a file.")
+
+
+def check_taken(out: Path) -> None:
+    """UsageError for an output that exists, unless a journal says that its job goes on."""
+    if os.path.lexists(out) and not journal_path(out).exists():
+        raise UsageError(f"The output {out} exists already.", "Choose another name, or give --overwrite.")
 
 
 def load_importance(path: str | Path | None) -> Importance | None:

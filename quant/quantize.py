@@ -38,7 +38,7 @@ from m2lite.quant.stream import Bytes, Chunk
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo, open_gguf
-from m2lite.storage.sidecar import sidecar_path
+from m2lite.storage.sidecar import model_files, sidecar_path
 
 PLAIN = ("F32", "F16", "BF16")
 COPY_BYTES = 4 << 20  # of a tensor that stays as it is, at a time
@@ -88,7 +88,7 @@ def plan_quantize(
 ) -> Iterator[JobPlan]:
     """What `quantize` would do. Nothing is written; the input is open within the `with` block."""
     out = Path(out_path)
-    options = resolve_options(out, type_name, asked, allow_requantize=allow_requantize)
+    options = resolve_options(out, type_name, asked, model_files(Path(gguf_in)), allow_requantize=allow_requantize)
     with ExitStack() as stack:
         files = [stack.enter_context(open_gguf(gguf_in))]
         beside = sidecar_path(Path(gguf_in))

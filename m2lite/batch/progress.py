@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
+from m2lite.storage.durable import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,8 +105,8 @@ def check_plot(path: Path) -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs the package matplotlib.", "pip install 'm2lite[plot]'.")
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: no name of a PNG in a directory that exists.")
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the name of a picture ends in .png.", "Name it so.")
 
 
 def plot(points: list[tuple[float, int, int]], path: Path) -> None:
@@ -126,5 +128,7 @@ def plot(points: list[tuple[float, int, int]], path: Path) -> None:
     other.set_ylabel("answers at once")
     other.set_ylim(bottom=0)
     figure.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
+    atomic_write(path, picture.getbuffer(), mode=0o644)

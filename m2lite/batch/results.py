@@ -17,8 +17,10 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, PartFile, atomic_write, remove_leftovers
+from m2lite.storage.durable import PART_MARK, LineLog, PartFile, atomic_write, part_path, remove_leftovers
+from m2lite.system.inputs import check_regular
 from m2lite.system.json_text import JsonError, parse_object
+from m2lite.system.outputs import STDIO, Places
 
 VERSION = 1
 _LONGEST = 256 << 20  # bytes of a result
@@ -29,6 +31,15 @@ Manifest = dict[str, Any]
 
 def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
+
+
+def approve_output(places: Places, output: str) -> None:
+    """UsageError unless the results of a batch may be written there."""
+    if output == STDIO:
+        places.approve_stdout("--output -")
+    else:
+        beside, todo = [manifest_path(Path(output))], "Name a file, or use -o - for stdout."
+        places.approve("--output", output, beside, kind="continued", todo=todo)
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Results:
         that another process writes. With `retry_failed`, lines that failed are to be done again.
         """
         self.path, self.manifest = output, manifest
-        check_output(output)
+        approve_output(Places(), str(output))
         known = read_manifest(output)
         if output.exists() and output.stat().st_size and known is None:
             raise UsageError(f"{output}: exists already, and no batch wrote it.", "Choose another name.")
@@ -143,13 +154,6 @@ def result_line(custom_id: str, body: Mapping[str, Any] | None, error: M2liteErr
         failure = {"code": code, "message": str(error)}
     response = None if body is None else {"status_code": 200, "request_id": f"req_{name}", "body": body}
     return {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": failure}
-
-
-def check_output(output: Path) -> None:
-    if output.is_dir():
-        raise UsageError(f"{output} is a directory.", "Name a file.")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is no directory.", "Make it first.")
 
 
 def read_manifest(output: Path) -> Manifest | None:
@@ -256,11 +260,11 @@ def status(output: Path) -> dict[str, Any]:
     n = {False: 0, True: 0}
     for _, is_failed in read_ends(output):
         n[is_failed] += 1
-    total = manifest["lines"]
+    total, n_results = manifest["lines"], n[False] + n[True]
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(output.stat().st_mtime)) if output.exists() else None
     return {
-        "output": str(output), "done": n[False], "failed": n[True], "left": total - n[False] - n[True], "total": total,
-        "last_written": changed, "manifest": manifest,
+        "output": str(output), "done": n[False], "failed": n[True], "left": max(0, total - n_results), "total": total,
+        "surplus": max(0, n_results - total), "last_written": changed, "manifest": manifest,
     }  # fmt: skip
 
 
@@ -272,11 +276,11 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
     """
     places = dict[int, tuple[int, int, int, bool]]()  # name -> file, offset, bytes, whether it failed
     paths = list(outputs)
+    Places().reads(*paths).approve("--output", target, [part_path(target)])
     for index, path in enumerate(paths):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
-        if path.resolve() == target.resolve():
-            raise UsageError(f"{path} would be read and written.", "Choose another name.")
+        check_regular(path)
         for custom_id, is_failed, offset, line in _placed_lines(path):
             place, key = (index, offset, len(line), is_failed), line_key(custom_id)
             known = places.get(key)
@@ -294,13 +298,23 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
         keys.sort(key=lambda key: rank[key])
     n_bytes = sum(places[key][2] for key in keys)
     with PartFile(target, n_bytes) as part:
-        offset = 0
-        for key in keys:
-            data = _read(paths, places[key])
-            part.write(offset, data)
-            offset += len(data)
-        part.finish()
+        try:
+            _join(paths, [places[key] for key in keys], part)
+        except BaseException:
+            part.discard()
+            raise
     return len(keys), sum(places[key][3] for key in keys)
+
+
+def _join(paths: list[Path], places: Iterable[tuple[int, int, int, bool]], part: PartFile) -> None:
+    offset, head = 0, b""
+    for place in places:
+        data = _read(paths, place)
+        if not offset:  # the beginning comes last: until then the part's mark stands there
+            offset, head, data = len(PART_MARK), data[: len(PART_MARK)], data[len(PART_MARK) :]
+        part.write(offset, data)
+        offset += len(data)
+    part.finish(head)
 
 
 def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
@@ -311,7 +325,3 @@ def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
 def _read_at(file: IO[bytes], offset: int, n_bytes: int) -> bytes:
     file.seek(offset)
     return file.read(n_bytes)
-
-
-def same_file(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)

@@ -246,8 +246,7 @@ def _export(chat: Chat, rest: str) -> str:
         raise UsageError(f"/export {rest}: expected md or json, and a file if you like.")
     stem = "chat" if chat.saved is None else chat.saved.name
     path = Path(name.strip() or f"{stem}.{kind}").expanduser()
-    if path.exists():
-        raise UsageError(f"{path}: exists already.", "Name another file.")
+    chat.places.check("/export", path)
     messages = chat.conversation.messages
     text = export_markdown(messages) if kind == "md" else json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     atomic_write(path, text.encode())
@@ -304,6 +303,8 @@ def last_exchange(chat: Chat) -> str:
 
 def _save(chat: Chat, rest: str) -> str:
     if chat.saved is None:
+        if rest:
+            chat.places.check_other("/save", session_path(rest))
         chat.saved = SavedChat(rest or new_name(), str(chat.conversation.session.model.path))
         if chat.saved.saved.messages:
             chat.saved.close()

@@ -84,7 +84,8 @@ def new_name() -> str:
 def list_sessions() -> list[Path]:
     """The files of saved chats, the one that was written last first."""
     try:
-        found = [path for path in sessions_dir().iterdir() if path.suffix == _SUFFIX and path.is_file()]
+        files = [path for path in sessions_dir().iterdir() if path.suffix == _SUFFIX and path.is_file()]
+        found = [path for path in files if _NAME.fullmatch(path.stem)]  # ._x is macOS's
     except OSError:
         return []
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)

@@ -15,17 +15,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.inputs import read_input
 from m2lite.system.json_text import JsonError, parse_json
+from m2lite.system.outputs import Places
 from m2lite.text.messages import check_tools
 
-_MOST_BYTES = 4 << 20  # of a file of schemas
+_MOST_FILE_BYTES = 64 << 20  # of schemas
 _POLL_S = 0.1  # between two looks at whether to stop
 Tool = Mapping[str, Any]
 
@@ -37,6 +39,7 @@ class Limits:
     directory: Path
     seconds: float = 60.0
     characters: int = 20_000
+    places: Places = field(default_factory=Places)  # what the chat itself reads
 
 
 class ToolError(Exception):
@@ -74,6 +77,7 @@ def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             raise ToolError(f"{path}: is a directory")
+        limits.places.check("write_file", place, kind="replaced")
         atomic_write(place, content.encode(errors="replace"), mode=0o666)
     except OSError as error:
         raise ToolError(f"{path}: {error.strerror}") from None
@@ -127,10 +131,8 @@ def load_tools(sources: Sequence[str], limits: Limits) -> Tools:
 
 
 def _load_file(source: str) -> list[dict[str, Any]]:
-    path = Path(source).expanduser()
     try:
-        with path.open("rb") as file:
-            value = parse_json(file.read(_MOST_BYTES + 1), most_bytes=_MOST_BYTES)
+        value = parse_json(read_input(source, _MOST_FILE_BYTES))
     except OSError as error:
         raise UsageError(
             f"{source}: {error.strerror}.", f"Name a file of tool schemas, or of {', '.join(NAMES)}."

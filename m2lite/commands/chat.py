@@ -10,6 +10,7 @@ import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
+from m2lite.commands.places import places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.text.stop_text import check_stop_texts
@@ -64,7 +65,9 @@ def chat(
     if json_schema is not None and tools:
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
-    box = load_tools(tools, Limits(Path(tool_dir), tool_seconds)) if tools else None
+    files = [source for source in tools or [] if Path(source).exists()]  # others are names of tools
+    places = places_beside(json_schema, *files, models=[settings.model, settings.mtp])
+    box = load_tools(tools, Limits(Path(tool_dir), tool_seconds, places=places)) if tools else None
     saved = None
     if continue_ or session is not None or (sys.stdin.isatty() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())
@@ -82,6 +85,7 @@ def chat(
             approve=approve,
             stop_texts=stop_texts,
             schema=schema,
+            places=places,
         )
         if saved is not None:
             saved.model = str(model.path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
+from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_positive
 
@@ -47,7 +48,10 @@ _Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="Prediction modules g
 _Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Read back what was written before it gets its name")
 ]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")]
+_Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an existing file; of a link the name, what it points to stays as it is"),
+]
 _Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin anew")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
@@ -85,7 +89,7 @@ def convert(
         asked["init_mtp"] = init_mtp
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    _carry_out(plan, run, dry_run, as_json)
+    _carry_out(plan, out, run, dry_run, as_json)
 
 
 @command("threads")
@@ -120,7 +124,7 @@ def quantize(
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
     plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    _carry_out(plan, run, dry_run, as_json)
+    _carry_out(plan, out, run, dry_run, as_json)
 
 
 def _asked(
@@ -155,13 +159,17 @@ def _size(flag: str, text: str | None) -> int | None:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
 
 
-def _carry_out(opened: AbstractContextManager[JobPlan], run: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def _carry_out(
+    opened: AbstractContextManager[JobPlan], out: Path, run: dict[str, Any], dry_run: bool, as_json: bool
+) -> None:
     """Do the job and say what was made, or with `dry_run` only print its plan."""
-    from m2lite.quant.options import carry_out
+    from m2lite.quant.options import carry_out, check_taken
 
     if dry_run:
         _show_plan(opened, as_json)
         return
+    if not run["overwrite"]:
+        check_taken(out)
     with Progress() as progress:
         made = carry_out(opened, **run, progress=progress)
     _show_made(made, as_json)
@@ -217,7 +225,9 @@ def imatrix(
     from m2lite.measure import collect_importance, format_importance, read_tokens
     from m2lite.quant.imatrix import Importance, write_imatrix
     from m2lite.signals import stop_on_signals
+    from m2lite.storage.durable import part_path
 
+    places_beside(text, models=[model]).approve("--output", out, [part_path(out)], kind="replaced")
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
     with (
@@ -308,6 +318,8 @@ def inspect_(
     from m2lite.decode.locate import locate_model
     from m2lite.describe import describe_file, format_bytes
 
+    if png is not None:
+        places_beside(models=[file]).approve("--png", png, kind="replaced", begins=PNG)
     if heat or png is not None:
         _draw_heat(str(locate_model(file)), png)
         return

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, note, open_model, print_json
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
+from m2lite.commands.options import MOST_BYTES, SchemaOption, StopOption, make_sampling, read_schema, think_tokens
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.inputs import read_input
 from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.stop_text import check_stop_texts
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from m2lite.decode.request import Request
     from m2lite.decode.rules import Logprob
     from m2lite.decode.session import Model
-
-_MOST_REQUEST = 64 << 20  # bytes
 
 
 @command(*MODEL, *DRAFT, "template", *THINKING, *SAMPLING)
@@ -140,12 +139,7 @@ def _read_request(source: str, defaults: Request) -> Request:
     from m2lite.decode.request import parse_request
 
     try:
-        if source == "-":
-            data = sys.stdin.buffer.read(_MOST_REQUEST + 1)
-        else:
-            with Path(source).expanduser().open("rb") as file:
-                data = file.read(_MOST_REQUEST + 1)
-        body = parse_json(data, most_bytes=_MOST_REQUEST)
+        body = parse_json(read_input(source, MOST_BYTES))
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
     except JsonError as error:
@@ -160,7 +154,7 @@ def _question(prompt: str | None, files: list[str]) -> str:
     """What is asked, behind the files that go with it."""
     from m2lite.chat.chat import read_text, with_files
 
-    attached = [(name, read_text(Path(name).expanduser())) for name in files]
+    attached = [(name, read_text(Path(name))) for name in files]
     if prompt is None and sys.stdin.isatty():
         raise UsageError("Nothing was asked.", "Use -p TEXT, or pipe a text in.")
     text = _read_stdin() if prompt is None or prompt == "-" else prompt
@@ -170,7 +164,7 @@ def _question(prompt: str | None, files: list[str]) -> str:
 
 
 def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
+    raw = read_input("-", MOST_BYTES)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +9,14 @@ import typer
 from m2lite.commands.frame import note
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
+from m2lite.system.inputs import read_input
 
 if TYPE_CHECKING:
     from m2lite.decode.constrain import Schema
     from m2lite.decode.sampling import Sampling
 
+
+MOST_BYTES = 64 << 20  # of a schema or a request: as of a batch's line
 
 StopOption = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")]
 SchemaOption = Annotated[
@@ -47,6 +49,6 @@ def read_schema(source: str) -> Schema:
     from m2lite.decode.constrain import load_schema
 
     try:
-        return load_schema(Path(source).expanduser().read_bytes(), source)
+        return load_schema(read_input(source, MOST_BYTES), source)
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None

@@ -45,7 +45,8 @@ def test_lines_are_openais(out: Path) -> None:
     assert bad["response"] is None and bad["error"]["message"] == "wrong" and bad["id"] != good["id"]
     assert json.loads(manifest_path(out).read_text()) == MANIFEST
     assert status(out) | {"last_written": 0} == {
-        "output": str(out), "done": 1, "failed": 1, "left": 7, "total": 9, "manifest": MANIFEST, "last_written": 0,
+        "output": str(out), "done": 1, "failed": 1, "left": 7, "total": 9, "surplus": 0, "manifest": MANIFEST,
+        "last_written": 0,
     }  # fmt: skip
 
 
@@ -106,6 +107,15 @@ def test_two_runs_on_one_output(out: Path) -> None:
         Results(out, MANIFEST)
     first.close()
     Results(out, MANIFEST).close()
+
+
+def test_more_results_than_lines_are_no_negative_number(out: Path) -> None:
+    results = Results(out, MANIFEST | {"lines": 2})
+    for name in "abcde":
+        add(results, name)
+    results.close()
+    found = status(out)
+    assert (found["done"], found["left"], found["surplus"], found["total"]) == (5, 0, 3, 2)
 
 
 def test_files_of_others_are_left_alone(out: Path, tmp_path: Path) -> None:
@@ -290,6 +300,6 @@ def test_merges_that_are_refused(tmp_path: Path) -> None:
         merge([*paths, other], target)
     with pytest.raises(UsageError, match="does not exist"):
         merge([tmp_path / "nowhere"], target)
-    with pytest.raises(UsageError, match="read and written"):
+    with pytest.raises(UsageError, match="a file that this command reads"):
         merge([paths[0]], paths[0])
     assert not target.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -167,6 +168,22 @@ def test_the_links_of_a_hugging_face_cache_are_followed(sharded: Path, tmp_path:
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
     with open_checkpoint(snapshot) as checkpoint:
         assert len(checkpoint.tensors) == 4
+
+
+@pytest.mark.parametrize("name", ["._model-00001-of-00002.safetensors", "._model.safetensors", ".hidden.safetensors"])
+def test_what_macos_leaves_beside_files_is_ignored(sharded: Path, tmp_path: Path, name: str) -> None:
+    (sharded / name).write_bytes(b"\0\x05\x16\x07 AppleDouble")
+    with open_checkpoint(sharded) as checkpoint:
+        assert checkpoint.tensors
+    whole = checkpoints.write(tmp_path / "whole", checkpoints.small())
+    (whole / name).write_bytes(b"\0\x05\x16\x07 AppleDouble")
+    open_checkpoint(whole).close()
+
+
+def test_files_beside_the_weights_are_no_fifos(sharded: Path) -> None:
+    (sharded / "config.json").unlink()
+    os.mkfifo(sharded / "config.json")
+    assert "is a FIFO, not a file" in refusal(sharded, UsageError)
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_the_input_is_never_the_output(tmp_path: Path, link: Any) -> None:
     source = checkpoints.write(tmp_path / "hf", checkpoints.small())
     before = digest(source / "model.safetensors")
     link(source / "model.safetensors", tmp_path / "x.gguf")
-    with pytest.raises(UsageError, match="a file of the input itself"):
+    with pytest.raises(UsageError, match="is a file that this command reads"):
         convert(source, tmp_path / "x.gguf", "q4_0", overwrite=True)
     assert digest(source / "model.safetensors") == before
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_quantized_is_refused(converted: dict[str, Conversion], t
     ):
         with pytest.raises(error, match=words):
             quantize(*arguments)
-    with pytest.raises(UsageError, match="a file of the input itself"):
+    with pytest.raises(UsageError, match="is a file that this command reads"):
         quantize(source, source, "q8_0", overwrite=True)
     writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
     writer.add_tensor("blk.0.ffn_gate.weight", np.zeros((4, 32), np.float32))
