@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 from m2lite import __version__
 from m2lite.errors import BadModelError, UsageError
 from m2lite.storage.durable import LineLog
+from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1
+MOST_LINE_BYTES, MOST_LINE_ITEMS = 16 << 20, 1 << 18  # the first line lists every input
 TOOL = f"m2lite {__version__}"
 
 
@@ -129,11 +131,7 @@ class Journal:
         self._log.close()
 
     def _head(self) -> dict[str, Any]:
-        try:
-            head = json.loads(self._log.lines[0])
-        except (ValueError, IndexError, RecursionError):
-            return {}
-        return head if isinstance(head, dict) else {}
+        return _parse_line(self._log.lines[0]) if self._log.lines else {}
 
     def _difference(self, ticket: Ticket) -> str:
         """The first thing that is not as it was then, in words."""
@@ -161,10 +159,18 @@ class Journal:
 def _parse_entry(line: bytes) -> Entry | None:
     """A line that cannot be read is no tensor: it is done again."""
     try:
-        found = json.loads(line)
+        found = _parse_line(line)
         return Entry(str(found["tensor"]), int(found["off"]), int(found["nbytes"]), int(found["xxh64"], 16))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """An object, or {} for whatever is none."""
+    try:
+        return parse_object(line, most_bytes=MOST_LINE_BYTES, most_items=MOST_LINE_ITEMS)
+    except JsonError:
+        return {}
 
 
 def _source_difference(before: Any, now: Sequence[Mapping[str, Any]]) -> str:

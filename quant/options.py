@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +89,7 @@ class Conversion:
     n_mtp_modules: int
     paths: tuple[Path, ...] = ()  # every file
     resumed_bytes: int = 0  # that an interrupted run had done
+    warnings: tuple[str, ...] = ()  # what is in doubt about the input, in sentences
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class JobPlan:
     choices: dict[str, Choice]
     result: Conversion
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.result.warnings
+
 
 def carry_out(
     opened: AbstractContextManager[JobPlan],
@@ -110,9 +115,13 @@ def carry_out(
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Do what was planned, or what an interrupted run left of it; see job.run_job."""
+    """Do what was planned, or what an interrupted run left of it; see job.run_job. `warn` is told before it begins."""
     with opened as plan:
+        if warn is not None:
+            for warning in plan.warnings:
+                warn(warning)
         resumed = run_job(
             plan.job, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress
         )
@@ -197,7 +206,9 @@ def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: in
     return encode_rows(slot.block_format, rows, slot.name, row).reshape(-1)
 
 
-def describe(model: Sequence[Output], sidecar: Sequence[Output], n_modules: int) -> Conversion:
+def describe(
+    model: Sequence[Output], sidecar: Sequence[Output], n_modules: int, warnings: Sequence[str] = ()
+) -> Conversion:
     return Conversion(
         model[0].path,
         sum(output.header.size_bytes for output in model),
@@ -206,4 +217,5 @@ def describe(model: Sequence[Output], sidecar: Sequence[Output], n_modules: int)
         sum(output.header.size_bytes for output in sidecar),
         n_modules,
         tuple(output.path for output in (*model, *sidecar)),
+        warnings=tuple(warnings),
     )

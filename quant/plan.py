@@ -106,6 +106,7 @@ class Plan:
     disk_free_bytes: int
     memory_bytes: int  # at most, at any moment of the job
     estimate: Estimate | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -138,6 +139,7 @@ def plan_job(planned: JobPlan, budget_seconds: float | None = BUDGET_SECONDS) ->
         estimate=None
         if budget_seconds is None
         else estimate_time(items, lambda i: next(chunks[i.name]), budget_seconds),
+        warnings=planned.warnings,
     )
 
 
@@ -179,6 +181,7 @@ def make_plan(
     memory_bytes: int,
     found_bytes: int = 0,
     estimate: Estimate | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Plan:
     """`found_bytes` of the targets are on disk already, from an interrupted run."""
     outputs = []
@@ -196,6 +199,7 @@ def make_plan(
         free_bytes(directory),
         memory_bytes,
         estimate,
+        warnings,
     )
 
 

@@ -11,6 +11,7 @@ import typer
 from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_positive
+from m2lite.shown import shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -163,8 +164,12 @@ def _carry_out(opened: AbstractContextManager[JobPlan], run: dict[str, Any], dry
         _show_plan(opened, as_json)
         return
     with Progress() as progress:
-        made = carry_out(opened, **run, progress=progress)
+        made = carry_out(opened, **run, progress=progress, warn=_warn)
     _show_made(made, as_json)
+
+
+def _warn(text: str) -> None:
+    note(f"warning: {shown(text)}")
 
 
 def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
@@ -172,6 +177,8 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
     with opened as planned:
         plan = plan_job(planned)
+    for warning in plan.warnings:
+        _warn(warning)
     if as_json:
         print_json(as_dict(plan))
     else:

@@ -186,6 +186,8 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.load != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
+    for warning in model.tokenizer.warnings:
+        note(f"warning: {warning}")
     if model.template.warning:
         note(f"warning: {model.template.warning}")
     return model

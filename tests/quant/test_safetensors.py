@@ -112,7 +112,7 @@ def test_a_lying_header_is_refused(good: Path, change: Callable[[dict[str, Any]]
 def test_a_name_that_occurs_twice_is_refused(good: Path) -> None:
     data = good.read_bytes()
     good.write_bytes(data.replace(b'"b":', b'"a":'))
-    assert "'a' occurs twice" in refusal(good)
+    assert "the key 'a' is given twice" in refusal(good)
 
 
 def test_every_truncation_is_refused(good: Path) -> None:
