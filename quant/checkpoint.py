@@ -90,8 +90,8 @@ class Checkpoint:
         if wrapped:
             plain, name = wrapped[0]
             self.notes.append(
-                f"{len(wrapped)} tensors were saved from a wrapped model and are read by their plain names: {name} as"
-                f" {plain}."
+                f"tensors were saved from a wrapped model and are read by their plain names, {len(wrapped)} in all:"
+                f" {name} as {plain}."
             )
 
     def read(self, name: str, matrix: int = 0, first_row: int = 0, n_rows: int | None = None) -> F32:
@@ -285,7 +285,9 @@ def _note_links(checkpoint: Checkpoint) -> None:
     outside = [(name, target) for name, target in targets if not any(target.is_relative_to(root) for root in roots)]
     if outside:
         name, target = outside[0]
-        checkpoint.notes.append(f"{len(outside)} files of {checkpoint.path} are links: {name} leads to {target}.")
+        checkpoint.notes.append(
+            f"{checkpoint.path} holds links to files elsewhere, {len(outside)} in all: {name} leads to {target}."
+        )
 
 
 def _refuse_twice(plain: str, name: str, first: Shard, second: Shard, other: str) -> NoReturn:

@@ -100,8 +100,8 @@ def config_warnings(raw: Mapping[str, Any]) -> list[str]:
     if unknown:
         shown = ", ".join(f"{key} ({str(raw[key])[:40]})" for key in unknown[:8]) + (", ..." if unknown[8:] else "")
         warnings.append(
-            f"config.json has {len(unknown)} keys that no M2 is known to have, and which are not read: {shown}. If one"
-            " of them changes what the model computes, the result is another model."
+            f"config.json has keys that no M2 is known to have and that are not read, {len(unknown)} in all: {shown}."
+            " If one of them changes what the model computes, the result is another model."
         )
     if not any(table.get("partial_rotary_factor") for _, table in _rope_tables(raw)) and not any(
         raw.get(key) for key in ("rotary_dim", "partial_rotary_factor")

@@ -159,7 +159,7 @@ def test_links_out_of_the_directory_are_followed_and_told(sharded: Path, tmp_pat
     (sharded / SECOND).symlink_to(target)
     with open_checkpoint(sharded) as checkpoint:
         assert len(checkpoint.tensors) == 4
-        assert checkpoint.notes == [f"1 files of {sharded} are links: {SECOND} leads to {target}."]
+        assert checkpoint.notes == [f"{sharded} holds links to files elsewhere, 1 in all: {SECOND} leads to {target}."]
     (sharded / SECOND).unlink()
     (sharded / SECOND).symlink_to("/dev/zero")
     assert "is not a regular file" in refusal(sharded)
