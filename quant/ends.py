@@ -36,7 +36,8 @@ def end_keys(
     for other, others in found.items():
         if others and others[0] not in ids:
             warnings.append(
-                f"{source} ends a reply at {_shown(ids, tokens)}, {other} at {_shown(others, tokens)}: the first counts."
+                f"{source} ends a reply at {_shown(ids, tokens)}, {other} at {_shown(others, tokens)}: the first"
+                " counts."
             )
     if own and ids and own[0] not in ids:
         warnings.append(f"{source} does not name M2's own end of a turn, {_shown(own, tokens)}, which ends one too.")

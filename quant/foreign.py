@@ -69,8 +69,8 @@ KINDS = (
 METHODS = {
     "gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt (FP8 or NVFP4)",
     "mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes", "exl2": "EXL2", "exl3": "EXL3", "hqq": "HQQ",
-    "torchao": "torchao", "quark": "Quark", "auto-round": "AutoRound", "autoround": "AutoRound", "fbgemm_fp8": "FBGEMM FP8",
-    "aqlm": "AQLM", "vptq": "VPTQ", "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS",
+    "torchao": "torchao", "quark": "Quark", "auto-round": "AutoRound", "autoround": "AutoRound",
+    "fbgemm_fp8": "FBGEMM FP8", "aqlm": "AQLM", "vptq": "VPTQ", "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS",
 }  # fmt: skip
 # Data types that a shard may hold and that are no weights by themselves, in words; the most telling first.
 FOREIGN_DTYPES = {

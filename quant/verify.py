@@ -22,9 +22,10 @@ from m2lite.quant.imatrix import Importance
 from m2lite.quant.job import CHECK_BYTES, Progress, TensorSource
 from m2lite.quant.names import bind_tensors
 from m2lite.quant.options import load_importance
+from m2lite.quant.pieces import MODEL_NAME
 from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.stream import make
-from m2lite.quant.vocabulary import JSON_NAME, MODEL_NAME, vocabulary_keys
+from m2lite.quant.vocabulary import JSON_NAME, vocabulary_keys
 from m2lite.storage.gguf_header import KEY_HEADER_HASH, KEY_TENSOR_HASHES, GGUFArray, Header, TensorInfo
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 

@@ -118,7 +118,7 @@ def test_every_spelling_of_plain_rope_is_the_same(change: dict[str, Any]) -> Non
         ({"rope_parameters": {"full_attention": DEFAULT_ROPE, "rope_theta": 1e4}}, "rope_parameters.rope_theta is 100"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "full_attention.rope_type is 'yarn'"),
         ({"rope_parameters": {**DEFAULT_ROPE, "factor": 4.0}}, "rope_parameters.factor is 4.0, expected None or 1"),
-        ({"rope_parameters": {**DEFAULT_ROPE, "mrope_section": [8, 4, 4]}}, "rope_parameters.mrope_section is [8, 4, 4]"),
+        ({"rope_parameters": {**DEFAULT_ROPE, "mrope_section": [8, 4]}}, "rope_parameters.mrope_section is [8, 4]"),
         ({"rope_parameters": {**DEFAULT_ROPE, "rope_theta": "5e6"}}, "rope_parameters.rope_theta is '5e6'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {'type': 'linear', 'factor': 2}"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling is {'factor': 2}, expected None or 1 (of factor)"),

@@ -49,14 +49,14 @@ KINDS: dict[str, tuple[Stored, dict[str, Any], str]] = {
     ),
     "MLX by its tensors": (packed(".weight", ".scales", ".biases"), {}, "MLX checkpoint, quantized"),
     "GPTQ": (packed(".qweight", ".qzeros", ".scales", ".g_idx"), {}, "quantized with GPTQ"),
-    "AWQ": (packed(".qweight", ".qzeros", ".scales"), {"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),
+    "AWQ": (packed(".qweight", ".qzeros"), {"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),
     "compressed-tensors": (packed(".weight_packed", ".weight_scale", ".weight_shape"), {}, "compressed-tensors"),
     "NVFP4": (packed(".weight", ".weight_scale", ".weight_scale_2", dtype="U8"), {}, "quantized with NVFP4"),
     "MXFP4": (packed(".weight", ".weight_scale", dtype="F8_E8M0"), {}, "one scale for each tensor or row"),
     "E8M0": (packed(".weight", ".scale", dtype="F8_E8M0"), {}, "F8_E8M0 (powers of two, the scales of MXFP4"),
     "bitsandbytes": (packed(".weight", ".weight.absmax", ".weight.quant_map", dtype="U8"), {}, "with bitsandbytes"),
     "EXL3": (packed(".trellis", ".suh", ".svh"), {}, "quantized with EXL3"),
-    "LoRA, not merged": (packed(".base_layer.weight", ".lora_A.default.weight"), {}, "LoRA adapter, or a model with one"),
+    "LoRA, not merged": (packed(".base_layer.weight", ".lora_A.default.weight"), {}, "LoRA adapter, or a model"),
     "Mistral's names": (packed(".attention.wq.weight"), {}, "in Mistral's own layout"),
 }  # fmt: skip
 
