@@ -215,13 +215,15 @@ def _compare_keys(gguf: GGUFFile, source: Source, problems: list[str], notes: li
             notes.append(f"Key '{key}' is {words[0]} in the file, {words[1]} in the source.")
 
 
+def _one(value: Any) -> Any:
+    one = value.one() if isinstance(value, GGUFArray) else None
+    return value if one is None else one
+
+
 def _deciding(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Values under the architecture; what llama.cpp writes once for every layer is one if all are equal."""
     prefix = f"{ARCHITECTURE}."
-    found = {key: _plain(value) for key, value in keys.items() if key.startswith(prefix)}
-    for key, value in found.items():
-        if isinstance(value, list) and value and value.count(value[0]) == len(value):
-            found[key] = value[0]
+    found = {key: _plain(_one(value)) for key, value in keys.items() if key.startswith(prefix)}
     if f"{prefix}attention.key_length" in found:  # without a rotary width all of the head is rotated
         found.setdefault(f"{prefix}rope.dimension_count", found[f"{prefix}attention.key_length"])
     return found
