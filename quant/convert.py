@@ -26,6 +26,7 @@ from m2lite.quant.options import (
     JobPlan,
     Options,
     carry_out,
+    check_coverage,
     choose_all,
     describe,
     encode_slot,
@@ -90,6 +91,7 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
     warnings = [*config_warnings(checkpoint.config), *checkpoint.notes]
     keys = _main_keys(checkpoint, config, options, warnings)
     choices, alignment = choose_all(options, bound, ARCHITECTURE, keys)
+    warnings += check_coverage(options, bound, choices)
 
     def place(found: tuple[Binding, ...]) -> list[Planned]:
         sources = (BoundTensor(checkpoint, binding, options.importance) for binding in found)

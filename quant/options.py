@@ -43,6 +43,7 @@ class Asked(TypedDict, total=False):
     target_bytes: int | None
     split_max_bytes: int | None
     imatrix: str | Path | None
+    allow_partial_imatrix: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Options:
     split_max_bytes: int | None = None
     imatrix: Path | None = None
     importance: Importance | None = None  # what `imatrix` holds
+    allow_partial_imatrix: bool = False  # tensors that it does not cover are encoded as without one
     allow_requantize: bool = False
 
     def words(self, tool: str) -> dict[str, Any]:
@@ -144,6 +146,7 @@ def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize
         split_max_bytes=asked.get("split_max_bytes"),
         imatrix=Path(path) if path else None,
         importance=load_importance(path),
+        allow_partial_imatrix=asked.get("allow_partial_imatrix", False),
         allow_requantize=allow_requantize,
     )
 
@@ -196,6 +199,42 @@ def choose_all(
         choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, left, alignment)
     assert all(can_encode(choice.block_format.name) for choice in choices.values())
     return choices, alignment
+
+
+def check_coverage(options: Options, tensors: Sequence[Wanted], choices: dict[str, Choice]) -> list[str]:
+    """Warnings on what an importance matrix and the model do not share; too little is refused unless allowed.
+
+    Neither llama-imatrix nor `m2lite imatrix` looks at the embedding, the head and the prediction modules.
+    """
+    if options.importance is None:
+        return []
+    entries, path = options.importance.entries, options.imatrix
+    used = [
+        t.name
+        for t in tensors
+        if t.role in ("attention", "experts") and not t.mtp and uses_importance(choices[t.name].block_format.name)
+    ]
+    missing = [name for name in used if name not in entries]
+    warnings = []
+    if missing:
+        what = f"{path} covers {len(used) - len(missing)} of {len(used)} tensors that are to be quantized with it;"
+        what += f" missing are {_some(missing)}"
+        if not options.allow_partial_imatrix:
+            raise UsageError(
+                f"{what}.",
+                "Make a whole one with `m2lite imatrix`, or allow this one with --allow-partial-imatrix: those tensors"
+                " are then quantized as without one.",
+            )
+        warnings.append(f"{what}: these are quantized as without an importance matrix.")
+    foreign = sorted(entries.keys() - {t.name for t in tensors})
+    if foreign:
+        warnings.append(f"{path} speaks of tensors that the model does not have: {_some(foreign)}. Is it this model's?")
+    return warnings
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
 
 
 def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: int) -> Bytes:

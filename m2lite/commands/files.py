@@ -36,6 +36,9 @@ _TargetSize = Annotated[
 _Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
 ]
+_PartialImatrix = Annotated[
+    bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
+]
 _SplitSize = Annotated[
     str | None, typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this size, e.g. 48g")
 ]
@@ -65,6 +68,7 @@ def convert(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -84,6 +88,7 @@ def convert(
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
     if init_mtp:
         asked["init_mtp"] = init_mtp
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     _carry_out(plan, run, dry_run, as_json)
@@ -103,6 +108,7 @@ def quantize(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -119,6 +125,7 @@ def quantize(
     announce_compiling()
     found = locate_model(source)
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     _carry_out(plan, run, dry_run, as_json)
