@@ -59,15 +59,6 @@ def tokenizer_checks(tokenizer: Tokenizer, n_vocab: int) -> list[dict[str, Any]]
     return [{"check": name, "ok": bool(ok)} for name, ok in checks.items()]
 
 
-def format_bytes(n_bytes: float) -> str:
-    """In powers of 1000, three digits: 17.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
 def format_mix(mix: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in mix.items() if share >= 0.005)
 

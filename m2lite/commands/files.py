@@ -10,8 +10,9 @@ import typer
 
 from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
 from m2lite.errors import UsageError
-from m2lite.settings import Settings, parse_positive
+from m2lite.settings import Settings
 from m2lite.shown import shown
+from m2lite.system.byte_units import format_bytes, parse_positive_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ _TensorType = Annotated[
 ]
 _TargetSize = Annotated[
     str | None,
-    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (of 2**30 bytes)"),
+    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (GiB)"),
 ]
 _Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
@@ -40,7 +41,8 @@ _PartialImatrix = Annotated[
     bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
 ]
 _SplitSize = Annotated[
-    str | None, typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this size, e.g. 48g")
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this, e.g. 48g (GiB)"),
 ]
 _Alignment = Annotated[
     str | None,
@@ -158,7 +160,7 @@ def _asked(
 
 def _size(flag: str, text: str | None) -> int | None:
     try:
-        return None if text is None else parse_positive(text)
+        return None if text is None else parse_positive_bytes(text)
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
 
@@ -193,8 +195,6 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
 
 def _show_made(made: Conversion, as_json: bool) -> None:
-    from m2lite.describe import format_bytes
-
     if as_json:
         print_json(_plain(asdict(made)))
         return
@@ -285,8 +285,6 @@ def verify(
 
 
 def _show_report(report: Report) -> None:
-    from m2lite.describe import format_bytes
-
     print(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
     equal = sum(sample.is_equal for sample in report.samples)
     if report.samples:
@@ -320,7 +318,7 @@ def inspect_(
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
     from m2lite.decode.locate import locate_model
-    from m2lite.describe import describe_file, format_bytes
+    from m2lite.describe import describe_file
 
     if heat or png is not None:
         _draw_heat(str(locate_model(file)), png)

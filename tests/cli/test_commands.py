@@ -28,8 +28,8 @@ COMMANDS = (
 Models = dict[str, Path]
 
 START_LINE = re.compile(
-    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · [\d.]+ GB of memory free · \d+ threads \(\w+\) · ctx 4,096"
-    r" · KV f16 2\.1 MB"
+    r"^reply\.gguf · .*Q4_0 \d+%.* · [\d.]+ KiB · [\d.,]+ [MGT]iB of memory free · \d+ threads \(\w+\) · ctx 4,096"
+    r" · KV f16 2\.00 MiB"
     r" · drafts auto: prompt lookup · loaded in"
 )
 
@@ -252,7 +252,7 @@ def test_missing_template(run_inline: Run, tmp_path: Path) -> None:
 def test_kv_of_8_bits(run_inline: Run, model_files: Models) -> None:
     done = run_inline("generate", model_files["reply"], "-p", "Hello", "--kv", "q8_0", "--seed", "1")
     assert (done.returncode, done.stdout) == (0, "Fine é\n")
-    assert "ctx 4,096 · KV q8_0 1.1 MB" in done.stderr
+    assert "ctx 4,096 · KV q8_0 1.06 MiB" in done.stderr
 
 
 def test_prompt_longer_than_the_context(run_m2lite: Run, model_files: Models) -> None:

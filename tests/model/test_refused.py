@@ -264,5 +264,5 @@ def test_one_number_for_each_layer_is_one_number(metadata: dict[str, Any], tmp_p
                 parse_config(metadata | dict(file.metadata))
     with open_gguf(with_arrays(tmp_path / "c.gguf", rope__dimension_sections=[16, 24, 24, 0])) as file:
         assert repr(file.metadata["minimax-m2.rope.dimension_sections"]) == "an array of 4 INT32 (16, 24, 24, 0)"
-        with pytest.raises(BadModelError, match="rope.dimension_sections is 16 in layer 0"):
+        with pytest.raises(BadModelError, match=r"rope\.dimension_sections is 16 in layer 0"):
             parse_config(metadata | dict(file.metadata))

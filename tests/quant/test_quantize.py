@@ -54,7 +54,9 @@ def test_a_split_is_read_and_written(converted: dict[str, Conversion], tmp_path:
     assert bodies(one.path) == whole and bodies(one.mtp_path) == bodies(converted["q4_0"].mtp_path)
     with open_gguf(split.path) as file, open_gguf(converted["f32"].path) as plain:
         assert dict_of(file).items() >= dict_of(plain).items()
-    with pytest.raises(UsageError, match=r"'token_embd\.weight' alone makes a part of [\d,]+ bytes, more than 1,000"):
+    with pytest.raises(
+        UsageError, match=r"'token_embd\.weight' alone makes a part of .* \([\d,]+ bytes\), more than the 1,000 B"
+    ):
         quantize(converted["f32"].path, tmp_path / "t.gguf", "f32", split_max_bytes=1000)
 
 
@@ -161,8 +163,12 @@ def test_half_an_importance_matrix_is_refused_unless_it_is_asked_for(
         assert "covers 7 of 14 tensors" in told and "and 1 more" in told
         found, plain = bodies(done.path), bodies(converted["q4_0"].path)
         assert {n for n in found if found[n] != plain[n]} == {n for n in entries if "blk.0." in n and "inp" not in n}
-    assert quantize(converted["f32"].path, tmp_path / "c.gguf", "q8_0", imatrix=half).warnings == ()  # has no use for it
-    write_imatrix(tmp_path / "other.gguf", Importance(entries | {"blk.7.attn_q.weight": entries["blk.0.attn_q.weight"]}))
+    assert (
+        quantize(converted["f32"].path, tmp_path / "c.gguf", "q8_0", imatrix=half).warnings == ()
+    )  # has no use for it
+    write_imatrix(
+        tmp_path / "other.gguf", Importance(entries | {"blk.7.attn_q.weight": entries["blk.0.attn_q.weight"]})
+    )
     (told,) = quantize(converted["f32"].path, tmp_path / "d.gguf", "q4_0", imatrix=tmp_path / "other.gguf").warnings
     assert "does not have: blk.7.attn_q.weight. Is it this model's?" in told
 
