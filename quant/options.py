@@ -181,7 +181,7 @@ def choose_all(
 ) -> tuple[dict[str, Choice], int | None]:
     """The format of every tensor, and the main file's alignment where a target size needs to know it.
 
-    The target is the whole file's: its header comes off first.
+    The target is the whole file's, its header included.
     """
     if options.importance is not None:
         options.importance.check(tensors)
@@ -195,8 +195,8 @@ def choose_all(
             [tensor_bytes(block_format, shape) for _, shape, block_format in table]
         )
         header = build_header(architecture, main_keys, table, alignment, hashed=True)
-        left = target - header.slots[0].offset
-        choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, left, alignment)
+        start = header.slots[0].offset
+        choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, target, alignment, start)
     assert all(can_encode(choice.block_format.name) for choice in choices.values())
     return choices, alignment
 

@@ -336,6 +336,23 @@ def test_inspect(run_inline: Run, model_files: Models) -> None:
     assert "blk.0.ffn_down_exps.weight  Q4_0  8x64x32" in text
 
 
+def test_every_end_token_ends_a_reply(run_inline: Run, tmp_path: Path) -> None:
+    """Also an ordinary one, as generation_config.json may name it; and M2's own where the file names another."""
+    ends = {"tokenizer.ggml.eot_token_id": ord("d"), "tokenizer.ggml.eom_token_id": tinymodel.UNKNOWN}
+    path = tinymodel.write_model(tmp_path / "m.gguf", tinymodel.ENDLESS_ANSWER, metadata=ends)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50", "--json")
+    answer = json.loads(done.stdout)
+    assert (answer["text"], answer["finish_reason"]) == ("abc", "stop")
+    assert "warning: a reply ends at token 100 'd', an ordinary token" in done.stderr
+    path = tinymodel.write_model(tmp_path / "n.gguf", tinymodel.REPLY, end=tinymodel.TURN)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50")
+    assert (done.returncode, done.stdout) == (0, "Fine é\n")
+    path = tinymodel.write_model(tmp_path / "o.gguf", tinymodel.REPLY, end=10**6)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50")
+    assert (done.returncode, done.stdout) == (0, "Fine é\n")
+    assert "warning: key 'tokenizer.ggml.eos_token_id' is 1000000, expected a token id" in done.stderr
+
+
 def test_bench(run_inline: Run, model_files: Models) -> None:
     done = run_inline("bench", model_files["random"], "-p", "32", "-n", "8", "-r", "2", "--json")
     assert done.returncode == 0, done.stderr
