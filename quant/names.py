@@ -187,7 +187,7 @@ def _bind(checkpoint: Checkpoint, config: SourceConfig, entry: Entry, prefix: st
 
 def _missing(checkpoint: Checkpoint, wanted: str, more: str = "") -> BadModelError:
     """What lacks one of M2's tensors although all its files are there: another kind of checkpoint, or part of one."""
-    check_tensors(checkpoint.tensors, {tensor.dtype for tensor in checkpoint.tensors.values()})
+    check_tensors(checkpoint.tensors, [tensor.dtype for tensor in checkpoint.tensors.values()])
     first = next(iter(checkpoint.tensors), None)
     found = f"{len(checkpoint.tensors)} others are there, the first is {first!r}" if first else "there are no others"
     todo = "config.json is of another checkpoint, or the model was saved without this part: use the one it came from."
@@ -214,7 +214,7 @@ def _check_shape(checkpoint: Checkpoint, source: str, expected: tuple[int, ...])
         raise _missing(checkpoint, source)
     found = checkpoint.tensors[source].shape
     if found != expected:
-        check_tensors(checkpoint.tensors, {checkpoint.tensors[source].dtype})
+        check_tensors(checkpoint.tensors, [checkpoint.tensors[source].dtype])
         raise BadModelError(
             f"Tensor {source!r} has shape {list(found)} where config.json gives {list(expected)}.",
             "Use the config.json of this checkpoint.",
@@ -302,7 +302,7 @@ def _check_leftovers(checkpoint: Checkpoint, bindings: list[Binding], copies: li
     used |= {name + SCALE_SUFFIX for name in used if checkpoint.tensors[name].dtype == "F8_E4M3"}
     left = sorted(name for name in checkpoint.tensors if name not in used and not IGNORED.fullmatch(name))
     if left:
-        check_tensors(left, {checkpoint.tensors[name].dtype for name in left})
+        check_tensors(left, [checkpoint.tensors[name].dtype for name in left])
         raise BadModelError(
             f"{len(left)} tensors of the checkpoint have no place in an M2, the first is {left[0]!r}.",
             "This is another architecture, or config.json is of another checkpoint.",

@@ -35,7 +35,12 @@ DTYPE_BITS = {
 IMPOSTORS = (
     (re.compile(rb"\s*version https://git-lfs", re.I), "a Git LFS pointer", "Run `git lfs pull` in that directory."),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.I), "a web page", "Download the file again; a login may be needed."),
-    (re.compile(rb"PK\x03\x04"), "a zip archive, as PyTorch's pickles are", "Save it as safetensors, or unpack it."),
+    (
+        re.compile(rb"PK\x03\x04(?!.{4}\{)", re.S),
+        "a zip archive, as PyTorch's pickles are",
+        "Save it as safetensors, or unpack it.",
+    ),
+    (re.compile(rb"\x80[\x02-\x05](?!.{6}\{)", re.S), "a pickle, which can run code", "Save it as safetensors."),
     (re.compile(rb"GGUF"), "a GGUF file under another name", "Give it its name back; `m2lite quantize` takes it."),
 )
 

@@ -14,7 +14,7 @@ import xxhash
 from m2lite.errors import BadModelError
 from m2lite.kernels import jit
 from m2lite.quant.checkpoint import open_checkpoint
-from m2lite.quant.config import parse_config
+from m2lite.quant.config import config_warnings, parse_config
 from m2lite.quant.convert import ARCHITECTURE, BoundTensor, architecture_keys
 from m2lite.quant.encode import can_encode, uses_importance
 from m2lite.quant.header import Key, Slot, hash_header
@@ -64,6 +64,7 @@ class Source(NamedTuple):
     tensors: Mapping[str, Reference]
     keys: Mapping[str, Any]
     name: str
+    doubts: tuple[str, ...] = ()
 
 
 class Reference(NamedTuple):
@@ -115,6 +116,7 @@ def verify(
                 source = _open_source(stack, Path(against), importance, gguf)
                 samples = list(_compare(gguf, source.tensors, n_samples, importance, problems, notes))
                 _compare_keys(gguf, source, problems, notes)
+                notes += source.doubts
         paths, size_bytes, n_tensors = gguf.parts, gguf.size_bytes, len(gguf.tensors)
     return Report(paths, size_bytes, n_tensors, n_hashed, tuple(problems), tuple(samples), tuple(notes))
 
@@ -183,7 +185,8 @@ def _open_source(stack: ExitStack, against: Path, importance: Importance | None,
     keys = architecture_keys(config, config.n_layers + (n_modules if isinstance(n_modules, int) else 0))
     if "m2lite.mtp.trunk" not in made.metadata and any((checkpoint.path / n).exists() for n in (JSON_NAME, MODEL_NAME)):
         keys += vocabulary_keys(checkpoint.path, config.n_vocab, checkpoint.config)
-    return Source(table, {key.name: _as_stored(key) for key in keys}, "config.json and its neighbours")
+    doubts = (*config_warnings(checkpoint.config), *checkpoint.notes)
+    return Source(table, {key.name: _as_stored(key) for key in keys}, "config.json", doubts)
 
 
 def _as_stored(key: Key) -> Any:

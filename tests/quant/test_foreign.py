@@ -102,7 +102,11 @@ def test_a_part_of_a_model_is_no_broken_download(tmp_path: Path) -> None:
 
 
 def test_other_files_under_the_name_of_a_shard(tmp_path: Path) -> None:
-    for start, words in ((b"PK\x03\x04", "a zip archive, as PyTorch's pickles are"), (b"GGUF\3", "a GGUF file")):
+    for start, words in (
+        (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are"),
+        (b"\x80\x02}q", "a pickle, which can run code"),
+        (b"GGUF\3", "a GGUF file"),
+    ):
         checkpoints.write(tmp_path, PLAIN)
         (tmp_path / "model.safetensors").write_bytes(start.ljust(600, b"\0"))
         assert words in refusal(tmp_path)

@@ -169,3 +169,13 @@ def test_an_error_of_the_disk_names_file_and_byte(good: Path, monkeypatch: pytes
     with pytest.raises(BadModelError, match=rf"model\.safetensors cannot be read at byte {offset}: Input/output error"):
         shard.read(offset, 4)
     shard.close()
+
+
+def test_a_header_length_that_reads_like_another_format(tmp_path: Path) -> None:
+    """640 bytes of header begin as a pickle does."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(640)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    shard = Shard(path)
+    assert path.read_bytes()[:2] == b"\x80\x02" and list(shard.tensors) == ["a"]
+    shard.close()
