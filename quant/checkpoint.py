@@ -333,5 +333,6 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _refuse(key: str, value: object) -> NoReturn:
     raise BadModelError(
-        f"config.json: {key} is {value!r}, which is not supported.", "Use an FP8, BF16, F16 or F32 checkpoint."
+        f"config.json: {key} is {repr(value)[:200]}, which is not supported.",
+        "Use an FP8, BF16, F16 or F32 checkpoint.",
     )

@@ -65,6 +65,7 @@ COUNTS: Mapping[str, tuple[tuple[str, ...], int]] = {
 
 def parse_config(raw: Mapping[str, Any]) -> SourceConfig:
     """Sizes from config.json; BadModelError names the key that is missing, out of range or not M2's."""
+    _check_whole(raw)
     kinds = raw.get("architectures")
     if raw.get("model_type") != MODEL_TYPE and kinds != [ARCHITECTURE]:
         raise _bad(
@@ -98,7 +99,9 @@ def config_warnings(raw: Mapping[str, Any]) -> list[str]:
     known = HARMLESS | READ | REQUIREMENTS.keys() | {name for names, _ in COUNTS.values() for name in names}
     unknown = [key for key in raw if key not in known and raw[key] not in NOTHING and not key.startswith("_")]
     if unknown:
-        shown = ", ".join(f"{key} ({str(raw[key])[:40]})" for key in unknown[:8]) + (", ..." if unknown[8:] else "")
+        shown = ", ".join(f"{key[:60]} ({str(raw[key])[:40]})" for key in unknown[:8]) + (
+            ", ..." if unknown[8:] else ""
+        )
         warnings.append(
             f"config.json has keys that no M2 is known to have and that are not read, {len(unknown)} in all: {shown}."
             " If one of them changes what the model computes, the result is another model."
@@ -116,7 +119,7 @@ def config_warnings(raw: Mapping[str, Any]) -> list[str]:
 NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
 
 
-def _check_requirements(raw: Mapping[str, Any]) -> None:
+def _check_whole(raw: Mapping[str, Any]) -> None:
     for key in WRAPPERS:
         if raw.get(key) not in NOTHING:
             keys = ", ".join(raw[key]) if isinstance(raw[key], dict) else repr(raw[key])
@@ -124,6 +127,9 @@ def _check_requirements(raw: Mapping[str, Any]) -> None:
                 f"config.json: {key} is given ({keys[:200]}): this is a model within another one.",
                 "Only a checkpoint of MiniMax-M2 by itself can be converted.",
             )
+
+
+def _check_requirements(raw: Mapping[str, Any]) -> None:
     for key, (passes, has) in REQUIREMENTS.items():
         value = raw.get(key)
         if value is not None and not passes(value):
@@ -135,7 +141,7 @@ def _check_requirements(raw: Mapping[str, Any]) -> None:
 
 
 def _bad(key: str, found: object, expected: str, todo: str) -> BadModelError:
-    return BadModelError(f"config.json: {key} is {found!r}, expected {expected}.", todo)
+    return BadModelError(f"config.json: {key} is {repr(found)[:200]}, expected {expected}.", todo)
 
 
 def _count(raw: Mapping[str, Any], names: tuple[str, ...], largest: int) -> int:

@@ -205,7 +205,8 @@ def _compare_keys(gguf: GGUFFile, source: Source, problems: list[str], notes: li
     made, wanted = _deciding(gguf.metadata), _deciding(source.keys)
     for key in sorted(made.keys() | wanted.keys()):
         is_in_both = key in made and key in wanted
-        if made.get(key) != wanted.get(key) and (is_in_both or ".rope." in key):
+        is_off = made.get(key, 0) in (0, 1, "none") and wanted.get(key, 0) in (0, 1, "none")
+        if made.get(key) != wanted.get(key) and (is_in_both or (".rope." in key and not is_off)):
             found = f"is {str(made[key])[:80]}" if key in made else "is missing"
             expected = f"gives {str(wanted[key])[:80]}" if key in wanted else "has none"
             problems.append(f"Key '{key}' {found} in the file, where {source.name} {expected}.")

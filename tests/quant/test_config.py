@@ -125,6 +125,7 @@ def test_every_spelling_of_plain_rope_is_the_same(change: dict[str, Any]) -> Non
         ({"rope_theta": 10000.0}, "contradicts itself on the base of the rotary positions"),
         ({"rope_scaling": {"type": "default", "rope_theta": 1e6}}, "contradicts itself on the base"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}, "contradicts itself on the rotary width"),
+        ({"model_type": "m2_vl", "text_config": {"model_type": "minimax_m2"}}, "text_config is given (model_type)"),
         ({"text_config": {"hidden_size": 64}}, "text_config is given (hidden_size): this is a model within another"),
         ({"vision_config": {"depth": 2}}, "vision_config is given"),
         ({"m2lite_mtp": {"hidden": "pre_norm", "concat": "hidden,embedding"}}, "m2lite_mtp.concat is"),
