@@ -38,6 +38,8 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "model", f"none: {error}"
     for name in OPTIONS:
         value = getattr(settings, name)
+        if value is not None and OPTIONS[name].metavar == "SIZE":
+            value = format_bytes(value)
         yield f"  {name}", f"{'automatic' if value is None else value} ({settings.origins[name]})"
 
 
