@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.quant.config import check_architecture
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.foreign import CONVERTIBLE, FOREIGN_DTYPES, check_config, check_directory, check_tensors, unwrapped
 from m2lite.quant.journal import SourceFile
@@ -224,6 +225,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (directory / "config.json").exists():
         check_directory(directory)
     config = load_json(directory, "config.json")
+    if config.get("model_type") is not None:
+        check_architecture(config)  # first: what is said of its files would lead nowhere
     check_config(config)
     shards: list[Shard] = []
     try:

@@ -65,12 +65,7 @@ COUNTS: Mapping[str, tuple[tuple[str, ...], int]] = {
 
 def parse_config(raw: Mapping[str, Any]) -> SourceConfig:
     """Sizes from config.json; BadModelError names the key that is missing, out of range or not M2's."""
-    _check_whole(raw)
-    kinds = raw.get("architectures")
-    if raw.get("model_type") != MODEL_TYPE and kinds != [ARCHITECTURE]:
-        raise _bad(
-            "model_type", raw.get("model_type"), f"{MODEL_TYPE!r}", "Only MiniMax-M2 checkpoints can be converted."
-        )
+    check_architecture(raw)
     _check_requirements(raw)
     counts = {field: _count(raw, names, largest) for field, (names, largest) in COUNTS.items()}
     ropes = _rope_tables(raw)
@@ -119,7 +114,8 @@ def config_warnings(raw: Mapping[str, Any]) -> list[str]:
 NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
 
 
-def _check_whole(raw: Mapping[str, Any]) -> None:
+def check_architecture(raw: Mapping[str, Any]) -> None:
+    """Raises BadModelError where config.json is of another model, or of one that M2 is only a part of."""
     for key in WRAPPERS:
         if raw.get(key) not in NOTHING:
             keys = ", ".join(raw[key]) if isinstance(raw[key], dict) else repr(raw[key])
@@ -127,6 +123,11 @@ def _check_whole(raw: Mapping[str, Any]) -> None:
                 f"config.json: {key} is given ({keys[:200]}): this is a model within another one.",
                 "Only a checkpoint of MiniMax-M2 by itself can be converted.",
             )
+
+    if raw.get("model_type") != MODEL_TYPE and raw.get("architectures") != [ARCHITECTURE]:
+        raise _bad(
+            "model_type", raw.get("model_type"), f"{MODEL_TYPE!r}", "Only MiniMax-M2 checkpoints can be converted."
+        )
 
 
 def _check_requirements(raw: Mapping[str, Any]) -> None:

@@ -68,6 +68,19 @@ def test_another_kind_of_weights_is_named(tmp_path: Path, case: str) -> None:
     assert words in refusal(tmp_path)
 
 
+def test_another_model_is_named_before_its_quantization(tmp_path: Path) -> None:
+    """Else its original is fetched next, for nothing."""
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "quantization": {"bits": 4, "group_size": 64},
+    }
+    checkpoints.write(tmp_path, packed(".weight", ".scales", ".biases"), config)
+    assert "model_type is 'mixtral', expected 'minimax_m2'" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "model_type is 'mixtral', expected 'minimax_m2'" in refusal(tmp_path)
+
+
 FILES = {
     "pickles": (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "holds PyTorch pickles"),
     "one pickle": (["consolidated.pth"], "Mistral's or Meta's own layout"),
