@@ -52,20 +52,11 @@ def tokenizer_checks(tokenizer: Tokenizer, n_vocab: int) -> list[dict[str, Any]]
     marks = ("]~!b[", "]~b]", "[e~[")
     checks = {
         f"the vocabulary has as many tokens as the head has rows ({n_vocab})": tokenizer.n_vocab == n_vocab,
-        "the end token stops a reply": tokenizer.eos_id in tokenizer.stop_ids,
+        "the ids of special tokens are those of special tokens": not tokenizer.warnings,
         "the marks of M2's turns are control tokens": all(mark in tokenizer.control_strings for mark in marks),
         "text in several scripts comes back as it was": tokenizer.decode(tokenizer.encode(text)) == text,
     }
     return [{"check": name, "ok": bool(ok)} for name, ok in checks.items()]
-
-
-def format_bytes(n_bytes: float) -> str:
-    """In powers of 1000, three digits: 17.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def format_mix(mix: dict[str, float]) -> str:
@@ -103,6 +94,8 @@ def _describe(gguf: GGUFFile) -> dict[str, Any]:
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
             "stop_ids": sorted(tokenizer.stop_ids),
+            "stop_tokens": [tokenizer.token_text(stop) for stop in sorted(tokenizer.stop_ids)],
+            "warnings": list(tokenizer.warnings) or None,
             "n_control": len(tokenizer.control_strings),
         },
         "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.errors import UsageError
+from m2lite.system.byte_units import parse_bytes, parse_positive_bytes
 
 _MOST_DIGITS = 19  # of a count
 _MOST_BYTES = 1 << 20  # of config.toml
@@ -123,9 +124,16 @@ OPTIONS: dict[str, Option] = {
         Option(
             "load", ("--load",), "auto|mmap|direct", parse_choice("auto", "mmap", "direct"), "auto", "Where weights lie"
         ),
-        Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
+        Option(
+            "ram",
+            ("--ram",),
+            "SIZE",
+            parse_positive_bytes,
+            None,
+            "Memory to use, e.g. 12g (GiB) [default: all free]",
+        ),
         Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
-        Option("kv_disk", ("--kv-disk",), "SIZE", parse_count, None, "Disk for rows of chats, 0: none [default: 16g]"),
+        Option("kv_disk", ("--kv-disk",), "SIZE", parse_bytes, None, "Disk for rows of chats, 0: none [default: 16g]"),
         Option(
             "draft",
             ("--draft",),

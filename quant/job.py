@@ -21,6 +21,7 @@ from m2lite.quant.header import MAGIC, Header, Slot
 from m2lite.quant.journal import Entry, Journal, SourceChanged, SourceFile, Ticket, hash_plan
 from m2lite.quant.stream import Bytes, Chunk, stream
 from m2lite.storage.durable import PartFile, free_bytes, part_path
+from m2lite.system.byte_units import format_bytes
 from m2lite.system.outputs import Places
 
 # Written between two syncs of file and journal. A crash costs this much and a tensor; M2's experts are 0.7 GB each.
@@ -309,7 +310,7 @@ def _check_disk(job: Job) -> None:
     free = free_bytes(directory)
     if free < job.total_bytes:
         raise ResourceError(
-            f"The output takes {job.total_bytes:,} bytes, {directory} has {free:,} free.",
+            f"The output takes {format_bytes(job.total_bytes)}, {directory} has {format_bytes(free)} free.",
             "Make room, or choose another disk.",
         )
 

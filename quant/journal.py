@@ -20,6 +20,7 @@ from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1
 _BEGINS = b'{"files": ['  # the first line's keys are sorted
+MOST_LINE_BYTES, MOST_LINE_ITEMS = 16 << 20, 1 << 18  # the first line lists every input
 TOOL = f"m2lite {__version__}"
 
 
@@ -133,10 +134,7 @@ class Journal:
         self._log.close()
 
     def _head(self) -> dict[str, Any]:
-        try:
-            return parse_object(self._log.lines[0])
-        except (JsonError, IndexError):
-            return {}
+        return _parse_line(self._log.lines[0]) if self._log.lines else {}
 
     def _difference(self, ticket: Ticket) -> str:
         """The first thing that is not as it was then, in words."""
@@ -176,14 +174,19 @@ def _check_ours(path: Path) -> None:
 
 def _parse_entry(line: bytes) -> Entry | None:
     """A line that cannot be read is no tensor: it is done again."""
-    try:
-        found = parse_object(line)
-    except JsonError:
-        return None
+    found = _parse_line(line)
     entry = found.get("tensor"), found.get("off"), found.get("nbytes"), found.get("xxh64")
     if tuple(map(type, entry)) != (str, int, int, str) or not re.fullmatch("[0-9a-f]{16}", found["xxh64"]):
         return None
     return Entry(found["tensor"], found["off"], found["nbytes"], int(found["xxh64"], 16))
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """An object, or {} for whatever is none."""
+    try:
+        return parse_object(line, most_bytes=MOST_LINE_BYTES, most_items=MOST_LINE_ITEMS)
+    except JsonError:
+        return {}
 
 
 def _source_difference(before: Any, now: Sequence[Mapping[str, Any]]) -> str:

@@ -26,6 +26,7 @@ from m2lite.quant.options import (
     JobPlan,
     Options,
     carry_out,
+    check_coverage,
     choose_all,
     describe,
     encode_slot,
@@ -104,6 +105,7 @@ def _plan(files: Sequence[GGUFFile], out: Path, options: Options) -> JobPlan:
     everything = [tensor for table in tables for tensor in table]
     choices, alignment = choose_all(options, everything, architecture, keys)
     _check_requantize(files, everything, choices, options)
+    warnings = check_coverage(options, everything, choices)
 
     def place(gguf: GGUFFile, table: Sequence[Stored]) -> list[Planned]:
         return [
@@ -120,7 +122,8 @@ def _plan(files: Sequence[GGUFFile], out: Path, options: Options) -> JobPlan:
         sidecar = plan_files(sidecar_path(out), _architecture(files[1]), keys, tensors, options.alignment)
     source = StoredFiles(tuple(files))
     job = Job((*sidecar, *model), source, journal_path(out), model[0].path, options.words("quantize"))
-    return JobPlan(job, options, tuple(everything), choices, describe(model, sidecar, _n_modules(files[-1])))
+    result = describe(model, sidecar, _n_modules(files[-1]), warnings)
+    return JobPlan(job, options, tuple(everything), choices, result)
 
 
 def _architecture(gguf: GGUFFile) -> str:

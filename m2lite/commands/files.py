@@ -11,7 +11,9 @@ import typer
 from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
-from m2lite.settings import Settings, parse_positive
+from m2lite.settings import Settings
+from m2lite.shown import shown
+from m2lite.system.byte_units import format_bytes, parse_positive_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -31,13 +33,17 @@ _TensorType = Annotated[
 ]
 _TargetSize = Annotated[
     str | None,
-    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (of 2**30 bytes)"),
+    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (GiB)"),
 ]
 _Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
 ]
+_PartialImatrix = Annotated[
+    bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
+]
 _SplitSize = Annotated[
-    str | None, typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this size, e.g. 48g")
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this, e.g. 48g (GiB)"),
 ]
 _Alignment = Annotated[
     str | None,
@@ -68,6 +74,7 @@ def convert(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -87,6 +94,7 @@ def convert(
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
     if init_mtp:
         asked["init_mtp"] = init_mtp
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     _carry_out(plan, out, run, dry_run, as_json)
@@ -106,6 +114,7 @@ def quantize(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -122,6 +131,7 @@ def quantize(
     announce_compiling()
     found = locate_model(source)
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
     _carry_out(plan, out, run, dry_run, as_json)
@@ -154,7 +164,7 @@ def _asked(
 
 def _size(flag: str, text: str | None) -> int | None:
     try:
-        return None if text is None else parse_positive(text)
+        return None if text is None else parse_positive_bytes(text)
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
 
@@ -171,8 +181,12 @@ def _carry_out(
     if not run["overwrite"]:
         check_taken(out)
     with Progress() as progress:
-        made = carry_out(opened, **run, progress=progress)
+        made = carry_out(opened, **run, progress=progress, warn=_warn)
     _show_made(made, as_json)
+
+
+def _warn(text: str) -> None:
+    note(f"warning: {shown(text)}")
 
 
 def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
@@ -180,6 +194,8 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
     with opened as planned:
         plan = plan_job(planned)
+    for warning in plan.warnings:
+        _warn(warning)
     if as_json:
         print_json(as_dict(plan))
     else:
@@ -187,8 +203,6 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
 
 def _show_made(made: Conversion, as_json: bool) -> None:
-    from m2lite.describe import format_bytes
-
     if as_json:
         print_json(_plain(asdict(made)))
         return
@@ -281,8 +295,6 @@ def verify(
 
 
 def _show_report(report: Report) -> None:
-    from m2lite.describe import format_bytes
-
     print(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
     equal = sum(sample.is_equal for sample in report.samples)
     if report.samples:
@@ -316,7 +328,7 @@ def inspect_(
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
     from m2lite.decode.locate import locate_model
-    from m2lite.describe import describe_file, format_bytes
+    from m2lite.describe import describe_file
 
     if png is not None:
         places_beside(models=[file]).approve("--png", png, kind="replaced", begins=PNG)

@@ -17,6 +17,7 @@ from m2lite import machine
 from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings, resolve_settings
 from m2lite.signals import EXIT_INTERRUPTED
+from m2lite.system.byte_units import format_bytes, format_speed
 
 if TYPE_CHECKING:
     from m2lite.decode.session import Model
@@ -160,7 +161,7 @@ def model_options(settings: Settings) -> dict[str, Any]:
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
     from m2lite.decode.session import Model
-    from m2lite.describe import format_bytes, format_mix, type_mix
+    from m2lite.describe import format_mix, type_mix
 
     free = machine.free_memory_bytes()
     model = Model.open(**model_options(settings), sequences=sequences, on_compile=say_compiling)
@@ -186,6 +187,8 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.load != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
+    for warning in model.tokenizer.warnings:
+        note(f"warning: {warning}")
     if model.template.warning:
         note(f"warning: {model.template.warning}")
     return model
@@ -214,7 +217,7 @@ class Progress:
             self._noted = now
             speed = done / max(now - self._begun, 1e-9)
             percent, left_s = 100 * done // max(1, total), (total - done) / max(speed, 1e-9)
-            rate = f"{speed / 1e6:,.0f} MB/s" if self._unit == "bytes" else f"{speed:.2g} {self._unit}/s"
+            rate = format_speed(speed) if self._unit == "bytes" else f"{speed:.2g} {self._unit}/s"
             note(f"{percent} % at {rate}, {left_s:,.0f} s left: {label}")
 
     def _draw(self, label: str, done: int, total: int) -> None:
@@ -223,7 +226,7 @@ class Progress:
 
         if self._bar is None:
             columns = (
-                progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                progress.BarColumn(24), progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(), progress.TextColumn("{task.description}", markup=False),
             )  # fmt: skip
             self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import typer
 from m2lite.commands.frame import MODEL, Progress, command, note, open_model, print_json
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
+from m2lite.system.byte_units import parse_speed
 
 
 @command(*MODEL)
@@ -77,7 +77,10 @@ def plan(
     settings: Settings,
     *,
     disk: Annotated[
-        str | None, typer.Option("--disk", metavar="SPEED", help="Assume bytes a second, e.g. 3.5g, and do not measure")
+        str | None,
+        typer.Option(
+            "--disk", metavar="SPEED", help="Assume this speed, e.g. 3.5g (GB/s, of 10**9), and do not measure"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
@@ -94,15 +97,10 @@ def plan(
 
 
 def _speed(text: str | None) -> float | None:
-    """3.5g -> 3.5e9: a disk's speed is told in powers of 1000."""
-    match = re.fullmatch(r"([0-9.]+) *([kmg]?)", text.lower()) if text is not None else None
     try:
-        found = None if match is None else float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
-    except ValueError:
-        found = None
-    if text is not None and not found:
-        raise UsageError(f"--disk {text!r}: expected bytes a second, such as 800m or 3.5g.", "Correct it.")
-    return found
+        return None if text is None else parse_speed(text)
+    except ValueError as error:
+        raise UsageError(f"--disk {text!r}: {error}.", "Correct it.") from None
 
 
 def _counts(flag: str, text: str) -> list[int]:

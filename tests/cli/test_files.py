@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +42,35 @@ def test_dry_run_writes_nothing(run_inline: Run, checkpoint: Path, tmp_path: Pat
     plan = json.loads(done.stdout)
     assert [file["name"] for file in plan["files"]] == ["out.gguf", "mtp-out.gguf"]
     assert plan["disk_needed_bytes"] > 0 and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_doubt_is_told_before_the_work(run_inline: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "router_temperature\x1b[31m": 0.7}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [289, 40]}')
+    for more in (["--dry-run", "--json"], ["--json"]):
+        done = run_inline("convert", folder, "-o", tmp_path / "out.gguf", "--type", "q8_0", *more)
+        assert done.returncode == 0 and len(json.loads(done.stdout)["warnings"]) == 2
+        told = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        assert "router_temperature\\x1b[31m (0.7)" in told[0] and "\x1b" not in done.stderr
+        assert "generation_config.json ends a reply at 40 " in told[1] and len(told) == 2
+    found = json.loads(run_inline("inspect", tmp_path / "out.gguf", "--json").stdout)["tokenizer"]
+    assert (found["eos_id"], found["stop_ids"]) == (289, [40, 289]) and found["stop_tokens"][1] == "[e~["
+    assert "stop_ids [40, 289]" in run_inline("inspect", tmp_path / "out.gguf").stdout
+
+
+def test_a_size_that_is_too_small_is_told_in_the_options_unit(
+    run_inline: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", "--target-size", "1k")
+    assert done.returncode == 2 and "where 1.00 KiB (1,024 bytes) were asked for" in done.stderr
+    (least,) = re.findall(r"takes [\d.]+ KiB \(([\d,]+) bytes\)", done.stderr)
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "least.gguf", "--target-size", least)
+    assert done.returncode == 0 and (tmp_path / "least.gguf").stat().st_size == int(least.replace(",", ""))
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", "--type", "q8_0", "--dry-run")
+    sizes = re.findall(r"[\d.,]+ ([kKMGT]?i?B)\b(?!/s)", done.stdout)
+    assert len(sizes) > 10 and set(sizes) <= {"B", "KiB", "MiB", "GiB", "TiB"}
 
 
 def test_convert_verify_and_damage(run_inline: Run, checkpoint: Path, tmp_path: Path) -> None:

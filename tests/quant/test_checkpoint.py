@@ -143,7 +143,7 @@ def test_an_index_and_shards_that_do_not_agree_are_refused(sharded: Path) -> Non
     (sharded / INDEX_NAME).write_text('{"weight_map": [1]}')
     assert "has no weight_map" in refusal(sharded)
     (sharded / INDEX_NAME).write_text("[]")
-    assert "not valid JSON: not an object" in refusal(sharded)
+    assert "not valid JSON: an array where an object is expected" in refusal(sharded)
     (sharded / INDEX_NAME).unlink()
     assert "but there is no model.safetensors.index.json" in refusal(sharded)
 
@@ -153,10 +153,20 @@ def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     assert f"'a' is in two shards, {FIRST} and {SECOND}" in refusal(sharded)
 
 
-def test_links_out_of_the_directory_are_refused(sharded: Path, tmp_path: Path) -> None:
-    (sharded / SECOND).rename(tmp_path / "elsewhere.safetensors")
-    (sharded / SECOND).symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "outside of" in refusal(sharded)
+def test_links_out_of_the_directory_are_followed_and_told(sharded: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere.safetensors"
+    (sharded / SECOND).rename(target)
+    (sharded / SECOND).symlink_to(target)
+    with open_checkpoint(sharded) as checkpoint:
+        assert len(checkpoint.tensors) == 4
+        assert checkpoint.notes == [f"{sharded} holds links to files elsewhere, 1 in all: {SECOND} leads to {target}."]
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to("/dev/zero")
+    assert "is not a regular file" in refusal(sharded)
+    os.mkfifo(tmp_path / "fifo")
+    (sharded / "config.json").unlink()
+    (sharded / "config.json").symlink_to(tmp_path / "fifo")
+    assert "config.json is not a regular file" in refusal(sharded)
 
 
 def test_the_links_of_a_hugging_face_cache_are_followed(sharded: Path, tmp_path: Path) -> None:

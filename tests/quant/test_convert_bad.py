@@ -148,7 +148,7 @@ def _raise(*_: object) -> None:
 def test_a_full_disk_is_said_before_work_begins(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "free_bytes", lambda _: 1000)
     words = refusal(source, tmp_path, ResourceError)
-    assert "1,000 free" in words
+    assert "1,000 B free" in words
 
 
 @pytest.mark.parametrize("step", [pytest.param(11, marks=pytest.mark.slow), 59])

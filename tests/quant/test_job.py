@@ -16,6 +16,7 @@ from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.verify import verify
 from m2lite.storage import durable
 from m2lite.storage.gguf_reader import open_gguf
+from m2lite.system.byte_units import format_bytes
 from tests.faults.disk import Dead, faults
 from tests.quant.memory_job import MemorySource, made, memory_job
 
@@ -308,7 +309,7 @@ def test_no_output_is_an_input(tmp_path: Path, link: object, name: str) -> None:
 def test_a_full_disk_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "free_bytes", lambda _: 1000)
     job = memory_job(tmp_path)
-    with pytest.raises(ResourceError, match=rf"The output takes {job.total_bytes:,} bytes, .* has 1,000 free"):
+    with pytest.raises(ResourceError, match=rf"The output takes {format_bytes(job.total_bytes)}, .* has 1,000 B free"):
         run_job(job)
     assert not files_in(tmp_path) and not made(job)
 
