@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import xxhash
 
 from m2lite.decode.request import FIELDS, Request, parse_request
 from m2lite.errors import UsageError
+from m2lite.system.streams import stdin_chunks
 
 URL = "/v1/chat/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
@@ -70,7 +70,7 @@ class Input:
         self._spooled: IO[bytes] | None = None
         if source == "-":
             self._spooled = tempfile.NamedTemporaryFile(prefix="m2lite-batch-")  # noqa: SIM115
-            while chunk := sys.stdin.buffer.read(1 << 20):
+            for chunk in stdin_chunks():
                 self._spooled.write(chunk)
             self._spooled.flush()
         self.path = Path(source if self._spooled is None else self._spooled.name)

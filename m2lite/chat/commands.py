@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from m2lite.chat.chat import Begin, Chat, export_markdown, read_text
+from m2lite.chat.editor import edit
 from m2lite.chat.status import describe
 from m2lite.chat.store import (
     SavedChat,
@@ -22,7 +22,9 @@ from m2lite.chat.store import (
 from m2lite.decode.conversation import Options, Pieces
 from m2lite.errors import UsageError
 from m2lite.settings import OPTIONS
+from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
+from m2lite.system.paths import named_path
 
 _SHOWN_SESSIONS = 20
 _SET = (
@@ -127,15 +129,10 @@ def _undo(chat: Chat, rest: str) -> str:
 
 def _edit(chat: Chat, rest: str) -> Begin:
     """The last question, or a new one, in the user's editor."""
-    import click
-
     conversation = chat.conversation
     is_again = bool(conversation.turns())
     text = str(conversation.messages[conversation.turns()[-1]]["content"]) if is_again else ""
-    try:
-        edited = click.edit(text, extension=".md")
-    except click.ClickException as error:
-        raise UsageError(f"The editor failed: {error.message}.", "Set EDITOR.") from None
+    edited = edit(text)
     if edited is None or not edited.strip():
         raise UsageError("Nothing was saved in the editor: the chat is as it was.")
     return partial(_ask_instead if is_again else _ask, chat, edited.rstrip("\n"))
@@ -230,7 +227,7 @@ def _context(chat: Chat, rest: str) -> str:
 def _read(chat: Chat, rest: str) -> str:
     if not rest:
         raise UsageError("/read needs a file.")
-    path = Path(rest).expanduser()
+    path = named_path(rest)
     text = read_text(path)
     session = chat.conversation.session
     n_tokens = len(session.model.tokenizer.encode(text))
@@ -245,7 +242,7 @@ def _export(chat: Chat, rest: str) -> str:
     if kind not in ("md", "json"):
         raise UsageError(f"/export {rest}: expected md or json, and a file if you like.")
     stem = "chat" if chat.saved is None else chat.saved.name
-    path = Path(name.strip() or f"{stem}.{kind}").expanduser()
+    path = named_path(name.strip() or f"{stem}.{kind}")
     if path.exists():
         raise UsageError(f"{path}: exists already.", "Name another file.")
     messages = chat.conversation.messages
@@ -259,7 +256,7 @@ def _sessions(chat: Chat, rest: str) -> str:
     for path in found[:_SHOWN_SESSIONS]:
         saved = read_session(path)
         here = "*" if chat.saved is not None and chat.saved.name == path.stem else " "
-        lines.append(f"{here} {path.stem:<24} {saved.n_turns:>4} turns  {saved.title}")
+        lines.append(f"{here} {shown(path.stem):<24} {saved.n_turns:>4} turns  {saved.title}")
     if len(found) > _SHOWN_SESSIONS:
         lines.append(f"  and {len(found) - _SHOWN_SESSIONS} more in {found[0].parent}")
     return "\n".join(lines) or "no chat is saved yet"

@@ -22,6 +22,7 @@ from typing import Any
 from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.paths import named_path
 from m2lite.text.messages import check_tools
 
 _POLL_S = 0.1  # between two looks at whether to stop
@@ -125,7 +126,7 @@ def load_tools(sources: Sequence[str], limits: Limits) -> Tools:
 
 
 def _load_file(source: str) -> list[dict[str, Any]]:
-    path = Path(source).expanduser()
+    path = named_path(source)
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, open_model
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
+from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, require_stdout, say, say_json
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 
 
-@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING)
+@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING, has_result=False)
 def run(
     settings: Settings,
     *,
@@ -88,6 +89,8 @@ def run(
         raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
+    if output == "-":
+        require_stdout()
     if plot is not None:
         check_plot(Path(plot))
     schema = None if json_schema is None else read_schema(json_schema)
@@ -179,10 +182,9 @@ class _Job:
             if same_file(path, lines.path):
                 raise UsageError(f"{output} is the input.", "Choose another output.")
         n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
-        stdout = sys.stdout
         with ExitStack() as stack:
-            if self.ray is not None:  # Ray prints what befalls its nodes, among the results
-                stack.enter_context(redirect_stdout(sys.stderr))
+            # Ray prints what befalls its nodes, among the results
+            out = STDOUT if self.ray is None else stack.enter_context(others_to_stderr())
             worker = self._worker()
             stack.callback(worker.close)
             results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
@@ -193,7 +195,7 @@ class _Job:
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
             left = lines_left(lines, results, self.shard, self.limit)
-            left, write = self._in_turn(stack, left, stdout) if results is None else (left, results.add)
+            left, write = self._in_turn(stack, left, out) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
                 worker.run(left, write, tally, show, stop)
@@ -203,7 +205,7 @@ class _Job:
                 pass
             finally:
                 show.end(tally)
-        note(summary(tally))
+        note(*summary(tally).split("\n"))
         if plot is not None and len(show.points) > 1:
             draw_plot(show.points, Path(plot))
         if stop():
@@ -212,12 +214,12 @@ class _Job:
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
-    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], stdout: TextIO) -> tuple[Iterator[Line], Write]:
+    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], out: Out) -> tuple[Iterator[Line], Write]:
         """The lines, and what prints their results there, as they are done or as the lines come."""
         from m2lite.batch.results import InTurn
 
         def write(line: Mapping[str, Any], key: int) -> None:
-            print_json(line, stdout)
+            out.json(line)
 
         if not self.is_in_order:
             return lines, write
@@ -286,7 +288,8 @@ class _Job:
 
 def _tell(text: str) -> None:
     """A line while progress is shown."""
-    note(f"\r\033[K{text}" if sys.stderr.isatty() else text)
+    STDERR.rewrite()
+    note(text)
 
 
 def _again() -> str:
@@ -307,14 +310,14 @@ def status(
 
     found = read_status(Path(output))
     if as_json:
-        print_json(found)
+        say_json(found)
         return
-    print(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
+    say(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
     manifest = found["manifest"]
-    print(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
+    say(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
 
 
-@command()
+@command(has_result=False)
 def merge(
     settings: Settings,
     *,
