@@ -67,7 +67,7 @@ class Settings:
 
 def parse_count(text: str) -> int:
     """A whole number, with k, m, g or t for powers of 1024: 32k is 32,768."""
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9][0-9_,]{0,30})\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("expected a whole number such as 4096 or 32k")
     return int(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
@@ -103,7 +103,7 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 
 def parse_seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**64:
+    if not re.fullmatch(r"[0-9]{1,30}", text) or int(text) >= 2**64:
         raise ValueError("expected a whole number from 0 to 2**64 - 1")
     return int(text)
 

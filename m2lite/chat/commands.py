@@ -21,7 +21,7 @@ from m2lite.chat.store import (
 )
 from m2lite.decode.conversation import Options, Pieces
 from m2lite.errors import UsageError
-from m2lite.settings import OPTIONS
+from m2lite.settings import OPTIONS, parse_count
 from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
 from m2lite.system.paths import named_path
@@ -154,17 +154,20 @@ def _ask_instead(chat: Chat, text: str, options: Options) -> Pieces:
         raise
 
 
+def _number(line: str, text: str, expected: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise UsageError(f"{line}: expected {expected}.") from None
+
+
 def _forget(chat: Chat, rest: str) -> str:
-    if rest and not rest.isdigit():
-        raise UsageError(f"/forget {rest}: expected a number of turns.")
-    n = chat.conversation.forget(int(rest or 1))
+    n = chat.conversation.forget(_number(f"/forget {rest}", rest or "1", "a number of turns"))
     return f"forgot the oldest {n} turns; {chat.conversation.n_turns} are left"
 
 
 def _compact(chat: Chat, rest: str) -> Begin:
-    if rest and not rest.isdigit():
-        raise UsageError(f"/compact {rest}: expected the number of turns that stay as they are.")
-    n_kept = int(rest or 1)
+    n_kept = _number(f"/compact {rest}", rest or "1", "the number of turns that stay as they are")
 
     def begin(options: Options) -> Pieces:
         return chat.conversation.summarise(n_kept, **options)
@@ -198,12 +201,10 @@ def _think(chat: Chat, rest: str) -> str:
     if rest in ("show", "hide"):
         chat.show_thinking = rest == "show"
         chat.think_tokens = None if chat.think_tokens == 0 else chat.think_tokens
-    elif rest == "off" or rest.isdigit():
-        chat.think_tokens = 0 if rest == "off" else int(rest)
-    elif rest == "on":
-        chat.think_tokens = None
+    elif rest in ("on", "off"):
+        chat.think_tokens = 0 if rest == "off" else None
     elif rest:
-        raise UsageError(f"/think {rest}: expected show, hide, on, off, or a number of tokens.")
+        chat.think_tokens = _number(f"/think {rest}", rest, "show, hide, on, off, or a number of tokens")
     shown = "shown" if chat.show_thinking else "folded"
     if chat.think_tokens == 0:
         return "thinking is off"

@@ -6,13 +6,13 @@ import termios
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
-STDIN = 0
+from m2lite.system.streams import stdin_descriptor
 
 
 def forget() -> None:
     """What was typed and not read is gone."""
     with suppress(termios.error):
-        termios.tcflush(STDIN, termios.TCIFLUSH)
+        termios.tcflush(stdin_descriptor(), termios.TCIFLUSH)
 
 
 def without_echo() -> AbstractContextManager[None]:
@@ -33,8 +33,9 @@ def cooked() -> AbstractContextManager[None]:
 @contextmanager
 def _modes(*, iflag: int = 0, lflag: int = 0, is_on: bool) -> Iterator[None]:
     """Switch flags of the terminal that stdin is; nothing where it is none."""
+    stdin = stdin_descriptor()
     try:
-        before = termios.tcgetattr(STDIN)
+        before = termios.tcgetattr(stdin)
     except termios.error:
         yield
         return
@@ -42,9 +43,9 @@ def _modes(*, iflag: int = 0, lflag: int = 0, is_on: bool) -> Iterator[None]:
     for place, flags in ((0, iflag), (3, lflag)):
         inside[place] = inside[place] | flags if is_on else inside[place] & ~flags
     with suppress(termios.error):
-        termios.tcsetattr(STDIN, termios.TCSANOW, inside)
+        termios.tcsetattr(stdin, termios.TCSANOW, inside)
     try:
         yield
     finally:
         with suppress(termios.error):  # the terminal may have gone
-            termios.tcsetattr(STDIN, termios.TCSANOW, before)
+            termios.tcsetattr(stdin, termios.TCSANOW, before)

@@ -16,7 +16,7 @@ from m2lite.chat.store import list_sessions
 from m2lite.decode.engine import Stop
 from m2lite.shown import shown
 from m2lite.signals import is_heeded, leave_afterwards
-from m2lite.system.streams import STDERR, note, stdin_is_terminal, stdin_lines, tell
+from m2lite.system.streams import STDERR, note, stdin_descriptor, stdin_is_terminal, stdin_lines, tell
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -102,13 +102,14 @@ def ask_line(question: str, stop: Stop) -> str:
     """
     if not stdin_is_terminal():
         return ""
+    stdin = stdin_descriptor()
     with keys.cooked():
         keys.forget()
         STDERR.write(shown(question))
         STDERR.flush()
         while not stop():
-            if select.select([keys.STDIN], [], [], _POLL_S)[0]:
-                return os.read(keys.STDIN, 1 << 16).decode(errors="replace").rstrip("\n")
+            if select.select([stdin], [], [], _POLL_S)[0]:
+                return os.read(stdin, 1 << 16).decode(errors="replace").rstrip("\n")
     note("")
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -131,10 +132,11 @@ def _check(lines: Input, on_bad_line: str) -> Checked:
 def parse_shard(text: str) -> Shard:
     from m2lite.batch.runner import Shard
 
-    index, slash, n = text.partition("/")
-    if not (slash and index.isdigit() and n.isdigit() and 1 <= int(index) <= int(n)):
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    index, n = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= n:
         raise UsageError(f"--shard is {text!r}.", "Use I/N with I from 1 to N, such as 1/4.")
-    return Shard(int(index), int(n))
+    return Shard(index, n)
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,14 @@ def stdin_is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+def stdin_descriptor() -> int:
+    """Its number, for what only terminals can do."""
+    try:
+        return 0 if sys.stdin is None else sys.stdin.fileno()
+    except ValueError:  # a test's
+        return 0
+
+
 def stdin_chunks() -> Iterator[bytes]:
     """All of stdin in pieces. UsageError if it cannot be read."""
     yield from _read(lambda file: file.read(_CHUNK))
