@@ -21,6 +21,7 @@ from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Model, Session
 from m2lite.model.cache import PAGE
 from m2lite.model.stream import Traffic
+from m2lite.shown import shown
 from m2lite.storage.reads import Range, measure_disk
 from m2lite.system.byte_units import format_bytes, format_speed
 
@@ -276,7 +277,7 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 def format_result(result: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
-    lines = [f"{result['model']}  {format_bytes(result['size_bytes'])}"]
+    lines = [f"{shown(result['model'])}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
     lines += [_format_test(test) for test in result["tests"]]
     plain, mapped = result["read_bytes_per_s"], result.get("read_mapped_bytes_per_s")

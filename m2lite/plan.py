@@ -22,6 +22,7 @@ import numpy as np
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.session import Model
 from m2lite.model.stream import slices, stacks_of
+from m2lite.shown import shown
 from m2lite.storage.reads import measure_disk
 from m2lite.system.byte_units import format_bytes, format_speed
 
@@ -188,7 +189,7 @@ def _best(call: Callable[[], None]) -> float:
 def format_plan(plan: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
     c, costs = format_bytes, plan["costs"]
-    lines = [f"{plan['model']}  {c(plan['size_bytes'])}"]
+    lines = [f"{shown(plan['model'])}  {c(plan['size_bytes'])}"]
     lines.append(
         f"experts {c(plan['pool_bytes'])}, of which a token needs {c(plan['cycle_bytes'])}; dense weights "
         f"{c(costs['dense_bytes'])}; KV cache {c(plan['kv_cache_bytes'])} (ctx {plan['ctx']:,}, {plan['kv']})"

@@ -70,7 +70,7 @@ class Settings:
 
 def parse_count(text: str) -> int:
     """A whole number, with k, m, g or t for powers of 1024: 32k is 32,768."""
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9][0-9_,]{0,30})\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("expected a whole number such as 4096 or 32k")
     digits = re.sub("[_,]", "", match[1]).lstrip("0") or "0"

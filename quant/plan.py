@@ -17,6 +17,7 @@ from m2lite.quant.options import CHUNK_WEIGHTS, JobPlan
 from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.recipes import Choice, body_bytes, split_name
 from m2lite.quant.stream import READ_AHEAD, Chunk
+from m2lite.shown import shown
 from m2lite.storage.durable import free_bytes, part_path
 from m2lite.system.byte_units import format_bytes, format_speed
 
@@ -290,14 +291,14 @@ def format_plan(plan: Plan) -> str:
     for index, file in enumerate(plan.files):
         rows = [row for row in plan.rows if row.file == index]
         parts = f" and {file.n_parts - 1} more parts" if file.n_parts > 1 else ""
-        lines += [f"{file.name}{parts}: {file.n_tensors} tensors, {file.n_weights:,} weights, "
+        lines += [f"{shown(file.name)}{parts}: {file.n_tensors} tensors, {file.n_weights:,} weights, "
                   f"{file.bits_per_weight:.2f} bits per weight, {format_bytes(file.size_bytes)}"]  # fmt: skip
         lines += _format_table([COLUMNS, *(_cells(row) for row in rows)]) if rows else []
         lines += [f"  {note}" for row in rows for note in _fallback_notes(row)]
         lines.append("")
     room = "" if plan.fits else ": TOO LITTLE"
     lines.append(f"source   {format_bytes(plan.source_bytes)}")
-    lines.append(f"disk     {format_bytes(plan.disk_needed_bytes)} needed in {plan.directory}, "
+    lines.append(f"disk     {format_bytes(plan.disk_needed_bytes)} needed in {shown(str(plan.directory))}, "
                  f"{format_bytes(plan.disk_free_bytes)} free{room}")  # fmt: skip
     lines.append(f"memory   at most {format_bytes(plan.memory_bytes)}")
     if plan.estimate is not None:

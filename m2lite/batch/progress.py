@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.streams import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ class Show:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = STDERR.is_terminal
         self._shown_at = time.monotonic()
         self._point_s = _POINT_S
         self.points: list[tuple[float, int, int]] = []  # seconds, tokens drawn, answers at once
@@ -42,7 +42,7 @@ class Show:
             return
         self._shown_at = now
         if self._is_terminal:
-            print(f"\r\033[K{describe(tally)}", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite(describe(tally))
         else:
             self._note(describe(tally))
 
@@ -53,7 +53,7 @@ class Show:
         """The last point of the plot; the terminal is as it was."""
         self._add_point(tally)
         if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite()
 
 
 def describe(tally: Tally) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from m2lite.decode.drafts import n_common
 from m2lite.errors import M2liteError, UsageError
+from m2lite.shown import shown
 from m2lite.storage.durable import LineLog, atomic_write
 from m2lite.system.json_text import JsonError, parse_object
 from m2lite.text.messages import check_messages
@@ -52,7 +53,7 @@ class Saved:
 
 def one_line(text: str, most: int) -> str:
     """The text in one line of at most so many characters; an ellipsis says that there is more."""
-    line = " ".join(text.split())
+    line = shown(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, open_model
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, require_stdout, say, say_json
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ app = typer.Typer(
 )
 
 
-@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING)
+@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING, has_result=False)
 def run(
     settings: Settings,
     *,
@@ -93,6 +95,8 @@ def run(
     settings = replace(settings, model=settings.model if model is None else model)
     places = places_beside(source, json_schema, models=[settings.model, settings.mtp])
     approve_output(places, output)
+    if output == "-":
+        require_stdout()
     if plot is not None:
         places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
@@ -133,10 +137,11 @@ def _check(lines: Input, on_bad_line: str) -> Checked:
 def parse_shard(text: str) -> Shard:
     from m2lite.batch.runner import Shard
 
-    index, slash, n = text.partition("/")
-    if not (slash and index.isdigit() and n.isdigit() and 1 <= int(index) <= int(n)):
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    index, n = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= n:
         raise UsageError(f"--shard is {text!r}.", "Use I/N with I from 1 to N, such as 1/4.")
-    return Shard(int(index), int(n))
+    return Shard(index, n)
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,9 @@ class _Job:
 
         path = None if output == "-" else Path(output)
         n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
-        stdout = sys.stdout
         with ExitStack() as stack:
-            if self.ray is not None:  # Ray prints what befalls its nodes, among the results
-                stack.enter_context(redirect_stdout(sys.stderr))
+            # Ray prints what befalls its nodes, among the results
+            out = STDOUT if self.ray is None else stack.enter_context(others_to_stderr())
             worker = self._worker()
             stack.callback(worker.close)
             results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
@@ -196,7 +200,7 @@ class _Job:
                 if n_others := len(results.ended) - tally.n_before:
                     note(f"{n_others:,} results in {output} are of lines that {lines.name} does not have")
             left = lines_left(lines, results, self.shard, self.limit)
-            left, write = self._in_turn(stack, left, stdout) if results is None else (left, results.add)
+            left, write = self._in_turn(stack, left, out) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
                 worker.run(left, write, tally, show, stop)
@@ -207,7 +211,7 @@ class _Job:
                 pass
             finally:
                 show.end(tally)
-        note(summary(tally))
+        note(*summary(tally).split("\n"))
         if lines.n_grown:
             note(f"warning: {lines.name} has grown by {lines.n_grown:,} bytes since it was checked; they were not read")
         if plot is not None and len(show.points) > 1:
@@ -225,12 +229,12 @@ class _Job:
             what = f"{lines.name} had {tally.n_total:,} lines when it was checked, and {n_ended:,} have a result."
             raise M2liteError(what, "Run it again with the file as it is now.")
 
-    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], stdout: TextIO) -> tuple[Iterator[Line], Write]:
+    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], out: Out) -> tuple[Iterator[Line], Write]:
         """The lines, and what prints their results there, as they are done or as the lines come."""
         from m2lite.batch.results import InTurn
 
         def write(line: Mapping[str, Any], key: int) -> None:
-            print_json(line, stdout)
+            out.json(line)
 
         if not self.is_in_order:
             return lines, write
@@ -297,7 +301,8 @@ class _Job:
 
 def _tell(text: str) -> None:
     """A line while progress is shown."""
-    note(f"\r\033[K{text}" if sys.stderr.isatty() else text)
+    STDERR.rewrite()
+    note(text)
 
 
 def _again() -> str:
@@ -318,16 +323,16 @@ def status(
 
     found = read_status(Path(output))
     if as_json:
-        print_json(found)
+        say_json(found)
         return
-    print(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
+    say(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
     if found["surplus"]:
-        print(f"{found['surplus']:,} results more than lines: some are of lines that the input does not have any more")
+        say(f"{found['surplus']:,} results more than lines: some are of lines that the input does not have any more")
     manifest = found["manifest"]
-    print(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
+    say(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
 
 
-@command()
+@command(has_result=False)
 def merge(
     settings: Settings,
     *,

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
+from m2lite.commands.frame import Progress, announce_compiling, command, open_model
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.shown import shown
 from m2lite.system.byte_units import format_bytes, parse_positive_bytes
+from m2lite.system.streams import note, say, say_json
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -197,22 +198,22 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
     for warning in plan.warnings:
         _warn(warning)
     if as_json:
-        print_json(as_dict(plan))
+        say_json(as_dict(plan))
     else:
-        print(format_plan(plan))
+        say(*format_plan(plan).split("\n"))
 
 
 def _show_made(made: Conversion, as_json: bool) -> None:
     if as_json:
-        print_json(_plain(asdict(made)))
+        say_json(_plain(asdict(made)))
         return
     if made.resumed_bytes:
         note(f"went on from {format_bytes(made.resumed_bytes)} that an earlier run had done")
     n_parts = len(made.paths) - (made.mtp_path is not None)
     split = f" in {n_parts} parts" if n_parts > 1 else ""
-    print(f"{made.path}: {format_bytes(made.size_bytes)}, {made.n_tensors} tensors{split}")
+    say(f"{made.path}: {format_bytes(made.size_bytes)}, {made.n_tensors} tensors{split}")
     if made.mtp_path is not None:
-        print(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
+        say(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
 
 
 def _plain(value: Any) -> Any:
@@ -257,7 +258,7 @@ def imatrix(
         if found.n_chunks:
             made = Importance(found.sums, (text.name,), found.n_chunks, n_ctx)
             write_imatrix(out, made, overwrite=overwrite)
-            print(f"{out}: {format_importance(found)}")
+            say(*f"{shown(str(out))}: {format_importance(found)}".split("\n"))
     if stop():
         raise typer.Exit(stop.exit_code)
 
@@ -285,27 +286,27 @@ def verify(
         report = run_verify(path, against, n_samples, imatrix=imatrix, threads=settings.threads, progress=progress)
     answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
     if as_json:
-        print_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
+        say_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
     else:
         _show_report(report)
         if answer is not None:
-            print(f"one prompt: {answer['n_tokens']} tokens, {answer['text']!r}")
+            say(f"one prompt: {answer['n_tokens']} tokens, {answer['text']!r}")
     if not report.ok:
         raise typer.Exit(4)
 
 
 def _show_report(report: Report) -> None:
-    print(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
+    say(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
     equal = sum(sample.is_equal for sample in report.samples)
     if report.samples:
         n_bytes = sum(sample.n_bytes for sample in report.samples)
-        print(f"made again from the source: {equal} of {len(report.samples)} samples equal, {format_bytes(n_bytes)}")
+        say(f"made again from the source: {equal} of {len(report.samples)} samples equal, {format_bytes(n_bytes)}")
     for line in report.notes:
-        print(f"note: {line}")
+        say(f"note: {line}")
     for line in report.problems:
-        print(f"WRONG: {line}")
+        say(f"WRONG: {line}")
     if report.ok and report.n_hashed == report.n_tensors:
-        print("every byte is what was written")
+        say("every byte is what was written")
 
 
 def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
@@ -337,21 +338,21 @@ def inspect_(
         return
     found = describe_file(str(locate_model(file)))
     if as_json:
-        print_json(found)
+        say_json(found)
         return
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
-    print(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors{parts}")
-    print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in found["sizes"].items()))
+    say(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors{parts}")
+    say("bytes: " + ", ".join(f"{name} {size:,}" for name, size in found["sizes"].items()))
     for kind in found["types"]:
-        print(f"  {kind['type']:<8}{kind['n_tensors']:>6} tensors {format_bytes(kind['n_bytes']):>9}  {kind['runs']}")
+        say(f"  {kind['type']:<8}{kind['n_tensors']:>6} tensors {format_bytes(kind['n_bytes']):>9}  {kind['runs']}")
     for title in ("config", "tokenizer", "template"):
-        print(f"{title}: " + ", ".join(f"{k} {v}" for k, v in found[title].items() if v is not None))
+        say(f"{title}: " + ", ".join(f"{k} {v}" for k, v in found[title].items() if v is not None))
     for check in found["tokenizer_checks"]:
-        print(f"  {'ok' if check['ok'] else 'NO':<4}{check['check']}")
+        say(f"  {'ok' if check['ok'] else 'NO':<4}{check['check']}")
     for key, value in found["metadata"].items():
-        print(f"  {key} = {_one_line(value)}")
+        say(f"  {key} = {_one_line(value)}")
     for tensor in found["tensors"]:
-        print(f"  {tensor['name']}  {tensor['type']}  {'x'.join(map(str, tensor['shape']))}")
+        say(f"  {tensor['name']}  {tensor['type']}  {'x'.join(map(str, tensor['shape']))}")
 
 
 def _draw_heat(path: str, png: Path | None) -> None:
@@ -375,7 +376,7 @@ def _draw_heat(path: str, png: Path | None) -> None:
         return
     width = shutil.get_terminal_size().columns - 5
     for i, line in enumerate(draw_text(heat, width)):
-        print(f"{i:>3}  {line}")
+        say(f"{i:>3}  {line}")
 
 
 def _one_line(value: Any) -> str:

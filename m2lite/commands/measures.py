@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import MODEL, Progress, command, note, open_model, print_json
+from m2lite.commands.frame import MODEL, Progress, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
 from m2lite.system.byte_units import parse_speed
+from m2lite.system.streams import note, say, say_json
 
 
 @command(*MODEL)
@@ -67,9 +68,9 @@ def _report(
         if stop():
             raise typer.Exit(stop.exit_code)
         if as_json:
-            print_json(result)
+            say_json(result)
         else:
-            print(format_result(result))
+            say(*format_result(result).split("\n"))
 
 
 @command(*MODEL)
@@ -91,9 +92,9 @@ def plan(
     with open_model(replace(settings, draft="off", mtp=None)) as model:
         found = make_plan(model, speed)
         if as_json:
-            print_json(found)
+            say_json(found)
         else:
-            print(format_plan(found))
+            say(*format_plan(found).split("\n"))
 
 
 def _speed(text: str | None) -> float | None:
@@ -146,9 +147,9 @@ def perplexity(
                 progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),
             )  # fmt: skip
         if found is not None and as_json:
-            print_json(found.as_dict())
+            say_json(found.as_dict())
         elif found is not None:
-            print(format_perplexity(found))
+            say(*format_perplexity(found).split("\n"))
     if stop():
         raise typer.Exit(stop.exit_code)
 
@@ -159,4 +160,4 @@ def doctor(settings: Settings) -> None:
     from m2lite.doctor import report
 
     for name, value in report(settings):
-        print(f"{name:<18}{value}")
+        say(f"{name:<18}{value}")

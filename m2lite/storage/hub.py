@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.system.paths import named_path
 
 REPOSITORY = "models--"
 BRANCH = "main"
@@ -21,9 +21,7 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
 
     Links are kept: parts of a split lie beside each other in the snapshot, not in blobs/.
     """
-    path = Path(path)
-    with contextlib.suppress(RuntimeError):  # nobody's home: there is no such file
-        path = path.expanduser()
+    path = named_path(path)
     if path.name == "snapshots" and path.parent.name.startswith(REPOSITORY):
         path = path.parent
     if not path.is_dir():

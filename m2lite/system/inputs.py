@@ -6,7 +6,6 @@ and what is packed, goes to a temporary file.
 
 from __future__ import annotations
 
-import errno
 import gzip
 import io
 import os
@@ -22,6 +21,8 @@ from typing import IO, Any
 import xxhash
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
+from m2lite.system.paths import named_path
+from m2lite.system.streams import stdin_bytes
 
 STDIN = "-"
 BLOCK_BYTES = 1 << 20
@@ -127,13 +128,8 @@ class TextInput:
 def _opened(source: str | os.PathLike[str]) -> io.BufferedReader:
     """For reading from its beginning; a directory is an OSError. To close it leaves stdin open."""
     if os.fspath(source) != STDIN:
-        try:
-            return Path(source).expanduser().open("rb")
-        except (ValueError, RuntimeError) as error:  # a zero byte, nobody's home
-            raise OSError(errno.EINVAL, str(error)) from None
-    if sys.stdin is None:
-        raise OSError(errno.EBADF, "stdin is closed")
-    return io.BufferedReader(_Counted(sys.stdin.buffer))
+        return named_path(source).open("rb")
+    return io.BufferedReader(_Counted(stdin_bytes()))
 
 
 def _is_endless(file: io.BufferedReader, status: os.stat_result) -> bool:

@@ -202,8 +202,13 @@ def test_asking(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     controller, terminal = pty.openpty()
     with os.fdopen(terminal, closefd=True) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        os.write(controller, b"yes\n")
-        assert ask_line("run it? ", lambda: False) == "yes"
+        os.write(controller, b"no\n")  # before the question: no answer to it
+
+        def answer() -> bool:
+            os.write(controller, b"yes\n")
+            return False
+
+        assert ask_line("run it? ", answer) == "yes"
         stops = iter([False, True])
         assert ask_line("run it? ", lambda: next(stops)) == ""
     os.close(controller)

@@ -18,6 +18,7 @@ from typing import IO, Any
 import pytest
 
 import tinymodel
+from tests.children import default_signals
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -424,7 +425,9 @@ def test_convert_refuses(run_m2lite: Run, tmp_path: Path) -> None:
 def started(command_env: dict[str, str], *arguments: str | Path) -> Iterator[tuple[Any, IO[bytes], IO[bytes]]]:
     """The process and its two outputs."""
     command = [sys.executable, "-m", "m2lite", *map(str, arguments)]
-    with subprocess.Popen(command, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with default_signals():
+        opened = subprocess.Popen(command, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with opened as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             yield process, process.stdout, process.stderr
