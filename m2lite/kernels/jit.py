@@ -10,6 +10,7 @@ import ctypes.util
 import hashlib
 import importlib.util
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -37,6 +38,7 @@ _SOURCES = (
     "quant/encode*.py", "quant/decode.py", "quant/lanes.py", "quant/search*.py",
 )  # fmt: skip
 _KEPT_CACHES = 8
+_CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -58,7 +60,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(path.name.encode() + path.read_bytes())
-    environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and "CACHE" not in k}
+    environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and not _CODE_AS_EVER.search(k)}
     digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), numba.__version__, sys.version)).encode())
     return digest.hexdigest()[:16]
 

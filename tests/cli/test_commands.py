@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -46,28 +45,22 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 # --- help and version
 
 
-def test_help_is_quick(run_m2lite: Run) -> None:
-    """Processor time: it is the command's own, whatever else the machine is doing."""
-    took = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run_m2lite("--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0
-    assert min(took) < 0.3, took
-    for command in COMMANDS:
-        assert f" {command} " in done.stdout
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL"]])
-def test_help_and_inspect_import_no_numba(
-    command_env: dict[str, str], bundled_model: Path, arguments: list[str]
-) -> None:
-    code = "import sys, m2lite.cli as c\ntry: c.main()\nfinally: sys.exit(99 * bool({'numba'} & set(sys.modules)))"
-    arguments = [str(bundled_model) if argument == "MODEL" else argument for argument in arguments]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=command_env, capture_output=True, check=False)
-    assert done.returncode == 0
+def test_help_and_inspect_import_little(command_env: dict[str, str], bundled_model: Path, arguments: list[str]) -> None:
+    """Imports are what a start costs: help takes a few of the standard library's and Typer's, and no Numba."""
+    code = "import sys, m2lite.cli as c\ntry: c.main()\nfinally: print('MODULES', *sys.modules, file=sys.stderr)"
+    named = [str(bundled_model) if argument == "MODEL" else argument for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *named], env=command_env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stderr.rpartition("MODULES")[2].split())
+    assert "m2lite" in modules and not modules & {"numba", "llvmlite", "ray"}
+    if arguments == ["--help"]:
+        assert not modules & {"numpy", "gguf", "psutil", "asyncio", "multiprocessing", "tokenizers", "prompt_toolkit"}
+        assert len(modules) < 500, len(modules)
+        for command in COMMANDS:
+            assert f" {command} " in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -170,16 +163,10 @@ def test_tool_call_that_cannot_be_read_is_said(run_inline: Run, tmp_path: Path) 
 
 @pytest.mark.usefixtures("compiled")
 def test_bundled_model(run_m2lite: Run, bundled_model: Path) -> None:
-    """Without a name, m2-tiny answers, and its first token comes within two seconds of the start."""
-    arguments = ("generate", "-p", "Hello", "--temp", "0", "-n", "1", "--no-template")
-    took = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = run_m2lite(*arguments)
-        took.append(time.perf_counter() - begun)
-        assert done.returncode == 0 and done.stdout.strip()
-        assert done.stderr.startswith(bundled_model.name)
-    assert min(took) < 2, took
+    """Without a name, m2-tiny answers."""
+    done = run_m2lite("generate", "-p", "Hello", "--temp", "0", "-n", "1", "--no-template")
+    assert done.returncode == 0 and done.stdout.strip()
+    assert done.stderr.startswith(bundled_model.name)
 
 
 # --- what can be wrong

@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -329,8 +328,10 @@ def test_compute_thread_hands_errors_over() -> None:
     with pytest.raises(ZeroDivisionError):
         compute.compute_thread().run(lambda: 1 // 0)
     assert compute.compute_thread().run(threading.current_thread).name == "m2lite-compute"
-    job = compute.compute_thread().submit(lambda: time.sleep(0.05))
+    ends = threading.Event()
+    job = compute.compute_thread().submit(ends.wait)
     assert compute.is_busy()
+    ends.set()
     job.result()
 
 
