@@ -66,23 +66,6 @@ def test_prefill_equals_single_steps(opened: Opened) -> None:
             assert np.array_equal(one[0], whole[t]), t
 
 
-def test_chunks_change_nothing(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = opened("random")
-    sampling = Sampling(seed=5)
-    expected = fresh(model, PROMPT, 20, sampling)
-    for n_rows in (1, 7, 64):
-        monkeypatch.setattr(model, "n_rows", n_rows)
-        assert fresh(model, PROMPT, 20, sampling) == expected
-
-
-def test_threads_change_nothing(model_files: dict[str, Path], opened: Opened) -> None:
-    sampling = Sampling(seed=5)
-    expected = fresh(opened("random"), PROMPT, 20, sampling)
-    for threads in (1, 2):
-        with Model.open(model_files["random"], threads=threads, ctx=256) as model:
-            assert fresh(model, PROMPT, 20, sampling) == expected
-
-
 def test_a_second_prompt_continues(opened: Opened) -> None:
     model = opened("random")
     with model.session() as session:
