@@ -1,6 +1,8 @@
 # Two commands matter: `make chat` and `make test`. Both work in a fresh clone with nothing but Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
+# Tests that run at once: half of the time goes into compiling and into waiting for commands, on one core each.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -10,7 +12,7 @@ chat: $(VENV)/installed
 	$(BIN)/m2lite chat
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -83,10 +83,12 @@ def write_model(
     formats: Mapping[str, str] | None = None,
     phrase: str | None = None,
     end: int = END,
+    embedded: float = 1.0,
 ) -> Path:
     """Write a model to `path` and return it. Without a script the weights are random.
 
     `end`: what the file calls the end of a reply, right or wrong.
+    `embedded`: the length of a token's direction; the longer, the more follows from the last token, and ids vary.
     `phrase`: the text of the token PHRASE, for a script that has to say the same letter twice.
 
     `formats` says the block format of tensors whose names end so ("attn_q.weight"), or of a kind ("exact", "experts").
@@ -108,7 +110,7 @@ def write_model(
         else:
             values = random.standard_normal(dims, np.float32) * np.float32(dims[-1] ** -0.5)
         if name == "token_embd.weight":
-            embed = values = values / np.linalg.norm(values, axis=1, keepdims=True)
+            embed = values = values / np.linalg.norm(values, axis=1, keepdims=True) * np.float32(embedded)
         if name == "output.weight" and script is not None:
             values = np.zeros(dims, np.float32)
             for token, successor in script.items():
@@ -134,14 +136,17 @@ def write_model(
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_M": ()}
 SPREADS = {"Q6_K": 900, "IQ1_M": 4, "Q3_K": 60, "IQ4_XS": 900, "Q4_K": 200, "Q5_K": 400, "Q2_K": 12}
 
+# The mean of the codes, which the second scale takes away: weights whose mean is not 0 make every token the same.
+MEANS = {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
+
 
 def random_blocks(random: np.random.Generator, name: str, dims: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """Random codes with scales that give weights of about dims[-1] ** -0.5."""
     n_weights, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     raw = random.integers(0, 256, (*dims[:-1], dims[-1] // n_weights, n_bytes), np.uint8)
     scale = np.float16(dims[-1] ** -0.5 / SPREADS.get(name, 80))
-    for at in HALVES.get(name, (0,)):
-        raw[..., at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+    for at, times in zip(HALVES.get(name, (0,)), (1.0, MEANS.get(name, 1.0)), strict=False):
+        raw[..., at : at + 2] = np.array([scale * times], np.float16).view(np.uint8)
     return raw.reshape(*dims[:-1], -1)
 
 

@@ -1,6 +1,6 @@
-"""The one spelling of Numba's options, the kernel cache and the threading layer. Knows no kernel and no model.
+"""The one spelling of Numba's options, the name of its cache, and the threading layer. Knows no kernel and no model.
 
-Import this module before Numba: it decides where Numba keeps compiled code and which threading layer it may use.
+Import this module before Numba: it decides which threading layer Numba may use and how its threads wait.
 """
 
 from __future__ import annotations
@@ -10,40 +10,41 @@ import ctypes.util
 import hashlib
 import importlib.util
 import os
-import stat
+import re
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import platformdirs
-
-from m2lite.kernels.crowd import Crowd
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+import llvmlite
 import numba
 from numba.core import config as numba_config
-from numba.core import event
+from numba.core import event, sigutils
+from numba.core.ccallback import CFunc
+
+from m2lite.kernels.cache import KernelCache, choose_directory
+from m2lite.kernels.crowd import Crowd
 
 # Every file whose text compiled code may depend on: kernels, and where they take constants from.
 _SOURCES = (
     "kernels/*.py", "storage/blocks.py", "storage/iquants.py",
     "quant/encode*.py", "quant/decode.py", "quant/lanes.py", "quant/search*.py",
 )  # fmt: skip
-_KEPT_CACHES = 8
+_CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
+
+_VERSIONS = (numba.__version__, llvmlite.__version__, sys.version)
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",
     "fastmath": False,
     "boundscheck": False,
-    "cache": True,
 }
 
 
@@ -54,50 +55,16 @@ def source_files() -> list[Path]:
 
 
 def source_hash() -> str:
-    """Numba's disk cache sees neither edits in other files nor its own flags: all of that names the directory."""
+    """Code follows from other files than a function's own and from flags: all of that names the cache's directory."""
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(path.name.encode() + path.read_bytes())
-    environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and "CACHE" not in k}
-    digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), numba.__version__, sys.version)).encode())
+    environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and not _CODE_AS_EVER.search(k)}
+    digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), *_VERSIONS)).encode())
     return digest.hexdigest()[:16]
 
 
-def _owned_private(path: Path) -> bool:
-    """Numba's cache holds pickles: only a directory that nobody else can write is used."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = path.lstat()
-    except OSError:
-        return False
-    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
-    return ours and os.access(path, os.W_OK)
-
-
-def _choose_cache() -> Path:
-    root = Path(os.environ.get("M2LITE_CACHE_DIR") or platformdirs.user_cache_dir("m2lite")) / "kernels"
-    if _owned_private(root):
-        path = root / source_hash()
-        if _owned_private(path):
-            os.utime(path)  # a directory's own time is that of its last new file: one in use must not look old
-            old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-            for stale in old[:-_KEPT_CACHES]:
-                _remove_cache(stale)
-            return path
-    return Path(tempfile.mkdtemp(prefix="m2lite-kernels-"))
-
-
-def _remove_cache(path: Path) -> None:
-    for file in sorted(path.rglob("*"), reverse=True):
-        try:
-            file.rmdir() if file.is_dir() else file.unlink()
-        except OSError:
-            return
-    path.rmdir()
-
-
-CACHE_DIR = _choose_cache()
-numba_config.CACHE_DIR = str(CACHE_DIR)
+CACHE_DIR = choose_directory(source_hash())
 
 
 def _choose_layer() -> str:
@@ -149,7 +116,9 @@ def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False
     """Compile with the project's options. `parallel` only for kernels that stream weights or many rows."""
 
     def wrap(f: Callable[..., Any]) -> Any:
-        return numba.njit(parallel=parallel, **OPTIONS)(f)
+        compiled = numba.njit(parallel=parallel, **OPTIONS)(f)
+        compiled._cache = KernelCache(f, CACHE_DIR)
+        return compiled
 
     return wrap if function is None else wrap(function)
 
@@ -157,7 +126,7 @@ def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False
 def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
     """A copy of `template` under another name that sees `names` as globals.
 
-    A closure would do the same, but Numba's disk cache keys closures by a pickle of their cells, which holds ids that
+    A closure would do the same, but the disk cache keys closures by a pickle of their cells, which holds ids that
     differ in every process: it would never hit.
     """
     function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
@@ -167,8 +136,11 @@ def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callabl
 
 def address_of(function: Callable[..., Any], signature: Any) -> int:
     """Compile `function` for `signature` and return its machine address, to be called with `simd.call`."""
-    options = {k: v for k, v in OPTIONS.items() if k not in ("cache", "nogil")}
-    return int(numba.cfunc(signature, cache=True, **options)(function).address)
+    options = {k: v for k, v in OPTIONS.items() if k != "nogil"}
+    compiled = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+    compiled._cache = KernelCache(function, CACHE_DIR)
+    compiled.compile()
+    return int(compiled.address)
 
 
 SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us

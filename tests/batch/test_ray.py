@@ -39,10 +39,10 @@ def answers(path: Path) -> dict[str, Any]:
     return found
 
 
-def engines() -> list[psutil.Process]:
-    """Ray's processes that run an engine."""
+def engines(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Processes that run an engine for a driver that has a Ray of its own."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process(driver.pid).children(recursive=True):
         try:
             if "ray::Engine" in " ".join(process.cmdline()):
                 found.append(process)
@@ -79,7 +79,7 @@ def test_two_engines_one_is_killed(
     process = start(command, command_env)
     try:
         wait_until(process, lambda: out.exists() and out.read_bytes().count(b"\n") >= 3)
-        found = engines()
+        found = engines(process)
         assert len(found) == 2
         os.kill(found[0].pid, signal.SIGKILL)
         _, told = process.communicate(timeout=120)
@@ -101,8 +101,8 @@ def test_an_engine_is_lost_while_it_opens_its_model(
     command = ["batch", str(source), "-o", str(out), *options, "--ray", "local", "--ray-actors", "2"]
     process = start(command, command_env)
     try:
-        wait_until(process, lambda: len(engines()) > 0)
-        os.kill(engines()[0].pid, signal.SIGKILL)
+        wait_until(process, lambda: len(engines(process)) > 0)
+        os.kill(engines(process)[0].pid, signal.SIGKILL)
         _, told = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -165,7 +165,9 @@ def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: 
         with out.open("w") as file:
             process = start(command, command_env, stdout=file)
         wait_until(process, lambda: out.read_bytes().count(b"\n") >= 2)
+        process.send_signal(signal.SIGSTOP)  # however fast the engines are, they get no more to do meanwhile
         nodes.remove_node(other, allow_graceful=False)
+        process.send_signal(signal.SIGCONT)
         _, told = process.communicate(timeout=120)
     finally:
         if process is not None:

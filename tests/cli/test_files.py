@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from m2lite.quant.safetensors import Shard
 from tests.children import default_signals
 from tests.conftest import Run
 from tests.quant import checkpoints
@@ -105,12 +105,16 @@ def test_convert_verify_and_damage(run_inline: Run, checkpoint: Path, tmp_path: 
     ],
 )
 def test_a_bad_option_writes_nothing(
-    run_inline: Run, checkpoint: Path, tmp_path: Path, arguments: list[str], words: str
+    run_inline: Run,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
 ) -> None:
-    begun = time.perf_counter()
+    monkeypatch.setattr(Shard, "read", None)  # headers may be looked at, no tensor
     done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", *arguments)
     assert done.returncode in (2, 4) and words in done.stderr, done.stderr
-    assert time.perf_counter() - begun < 1
     assert list(tmp_path.iterdir()) == []
 
 

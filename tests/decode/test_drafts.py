@@ -59,17 +59,6 @@ def test_every_setting_gives_the_same_ids(model: Model, sampling: str) -> None:
             assert found is not None and found.n_tokens >= len(drafted) - 1
 
 
-@pytest.mark.parametrize(("threads", "kv"), [(1, "f16"), (2, "q8_0")])
-def test_threads_kv_and_chunks_change_nothing(bundled_model: Path, threads: int, kv: str) -> None:
-    with Model.open(bundled_model, threads=threads, kv=kv, ctx=256) as model:
-        prompt = chat(model, 25)
-        expected, _ = answer(model, prompt, ("off", None), DRAWN)
-        for n_rows in (1, 7, 64):
-            model.n_rows = n_rows
-            for setting in (("mtp", 3), ("ngram", 3), ("auto", None)):
-                assert answer(model, prompt, setting, DRAWN)[0] == expected, (n_rows, setting)
-
-
 def test_sessions_side_by_side(model: Model) -> None:
     """Modules share their buffers and the gate, not what they know of a row."""
     settings = [("mtp", 3), ("ngram", 3), ("auto", None), ("off", None), ("mtp", 1)]

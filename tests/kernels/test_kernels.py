@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from m2lite.kernels import dot, dots, emit, fast, jit, matmul, reference, router, tiles
+from m2lite.kernels import cache, dot, dots, emit, fast, jit, matmul, reference, router, tiles
 from m2lite.kernels.attention import join_parts, part_begin
 from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
@@ -128,7 +128,7 @@ def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> Non
     open_to_all = tmp_path / "shared"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    assert not jit._owned_private(open_to_all)
+    assert not cache._owned_private(open_to_all)
 
 
 def test_kernel_cache_knows_every_file_with_kernels() -> None:

@@ -1,4 +1,4 @@
-"""Prints the vector form and a hash of logits, for a file and a processor named in the environment. A child process."""
+"""Prints the vector form, a hash of logits, and ids, for the processor that the environment names. A child process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+from m2lite import Model, Sampling
 from m2lite.kernels import emit
 from tests.model.engine import Engine
 
@@ -20,5 +21,11 @@ def hash_logits(path: Path) -> str:
     return digest.hexdigest()
 
 
+def drawn_ids(path: Path) -> str:
+    """Ids of an answer, with a seed."""
+    with Model.open(path, draft="off", ctx=256, threads=2) as model, model.session() as session:
+        return repr(list(session.generate("Once upon a time", max_tokens=20, sampling=Sampling(seed=3))))
+
+
 if __name__ == "__main__":
-    print(emit.FORM, hash_logits(Path(sys.argv[1])))
+    print(emit.FORM, hash_logits(Path(sys.argv[1])), drawn_ids(Path(sys.argv[1])), sep="\n")

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +91,9 @@ def test_weights_too_large_for_a_format_are_refused_by_name(tmp_path: Path) -> N
 
 
 def test_an_unknown_type_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    started = time.monotonic()
     assert "'q3_x' is not an output type. Take one of f32, f16" in refusal(
         tmp_path / "none", tmp_path, UsageError, "q3_x"
     )
-    assert time.monotonic() - started < 1
 
 
 def test_outputs_that_cannot_be_meant_are_refused(source: Path, tmp_path: Path) -> None:

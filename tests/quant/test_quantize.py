@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -85,10 +84,9 @@ def test_a_sidecar_alone_keeps_what_it_says_of_itself(converted: dict[str, Conve
 def test_quantized_tensors_are_copied_but_not_quantized_again(converted: dict[str, Conversion], tmp_path: Path) -> None:
     source = converted["q8_0"].path
     before = digest(source)
-    started = time.monotonic()
     with pytest.raises(UsageError, match=r"are quantized already, the first is '.*' in Q8_0, which would become Q4_0"):
         quantize(source, tmp_path / "x.gguf", "q4_0")
-    assert time.monotonic() - started < 1 and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
     assert digests(quantize(source, tmp_path / "same.gguf", "q8_0")) == digests(converted["q8_0"])
     done = quantize(source, tmp_path / "x.gguf", "f32", allow_requantize=True, mtp=False)
     with open_gguf(done.path) as new, open_gguf(source) as old:

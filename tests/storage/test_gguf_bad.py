@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import struct
-import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,26 +16,21 @@ from m2lite.errors import BadModelError
 from m2lite.storage.blocks import FORMATS, TYPE_NAMES
 from m2lite.storage.gguf_header import GGUFArray, parse_header
 from m2lite.storage.gguf_reader import open_gguf
+from tests.bounded import bounded_work
 
 if TYPE_CHECKING:
     from tests.storage.conftest import RawGGUF
 
 Save = Callable[..., Path]
+N_CALLS = 20_000  # what a refusal may make, whatever the file claims
 HUGE = [2**64 - 1, 2**63, 2**62, 2**40]
 
 
 @contextmanager
 def refused(message: str) -> Iterator[None]:
-    """BadModelError with this text, in under 0.1 s and 10 MB."""
-    tracemalloc.start()
-    start = time.perf_counter()
-    try:
-        with pytest.raises(BadModelError, match=message) as caught:
-            yield
-        assert time.perf_counter() - start < 0.1
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-    finally:
-        tracemalloc.stop()
+    """BadModelError with this text, in few calls and under 10 MB."""
+    with bounded_work(N_CALLS, 10e6), pytest.raises(BadModelError, match=message) as caught:
+        yield
     assert caught.value.exit_code == 4
     assert caught.value.what.endswith(".") and caught.value.todo.endswith(".")
 
@@ -377,16 +370,13 @@ def test_every_flip_of_a_header_byte(small: RawGGUF) -> None:
     """Every byte, every value: most are refused, the rest is valid. None crashes, hangs or leaves the file."""
     content = bytearray(small.build())
     n_loaded = 0
-    slowest = 0.0
     for position in range(len(small.header())):
         whole = content[position]
         for value in range(256):
             content[position] = value
-            start = time.perf_counter()
             n_loaded += survives(bytes(content))
-            slowest = max(slowest, time.perf_counter() - start)
         content[position] = whole
-    assert n_loaded > 0 and slowest < 1
+    assert n_loaded > 0
 
 
 FIELDS = [struct.pack("<Q", n) for n in [*HUGE, 0, 1, 31, 32, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**24]]
@@ -417,12 +407,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def test_mutations(small: RawGGUF) -> None:
-    """A seeded fuzzer: 60,000 files or 3 s, whichever is first."""
+    """A seeded fuzzer: always the same files."""
     content, rng = small.build(), random.Random(20_240_607)
-    begin = time.perf_counter()
-    for _ in range(60_000):
-        start = time.perf_counter()
-        if start - begin > 3:
-            break
+    for _ in range(20_000):
         survives(mutated(content, rng))
-        assert time.perf_counter() - start < 1

@@ -6,7 +6,6 @@ import functools
 import gc
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +164,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_unusable_templates(open_keys: Any, bpe_keys: dict[str, Any], case: str) -> None:
     source, match = UNUSABLE[case]
-    started = time.monotonic()
     template = load_template(open_keys(bpe_keys | {"chat_template": source}))
-    assert time.monotonic() - started < 30
     assert template.origin == "builtin"
     assert template.warning is not None
     assert template.warning.endswith("; the built-in MiniMax-M2 template is used.")

@@ -1,0 +1,152 @@
+"""The kernel cache on disk: whatever lies there, and wherever it cannot lie, the code that runs is right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+
+from m2lite.kernels import cache, jit
+from m2lite.kernels.cache import KernelCache, choose_directory
+from tests.conftest import Run
+
+
+def twice(x: Any) -> Any:
+    return x + x
+
+
+def compiled(directory: Path) -> Any:
+    function = numba.njit(twice)
+    function._cache = KernelCache(twice, directory)
+    return function
+
+
+def hits(function: Any) -> int:
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.mark.parametrize("first", [int, float])
+def test_a_signature_has_a_file_of_its_own(tmp_path: Path, first: type) -> None:
+    """Two processes may compile at once: neither takes the other's code for its own."""
+    one, other = compiled(tmp_path), compiled(tmp_path)
+    second = float if first is int else int
+    assert (one(first(1)), other(second(2))) == (2, 4)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 2 and all(name.startswith("twice-") and name.endswith(".kernel") for name in names)
+    third = compiled(tmp_path)
+    assert (third(1), third(0.5), hits(third)) == (2, 1.0, 2)
+
+
+def test_files_that_are_damaged_are_compiled_again(tmp_path: Path) -> None:
+    assert compiled(tmp_path)(1) == 2
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    damaged = [b"", whole[:10], whole[:32], whole[:-1], whole + b"x", bytes(len(whole))]
+    damaged += [
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (0, 40, len(whole) // 2, -1 % len(whole))
+    ]
+    for content in damaged:
+        path.write_bytes(content)
+        function = compiled(tmp_path)
+        assert (function(1), hits(function)) == (2, 0)
+        again = compiled(tmp_path)  # and was mended
+        assert (again(1), hits(again)) == (2, 1)
+    path.unlink()
+    path.mkdir()
+    assert compiled(tmp_path)(1) == 2
+
+
+def test_what_cannot_be_kept_still_runs(tmp_path: Path) -> None:
+    function = compiled(tmp_path / "gone")
+    assert (function(1), function(0.5)) == (2, 1.0) and not (tmp_path / "gone").exists()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files lie."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def forbid(path: Path) -> None:
+    path.chmod(0o777)
+
+
+def give_away(path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a directory away")
+    os.chown(path, 65534, -1)
+
+
+def lock(path: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root may write anywhere")
+    path.chmod(0o500)
+
+
+def put_a_file_there(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("no directory")
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("spoil", [forbid, give_away, lock, put_a_file_there, link])
+@pytest.mark.parametrize("which", ["kernels", "kernels/v1"])
+def test_a_directory_of_others_is_not_used(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, which: str
+) -> None:
+    """A private one among temporary files is, the same at each start, so that a second start compiles nothing."""
+    monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path / "user"))
+    assert choose_directory("v1") == tmp_path / "user" / "kernels" / "v1"
+    spoil(tmp_path / "user" / which)
+    found = choose_directory("v1")
+    assert found == temporary / f"m2lite-kernels-{os.getuid()}" / "v1" == choose_directory("v1")
+    assert stat.S_IMODE(found.stat().st_mode) == stat.S_IMODE(found.parent.stat().st_mode) == 0o700
+    spoil(temporary / f"m2lite-kernels-{os.getuid()}")
+    last = choose_directory("v1")
+    assert last != found and last.parent == temporary and stat.S_IMODE(last.stat().st_mode) == 0o700
+
+
+def test_a_place_where_nothing_can_be_made(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2LITE_CACHE_DIR", "/proc/none")
+    assert choose_directory("v1").parent.parent == temporary
+
+
+def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path))
+    for n in range(12):
+        path = choose_directory(f"v{n}")
+        (path / "x.kernel").write_text("")
+        os.utime(path, (n, n))
+    assert {path.name for path in (tmp_path / "kernels").iterdir()} == {f"v{n}" for n in range(4, 12)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_a_damaged_cache_is_mended_without_a_word_of_it(run_m2lite: Run, tmp_path: Path) -> None:
+    """Of the command's own cache some files are cut, empty or changed: the same answer, and whole files at the end."""
+    own = tmp_path / "kernels" / jit.CACHE_DIR.name
+    own.parent.mkdir(mode=0o700)
+    shutil.copytree(jit.CACHE_DIR, own)
+    arguments = ("generate", "-p", "Hello", "-n", "8", "--temp", "0", "--no-template")
+    expected = run_m2lite(*arguments)
+    files = sorted(own.glob("rms_norm*.kernel")) + sorted(own.glob("add_*.kernel"))
+    assert len(files) >= 3
+    before = {path: path.read_bytes() for path in files}
+    for n, path in enumerate(files):
+        path.write_bytes((b"", before[path][: len(before[path]) // 2], before[path][:-1] + b"!")[n % 3])
+    done = run_m2lite(*arguments, env={"M2LITE_CACHE_DIR": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
+    assert "Error" not in done.stderr and "compiling kernels" in done.stderr
+    again = run_m2lite(*arguments, env={"M2LITE_CACHE_DIR": str(tmp_path)})
+    assert again.stdout == expected.stdout and "compiling" not in again.stderr
