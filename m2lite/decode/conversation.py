@@ -247,7 +247,7 @@ class Conversation:
         self.answer.finish_reason, self.session.finish_reason = "interrupted", None
         tokenizer = self.session.model.tokenizer
         in_thinking = opens_thinking(tokenizer, row)
-        reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))
+        reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()), self.tools)
         return self._pieces(_Run(self.answer, reply, in_thinking, stream, messages, options))
 
     def _pieces(self, run: _Run) -> Pieces:
@@ -267,7 +267,7 @@ class Conversation:
         finally:
             answer.finish_reason = "stop" if reply.is_stopped else self.session.finish_reason or "interrupted"
             reply.finish()
-            answer.reply = reply.reply(self.tools)
+            answer.reply = reply.reply()
             if not answer.is_aside and (answer.tokens or answer.finish_reason != "interrupted"):
                 said = Said.of(answer.reply.message(), None if reply.is_stopped else answer.tokens)
                 self.messages, self.said = [*run.messages, said], answer

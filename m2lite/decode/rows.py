@@ -42,9 +42,11 @@ def encode_kept(
         return encode_chat(tokenizer, template, messages, tools, add_generation_prompt=is_to_answer)
     row = encode_chat(tokenizer, template, messages[: places[0]], tools)
     for place, following in zip(places, [*places[1:], len(messages)], strict=True):
-        row += answer_ids(tokenizer, messages[place])
-        if opens_thinking(tokenizer, row):  # it was stopped there
-            row += close_thinking(tokenizer)
+        ids = answer_ids(tokenizer, messages[place])
+        was_open = opens_thinking(tokenizer, row) or ids[:1] == [tokenizer.think_open_id]
+        row += ids
+        if was_open and tokenizer.think_close_id not in ids and not messages[place].get("tool_calls"):
+            row += close_thinking(tokenizer)  # it was stopped there
         is_prompt = following < len(messages) or is_to_answer
         row += _behind(tokenizer, template, messages[place + 1 : following], is_prompt)
     return row

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m2lite.errors import UsageError
+from m2lite.text.schema import Schema, SchemaError
 from m2lite.text.tokenizer import check_text
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -58,6 +59,13 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool] | None:
             raise UsageError(
                 f"Tool {index} has no name.", 'Give {"type": "function", "function": {"name": ..., "parameters": ...}}.'
             )
+        try:
+            Schema(function.get("parameters"))
+        except SchemaError as error:
+            where = f"Tool {index} ({function['name']!r})"
+            raise UsageError(
+                f"{where}: its schema {error}.", "Put all of it under $defs; nothing is fetched."
+            ) from None
         checked.append({"type": "function", "function": dict(function)})
     return checked or None
 
