@@ -15,10 +15,10 @@ from itertools import islice
 from typing import Any
 
 from m2lite.system.json_text import JsonError, parse_json
-from m2lite.text.schema import Allowed, Arguments, Schema, SchemaError
+from m2lite.text.schema import ANYTHING, Allowed, Arguments, Schema, SchemaError
 
 _TAG = re.compile(r"<(invoke|parameter)\s+name=|</(invoke|parameter)>")
-_NAME = re.compile(r"\s*(?:\"([^\"<>\n]*)\"|'([^'<>\n]*)'|\"([^\n]{0,1000}?)\"|([^>\n\"']*))\s*>")
+_NAME = re.compile(r"\s*(?:\"([^\"<>\n]*)\"|'([^'<>\n]*)'|\"([^\n]{0,1000}?)\"|([^>\s\"']*))\s*>")
 _BLANKS = re.compile(r"\s*")
 _MOST_TRIES = 64  # of ends of a value that is JSON
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
@@ -197,7 +197,7 @@ class _Reading:
         match = _NAME.match(self.text, tag.end)
         if match is None:
             return None
-        return next(group for group in match.groups() if group is not None).strip(), match.end()
+        return next(group for group in match.groups() if group is not None), match.end()
 
     def _leave_out(self, start: int, end: int, where: str) -> None:
         """Text that belongs to nothing."""
@@ -213,7 +213,7 @@ class _Reading:
             self.is_whole = False
         parameters = self.functions.get(name, {}).get("parameters")
         try:
-            return Schema(parameters).arguments() if parameters is not None else []
+            return Schema(parameters).arguments() if isinstance(parameters, Mapping) else []
         except SchemaError as error:
             self.errors.append(f"The schema of {name!r} {error}.")
             return []
@@ -235,7 +235,7 @@ class _Typed:
         for key, raw in values:
             if key in self.arguments:
                 self.errors.append(f"The call of {name!r} gives {key!r} twice; the last one counts.")
-            allowed = None if alternative is None else alternative.of(key)
+            allowed = None if alternative is None else alternative.of(key) or ANYTHING
             self.arguments[key], fits = _convert(raw, allowed)
             if alternative is not None and alternative.has_no(key):
                 self.errors.append(f"The call of {name!r} gives {key!r}, which its schema does not know.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from m2lite.errors import UsageError
@@ -66,6 +66,7 @@ NASTY = [
 nasty = st.lists(st.sampled_from(NASTY), max_size=5).map("".join)
 strings = nasty | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 keys = st.sampled_from(["x", "y", "a>b", 'a"b', 'a">b', "items", "name", "get", "", "$ref", "é ü", "a\nb"]) | strings
+plain_keys = keys.filter(lambda key: not re.search(r'\n|"\s*>', key))
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers()
 ANY: dict[str, Any] = {
     "string": strings, "integer": st.integers(), "number": numbers, "boolean": st.booleans(), "null": st.none(),
@@ -132,7 +133,10 @@ def tools_and_calls(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[dict[st
             body = {form: [body, {"type": "object"}]} if form == "allOf" else {form: [body]}
         tools.append(tool(body | {"$defs": definitions}, name))
         value = {key: value for key, (_, value) in given_.items()}
-        jsonschema.Draft202012Validator(body | {"$defs": definitions})
+        if form in ("plain", "ref", "anyOf"):
+            more = draw(st.dictionaries(plain_keys, anything, max_size=1))  # of which the schema says nothing
+            value |= {key: item for key, item in more.items() if key not in value}
+        assume(jsonschema.Draft202012Validator(body | {"$defs": definitions}).is_valid(value))
         calls.append(call(name, **value))
     return tools, calls
 
@@ -227,6 +231,7 @@ BY_SCHEMA: dict[str, tuple[Any, str, Any]] = {  # the schema of all arguments, o
         {"$id": "https://example.com/f", "$defs": {"n": {"type": "integer"}},
          "properties": {"v": {"$ref": "https://example.com/f#/$defs/n"}}}, "5", 5,
     ),
+    "not declared": ({"properties": {}}, "[5]", [5]),
     "no schema at all": ([], "5", "5"),
     "types that are none": ({"properties": {"v": {"type": 5, "enum": 3, "anyOf": 1, "allOf": {}}}}, "a", "a"),
 }  # fmt: skip
