@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.decode.engine import Stop
+from m2lite.decode.request import MOST_REQUEST_BYTES
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.messages import check_tools
 
 _POLL_S = 0.1  # between two looks at whether to stop
@@ -127,12 +129,12 @@ def load_tools(sources: Sequence[str], limits: Limits) -> Tools:
 def _load_file(source: str) -> list[dict[str, Any]]:
     path = Path(source).expanduser()
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes(), most_bytes=MOST_REQUEST_BYTES)
     except OSError as error:
         raise UsageError(
             f"{source}: {error.strerror}.", f"Name a file of tool schemas, or of {', '.join(NAMES)}."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", "Give a list of OpenAI tool schemas.") from None
     value = value.get("tools") if isinstance(value, dict) else value
     if not isinstance(value, list):

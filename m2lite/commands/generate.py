@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,14 +134,15 @@ def _print_code(answer: Answer) -> None:
 
 def _read_request(source: str, defaults: Request) -> Request:
     """The request in a file; - is stdin."""
-    from m2lite.decode.request import parse_request
+    from m2lite.decode.request import MOST_REQUEST_BYTES, parse_request
+    from m2lite.system.json_text import JsonError, parse_json
 
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        body = json.loads(data)
+        body = parse_json(data, most_bytes=MOST_REQUEST_BYTES)
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:
         return parse_request(body, defaults)
@@ -180,6 +180,7 @@ def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
         "text": reply.content,
         "thinking": reply.thinking,
         "tool_calls": reply.tool_calls,
+        **({"m2lite_warnings": reply.errors} if reply.errors else {}),
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
         **({"logprobs": [_logprob(each) for each in answer.logprobs]} if answer.logprobs else {}),
