@@ -166,10 +166,15 @@ class Conversation:
 
     def tell_results(self, results: Sequence[str], **options: Unpack[Options]) -> Pieces:
         """What the calls of the last answer gave back, in their order; the model goes on with it."""
+        attempt = self.said.attempt
+        self.add_results(results)
+        return self._answer(self.messages, Answer(attempt=attempt), options)
+
+    def add_results(self, results: Sequence[str]) -> None:
+        """As `tell_results`, but the model does not go on; `resume` lets it."""
         assert len(results) == len(self.messages[-1]["tool_calls"])
         self.messages = [*self.messages, *({"role": "tool", "content": result} for result in results)]
-        attempt, self.said = self.said.attempt, _COMPLETE
-        return self._answer(self.messages, Answer(attempt=attempt), options)
+        self.said = _COMPLETE
 
     def reply_to(self, messages: Sequence[Message], stream: int | None = None, **options: Unpack[Options]) -> Pieces:
         """Answer these messages, which end with a question or with results, in place of those so far.

@@ -110,7 +110,7 @@ def without_generation(source: str) -> str:
 
 
 def now_s() -> int:
-    """What templates take for now, in seconds since 1970: SOURCE_DATE_EPOCH, by which prompts can be repeated, or now."""
+    """The time for templates, in seconds since 1970: SOURCE_DATE_EPOCH, by which prompts can be repeated, or now."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
     return int(fixed) if re.fullmatch(r"\d{1,11}", fixed) else int(time.time())
 
