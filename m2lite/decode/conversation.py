@@ -161,7 +161,8 @@ class Conversation:
             return self._answer(self.messages, Answer(), options)
         if self.said.finish_reason == "stop":
             raise UsageError("The last answer is complete.", "/regen makes another one.")
-        tokens = self.said.tokens or answer_ids(self.session.model.tokenizer, self.messages[-1])
+        model = self.session.model
+        tokens = self.said.tokens or answer_ids(model.tokenizer, model.template, self.messages[-1])
         return self._answer(self.messages[:-1], replace(self.said, tokens=tokens), options)
 
     def tell_results(self, results: Sequence[str], **options: Unpack[Options]) -> Pieces:

@@ -140,6 +140,8 @@ class ReplyStream:
         if (self._kind, index) in self._tags:
             kind, skip, claims = self._tags[self._kind, index]
             return self._turn(kind, skip, claims)
+        if self._ended_by_call and self._blank and self._kind == "content" and index == self._tokenizer.think_close_id:
+            return self._turn("content", 2, True)  # it closes what the call has closed
         if self._blank and index == self._tokenizer.think_open_id:
             if self._kind == "thinking":
                 return self._turn("thinking", 1, True)  # the prompt has opened the thinking already

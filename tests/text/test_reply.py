@@ -154,6 +154,7 @@ MISFIT = "The call of 'f': 'x' is 'one', expected integer."
 CALLS_IN_THINKING: dict[str, tuple[str, Reply]] = {
     "whole": (f"why\n{WHOLE}[e~[", Reply("why", "", [{"x": 1}], ENDED)),
     "text behind it": (f"why\n{WHOLE}\nb[e~[", Reply("why", "\nb", [{"x": 1}], ENDED)),
+    "closed behind it": (f"why\n{WHOLE}\n</think>\n\nb[e~[", Reply("why", "b", [{"x": 1}], ENDED)),
     "second marker": (
         f"use <minimax:tool_call> now\n{WHOLE}",
         Reply("use <minimax:tool_call> now", "", [{"x": 1}], ENDED),
