@@ -188,7 +188,7 @@ def test_a_call_inside_the_thinking(tokenizer: Tokenizer, case: str) -> None:
         pieces += stream.finish()
         found = stream.reply()
         if tools is None and expected.tool_calls:
-            assert found.tool_calls == [] and found.content == "" and "<invoke" in found.thinking
+            assert found.tool_calls == [] and "<invoke" in found.thinking
         else:
             calls = [call("f", **arguments) for arguments in expected.tool_calls]
             assert found == Reply(expected.thinking, expected.content, calls, expected.errors)
