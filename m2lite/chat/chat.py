@@ -38,6 +38,7 @@ class Chat:
     saved: SavedChat | None = None  # None: nothing is saved
     tools: Tools | None = None
     approve: str = "ask"  # which calls run: ask, never or all
+    max_rounds: int = 3  # of the same calls with the same results, and nothing else said; 0: without end
     stop_texts: tuple[str, ...] = ()  # that end an answer
     schema: Schema | None = None  # every answer is JSON of it
     places: Places = field(default_factory=Places)  # what was read for it, and must not be written over

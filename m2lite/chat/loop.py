@@ -85,18 +85,31 @@ class _Talk:
         return 0
 
     def _answer(self, begin: Begin, is_question: bool = False) -> int:
-        """An answer, and as long as it calls tools, what it makes of their results."""
+        """An answer, and as long as it calls tools, what it makes of their results.
+
+        One that calls the same again and again, learns nothing new and says nothing is stopped.
+        """
         code = self._show(begin, is_question)
-        conversation, tools = self._chat.conversation, self._chat.tools
+        conversation, tools, most = self._chat.conversation, self._chat.tools, self._chat.max_rounds
+        before, n_same = None, 0
         while (
             tools is not None
             and not code
             and conversation.answer.finish_reason == "stop"
             and conversation.answer.reply.tool_calls
         ):
-            results = self._call_tools(tools, conversation.answer.reply.tool_calls)
+            reply = conversation.answer.reply
+            results = self._call_tools(tools, reply.tool_calls)
             if results is None:
                 tell("— the calls were left open. /regen answers anew, /undo drops the turn.")
+                break
+            n_same = n_same + 1 if not reply.content.strip() and before == (reply.tool_calls, results) else 1
+            before = reply.tool_calls, results
+            if n_same == most and not reply.content.strip():
+                conversation.add_results(results)
+                self._save()
+                told = f"— stopped: the same call gave the same result in {n_same} rounds."
+                tell(f"{told} /continue goes on, /undo drops the turn.")
                 break
             code = self._show(partial(_tell_results, conversation, results))
         return code

@@ -47,6 +47,9 @@ def chat(
     ] = "ask",
     tool_dir: Annotated[str, typer.Option("--tool-dir", metavar="DIR", help="Where tools run")] = ".",
     tool_seconds: Annotated[float, typer.Option("--tool-seconds", metavar="S", help="A tool's time limit")] = 60.0,
+    max_rounds: Annotated[
+        int, typer.Option("--max-rounds", metavar="N", help="Stop after N same calls with the same result; 0: never")
+    ] = 3,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
     from m2lite.chat.chat import Chat
@@ -62,6 +65,8 @@ def chat(
         raise UsageError(f"--approve is {approve!r}.", "Use ask, never or all.")
     if not tool_seconds > 0:
         raise UsageError(f"--tool-seconds is {tool_seconds:g}.", "Use a number above 0.")
+    if max_rounds < 0:
+        raise UsageError(f"--max-rounds is {max_rounds}.", "Use 0 or more.")
     if json_schema is not None and tools:
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
@@ -85,6 +90,7 @@ def chat(
             is_plain=plain,
             tools=box,
             approve=approve,
+            max_rounds=max_rounds,
             stop_texts=stop_texts,
             schema=schema,
             places=places,

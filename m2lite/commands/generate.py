@@ -145,10 +145,10 @@ def _print_code(answer: Answer) -> None:
 
 def _read_request(source: str, defaults: Request) -> Request:
     """The request in a file; - is stdin."""
-    from m2lite.decode.request import parse_request
+    from m2lite.decode.request import MOST_REQUEST_BYTES, parse_request
 
     try:
-        body = parse_json(read_input(source, MOST_BYTES))
+        body = parse_json(read_input(source, MOST_REQUEST_BYTES))
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
     except JsonError as error:
@@ -189,6 +189,7 @@ def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
         "text": reply.content,
         "thinking": reply.thinking,
         "tool_calls": reply.tool_calls,
+        **({"m2lite_warnings": reply.errors} if reply.errors else {}),
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
         **({"logprobs": [_logprob(each) for each in answer.logprobs]} if answer.logprobs else {}),

@@ -49,7 +49,7 @@ def check_schema(schema: object) -> str:
 def load_schema(text: str | bytes, where: str) -> Schema:
     """The schema in `text`, a JSON schema or OpenAI's {"name", "schema"}, checked; `where` names it in errors."""
     try:
-        schema = parse_json(text, most_bytes=2 * _MOST_SCHEMA)
+        schema = parse_json(text, most_bytes=4 * _MOST_SCHEMA)
     except JsonError as error:
         raise UsageError(f"{where}: no JSON ({error}).", "Give a JSON schema.") from None
     if isinstance(schema, dict) and isinstance(schema.get("schema"), dict) and "type" not in schema:
