@@ -231,7 +231,7 @@ def stdin_bytes() -> IO[bytes]:
     """What stdin gives; of a closed one nothing, which is told."""
     if 0 in _closed:
         note("stdin is closed: it is taken as empty")
-    return sys.stdin.buffer
+    return io.BytesIO() if sys.stdin is None else sys.stdin.buffer
 
 
 def stdin_lines() -> Iterator[bytes]:

@@ -420,9 +420,10 @@ def fuzz_reply(data: bytes) -> None:
     bytes_left = iter(data[1:])
     for byte in bytes_left:
         ids.append(255 + next(bytes_left, 0) % 17 if byte == 255 else byte)
-    stream = ReplyStream(tokenizer, data[:1] > b"\x7f", ("stop",) if data[:1] > b"\xbf" else ())
+    tools = [{"type": "function", "function": TOOL}] if data[:1] > b"\x3f" else None
+    stream = ReplyStream(tokenizer, data[:1] > b"\x7f", ("stop",) if data[:1] > b"\xbf" else (), tools)
     pieces = [piece for index in ids for piece in stream.push(index)] + stream.finish()
-    reply = stream.reply([{"type": "function", "function": TOOL}])
+    reply = stream.reply()
     for kind, text in (("thinking", reply.thinking), ("content", reply.content)):
         assert "".join(piece.text for piece in pieces if piece.kind == kind) == text
     check_text(reply.message())
