@@ -133,7 +133,9 @@ class _Reading:
     def _value_end(self, at: int, begin: int, missing: frozenset[str], allowed: Sequence[Allowed]) -> int | None:
         """The closing tag of the value that begins at `begin` and in which tag `at` comes first."""
         first = next((n for n in range(at, len(self.tags)) if self.tags[n].closes("parameter")), None)
-        if first is None or (allowed and not any(each.may_be_text for each in allowed)):
+        if first is None:
+            return None
+        if allowed and not any(each.may_be_text for each in allowed):
             return self._json_end(first, begin, allowed)
         if first < self.endless:
             for n in range(first, len(self.tags)):
@@ -142,9 +144,9 @@ class _Reading:
             self.endless = first
         return first
 
-    def _json_end(self, first: int | None, begin: int, allowed: Sequence[Allowed]) -> int | None:
+    def _json_end(self, first: int, begin: int, allowed: Sequence[Allowed]) -> int:
         """JSON says itself where it ends; the first closing tag if it is none."""
-        closing = (n for n in range(first or 0, len(self.tags)) if self.tags[n].closes("parameter"))
+        closing = (n for n in range(first, len(self.tags)) if self.tags[n].closes("parameter"))
         for n in islice(closing, _MOST_TRIES):
             if any(_convert(self.text[begin : self.tags[n].start], each)[1] for each in allowed):
                 return n

@@ -354,6 +354,28 @@ def test_what_is_in_doubt_is_told(case: str) -> None:
     assert any(told in error for error in errors), errors
 
 
+FRAGMENTS = [
+    '<invoke name="f">',
+    '<parameter name="x">',
+    '<parameter name="y">',
+    "</parameter>",
+    "</invoke>",
+    "\n",
+    "a",
+    "<",
+]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=16).map("".join))
+def test_nothing_is_lost_in_silence(text: str) -> None:
+    """Whatever the model writes: without a word, every byte but blanks between tags is in the calls."""
+    calls, errors = parse_tool_calls(text, [XY])
+    if not errors:
+        again = written(calls) if calls else ""
+        assert "".join(text.split()) == "".join(again.split())
+
+
 def test_names_with_any_character() -> None:
     for name in ("a>b", 'a"b', "a<b", "it's", 'a">b', "a\nb", "<parameter name="):
         tools = [tool({"properties": {name: {"type": "integer"}}}, name)]
