@@ -174,8 +174,8 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
         note(f"streamed: {residency.describe()}")
     if model.engine.drafting.warning:
         note(f"warning: {model.engine.drafting.warning}")
-    if model.engine.layer_advice:
-        note(f"warning: {model.engine.layer_advice}")
+    for warning in model.engine.warnings:
+        note(f"warning: {warning}")
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.load != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")

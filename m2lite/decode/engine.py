@@ -60,7 +60,7 @@ class Engine:
         from m2lite.kernels import jit
 
         self.layer = jit.start(n_threads)
-        self.layer_advice = jit.layer_advice()
+        self.warnings = jit.warnings()
         self.n_threads = jit.n_threads()
 
         from m2lite.decode.lookup import warm_up

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import hashlib
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -16,6 +16,8 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from m2lite.system.numba_environment import LAYERS, TOLD
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
@@ -27,6 +29,7 @@ import numba
 from numba.core import config as numba_config
 from numba.core import event, sigutils
 from numba.core.ccallback import CFunc
+from numba.np.ufunc import parallel
 
 from m2lite.kernels.cache import KernelCache, choose_directory
 from m2lite.kernels.crowd import Crowd
@@ -67,29 +70,41 @@ def source_hash() -> str:
 CACHE_DIR = choose_directory(source_hash())
 
 
-def _choose_layer() -> str:
-    """omp where the system has libgomp (it is not in Numba's wheel), tbb where installed, workqueue otherwise."""
-    if sys.platform.startswith("linux"):
-        try:
+def _has(layer: str) -> bool:
+    """Whether Numba can use it here: libgomp and TBB are not in its wheel."""
+    try:
+        if layer == "omp" and sys.platform.startswith("linux"):
             ctypes.CDLL("libgomp.so.1")
-        except OSError:
-            pass
-        else:
-            return "omp"
-    if importlib.util.find_spec("tbb") is not None:
-        return "tbb"
-    return "workqueue"
+        if layer == "tbb":
+            parallel._check_tbb_version_compatible()
+        importlib.import_module(f"numba.np.ufunc.{layer if layer == 'workqueue' else layer + 'pool'}")
+    except (ImportError, OSError, ValueError):
+        return False
+    return True
 
 
-LAYER = os.environ.get("NUMBA_THREADING_LAYER") or _choose_layer()
+def _choose_layer() -> str:
+    """The user's, or the first that is here."""
+    wanted = os.environ.get("NUMBA_THREADING_LAYER")
+    found = next(layer for layer in (wanted, *LAYERS) if layer and _has(layer))
+    if wanted and wanted != found:
+        del os.environ["NUMBA_THREADING_LAYER"]
+        TOLD.append(f"NUMBA_THREADING_LAYER={wanted} cannot be had here: {found} is used")
+    return found
+
+
+LAYER = _choose_layer()
 numba_config.THREADING_LAYER = LAYER
 
 
-def layer_advice() -> str | None:
-    """What to install where only the slow threading layer is there; None where a fast one is."""
-    if LAYER != "workqueue":
-        return None
-    return "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
+def warnings() -> list[str]:
+    """What the user should know of the environment: a sentence each, and nothing where all is well."""
+    return TOLD if LAYER != "workqueue" else [*TOLD, SLOW_LAYER]
+
+
+SLOW_LAYER = (
+    "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
+)
 
 
 class _CompileListener(event.Listener):  # type: ignore[misc]

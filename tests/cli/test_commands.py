@@ -483,6 +483,29 @@ def test_the_slow_threading_layer_is_said(run_m2lite: Run, model_files: dict[str
     assert done.stdout == run_m2lite(*arguments).stdout
 
 
+def test_a_threading_layer_that_is_not_there_is_said(run_m2lite: Run, model_files: dict[str, Path]) -> None:
+    env = {"NUMBA_THREADING_LAYER": "tbb", "NUMBA_NUM_THREADS": "0", "NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_AVX": "0"}
+    done = run_m2lite("generate", model_files["reply"], "-p", "x", env=env)
+    assert (done.returncode, done.stdout) == (0, "Fine é\n"), done.stderr
+    assert "warning: NUMBA_NUM_THREADS=0 is not used: expected a number from 1 to 1024" in done.stderr
+    assert "warning: NUMBA_DISABLE_JIT=1 is not used" in done.stderr
+    if "threads (tbb)" not in done.stderr:
+        assert "warning: NUMBA_THREADING_LAYER=tbb cannot be had here: " in done.stderr
+
+
+def test_the_seed_that_is_said_is_the_requests(run_inline: Run, model_files: Models, tmp_path: Path) -> None:
+    request = tmp_path / "request.json"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    for extra, options, said in (
+        ({"seed": 77}, (), "seed 77"), ({"seed": 77}, ("--seed", "5"), "seed 77"), ({}, ("--seed", "5"), ""),
+        ({"temperature": 0}, (), ""), ({"temperature": 1, "seed": 8}, ("--temp", "0"), "seed 8"),
+    ):  # fmt: skip
+        request.write_text(json.dumps(body | extra))
+        done = run_inline("generate", model_files["random"], "--request", request, *options)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if line.startswith("seed ")] == [said] * bool(said)
+
+
 def test_shell_completion(run_m2lite: Run) -> None:
     env = {"_M2LITE_COMPLETE": "complete_bash", "COMP_WORDS": "m2lite gen", "COMP_CWORD": "1"}
     assert run_m2lite(env=env).stdout.split() == ["generate"]
