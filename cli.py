@@ -6,13 +6,17 @@ Everything heavy is imported inside the commands, so that `m2lite --help` answer
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from m2lite import __version__
 from m2lite.commands import batch, chat, files, generate, measures
+from m2lite.commands.frame import guard
+from m2lite.shown import shown
 from m2lite.signals import exit_on_terminate, leave_now
+from m2lite.system import streams
 
 app = typer.Typer(
     help="MiniMax-M2 on a CPU, from an int4 GGUF file that stays on disk.",
@@ -32,26 +36,55 @@ for _run in COMMANDS:
 app.add_typer(batch.app, name="batch")
 
 
+# Of what typer brings along, which is click under changing names: an error in the arguments.
+_ArgumentError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def main() -> None:
     """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    streams.claim()
     exit_on_terminate()
-    code: Any = 0
-    try:
-        app(prog_name="m2lite")
-    except SystemExit as error:
-        code = error.code
+    code = run(sys.argv[1:])
+    lost = streams.finish()
+    if lost is not None and code == 0:
+        streams.note(f"m2lite: {lost}")
+        code = 1
     compute = sys.modules.get("m2lite.decode.compute")
     if compute is not None and compute.is_busy():
-        leave_now(code if isinstance(code, int) else 1)
+        leave_now(code)
     sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    code: Any = 0
+
+    def parse_and_run() -> None:
+        nonlocal code
+        try:
+            code = app(list(arguments), prog_name="m2lite", standalone_mode=False)
+        except _ArgumentError as error:
+            from typer import rich_utils
+
+            text = shown(error.format_message())  # it quotes the arguments
+            error.format_message = lambda: text
+            rich_utils.rich_format_error(error)
+            code = error.exit_code
+        except typer.Abort:
+            code = 1
+
+    try:
+        guard(parse_and_run)
+    except typer.Exit as left:
+        code = left.exit_code
+    except SystemExit as left:
+        code = left.code
+    return code if isinstance(code, int) else int(code is not None)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"m2lite {__version__}")
+        streams.say(f"m2lite {__version__}")
         raise typer.Exit
 
 

@@ -19,10 +19,11 @@ from m2lite.decode.compute import compute_thread
 from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Model, Session
-from m2lite.describe import format_bytes
 from m2lite.model.cache import PAGE
 from m2lite.model.stream import Traffic
+from m2lite.shown import shown
 from m2lite.storage.reads import Range, measure_disk
+from m2lite.system.byte_units import format_bytes, format_speed
 
 _READ_BYTES = 512 * 1024**2
 _MAPPED_BYTES = 2 * 1024**3
@@ -276,20 +277,20 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 def format_result(result: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
-    lines = [f"{result['model']}  {format_bytes(result['size_bytes'])}"]
+    lines = [f"{shown(result['model'])}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
     lines += [_format_test(test) for test in result["tests"]]
     plain, mapped = result["read_bytes_per_s"], result.get("read_mapped_bytes_per_s")
     weights, kv = format_bytes(result["weight_bytes_per_token"]), format_bytes(result["kv_bytes_per_position"])
     lines.append(
-        f"weights {weights} a token, KV {kv} a position; plain reading {plain / 1e9:.1f} GB/s"
-        + (f", of the mapped file {mapped / 1e9:.1f} GB/s" if mapped else "")
+        f"weights {weights} a token, KV {kv} a position; plain reading {format_speed(plain)}"
+        + (f", of the mapped file {format_speed(mapped)}" if mapped else "")
     )
     for test in result["tests"]:
         if "bytes_per_s" in test and mapped:
             used = test["bytes_per_s"]
             lines.append(
-                f"decode at depth {test['depth']:,} reads {used / 1e9:.1f} GB/s: {used / plain:.0%} of plain reading, "
+                f"decode at depth {test['depth']:,} reads {format_speed(used)}: {used / plain:.0%} of plain reading, "
                 f"{used / mapped:.0%} of the mapped file's"
             )
     if any(test["depth"] > _N_COMPUTED for test in result["tests"]):
@@ -310,5 +311,5 @@ def _format_test(test: dict[str, Any]) -> str:
         line += f"\n{'':<8}{test['hit_rate']:.0%} hits; a token read {format_bytes(int(read))} and waited {stall:.3f} s"
     if "disk_bytes_per_s" in test and stall:
         disk = test["disk_bytes_per_s"]
-        line += f": {read / stall / 1e9:.2f} GB/s; the disk gives {disk / 1e9:.2f} for the same reads, 8 at once"
+        line += f": {format_speed(read / stall)}; the disk gives {format_speed(disk)} for the same reads, 8 at once"
     return line

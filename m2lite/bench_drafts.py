@@ -13,6 +13,7 @@ from m2lite.decode.engine import Stop
 from m2lite.decode.sampling import Sampling
 from m2lite.decode.session import Model
 from m2lite.errors import UsageError
+from m2lite.shown import shown
 from m2lite.text.template import encode_chat
 from m2lite.workloads import WORKLOADS, Workload
 
@@ -139,7 +140,9 @@ def _result(workload: Workload, runs: dict[Setting, list[Run]]) -> dict[str, Any
 
 def format_drafts(result: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
-    lines = [f"{result['model']}, {result['threads']} threads, {result['repeats']} runs; medians of the ratios to off"]
+    lines = [
+        f"{shown(result['model'])}, {result['threads']} threads, {result['repeats']} runs; medians of the ratios to off"
+    ]
     for workload in result["workloads"]:
         lines.append("")
         lines.append(f"{workload['name']}, temperature {workload['temperature']:g}")

@@ -52,20 +52,11 @@ def tokenizer_checks(tokenizer: Tokenizer, n_vocab: int) -> list[dict[str, Any]]
     marks = ("]~!b[", "]~b]", "[e~[")
     checks = {
         f"the vocabulary has as many tokens as the head has rows ({n_vocab})": tokenizer.n_vocab == n_vocab,
-        "the end token stops a reply": tokenizer.eos_id in tokenizer.stop_ids,
+        "the ids of special tokens are those of special tokens": not tokenizer.warnings,
         "the marks of M2's turns are control tokens": all(mark in tokenizer.control_strings for mark in marks),
         "text in several scripts comes back as it was": tokenizer.decode(tokenizer.encode(text)) == text,
     }
     return [{"check": name, "ok": bool(ok)} for name, ok in checks.items()]
-
-
-def format_bytes(n_bytes: float) -> str:
-    """In powers of 1000, three digits: 17.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def format_mix(mix: dict[str, float]) -> str:
@@ -74,38 +65,47 @@ def format_mix(mix: dict[str, float]) -> str:
 
 def describe_file(path: str) -> dict[str, Any]:
     """Header, types, dimensions, tokenizer and template of the file, as plain values that JSON can hold."""
+    with open_gguf(path) as gguf:
+        try:
+            return _describe(gguf)
+        finally:
+            gguf.check_unchanged()  # of one that was cut meanwhile nothing of it is true
+
+
+def _describe(gguf: GGUFFile) -> dict[str, Any]:
     from m2lite.model.config import parse_config
     from m2lite.text.template import load_template
     from m2lite.text.tokenizer import load_tokenizer
 
-    with open_gguf(path) as gguf:
-        config = parse_config(gguf.metadata)
-        tokenizer = load_tokenizer(gguf)
-        template = load_template(gguf)
-        return {
-            "path": str(gguf.path),
-            "parts": [str(part) for part in gguf.parts],
-            "size_bytes": gguf.size_bytes,
-            "n_tensors": len(gguf.tensors),
-            "sizes": size_table(gguf),
-            "types": type_table(gguf),
-            "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
-            "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
-            "tokenizer": {
-                "n_vocab": tokenizer.n_vocab,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-                "stop_ids": sorted(tokenizer.stop_ids),
-                "n_control": len(tokenizer.control_strings),
-            },
-            "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),
-            "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
-            "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
-            "tensors": [
-                {"name": t.name, "type": t.format.name, "shape": list(t.shape), "n_bytes": t.n_bytes}
-                for t in gguf.tensors.values()
-            ],
-        }
+    config = parse_config(gguf.metadata)
+    tokenizer = load_tokenizer(gguf)
+    template = load_template(gguf)
+    return {
+        "path": str(gguf.path),
+        "parts": [str(part) for part in gguf.parts],
+        "size_bytes": gguf.size_bytes,
+        "n_tensors": len(gguf.tensors),
+        "sizes": size_table(gguf),
+        "types": type_table(gguf),
+        "type_mix": {name: round(share, 4) for name, share in type_mix(gguf).items()},
+        "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
+        "tokenizer": {
+            "n_vocab": tokenizer.n_vocab,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "stop_ids": sorted(tokenizer.stop_ids),
+            "stop_tokens": [tokenizer.token_text(stop) for stop in sorted(tokenizer.stop_ids)],
+            "warnings": list(tokenizer.warnings) or None,
+            "n_control": len(tokenizer.control_strings),
+        },
+        "tokenizer_checks": tokenizer_checks(tokenizer, config.n_vocab),
+        "template": {"origin": template.origin, "sha256": template.sha256, "warning": template.warning},
+        "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
+        "tensors": [
+            {"name": t.name, "type": t.format.name, "shape": list(t.shape), "n_bytes": t.n_bytes}
+            for t in gguf.tensors.values()
+        ],
+    }
 
 
 def _plain(value: Any) -> Any:

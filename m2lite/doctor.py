@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from m2lite import __version__, machine
-from m2lite.describe import format_bytes
 from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings
+from m2lite.system.byte_units import format_bytes
 
 _FEATURES = ("avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod", "i8mm")
 
@@ -38,6 +38,8 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "model", f"none: {error}"
     for name in OPTIONS:
         value = getattr(settings, name)
+        if value is not None and OPTIONS[name].metavar == "SIZE":
+            value = format_bytes(value)
         yield f"  {name}", f"{'automatic' if value is None else value} ({settings.origins[name]})"
 
 

@@ -21,9 +21,10 @@ import numpy as np
 
 from m2lite.decode.compute import compute_thread
 from m2lite.decode.session import Model
-from m2lite.describe import format_bytes
 from m2lite.model.stream import slices, stacks_of
+from m2lite.shown import shown
 from m2lite.storage.reads import measure_disk
+from m2lite.system.byte_units import format_bytes, format_speed
 
 HIT_RATES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 PROMPTS = (512, 2048)
@@ -188,7 +189,7 @@ def _best(call: Callable[[], None]) -> float:
 def format_plan(plan: dict[str, Any]) -> str:
     """For people; the JSON object holds the same numbers."""
     c, costs = format_bytes, plan["costs"]
-    lines = [f"{plan['model']}  {c(plan['size_bytes'])}"]
+    lines = [f"{shown(plan['model'])}  {c(plan['size_bytes'])}"]
     lines.append(
         f"experts {c(plan['pool_bytes'])}, of which a token needs {c(plan['cycle_bytes'])}; dense weights "
         f"{c(costs['dense_bytes'])}; KV cache {c(plan['kv_cache_bytes'])} (ctx {plan['ctx']:,}, {plan['kv']})"
@@ -208,8 +209,8 @@ def format_plan(plan: dict[str, Any]) -> str:
             )
     assumed = " (assumed)" if plan["disk_is_assumed"] else ""
     lines.append(
-        f"measured: disk {costs['disk'] / 1e9:.2f} GB/s{assumed}, weights through the kernels "
-        f"{costs['stream'] / 1e9:.1f} GB/s, products {costs['kernels'] / 1e9:.0f} G/s"
+        f"measured: disk {format_speed(costs['disk'])}{assumed}, weights through the kernels "
+        f"{format_speed(costs['stream'])}, products {costs['kernels'] / 1e9:.0f} G/s"
     )
     lines.append("hits      tok/s  bound by " + "".join(f"  prompt of {n:,}: tok/s, first token" for n in PROMPTS))
     for row in plan["rows"]:

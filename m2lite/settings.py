@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.errors import UsageError
+from m2lite.system.byte_units import parse_bytes, parse_positive_bytes
 
+_MOST_DIGITS = 19  # of a count
+_MOST_BYTES = 1 << 20  # of config.toml
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
@@ -67,10 +70,13 @@ class Settings:
 
 def parse_count(text: str) -> int:
     """A whole number, with k, m, g or t for powers of 1024: 32k is 32,768."""
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9][0-9_,]{0,30})\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("expected a whole number such as 4096 or 32k")
-    return int(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
+    digits = re.sub("[_,]", "", match[1]).lstrip("0") or "0"
+    if len(digits) > _MOST_DIGITS or (value := int(digits) * _UNITS[match[2].lower()]) >= 1 << 63:
+        raise ValueError("expected a number below 2**63")
+    return value
 
 
 def parse_positive(text: str) -> int:
@@ -103,7 +109,7 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 
 def parse_seed(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**64:
+    if not re.fullmatch(r"0*[0-9]{1,20}", text) or int(text.lstrip("0") or "0") >= 2**64:
         raise ValueError("expected a whole number from 0 to 2**64 - 1")
     return int(text)
 
@@ -118,9 +124,16 @@ OPTIONS: dict[str, Option] = {
         Option(
             "load", ("--load",), "auto|mmap|direct", parse_choice("auto", "mmap", "direct"), "auto", "Where weights lie"
         ),
-        Option("ram", ("--ram",), "SIZE", parse_positive, None, "Memory to use, e.g. 12g [default: what is free]"),
+        Option(
+            "ram",
+            ("--ram",),
+            "SIZE",
+            parse_positive_bytes,
+            None,
+            "Memory to use, e.g. 12g (GiB) [default: all free]",
+        ),
         Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
-        Option("kv_disk", ("--kv-disk",), "SIZE", parse_count, None, "Disk for rows of chats, 0: none [default: 16g]"),
+        Option("kv_disk", ("--kv-disk",), "SIZE", parse_bytes, None, "Disk for rows of chats, 0: none [default: 16g]"),
         Option(
             "draft",
             ("--draft",),
@@ -170,14 +183,25 @@ def load_config(path: Path) -> dict[str, Any]:
     """The keys of config.toml; {} when there is none."""
     try:
         with path.open("rb") as file:
-            config = tomllib.load(file)
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+        config = tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}.", "Correct it or move it away.") from error
     unknown = sorted(set(config) - set(OPTIONS))
     if unknown:
         raise UsageError(f"{path} has the unknown key {unknown[0]!r}.", f"Known keys: {', '.join(OPTIONS)}.")
+    for name, value in config.items():
+        is_text = OPTIONS[name].parse is str
+        is_huge = isinstance(value, int) and abs(value) >= 1 << 64  # Python may refuse to print it
+        if is_huge or not isinstance(value, str if is_text else str | int | float) or "\0" in str(value):
+            what, value = "a text" if is_text else "a text or a number", "a huge number" if is_huge else value
+            raise UsageError(
+                f"key {name} in {path} is {str(value)[:80]!r}, expected {what}.", "Correct it or leave it out."
+            )
     return config
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
+
+from m2lite.system.streams import finish
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -58,13 +59,23 @@ def stop_on_signals() -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    numbers = [signal.SIGINT, *_TERMINATING]
-    before: list[tuple[int, Any]] = [(number, signal.signal(number, flag.handle)) for number in numbers]
-    try:
+    with _handled((signal.SIGINT, *_TERMINATING), flag.handle):
         yield flag
+
+
+def is_heeded(number: int) -> bool:
+    """Whether we act on it. What was ignored when we started stays so, as with nohup; SIGTERM always counts."""
+    return number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
+
+
+@contextmanager
+def _handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before: list[tuple[int, Any]] = [(n, signal.signal(n, handler)) for n in numbers if is_heeded(n)]
+    try:
+        yield
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+        for number, earlier in before:
+            signal.signal(number, earlier)
 
 
 def exit_on_terminate() -> None:
@@ -73,15 +84,32 @@ def exit_on_terminate() -> None:
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_TERMINATED)
 
-    for number in _TERMINATING:
+    for number in filter(is_heeded, _TERMINATING):
         signal.signal(number, leave)
+
+
+@contextmanager
+def leave_afterwards(ask: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGHUP only call `ask`, which must raise nothing; SystemExit(143) follows at the end.
+
+    For an event loop, which tells an exception that a handler raises in one of its callbacks as an error. What is
+    yielded says whether such a signal has come.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        ask()
+
+    try:
+        with _handled(_TERMINATING, handle):
+            yield lambda: bool(came)
+    finally:
+        if came:
+            raise SystemExit(EXIT_TERMINATED)
 
 
 def leave_now(code: int) -> NoReturn:
     """End the process while a kernel or the compiler may still be running on the compute thread."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+    finish()
     os._exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.quant.config import check_architecture
 from m2lite.quant.decode import decode_rows
+from m2lite.quant.foreign import CONVERTIBLE, FOREIGN_DTYPES, check_config, check_directory, check_tensors, unwrapped
 from m2lite.quant.journal import SourceFile
-from m2lite.quant.safetensors import Shard, SourceTensor, check_impostor
+from m2lite.quant.safetensors import Shard, SourceTensor
+from m2lite.quant.texts import load_json
 from m2lite.storage.hub import find_snapshot
 
 F32 = npt.NDArray[np.float32]
@@ -24,7 +26,6 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 BESIDE = ("*.json", "*.jinja", "tokenizer.model")
-MAX_JSON_BYTES = 256 * 2**20
 SCALE_SUFFIX = "_scale_inv"
 
 
@@ -38,6 +39,7 @@ def _e4m3_table() -> F32:
 
 
 E4M3 = _e4m3_table()
+E8M0 = np.append(np.exp2(np.arange(255.0) - 127), np.nan).astype(np.float32)  # powers of two, for scales
 
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # those of quant/decode.py; only the last needs a second tensor, its scales
@@ -48,6 +50,7 @@ SCALE_DTYPES: Mapping[str, Callable[[npt.NDArray[np.uint8]], F32]] = {
     "F32": lambda raw: raw.view("<f4").astype(np.float32, copy=False),
     "F16": lambda raw: raw.view("<f2").astype(np.float32),
     "BF16": lambda raw: (raw.view("<u2").astype(np.uint32) << 16).view(np.float32),
+    "F8_E8M0": lambda raw: E8M0[raw],
 }
 
 
@@ -68,18 +71,29 @@ class Checkpoint:
         self.path = path
         self.config = config
         self._shards = shards
+        self.notes: list[str] = []  # for the user
         self._home: dict[str, Shard] = {}
         self._scales: dict[str, F32] = {}
+        tensors: dict[str, SourceTensor] = {}
         for shard in shards:
-            for name in shard.tensors:
-                if name in self._home:
-                    raise BadModelError(
-                        f"Tensor {name!r} is in two shards, {self._home[name].path.name} and {shard.path.name}.",
-                        "Download the checkpoint again.",
-                    )
-                self._home[name] = shard
-        self.tensors: Mapping[str, SourceTensor] = {n: s.tensors[n] for n, s in self._home.items()}
+            for name, tensor in shard.tensors.items():
+                plain = unwrapped(name)
+                if plain in self._home:
+                    _refuse_twice(plain, name, self._home[plain], shard, tensors[plain].name)
+                self._home[plain] = shard
+                tensors[plain] = tensor
+        self.tensors: Mapping[str, SourceTensor] = tensors
+        self._note_wrappers()
         self._block = _fp8_block(config)
+
+    def _note_wrappers(self) -> None:
+        wrapped = [(plain, tensor.name) for plain, tensor in self.tensors.items() if plain != tensor.name]
+        if wrapped:
+            plain, name = wrapped[0]
+            self.notes.append(
+                f"tensors were saved from a wrapped model and are read by their plain names, {len(wrapped)} in all:"
+                f" {name} as {plain}."
+            )
 
     def read(self, name: str, matrix: int = 0, first_row: int = 0, n_rows: int | None = None) -> F32:
         """Rows of one matrix of a tensor seen as [matrices, rows, columns], in float32 with FP8 scales applied."""
@@ -90,9 +104,9 @@ class Checkpoint:
         """The part of `read` that waits for the disk; the page cache is not left full of it."""
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
+            words = f" ({FOREIGN_DTYPES[tensor.dtype]})" if tensor.dtype in FOREIGN_DTYPES else ""
             raise BadModelError(
-                f"Tensor {name!r} has dtype {tensor.dtype}; {', '.join(DTYPES)} can be converted.",
-                "Use a checkpoint in one of those.",
+                f"Tensor {name!r} has dtype {tensor.dtype}{words}; {', '.join(DTYPES)} can be converted.", CONVERTIBLE
             )
         shard, offset, n_bytes = self._range(name, matrix, first_row, n_rows)
         raw = shard.read(offset, n_bytes)
@@ -140,7 +154,11 @@ class Checkpoint:
         if name not in self._scales:
             scale_name = name + SCALE_SUFFIX
             if scale_name not in self.tensors:
-                raise BadModelError(f"Tensor {name!r} is FP8 but {scale_name!r} is missing.", "Download all shards.")
+                check_tensors(self.tensors, ())
+                raise BadModelError(
+                    f"Tensor {name!r} is FP8 but {scale_name!r} is missing, and no file is.",
+                    f"Its weights cannot be known without. {CONVERTIBLE}",
+                )
             n_matrices, height, width = matrices(self.tensors[name].shape)
             expected = (n_matrices, -(-height // self._block[0]), -(-width // self._block[1]))
             if matrices(self.tensors[scale_name].shape) != expected:
@@ -201,56 +219,44 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory with config.json and model.safetensors, or shards and their index."""
     directory = find_snapshot(path)
     if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory.", "Give the directory of a Hugging Face checkpoint.")
+        is_gguf = directory.suffix == ".gguf" and directory.exists()
+        todo = "`m2lite quantize` takes a GGUF file." if is_gguf else "Give the directory of a Hugging Face checkpoint."
+        raise UsageError(f"{directory} is not a directory.", todo)
+    if not (directory / "config.json").exists():
+        check_directory(directory)
     config = load_json(directory, "config.json")
+    if config.get("model_type") is not None:
+        check_architecture(config)  # first: what is said of its files would lead nowhere
+    check_config(config)
     shards: list[Shard] = []
     try:
         if (directory / INDEX_NAME).exists():
             _open_sharded(directory, shards)
         else:
+            if not (directory / SINGLE_NAME).exists():
+                check_directory(directory)
             _check_only(directory, {SINGLE_NAME})
-            shards.append(Shard(_check_contained(directory, SINGLE_NAME)))
-        return Checkpoint(directory, config, shards)
+            shards.append(Shard(directory / SINGLE_NAME))
+        checkpoint = Checkpoint(directory, config, shards)
+        _note_links(checkpoint)
+        return checkpoint
     except BaseException:
         for shard in shards:
             shard.close()
         raise
 
 
-def load_json(directory: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object beside the weights; `optional` gives {} for a missing file."""
-    path = directory / name
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        check_impostor(path, text)
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise BadModelError(f"{path} is missing.", "Give the directory of a Hugging Face checkpoint.") from None
-    except OSError as error:
-        raise BadModelError(f"{path} cannot be read: {error.strerror}.", "Check the file.") from None
-    except (ValueError, RecursionError) as error:
-        raise BadModelError(f"{path} is not valid JSON: {error}.", "Download it again.") from None
-    return value
-
-
 def _open_sharded(directory: Path, shards: list[Shard]) -> None:
     weight_map = load_json(directory, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
-        raise BadModelError(f"{INDEX_NAME} has no weight_map of names.", "Download it again.")
+        raise BadModelError(f"{INDEX_NAME} has no weight_map of names.", "Fetch that one file again.")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not SHARD_NAME.fullmatch(name):
             raise BadModelError(f"{INDEX_NAME} names the shard {name!r}, not a plain file name.", "Do not use it.")
     _check_only(directory, set(names))
     for name in names:
-        shards.append(Shard(_check_contained(directory, name)))
+        shards.append(Shard(directory / name))
     for shard in shards:
         for tensor in shard.tensors:
             if tensor not in weight_map:
@@ -258,26 +264,57 @@ def _open_sharded(directory: Path, shards: list[Shard]) -> None:
     tables = {shard.path.name: shard.tensors for shard in shards}
     for tensor, name in weight_map.items():
         if tensor not in tables[name]:
-            raise BadModelError(f"{name} does not hold {tensor!r}, as {INDEX_NAME} says.", "Download it again.")
+            raise BadModelError(
+                f"{name} does not hold {tensor!r}, as {INDEX_NAME} says.", "One of the two is of another checkpoint."
+            )
 
 
 def _check_only(directory: Path, expected: set[str]) -> None:
     """A safetensors file that no index lists may hold half of a model: say so instead of leaving it out."""
-    extra = sorted(p.name for p in directory.glob("*.safetensors") if p.name not in expected)
+    extra = sorted(p.name for p in directory.glob("[!.]*.safetensors") if p.name not in expected)  # ._x: of macOS
     if extra:
         known = f"{INDEX_NAME} does not list it" if expected != {SINGLE_NAME} else f"there is no {INDEX_NAME}"
         raise BadModelError(f"{directory} holds {extra[0]}, but {known}.", "Add the index, or move the file away.")
 
 
-def _check_contained(directory: Path, name: str) -> Path:
-    """A shard may be a link within the directory, or into blobs/ of a Hugging Face cache; elsewhere is refused."""
-    path = directory / name
-    target = path.resolve()
-    real = directory.resolve()
-    roots = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
-    if not any(target.is_relative_to(root) for root in roots):
-        raise BadModelError(f"{name} is a link to {target}, outside of {directory}.", "Copy the file there.")
-    return path
+def _note_links(checkpoint: Checkpoint) -> None:
+    """A name that the index gives is a plain one in the directory that the user named; there it may be a link.
+
+    What it leads to is told where that is elsewhere, as in a cache whose repositories share their files.
+    """
+    real = checkpoint.path.resolve()
+    roots = (real, real.parent.parent / "blobs") if real.parent.name == "snapshots" else (real,)
+    targets = [(path.name, path.resolve()) for path in checkpoint.paths() if path.is_symlink()]
+    outside = [(name, target) for name, target in targets if not any(target.is_relative_to(root) for root in roots)]
+    if outside:
+        name, target = outside[0]
+        checkpoint.notes.append(
+            f"{checkpoint.path} holds links to files elsewhere, {len(outside)} in all: {name} leads to {target}."
+        )
+
+
+def _refuse_twice(plain: str, name: str, first: Shard, second: Shard, other: str) -> NoReturn:
+    if name != other:
+        raise BadModelError(f"Tensors {other!r} and {name!r} would both be {plain!r}.", "Save the model unwrapped.")
+    raise BadModelError(
+        f"Tensor {name!r} is in two shards, {first.path.name} and {second.path.name}.",
+        "One of the two is of another checkpoint: move it away.",
+    )
+
+
+# What quantization_config may say of FP8 in blocks: key -> allowed values, None for any (they decide no weight).
+FP8_KEYS: Mapping[str, tuple[object, ...] | None] = {
+    "quant_method": ("fp8",),
+    "fmt": (None, "float8_e4m3fn", "e4m3", "e4m3fn"),
+    "weight_block_size": None,  # read
+    "activation_scheme": None,
+    "scale_fmt": None,  # the scales' own type says it
+    "modules_to_not_convert": None,
+    "ignored_layers": None,
+    "dequantize": None,
+    "kv_cache_scheme": (None,),
+    "is_checkpoint_fp8_serialized": (None, True),
+}
 
 
 def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -287,6 +324,10 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
         _refuse("quantization_config", settings)
     if settings and settings.get("quant_method") != "fp8":
         _refuse("quantization_config.quant_method", settings.get("quant_method"))
+    for key, value in settings.items():
+        allowed = FP8_KEYS.get(key, ())
+        if allowed is not None and value not in allowed:
+            _refuse(f"quantization_config.{key}", value)
     block = settings.get("weight_block_size") or [128, 128]
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         _refuse("quantization_config.weight_block_size", block)
@@ -295,5 +336,6 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _refuse(key: str, value: object) -> NoReturn:
     raise BadModelError(
-        f"config.json: {key} is {value!r}, which is not supported.", "Use an FP8, BF16, F16 or F32 checkpoint."
+        f"config.json: {key} is {repr(value)[:200]}, which is not supported.",
+        "Use an FP8, BF16, F16 or F32 checkpoint.",
     )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from m2lite.errors import UsageError
 from m2lite.quant import options as options_module
 from m2lite.quant.checkpoint import Checkpoint, Rows, open_checkpoint
-from m2lite.quant.config import SourceConfig, parse_config
+from m2lite.quant.config import SourceConfig, config_warnings, parse_config
 from m2lite.quant.header import Key, Slot, boolean, float32, string, uint32
 from m2lite.quant.imatrix import Importance
 from m2lite.quant.job import Job, Output, Progress, journal_path
@@ -26,6 +26,7 @@ from m2lite.quant.options import (
     JobPlan,
     Options,
     carry_out,
+    check_coverage,
     choose_all,
     describe,
     encode_slot,
@@ -36,6 +37,7 @@ from m2lite.quant.recipes import Recipe
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
 from m2lite.quant.vocabulary import sampling_keys, vocabulary_keys
+from m2lite.storage.hub import find_snapshot
 from m2lite.storage.identity import hash_trunk, trunk_sizes
 from m2lite.storage.sidecar import sidecar_path
 
@@ -73,7 +75,7 @@ def convert(
 def plan_convert(hf_dir: str | Path, out_path: str | Path, type_name: str, **asked: Unpack[Asked]) -> Iterator[JobPlan]:
     """What `convert` would do. Nothing is written; the checkpoint is open within the `with` block."""
     out = Path(out_path)
-    options = resolve_options(out, type_name, asked)
+    options = resolve_options(out, type_name, asked, [Path(hf_dir), find_snapshot(hf_dir)])
     with open_checkpoint(hf_dir) as checkpoint:
         yield _plan(checkpoint, out, options)
 
@@ -87,8 +89,10 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
             raise UsageError("The checkpoint has prediction modules.", "Leave --init-mtp out.")
         modules = copied_modules(config, bindings.trunk, options.init_mtp)
     bound = (*bindings.trunk, *(modules.bindings if modules else ()))
-    keys = _main_keys(checkpoint, config, options)
+    warnings = [*config_warnings(checkpoint.config), *checkpoint.notes]
+    keys = _main_keys(checkpoint, config, options, warnings)
     choices, alignment = choose_all(options, bound, ARCHITECTURE, keys)
+    warnings += check_coverage(options, bound, choices)
 
     def place(found: tuple[Binding, ...]) -> list[Planned]:
         sources = (BoundTensor(checkpoint, binding, options.importance) for binding in found)
@@ -105,16 +109,17 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
         ]
         sidecar = plan_files(sidecar_path(out), ARCHITECTURE, keys, place(modules.bindings), options.alignment)
     job = Job((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
-    return JobPlan(job, options, bound, choices, describe(model, sidecar, modules.n_modules if modules else 0))
+    result = describe(model, sidecar, modules.n_modules if modules else 0, warnings)
+    return JobPlan(job, options, bound, choices, result)
 
 
-def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options) -> list[Key]:
+def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options, warnings: list[str]) -> list[Key]:
     return [
         *general_keys(options.recipe, options.name or _model_name(checkpoint)),
         *importance_keys(options),
         *sampling_keys(checkpoint.path),
         *architecture_keys(config, config.n_layers),
-        *vocabulary_keys(checkpoint.path, config.n_vocab),
+        *vocabulary_keys(checkpoint.path, config.n_vocab, checkpoint.config, warnings),
     ]
 
 

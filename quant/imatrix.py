@@ -22,6 +22,7 @@ from m2lite.quant.header import DEFAULT_ALIGNMENT, MAGIC, Key, pack_key, pack_st
 from m2lite.storage.blocks import FORMATS
 from m2lite.storage.durable import PartFile
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
+from m2lite.system.inputs import check_regular
 
 F32 = npt.NDArray[np.float32]
 
@@ -48,6 +49,7 @@ class Importance:
     n_chunks: int = 0
     chunk_size: int = 0
     path: str = "the importance matrix"
+    file: GGUFFile | None = None  # where the numbers lie, open
 
     def row(self, tensor_name: str, matrix: int, width: int) -> F32 | None:
         """float32 [width]: mean of x**2 per column of one expert's matrix (0 where there is no stack), all above zero.
@@ -64,6 +66,8 @@ class Importance:
             part, count = sums.reshape(-1, width)[matrix], counts[0]
         assert len(part) == width, (tensor_name, sums.shape, width)
         part = part.astype(np.float32)
+        if self.file is not None:
+            self.file.check_unchanged()  # else other numbers than `digest` tells were used
         if not count or not part.any():
             return np.ones(width, np.float32)
         mean = np.asarray(part / np.float32(count), np.float32)
@@ -116,9 +120,10 @@ def _as_floats(values: npt.NDArray[Any]) -> F32:
 
 
 def read_imatrix(path: str | Path) -> Importance:
-    """The importance matrix in a GGUF file, its numbers checked; they stay in the mapped file."""
+    """The importance matrix in a GGUF file, its numbers checked; they stay in the file, which is open with them."""
     _refuse_legacy(Path(path))
-    with open_gguf(path) as gguf:
+    gguf = open_gguf(path)
+    try:
         if gguf.metadata.get("general.type") != "imatrix":
             kind = gguf.metadata.get("general.type", gguf.metadata.get("general.architecture", "unknown"))
             raise BadModelError(f"{path}: no importance matrix but a GGUF file of type {kind!r}.", _AGAIN)
@@ -132,7 +137,11 @@ def read_imatrix(path: str | Path) -> Importance:
         numbers = [gguf.metadata.get(key) for key in (KEY_CHUNKS, KEY_CHUNK_SIZE)]
         n_chunks, chunk_size = (n if isinstance(n, int) else 0 for n in numbers)
         entries = {name: _read_entry(gguf, name) for name in names}
-    return Importance(entries, datasets, n_chunks, chunk_size, str(path))
+        gguf.check_unchanged()
+    except BaseException:
+        gguf.close()
+        raise
+    return Importance(entries, datasets, n_chunks, chunk_size, str(path), gguf)
 
 
 def _read_entry(gguf: GGUFFile, name: str) -> tuple[F32, F32]:
@@ -141,6 +150,9 @@ def _read_entry(gguf: GGUFFile, name: str) -> tuple[F32, F32]:
         raise BadModelError(
             f"{gguf.path}: {name} has {sums.size:,} sums for {counts.size} counts, not as many for each.", _AGAIN
         )
+    if (counts % 1).any():  # what is divided by less than one may be infinite
+        first = int((counts % 1 > 0).argmax())
+        raise BadModelError(f"{gguf.path}: {name} counts {counts[first]} rows at {first}, no whole number.", _AGAIN)
     return sums.reshape(counts.size, -1), counts
 
 
@@ -161,6 +173,7 @@ def _read_floats(gguf: GGUFFile, name: str) -> F32:
 
 def _refuse_legacy(path: Path) -> None:
     """The .dat format has no name of its own: it begins with the number of entries and the first one's name."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(8 + 128)
@@ -185,7 +198,7 @@ def write_imatrix(path: str | Path, importance: Importance, *, overwrite: bool =
     header, offsets, size_bytes = _build_header(importance)
     with PartFile(path, size_bytes, replaces=overwrite) as part:
         try:
-            part.write(0, bytes(len(MAGIC)) + header[len(MAGIC) :])
+            part.write(len(MAGIC), header[len(MAGIC) :])
             for (name, data), offset in zip(importance._tensors(), offsets, strict=True):
                 if not np.isfinite(data).all():
                     raise UsageError(f"{name} holds numbers that are not finite in float32.", "Use another text.")

@@ -6,6 +6,7 @@ Knows headers, slots and chunks; where the chunks come from is the plan's busine
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from m2lite.quant.header import MAGIC, Header, Slot
 from m2lite.quant.journal import Entry, Journal, SourceChanged, SourceFile, Ticket, hash_plan
 from m2lite.quant.stream import Bytes, Chunk, stream
 from m2lite.storage.durable import PartFile, free_bytes, part_path
+from m2lite.system.byte_units import format_bytes
+from m2lite.system.outputs import Places
 
 # Written between two syncs of file and journal. A crash costs this much and a tensor; M2's experts are 0.7 GB each.
 BATCH_BYTES = 1 << 28
@@ -97,7 +100,7 @@ def run_job(
     progress: Progress | None = None,
 ) -> int:
     """Write the files of a job, or what an earlier run of it left undone; returns the bytes that were found done."""
-    _check_inputs(job)
+    _check_outputs(job)
     jit.start(threads)
     with Journal(job.journal_path) as journal:
         run = _Run(job, journal, progress)
@@ -115,15 +118,12 @@ def run_job(
     return found_bytes
 
 
-def _check_inputs(job: Job) -> None:
-    """No file that will be written is an input under another name (link, hard link)."""
-    sources = [path for path in job.source.paths() if path.exists()]
+def _check_outputs(job: Job) -> None:
+    """No file that will be written is an input under another name, nor anything but a file."""
+    places = Places().reads(*job.source.paths())
+    places.approve("The journal", job.journal_path, kind="continued")
     for output in job.outputs:
-        for target in (output.path, part_path(output.path)):
-            if target.exists() and any(target.samefile(source) for source in sources):
-                raise UsageError(f"The output {target} is a file of the input itself.", "Choose another name.")
-    if job.journal_path.exists() and any(job.journal_path.samefile(source) for source in sources):
-        raise UsageError(f"{job.journal_path} is a file of the input itself.", "Choose another name.")
+        places.approve("The output", output.path, [part_path(output.path)], kind="replaced")
 
 
 @dataclass
@@ -184,11 +184,11 @@ class _Run:
             self._clear()
         for file in missing:
             header, path = file.output.header, file.output.path
-            file.part = PartFile(path, header.size_bytes, replaces=path.exists(), resume=resumes)
+            file.part = PartFile(path, header.size_bytes, replaces=os.path.lexists(path), resume=resumes)
             if not file.part.resumed:  # the part is gone: so is what the journal knows of it
                 for slot in header.slots:
                     self.journal.entries.pop(slot.name, None)
-            file.part.write(0, bytes(len(MAGIC)) + header.data[len(MAGIC) :])
+            file.part.write(len(MAGIC), header.data[len(MAGIC) :])
         if not resumes:
             self.journal.begin(ticket)
         self.done_bytes = sum(entry.n_bytes for entry in self.journal.entries.values())
@@ -198,7 +198,7 @@ class _Run:
         for name in self.journal.files_before():
             path = self.job.journal_path.with_name(name)
             if part_path(path).exists():
-                PartFile(path, 0, replaces=True).discard()
+                PartFile(path, 0, replaces=True, is_ours=True).discard()
 
     def missing(self) -> list[Place]:
         entries = self.journal.entries
@@ -301,8 +301,6 @@ def _say_kept(error: BaseException, job: Job) -> None:
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
-    if path.is_dir() or (path.is_symlink() and not path.exists()):
-        raise UsageError(f"The output {path} exists and is not a file.", "Choose another name.")
     if path.exists() and not overwrite:
         raise UsageError(f"The output {path} exists already.", "Choose another name, or allow to overwrite it.")
 
@@ -312,7 +310,7 @@ def _check_disk(job: Job) -> None:
     free = free_bytes(directory)
     if free < job.total_bytes:
         raise ResourceError(
-            f"The output takes {job.total_bytes:,} bytes, {directory} has {free:,} free.",
+            f"The output takes {format_bytes(job.total_bytes)}, {directory} has {format_bytes(free)} free.",
             "Make room, or choose another disk.",
         )
 

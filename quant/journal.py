@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,11 @@ from typing import Any, NamedTuple
 from m2lite import __version__
 from m2lite.errors import BadModelError, UsageError
 from m2lite.storage.durable import LineLog
+from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1
+_BEGINS = b'{"files": ['  # the first line's keys are sorted
+MOST_LINE_BYTES, MOST_LINE_ITEMS = 16 << 20, 1 << 18  # the first line lists every input
 TOOL = f"m2lite {__version__}"
 
 
@@ -78,6 +82,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_ours(path)
         self._log = LineLog(path)
         self.entries: dict[str, Entry] = {}
 
@@ -129,11 +134,7 @@ class Journal:
         self._log.close()
 
     def _head(self) -> dict[str, Any]:
-        try:
-            head = json.loads(self._log.lines[0])
-        except (ValueError, IndexError, RecursionError):
-            return {}
-        return head if isinstance(head, dict) else {}
+        return _parse_line(self._log.lines[0]) if self._log.lines else {}
 
     def _difference(self, ticket: Ticket) -> str:
         """The first thing that is not as it was then, in words."""
@@ -158,17 +159,39 @@ class Journal:
         self.close()
 
 
+def _check_ours(path: Path) -> None:
+    """What begins as no journal does is somebody else's file, also where --restart would throw a journal away."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_BEGINS))
+    except OSError:
+        return  # there is none, or LineLog says what is wrong with it
+    if not _BEGINS.startswith(start) and start.strip(b"\0"):
+        raise UsageError(
+            f"{path} is there already and no journal of m2lite.", "Move it away, or choose another name for the output."
+        )
+
+
 def _parse_entry(line: bytes) -> Entry | None:
     """A line that cannot be read is no tensor: it is done again."""
-    try:
-        found = json.loads(line)
-        return Entry(str(found["tensor"]), int(found["off"]), int(found["nbytes"]), int(found["xxh64"], 16))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    found = _parse_line(line)
+    entry = found.get("tensor"), found.get("off"), found.get("nbytes"), found.get("xxh64")
+    if tuple(map(type, entry)) != (str, int, int, str) or not re.fullmatch("[0-9a-f]{16}", found["xxh64"]):
         return None
+    return Entry(found["tensor"], found["off"], found["nbytes"], int(found["xxh64"], 16))
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """An object, or {} for whatever is none."""
+    try:
+        return parse_object(line, most_bytes=MOST_LINE_BYTES, most_items=MOST_LINE_ITEMS)
+    except JsonError:
+        return {}
 
 
 def _source_difference(before: Any, now: Sequence[Mapping[str, Any]]) -> str:
-    known = {file.get("name"): file for file in before if isinstance(file, dict)} if isinstance(before, list) else {}
+    files = [file for file in before if isinstance(file, dict)] if isinstance(before, list) else []
+    known = {str(file.get("name")): file for file in files}
     for file in now:
         if known.get(file["name"]) != file:
             what = "has changed since" if file["name"] in known else "was not among its inputs"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from m2lite.errors import BadModelError
 from m2lite.quant.checkpoint import SCALE_SUFFIX, Checkpoint, matrices
 from m2lite.quant.config import SourceConfig
+from m2lite.quant.foreign import check_tensors
 
 
 class Spelling(NamedTuple):
@@ -181,7 +182,18 @@ def _bind(checkpoint: Checkpoint, config: SourceConfig, entry: Entry, prefix: st
     if entry.role == "bias" and not config.routing_bias:
         return Binding(prefix + entry.gguf, shape, entry.role, ())
     wanted = source_prefix + entry.spellings[0].name.replace("{e}", "0")
-    raise BadModelError(f"Tensor {wanted!r} is missing ({prefix}{entry.gguf}).", "Download all shards.")
+    raise _missing(checkpoint, wanted, f" ({prefix}{entry.gguf})")
+
+
+def _missing(checkpoint: Checkpoint, wanted: str, more: str = "") -> BadModelError:
+    """What lacks one of M2's tensors although all its files are there: another kind of checkpoint, or part of one."""
+    check_tensors(checkpoint.tensors, [tensor.dtype for tensor in checkpoint.tensors.values()])
+    first = next(iter(checkpoint.tensors), None)
+    found = f"{len(checkpoint.tensors)} others are there, the first is {first!r}" if first else "there are no others"
+    todo = "config.json is of another checkpoint, or the model was saved without this part: use the one it came from."
+    if first is not None and not any(name.startswith("model.") for name in checkpoint.tensors):
+        todo = "The names are not those of a whole MiniMax-M2 as Hugging Face has it: save it from there."
+    return BadModelError(f"Tensor {wanted!r} is missing{more}, and no file is: {found}.", todo)
 
 
 def _pieces(checkpoint: Checkpoint, name: str, spelling: Spelling, shape: tuple[int, ...]) -> Iterator[Piece]:
@@ -199,9 +211,10 @@ def _pieces(checkpoint: Checkpoint, name: str, spelling: Spelling, shape: tuple[
 
 def _check_shape(checkpoint: Checkpoint, source: str, expected: tuple[int, ...]) -> None:
     if source not in checkpoint.tensors:
-        raise BadModelError(f"Tensor {source!r} is missing.", "Download all shards.")
+        raise _missing(checkpoint, source)
     found = checkpoint.tensors[source].shape
     if found != expected:
+        check_tensors(checkpoint.tensors, [checkpoint.tensors[source].dtype])
         raise BadModelError(
             f"Tensor {source!r} has shape {list(found)} where config.json gives {list(expected)}.",
             "Use the config.json of this checkpoint.",
@@ -289,6 +302,7 @@ def _check_leftovers(checkpoint: Checkpoint, bindings: list[Binding], copies: li
     used |= {name + SCALE_SUFFIX for name in used if checkpoint.tensors[name].dtype == "F8_E4M3"}
     left = sorted(name for name in checkpoint.tensors if name not in used and not IGNORED.fullmatch(name))
     if left:
+        check_tensors(left, [checkpoint.tensors[name].dtype for name in left])
         raise BadModelError(
             f"{len(left)} tensors of the checkpoint have no place in an M2, the first is {left[0]!r}.",
             "This is another architecture, or config.json is of another checkpoint.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,13 @@ from m2lite.errors import UsageError
 from m2lite.quant.encode import can_encode, encode_rows, uses_importance
 from m2lite.quant.header import Key, Slot, build_header, choose_alignment, string, tensor_bytes, uint32
 from m2lite.quant.imatrix import Importance, read_imatrix
-from m2lite.quant.job import Job, Output, Progress, run_job
+from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
 from m2lite.quant.recipes import Choice, Recipe, choose_formats, find_recipe
 from m2lite.quant.recipes import Planned as Wanted
 from m2lite.quant.stream import Bytes
+from m2lite.storage.durable import part_path
+from m2lite.storage.sidecar import model_files, sidecar_path
+from m2lite.system.outputs import Places
 
 F32 = npt.NDArray[np.float32]
 Overrides = Sequence[tuple[re.Pattern[str], str]]
@@ -43,6 +46,7 @@ class Asked(TypedDict, total=False):
     target_bytes: int | None
     split_max_bytes: int | None
     imatrix: str | Path | None
+    allow_partial_imatrix: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Options:
     split_max_bytes: int | None = None
     imatrix: Path | None = None
     importance: Importance | None = None  # what `imatrix` holds
+    allow_partial_imatrix: bool = False  # tensors that it does not cover are encoded as without one
     allow_requantize: bool = False
 
     def words(self, tool: str) -> dict[str, Any]:
@@ -89,6 +94,7 @@ class Conversion:
     n_mtp_modules: int
     paths: tuple[Path, ...] = ()  # every file
     resumed_bytes: int = 0  # that an interrupted run had done
+    warnings: tuple[str, ...] = ()  # what is in doubt about the input, in sentences
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,10 @@ class JobPlan:
     choices: dict[str, Choice]
     result: Conversion
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.result.warnings
+
 
 def carry_out(
     opened: AbstractContextManager[JobPlan],
@@ -110,20 +120,26 @@ def carry_out(
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Do what was planned, or what an interrupted run left of it; see job.run_job."""
+    """Do what was planned, or what an interrupted run left of it; see job.run_job. `warn` is told before it begins."""
     with opened as plan:
+        if warn is not None:
+            for warning in plan.warnings:
+                warn(warning)
         resumed = run_job(
             plan.job, overwrite=overwrite, restart=restart, verify=verify, threads=threads, progress=progress
         )
     return replace(plan.result, resumed_bytes=resumed)
 
 
-def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize: bool = False) -> Options:
-    """What can be refused without reading the input is refused here."""
+def resolve_options(
+    out: Path, type_name: str, asked: Asked, inputs: Sequence[Path], *, allow_requantize: bool = False
+) -> Options:
+    """What can be refused without reading the inputs is refused here."""
     recipe = find_recipe(type_name)
-    check_output(out)
     path = asked.get("imatrix")
+    check_output(out, [*inputs, *(model_files(Path(path)) if path else ())])
     return Options(
         recipe=recipe,
         mtp=asked.get("mtp", True),
@@ -135,16 +151,23 @@ def resolve_options(out: Path, type_name: str, asked: Asked, *, allow_requantize
         split_max_bytes=asked.get("split_max_bytes"),
         imatrix=Path(path) if path else None,
         importance=load_importance(path),
+        allow_partial_imatrix=asked.get("allow_partial_imatrix", False),
         allow_requantize=allow_requantize,
     )
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, inputs: Sequence[Path]) -> None:
+    """UsageError unless `out`, and every file that its job writes beside it, may be written."""
+    beside = [part_path(out), journal_path(out), sidecar_path(out), part_path(sidecar_path(out))]
+    Places().reads(*inputs).approve("The output", out, beside, kind="replaced")
     if out.suffix != ".gguf":
         raise UsageError(f"The output {out.name!r} does not end in .gguf.", "Name it so: programs go by that.")
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a directory" if out.is_dir() else f"has no directory {out.parent} to lie in"
-        raise UsageError(f"The output {out} {what}.", "Give the path of a file.")
+
+
+def check_taken(out: Path) -> None:
+    """UsageError for an output that exists, unless a journal says that its job goes on."""
+    if os.path.lexists(out) and not journal_path(out).exists():
+        raise UsageError(f"The output {out} exists already.", "Choose another name, or give --overwrite.")
 
 
 def load_importance(path: str | Path | None) -> Importance | None:
@@ -169,7 +192,7 @@ def choose_all(
 ) -> tuple[dict[str, Choice], int | None]:
     """The format of every tensor, and the main file's alignment where a target size needs to know it.
 
-    The target is the whole file's: its header comes off first.
+    The target is the whole file's, its header included.
     """
     if options.importance is not None:
         options.importance.check(tensors)
@@ -183,10 +206,46 @@ def choose_all(
             [tensor_bytes(block_format, shape) for _, shape, block_format in table]
         )
         header = build_header(architecture, main_keys, table, alignment, hashed=True)
-        left = target - header.slots[0].offset
-        choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, left, alignment)
+        start = header.slots[0].offset
+        choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, target, alignment, start)
     assert all(can_encode(choice.block_format.name) for choice in choices.values())
     return choices, alignment
+
+
+def check_coverage(options: Options, tensors: Sequence[Wanted], choices: dict[str, Choice]) -> list[str]:
+    """Warnings on what an importance matrix and the model do not share; too little is refused unless allowed.
+
+    Neither llama-imatrix nor `m2lite imatrix` looks at the embedding, the head and the prediction modules.
+    """
+    if options.importance is None:
+        return []
+    entries, path = options.importance.entries, options.imatrix
+    used = [
+        t.name
+        for t in tensors
+        if t.role in ("attention", "experts") and not t.mtp and uses_importance(choices[t.name].block_format.name)
+    ]
+    missing = [name for name in used if name not in entries]
+    warnings = []
+    if missing:
+        what = f"{path} covers {len(used) - len(missing)} of {len(used)} tensors that are to be quantized with it;"
+        what += f" missing are {_some(missing)}"
+        if not options.allow_partial_imatrix:
+            raise UsageError(
+                f"{what}.",
+                "Make a whole one with `m2lite imatrix`, or allow this one with --allow-partial-imatrix: those tensors"
+                " are then quantized as without one.",
+            )
+        warnings.append(f"{what}: these are quantized as without an importance matrix.")
+    foreign = sorted(entries.keys() - {t.name for t in tensors})
+    if foreign:
+        warnings.append(f"{path} speaks of tensors that the model does not have: {_some(foreign)}. Is it this model's?")
+    return warnings
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
 
 
 def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: int) -> Bytes:
@@ -197,7 +256,9 @@ def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: in
     return encode_rows(slot.block_format, rows, slot.name, row).reshape(-1)
 
 
-def describe(model: Sequence[Output], sidecar: Sequence[Output], n_modules: int) -> Conversion:
+def describe(
+    model: Sequence[Output], sidecar: Sequence[Output], n_modules: int, warnings: Sequence[str] = ()
+) -> Conversion:
     return Conversion(
         model[0].path,
         sum(output.header.size_bytes for output in model),
@@ -206,4 +267,5 @@ def describe(model: Sequence[Output], sidecar: Sequence[Output], n_modules: int)
         sum(output.header.size_bytes for output in sidecar),
         n_modules,
         tuple(output.path for output in (*model, *sidecar)),
+        warnings=tuple(warnings),
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.errors import BadModelError
-from m2lite.quant.checkpoint import load_json
 from m2lite.quant.safetensors import check_impostor
+from m2lite.quant.texts import load_json, read_small
 
 MODEL_NAME = "tokenizer.model"
 MAX_BYTES = 64 * 2**20
@@ -41,13 +41,9 @@ class Pieces:
 
 def load_pieces(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> Pieces:
     """The model's pieces, then added_tokens.json, then added_tokens_decoder of tokenizer_config.json."""
-    try:
-        with (directory / MODEL_NAME).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise BadModelError(f"{MODEL_NAME} cannot be read: {error.strerror}.", "Check the file.") from None
-    if len(data) > MAX_BYTES:
-        raise _bad(f"it has more than {MAX_BYTES} bytes")
+    data = read_small(directory / MODEL_NAME, MAX_BYTES)
+    if data is None:
+        raise BadModelError(f"{directory / MODEL_NAME} is missing.", "Fetch that file.")
     check_impostor(directory / MODEL_NAME, data)
     pieces = parse_model(data, n_vocab)
     for text, token_id in load_json(directory, "added_tokens.json", optional=True).items():

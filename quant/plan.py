@@ -17,7 +17,9 @@ from m2lite.quant.options import CHUNK_WEIGHTS, JobPlan
 from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.recipes import Choice, body_bytes, split_name
 from m2lite.quant.stream import READ_AHEAD, Chunk
+from m2lite.shown import shown
 from m2lite.storage.durable import free_bytes, part_path
+from m2lite.system.byte_units import format_bytes, format_speed
 
 BUDGET_SECONDS = 1.0
 MOST_RUNS = 8
@@ -106,6 +108,7 @@ class Plan:
     disk_free_bytes: int
     memory_bytes: int  # at most, at any moment of the job
     estimate: Estimate | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -138,6 +141,7 @@ def plan_job(planned: JobPlan, budget_seconds: float | None = BUDGET_SECONDS) ->
         estimate=None
         if budget_seconds is None
         else estimate_time(items, lambda i: next(chunks[i.name]), budget_seconds),
+        warnings=planned.warnings,
     )
 
 
@@ -179,6 +183,7 @@ def make_plan(
     memory_bytes: int,
     found_bytes: int = 0,
     estimate: Estimate | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Plan:
     """`found_bytes` of the targets are on disk already, from an interrupted run."""
     outputs = []
@@ -196,6 +201,7 @@ def make_plan(
         free_bytes(directory),
         memory_bytes,
         estimate,
+        warnings,
     )
 
 
@@ -285,16 +291,16 @@ def format_plan(plan: Plan) -> str:
     for index, file in enumerate(plan.files):
         rows = [row for row in plan.rows if row.file == index]
         parts = f" and {file.n_parts - 1} more parts" if file.n_parts > 1 else ""
-        lines += [f"{file.name}{parts}: {file.n_tensors} tensors, {file.n_weights:,} weights, "
-                  f"{file.bits_per_weight:.2f} bits per weight, {in_bytes(file.size_bytes)}"]  # fmt: skip
+        lines += [f"{shown(file.name)}{parts}: {file.n_tensors} tensors, {file.n_weights:,} weights, "
+                  f"{file.bits_per_weight:.2f} bits per weight, {format_bytes(file.size_bytes)}"]  # fmt: skip
         lines += _format_table([COLUMNS, *(_cells(row) for row in rows)]) if rows else []
         lines += [f"  {note}" for row in rows for note in _fallback_notes(row)]
         lines.append("")
     room = "" if plan.fits else ": TOO LITTLE"
-    lines.append(f"source   {in_bytes(plan.source_bytes)}")
-    lines.append(f"disk     {in_bytes(plan.disk_needed_bytes)} needed in {plan.directory}, "
-                 f"{in_bytes(plan.disk_free_bytes)} free{room}")  # fmt: skip
-    lines.append(f"memory   at most {in_bytes(plan.memory_bytes)}")
+    lines.append(f"source   {format_bytes(plan.source_bytes)}")
+    lines.append(f"disk     {format_bytes(plan.disk_needed_bytes)} needed in {shown(str(plan.directory))}, "
+                 f"{format_bytes(plan.disk_free_bytes)} free{room}")  # fmt: skip
+    lines.append(f"memory   at most {format_bytes(plan.memory_bytes)}")
     if plan.estimate is not None:
         lines.append(_format_estimate(plan, plan.estimate))
     return "\n".join(lines)
@@ -302,7 +308,7 @@ def format_plan(plan: Plan) -> str:
 
 def _format_estimate(plan: Plan, estimate: Estimate) -> str:
     def rate(seconds: float) -> str:
-        return f"{plan.source_bytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s"
+        return format_speed(plan.source_bytes / max(seconds, 1e-9))
 
     return (
         f"time     about {in_time(estimate.seconds)}: reads {rate(estimate.read_seconds)}, encodes"
@@ -319,7 +325,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _in_words(row.sources),
         _in_words(row.types) + ("*" if row.fallbacks else ""),
         f"{8 * row.n_bytes / row.n_weights:.2f}",
-        in_bytes(row.n_bytes),
+        format_bytes(row.n_bytes),
     )
 
 
@@ -345,15 +351,6 @@ def _format_table(cells: Sequence[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in cells
     ]  # fmt: skip
-
-
-def in_bytes(n: int) -> str:
-    """Decimal units, three digits or more: 132.8 GB, 6.46 MB, 512 bytes."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= 0.9995 * size:
-            value = n / size
-            return f"{value:.{0 if value >= 999.5 else 1 if value >= 99.95 else 2}f} {unit}"
-    return f"{n} bytes"
 
 
 def in_time(seconds: float) -> str:

@@ -26,6 +26,7 @@ from m2lite.quant.options import (
     JobPlan,
     Options,
     carry_out,
+    check_coverage,
     choose_all,
     describe,
     encode_slot,
@@ -38,7 +39,7 @@ from m2lite.quant.stream import Bytes, Chunk
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo, open_gguf
-from m2lite.storage.sidecar import sidecar_path
+from m2lite.storage.sidecar import model_files, sidecar_path
 
 PLAIN = ("F32", "F16", "BF16")
 COPY_BYTES = 4 << 20  # of a tensor that stays as it is, at a time
@@ -88,7 +89,7 @@ def plan_quantize(
 ) -> Iterator[JobPlan]:
     """What `quantize` would do. Nothing is written; the input is open within the `with` block."""
     out = Path(out_path)
-    options = resolve_options(out, type_name, asked, allow_requantize=allow_requantize)
+    options = resolve_options(out, type_name, asked, model_files(Path(gguf_in)), allow_requantize=allow_requantize)
     with ExitStack() as stack:
         files = [stack.enter_context(open_gguf(gguf_in))]
         beside = sidecar_path(Path(gguf_in))
@@ -104,6 +105,7 @@ def _plan(files: Sequence[GGUFFile], out: Path, options: Options) -> JobPlan:
     everything = [tensor for table in tables for tensor in table]
     choices, alignment = choose_all(options, everything, architecture, keys)
     _check_requantize(files, everything, choices, options)
+    warnings = check_coverage(options, everything, choices)
 
     def place(gguf: GGUFFile, table: Sequence[Stored]) -> list[Planned]:
         return [
@@ -120,7 +122,8 @@ def _plan(files: Sequence[GGUFFile], out: Path, options: Options) -> JobPlan:
         sidecar = plan_files(sidecar_path(out), _architecture(files[1]), keys, tensors, options.alignment)
     source = StoredFiles(tuple(files))
     job = Job((*sidecar, *model), source, journal_path(out), model[0].path, options.words("quantize"))
-    return JobPlan(job, options, tuple(everything), choices, describe(model, sidecar, _n_modules(files[-1])))
+    result = describe(model, sidecar, _n_modules(files[-1]), warnings)
+    return JobPlan(job, options, tuple(everything), choices, result)
 
 
 def _architecture(gguf: GGUFFile) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from m2lite.errors import UsageError
 from m2lite.quant.names import EXACT_ROLES
 from m2lite.storage.blocks import FORMATS, BlockFormat
+from m2lite.system.byte_units import format_bytes
 
 
 class Planned(Protocol):
@@ -350,9 +351,11 @@ def _climb(
         wanted[tensor.name] = _last_rule(FLOOR, tensor, places[tensor.name]) or INT4
     left = target_bytes - header_bytes - sum(size(t, wanted[t.name]) for t in tensors if not t.mtp)
     if left < 0:
+        least = target_bytes - left
         raise UsageError(
-            f"The smallest file of this model takes {target_bytes - left:,} bytes, {target_bytes:,} were asked for.",
-            "Ask for a larger size; below 4 bits nothing is written.",
+            f"The smallest file of this model takes {format_bytes(least)} ({least:,} bytes), where"
+            f" {format_bytes(target_bytes)} ({target_bytes:,} bytes) were asked for.",
+            "Ask for a larger size, where 1g is 1 GiB; below 4 bits nothing is written.",
         )
     for tensor, type_name in _steps(free, places):
         more = size(tensor, type_name) - size(tensor, wanted[tensor.name])

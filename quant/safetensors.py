@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,20 +17,31 @@ import numpy.typing as npt
 from m2lite.errors import BadModelError
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.storage.durable import advise
+from m2lite.system.json_text import JsonError, parse_object
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_HEADER_ITEMS = 1 << 22  # M2's 96,103 tensors take 800,000
 MAX_TENSOR_DIMS = 8
 
 # Every dtype whose size we can check; only those of quant/checkpoint.py's decoders can be converted.
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+    "C64": 64,
 }  # fmt: skip
 
 # What a failed download leaves under a shard's name, by its first bytes.
 IMPOSTORS = (
     (re.compile(rb"\s*version https://git-lfs", re.I), "a Git LFS pointer", "Run `git lfs pull` in that directory."),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.I), "a web page", "Download the file again; a login may be needed."),
+    (
+        re.compile(rb"PK\x03\x04(?!.{4}\{)", re.S),
+        "a zip archive, as PyTorch's pickles are",
+        "Save it as safetensors, or unpack it.",
+    ),
+    (re.compile(rb"\x80[\x02-\x05](?!.{6}\{)", re.S), "a pickle, which can run code", "Save it as safetensors."),
+    (re.compile(rb"GGUF"), "a GGUF file under another name", "Give it its name back; `m2lite quantize` takes it."),
 )
 
 
@@ -132,8 +142,8 @@ def _parse_header(path: Path, fd: int, size: int) -> tuple[dict[str, SourceTenso
         )
     text = os.pread(fd, header_bytes, 8)
     try:
-        header = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_object(text, most_bytes=MAX_HEADER_BYTES, most_items=min(MAX_HEADER_ITEMS, len(text) // 2))
+    except JsonError as error:
         raise BadModelError(f"The header of {path.name} is damaged: {error}.", "Download it again.") from None
     header.pop("__metadata__", None)
     tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
@@ -141,29 +151,20 @@ def _parse_header(path: Path, fd: int, size: int) -> tuple[dict[str, SourceTenso
     return tensors, hashlib.sha256(text).hexdigest()
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
-    return table
-
-
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
-    def bad(what: str) -> BadModelError:
-        return BadModelError(f"{path.name}: tensor {name!r} has {what}.", "Download it again.")
+    def bad(what: str, todo: str = "Download it again.") -> BadModelError:
+        return BadModelError(f"{path.name}: tensor {name!r} has {what}.", todo)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad("not exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise bad(f"the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise bad(f"the unknown dtype {dtype!r}", "Convert a checkpoint in FP8 (E4M3), BF16, F16 or F32.")
     if not _is_counts(shape) or len(shape) > MAX_TENSOR_DIMS:
         raise bad(f"the shape {shape!r}")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise bad(f"the data_offsets {offsets!r}")
-    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    n_bytes = -(-math.prod(shape) * DTYPE_BITS[dtype] // 8)
     if offsets[1] - offsets[0] != n_bytes:
         raise bad(f"{offsets[1] - offsets[0]} bytes where {dtype} {shape} takes {n_bytes}")
     return SourceTensor(name, dtype, tuple(shape), data_start + offsets[0], n_bytes)

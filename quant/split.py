@@ -10,6 +10,7 @@ from m2lite.errors import UsageError
 from m2lite.quant.header import Key, build_header, choose_alignment, int32, tensor_bytes, uint16
 from m2lite.quant.job import Output, TensorSource
 from m2lite.storage.blocks import BlockFormat
+from m2lite.system.byte_units import format_bytes
 
 MAX_PARTS = 99_999  # what five digits count
 
@@ -42,7 +43,7 @@ def plan_files(
         return (whole,)
     groups = _group(architecture, keys, tensors, alignment, max_bytes)
     if len(groups) > MAX_PARTS:
-        raise UsageError(f"Parts of {max_bytes:,} bytes would be {len(groups)}.", "Allow larger ones.")
+        raise UsageError(f"Parts of {format_bytes(max_bytes)} would be {len(groups):,}.", "Allow larger ones.")
     return tuple(
         _output(
             part_name(path, number, len(groups)),
@@ -91,7 +92,8 @@ def _group(
         header_bytes, body_bytes = header_bytes + entry_bytes, body_bytes + padded
         if (least := _padded(header_bytes, alignment) + body_bytes) > max_bytes:
             raise UsageError(
-                f"Tensor {tensor.name!r} alone makes a part of {least:,} bytes, more than {max_bytes:,}.",
+                f"Tensor {tensor.name!r} alone makes a part of {format_bytes(least)} ({least:,} bytes), more than the"
+                f" {format_bytes(max_bytes)} ({max_bytes:,} bytes) that were asked for.",
                 "A tensor is never cut: allow larger parts.",
             )
     return groups

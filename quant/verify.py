@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -14,16 +14,18 @@ import xxhash
 from m2lite.errors import BadModelError
 from m2lite.kernels import jit
 from m2lite.quant.checkpoint import open_checkpoint
-from m2lite.quant.config import parse_config
-from m2lite.quant.convert import BoundTensor
+from m2lite.quant.config import config_warnings, parse_config
+from m2lite.quant.convert import ARCHITECTURE, BoundTensor, architecture_keys
 from m2lite.quant.encode import can_encode, uses_importance
-from m2lite.quant.header import Slot, hash_header
+from m2lite.quant.header import Key, Slot, hash_header
 from m2lite.quant.imatrix import Importance
 from m2lite.quant.job import CHECK_BYTES, Progress, TensorSource
 from m2lite.quant.names import bind_tensors
 from m2lite.quant.options import load_importance
+from m2lite.quant.pieces import MODEL_NAME
 from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.stream import make
+from m2lite.quant.vocabulary import JSON_NAME, vocabulary_keys
 from m2lite.storage.gguf_header import KEY_HEADER_HASH, KEY_TENSOR_HASHES, GGUFArray, Header, TensorInfo
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 
@@ -54,6 +56,15 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+
+class Source(NamedTuple):
+    """What a file is compared with."""
+
+    tensors: Mapping[str, Reference]
+    keys: Mapping[str, Any]
+    name: str
+    doubts: tuple[str, ...] = ()
 
 
 class Reference(NamedTuple):
@@ -102,8 +113,10 @@ def verify(
         if against is not None:
             jit.start(threads)
             with ExitStack() as stack:
-                table = _references(stack, Path(against), importance)
-                samples = list(_compare(gguf, table, n_samples, importance, problems, notes))
+                source = _open_source(stack, Path(against), importance, gguf)
+                samples = list(_compare(gguf, source.tensors, n_samples, importance, problems, notes))
+                _compare_keys(gguf, source, problems, notes)
+                notes += source.doubts
         paths, size_bytes, n_tensors = gguf.parts, gguf.size_bytes, len(gguf.tensors)
     return Report(paths, size_bytes, n_tensors, n_hashed, tuple(problems), tuple(samples), tuple(notes))
 
@@ -157,15 +170,67 @@ def _check_tensor(gguf: GGUFFile, info: TensorInfo, expected: int | None, proble
         )
 
 
-def _references(stack: ExitStack, against: Path, importance: Importance | None) -> Mapping[str, Reference]:
-    """Every tensor that the source gives, by its name in GGUF."""
-    if against.is_dir():
-        checkpoint = stack.enter_context(open_checkpoint(against))
-        bindings = bind_tensors(checkpoint, parse_config(checkpoint.config))
-        bound = (*bindings.trunk, *(bindings.mtp.bindings if bindings.mtp else ()))
-        return {b.name: Reference(BoundTensor(checkpoint, b, importance), b.shape) for b in bound}
-    gguf = stack.enter_context(open_gguf(against))
-    return {n: Reference(StoredTensor(gguf, info, importance), info.shape) for n, info in gguf.tensors.items()}
+def _open_source(stack: ExitStack, against: Path, importance: Importance | None, made: GGUFFile) -> Source:
+    """Every tensor and key that the source gives, by its name in GGUF."""
+    if not against.is_dir():
+        gguf = stack.enter_context(open_gguf(against))
+        table = {n: Reference(StoredTensor(gguf, info, importance), info.shape) for n, info in gguf.tensors.items()}
+        return Source(table, gguf.metadata, "the source")
+    checkpoint = stack.enter_context(open_checkpoint(against))
+    config = parse_config(checkpoint.config)
+    bindings = bind_tensors(checkpoint, config)
+    bound = (*bindings.trunk, *(bindings.mtp.bindings if bindings.mtp else ()))
+    table = {b.name: Reference(BoundTensor(checkpoint, b, importance), b.shape) for b in bound}
+    n_modules = made.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers", 0)
+    keys = architecture_keys(config, config.n_layers + (n_modules if isinstance(n_modules, int) else 0))
+    if "m2lite.mtp.trunk" not in made.metadata and any((checkpoint.path / n).exists() for n in (JSON_NAME, MODEL_NAME)):
+        keys += vocabulary_keys(checkpoint.path, config.n_vocab, checkpoint.config)
+    doubts = (*config_warnings(checkpoint.config), *checkpoint.notes)
+    return Source(table, {key.name: _as_stored(key) for key in keys}, "config.json", doubts)
+
+
+def _as_stored(key: Key) -> Any:
+    return float(np.float32(key.value)) if key.kind == "FLOAT32" else key.value
+
+
+def _plain(value: Any) -> Any:
+    """As a key's value is compared: arrays are lists, their strings bytes."""
+    if isinstance(value, GGUFArray):
+        return value.items(bytes) if value.item_type.kind is str else value.numpy().tolist()
+    return [item.encode() if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+
+def _compare_keys(gguf: GGUFFile, source: Source, problems: list[str], notes: list[str]) -> None:
+    """What decides the arithmetic must be the source's; a tokenizer may have been mended, so that is only told."""
+    made, wanted = _deciding(gguf.metadata), _deciding(source.keys)
+    for key in sorted(made.keys() | wanted.keys()):
+        is_in_both = key in made and key in wanted
+        is_off = made.get(key, 0) in (0, 1, "none") and wanted.get(key, 0) in (0, 1, "none")
+        if made.get(key) != wanted.get(key) and (is_in_both or (".rope." in key and not is_off)):
+            found = f"is {str(made[key])[:80]}" if key in made else "is missing"
+            expected = f"gives {str(wanted[key])[:80]}" if key in wanted else "has none"
+            problems.append(f"Key '{key}' {found} in the file, where {source.name} {expected}.")
+    for key, value in source.keys.items():
+        if not key.startswith("tokenizer.") or (key not in gguf.metadata and not key.endswith("_token_id")):
+            continue
+        found = _plain(gguf.metadata.get(key))
+        if found != _plain(value):
+            words = ["another list" if isinstance(v, list | GGUFArray) else str(v)[:80] for v in (found, value)]
+            notes.append(f"Key '{key}' is {words[0]} in the file, {words[1]} in the source.")
+
+
+def _one(value: Any) -> Any:
+    one = value.one() if isinstance(value, GGUFArray) else None
+    return value if one is None else one
+
+
+def _deciding(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under the architecture; what llama.cpp writes once for every layer is one if all are equal."""
+    prefix = f"{ARCHITECTURE}."
+    found = {key: _plain(_one(value)) for key, value in keys.items() if key.startswith(prefix)}
+    if f"{prefix}attention.key_length" in found:  # without a rotary width all of the head is rotated
+        found.setdefault(f"{prefix}rope.dimension_count", found[f"{prefix}attention.key_length"])
+    return found
 
 
 def _compare(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m2lite.errors import BadModelError
-from m2lite.quant.checkpoint import load_json
+from m2lite.quant.ends import GENERATION, KEY_EOS, OWN_END, end_keys
 from m2lite.quant.header import Key, array, boolean, float32, int32, string, uint32
 from m2lite.quant.pieces import CONTROL, MODEL_NAME, NORMAL, UNUSED, USER_DEFINED, load_pieces
 from m2lite.quant.safetensors import check_impostor
+from m2lite.quant.texts import load_json, read_small
 
 # The one pre-tokenizer that `tokenizer.ggml.pre = minimax-m2` stands for (o200k), as tokenizer.json spells it.
 PATTERN = (
@@ -28,7 +29,7 @@ JSON_NAME = "tokenizer.json"
 # role: (its key in tokenizer_config.json, the key in the GGUF, M2's own string where the configs are silent)
 SPECIAL = {
     "bos": ("bos_token", "tokenizer.ggml.bos_token_id", "]~!b["),
-    "eos": ("eos_token", "tokenizer.ggml.eos_token_id", "[e~["),
+    "eos": ("eos_token", KEY_EOS, OWN_END),  # with what other files say: quant/ends.py
     "unknown": ("unk_token", "tokenizer.ggml.unknown_token_id", "]!d~["),
     "padding": ("pad_token", "tokenizer.ggml.padding_token_id", "]!p~["),
 }
@@ -47,16 +48,29 @@ class Vocabulary(NamedTuple):
     merges: list[str]
 
 
-def vocabulary_keys(directory: Path, n_vocab: int) -> list[Key]:
-    """Every key that the text of a model needs, in a fixed order."""
+class Sources(NamedTuple):
+    """What other files than the tokenizer's own say of its tokens, and where doubts are told."""
+
+    settings: Mapping[str, Any]  # tokenizer_config.json
+    generation: Mapping[str, Any]
+    config: Mapping[str, Any]
+    warnings: list[str]
+
+
+def vocabulary_keys(
+    directory: Path, n_vocab: int, config: Mapping[str, Any] | None = None, warnings: list[str] | None = None
+) -> list[Key]:
+    """Every key that the text of a model needs, in a fixed order; doubts are added to `warnings`."""
     settings = load_json(directory, "tokenizer_config.json", optional=True)
+    generation = load_json(directory, GENERATION, optional=True)
+    sources = Sources(settings, generation, config or {}, [] if warnings is None else warnings)
     has_pieces = not (directory / JSON_NAME).exists() and (directory / MODEL_NAME).exists()
-    keys = (_piece_keys if has_pieces else _bpe_keys)(directory, settings, n_vocab)
+    keys = (_piece_keys if has_pieces else _bpe_keys)(directory, sources, n_vocab)
     template = _load_template(directory, settings)
     return [*keys, string("tokenizer.chat_template", template)] if template else keys
 
 
-def _bpe_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> list[Key]:
+def _bpe_keys(directory: Path, sources: Sources, n_vocab: int) -> list[Key]:
     vocabulary = parse_vocabulary(load_json(directory, JSON_NAME), n_vocab)
     return [
         string("tokenizer.ggml.model", "gpt2"),
@@ -64,12 +78,13 @@ def _bpe_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> lis
         array("tokenizer.ggml.tokens", vocabulary.tokens),
         array("tokenizer.ggml.token_type", vocabulary.types),
         array("tokenizer.ggml.merges", vocabulary.merges),
-        *_special_keys(vocabulary.tokens, settings, JSON_NAME, {}),
+        *_special_keys(vocabulary.tokens, vocabulary.types, sources, JSON_NAME, {}),
         boolean("tokenizer.ggml.add_bos_token", False),  # the chat template writes it: never two
     ]
 
 
-def _piece_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> list[Key]:
+def _piece_keys(directory: Path, sources: Sources, n_vocab: int) -> list[Key]:
+    settings = sources.settings
     pieces = load_pieces(directory, settings, n_vocab)
     keys = [
         string("tokenizer.ggml.model", "llama"),
@@ -77,7 +92,7 @@ def _piece_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> l
         array("tokenizer.ggml.tokens", pieces.tokens),
         Key("tokenizer.ggml.scores", pieces.scores, "ARRAY"),
         array("tokenizer.ggml.token_type", pieces.types),
-        *_special_keys(pieces.tokens, settings, MODEL_NAME, pieces.special),
+        *_special_keys(pieces.tokens, pieces.types, sources, MODEL_NAME, pieces.special),
         boolean("tokenizer.ggml.add_space_prefix", pieces.space_prefix),
     ]
     for name in ("add_bos_token", "add_eos_token"):
@@ -88,11 +103,16 @@ def _piece_keys(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> l
 
 def sampling_keys(directory: Path) -> list[Key]:
     """The publisher's defaults for sampling, where generation_config.json states them."""
-    found = load_json(directory, "generation_config.json", optional=True)
+    found = load_json(directory, GENERATION, optional=True)
     keys = []
     for source, target, make in SAMPLING:
         value = found.get(source)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not -(2**31) < value < 2**31:
+                raise BadModelError(
+                    f"generation_config.json: {source} is {str(value)[:40]}, which no sampler has.",
+                    "Correct that file.",
+                )
             keys.append(make(target, value))
     return keys
 
@@ -170,13 +190,13 @@ def _check_pre_tokenizer(pre_tokenizer: Any) -> None:
 
 
 def _special_keys(
-    tokens: list[str], settings: Mapping[str, Any], source: str, defaults: Mapping[str, int]
+    tokens: list[str], types: list[int], sources: Sources, source: str, defaults: Mapping[str, int]
 ) -> list[Key]:
     """What tokenizer_config.json names, or M2's own strings, or what the tokenizer itself says."""
     ids = {text: token_id for token_id, text in enumerate(tokens)}
-    keys = []
+    keys: list[Key] = []
     for role, (setting, target, own) in SPECIAL.items():
-        named = settings.get(setting)
+        named = sources.settings.get(setting)
         text = named.get("content") if isinstance(named, dict) else named
         if text is not None and not isinstance(text, str):
             raise _bad_setting(setting, f"{text!r}, not a token")
@@ -185,19 +205,20 @@ def _special_keys(
                 f"tokenizer_config.json: {setting} {text!r} is not in {source}.", "Use a matching pair."
             )
         token_id = ids.get(own if text is None else text, defaults.get(role))
-        if token_id is not None:
+        if role == "eos":
+            ordinary = frozenset(i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED))
+            named_id = None if text is None else token_id
+            ends = end_keys(tokens, ordinary, named_id, sources.generation, sources.config, sources.warnings)
+            keys += ends or ([] if token_id is None else [uint32(target, token_id)])
+        elif token_id is not None:
             keys.append(uint32(target, token_id))
     return keys
 
 
 def _load_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        data = path.read_bytes()
-        if len(data) > MAX_TEMPLATE_BYTES:
-            raise BadModelError(
-                f"{path.name} has {len(data)} bytes, at most {MAX_TEMPLATE_BYTES} are allowed.", "Check it."
-            )
+    data = read_small(path, MAX_TEMPLATE_BYTES)
+    if data is not None:
         check_impostor(path, data)
         try:
             return data.decode()
@@ -205,7 +226,7 @@ def _load_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
             raise BadModelError(f"{path.name} is not UTF-8: {error}.", "Check that it is the template.") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones: the default is the one that everybody uses
-        found = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        found = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         if not isinstance(found.get("default"), str):
             raise _bad_setting("chat_template", f"a list without a template named default, of {list(found)}")
         template = found["default"]

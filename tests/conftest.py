@@ -87,7 +87,7 @@ def compiled(run_m2lite: Run, model_files: dict[str, Path], bundled_model: Path)
 @pytest.fixture
 def run_inline(command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """As `run_m2lite`, but in this process, which saves its start; without stdin and signals."""
-    from m2lite.cli import app
+    from m2lite.cli import run as run_command
 
     for name in [name for name in os.environ if name.startswith("M2LITE_") and "CACHE" not in name]:
         monkeypatch.delenv(name)
@@ -99,11 +99,8 @@ def run_inline(command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, cap
         with monkeypatch.context() as patch:
             for name, value in (env or {}).items():
                 patch.setenv(name, value)
-            with pytest.raises(SystemExit) as left:
-                app([str(a) for a in arguments], prog_name="m2lite")
+            code = run_command([str(a) for a in arguments])
         out, err = capsys.readouterr()
-        code = left.value.code or 0
-        assert isinstance(code, int)
         return subprocess.CompletedProcess([str(a) for a in arguments], code, out, err)
 
     return run

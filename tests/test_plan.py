@@ -72,6 +72,6 @@ def test_for_people(run_inline: Run, bundled_model: Path) -> None:
     done = run_inline("plan", bundled_model, "--disk", "3.5g")
     assert "disk 3.50 GB/s (assumed)" in done.stdout and "all of it fits" in done.stdout
     done = run_inline("plan", bundled_model, "--load", "direct", "--ram", "4g")
-    assert "budget 4.3 GB" in done.stdout and "expect hits of" in done.stdout
+    assert "budget 4.00 GiB" in done.stdout and "expect hits of" in done.stdout
     for bad in ("fast", "0", "3x", ""):
         assert run_inline("plan", bundled_model, "--disk", bad).returncode == 2

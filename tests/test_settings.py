@@ -49,7 +49,14 @@ def test_an_empty_variable_is_none() -> None:
     assert resolve_settings({}, {"M2LITE_CTX": ""}, NOWHERE).ctx is None
 
 
-@pytest.mark.parametrize("text", ["ctx = true", "ctx = [1]", "ctx = 1.5", "think = 'perhaps'", "seed = -1"])
+BAD_VALUES = [
+    "ctx = true", "ctx = [1]", "ctx = 1.5", "think = 'perhaps'", "seed = -1", "ctx = 1979-05-27", "ctx = {a = 1}",
+    "model = 3", "model = true", "model = ['a']", 'mtp = "a\\u0000b"', "ctx = '9999999t'", f"ram = '{'9' * 5000}'",
+    f"seed = '{'9' * 5000}'", f"ctx = 0x{'f' * 9000}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_VALUES, ids=lambda text: text[:20])
 def test_bad_values_in_the_file(tmp_path: Path, text: str) -> None:
     config = tmp_path / "config.toml"
     config.write_text(text)
@@ -57,7 +64,13 @@ def test_bad_values_in_the_file(tmp_path: Path, text: str) -> None:
         resolve_settings({}, {}, config)
 
 
-@pytest.mark.parametrize("content", [b"ctx = ", b"\xff\xfe", b"speed = 3"])
+BAD_FILES = [
+    b"ctx = ", b"\xff\xfe", b"speed = 3", b"ctx = 1\nctx = 2", b'model = "\\ud800"', b"ctx = " + b"9" * 5000,
+    b"ctx = " + b"[" * 100_000, b"#" * (2 << 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BAD_FILES, ids=lambda content: str(content[:20]))
 def test_bad_files(tmp_path: Path, content: bytes) -> None:
     config = tmp_path / "config.toml"
     config.write_bytes(content)

@@ -82,10 +82,12 @@ def write_model(
     metadata: Mapping[str, int | str | bool | float] | None = None,
     formats: Mapping[str, str] | None = None,
     phrase: str | None = None,
+    end: int = END,
     embedded: float = 1.0,
 ) -> Path:
     """Write a model to `path` and return it. Without a script the weights are random.
 
+    `end`: what the file calls the end of a reply, right or wrong.
     `embedded`: the length of a token's direction; the longer, the more follows from the last token, and ids vary.
     `phrase`: the text of the token PHRASE, for a script that has to say the same letter twice.
 
@@ -93,7 +95,7 @@ def write_model(
     """
     shape = shape or Shape()
     writer = gguf.GGUFWriter(path, arch)
-    _write_metadata(writer, arch, shape, phrase)
+    _write_metadata(writer, arch, shape, phrase, end)
     for key, value in (metadata or {}).items():
         add = {int: writer.add_uint32, str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
         add[type(value)](key, value)  # type: ignore[operator]
@@ -173,7 +175,7 @@ def _tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
     return tensors | {"output_norm.weight": ((d,), "norm"), "output.weight": ((N_VOCAB, d), "exact")}
 
 
-def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: str | None) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: str | None, end: int) -> None:
     for key, value in {
         "block_count": shape.n_layers,
         "context_length": shape.n_ctx,
@@ -202,7 +204,7 @@ def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: st
     writer.add_token_types([1] * 256 + [3] * len(CONTROL) + [4] * len(plain) + [5] * n_unused + [1])
     writer.add_token_merges(["q z"])  # one, since the writer leaves an empty list out
     writer.add_bos_token_id(BEGIN)
-    writer.add_eos_token_id(END)
+    writer.add_eos_token_id(end)
     writer.add_unk_token_id(UNKNOWN)
     writer.add_pad_token_id(PAD)
     writer.add_add_bos_token(False)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
 from m2lite.decode.request import FIELDS, Request, parse_request
 from m2lite.errors import UsageError
+from m2lite.system.inputs import TextInput
+from m2lite.system.json_text import JsonError, parse_json
 
 URL = "/v1/chat/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
@@ -63,22 +61,17 @@ def line_stream(custom_id: str) -> int:
 
 
 class Input:
-    """A file of lines, or what stdin gives, which is kept in a temporary file: it is read twice."""
+    """Lines of a file, a pipe or stdin, which may be packed. What `check` has read is what all later readings give."""
 
     def __init__(self, source: str, defaults: Request) -> None:
-        self._defaults, self.is_text = defaults, source.endswith(".txt")
-        self._spooled: IO[bytes] | None = None
-        if source == "-":
-            self._spooled = tempfile.NamedTemporaryFile(prefix="m2lite-batch-")  # noqa: SIM115
-            while chunk := sys.stdin.buffer.read(1 << 20):
-                self._spooled.write(chunk)
-            self._spooled.flush()
-        self.path = Path(source if self._spooled is None else self._spooled.name)
-        self.name = source
-        if not self.path.exists():
-            raise UsageError(f"{source} does not exist.", "Name a file of requests, or - for stdin.")
-        if self.path.is_dir():
-            raise UsageError(f"{source} is a directory.", "Name a file of requests.")
+        self._defaults, self.name = defaults, source
+        self.is_text = source.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+        self._text = TextInput(source)
+
+    @property
+    def n_grown(self) -> int:
+        """Bytes that came behind what was checked, and are not read."""
+        return self._text.n_grown
 
     def check(self, most_errors: int = 20) -> Checked:
         """Read all of it: bad lines, and names that come twice."""
@@ -97,49 +90,44 @@ class Input:
         return Checked(n, digest.hexdigest(), errors, n_errors)
 
     def __iter__(self) -> Iterator[Line]:
-        """One after the other; a name that comes again is an error there."""
+        """One after the other; a name that comes again is an error there, of a line with a name of its own."""
         seen = set[int]()
         for line in self._lines():
             if line.key in seen:
-                yield Line(line.number, f"line-{line.number}", None, f"custom_id {line.custom_id!r} was there before.")
-                continue
+                error, name = f"custom_id {line.custom_id!r} was there before.", f"line-{line.number}"
+                while line_key(name) in seen:
+                    name += "-again"
+                line = Line(line.number, name, None, error)
             seen.add(line.key)
             yield line
 
     def _lines(self, digest: Any = None) -> Iterator[Line]:
-        try:
-            with self.path.open("rb") as file:
-                number = 0
-                while raw := file.readline(_LONGEST + 1):
-                    number += 1
-                    if digest is not None:
-                        digest.update(raw)
-                    if number == 1:
-                        raw = raw.removeprefix(codecs.BOM_UTF8)
-                    if len(raw) > _LONGEST:
-                        raise UsageError(f"{self.name}: line {number} has more than {_LONGEST:,} bytes.", "Split it.")
-                    if raw.strip():
-                        yield self._parse(raw.rstrip(b"\r\n"), number)
-        except OSError as error:
-            raise UsageError(f"{self.name} cannot be read: {error.strerror}.") from None
+        for number, raw in enumerate(self._text.lines(_LONGEST), 1):
+            if digest is not None:
+                digest.update(raw)
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if len(raw) > _LONGEST:
+                raise UsageError(f"{self.name}: line {number} has more than {_LONGEST:,} bytes.", "Split it.")
+            if raw.strip():
+                yield self._parse(raw.rstrip(b"\r\n"), number)
 
     def _parse(self, raw: bytes, number: int) -> Line:
         name = f"line-{number}"
         try:
             text = raw.decode()
-            value: Any = {"prompt": text} if self.is_text else json.loads(text)
+            value: Any = {"prompt": text} if self.is_text else parse_json(text)
             name, body = _name_and_body(value, name)
             return Line(number, name, parse_request(body, self._defaults))
         except UnicodeDecodeError as error:
             return Line(number, name, None, f"no UTF-8: byte {error.start} is 0x{raw[error.start]:02x}.")
-        except (ValueError, RecursionError) as error:
+        except JsonError as error:
             return Line(number, name, None, f"no JSON ({error}).")
         except UsageError as error:
             return Line(number, name, None, str(error))
 
     def close(self) -> None:
-        if self._spooled is not None:
-            self._spooled.close()
+        self._text.close()
 
 
 def _name_and_body(value: object, name: str) -> tuple[str, Mapping[str, Any]]:

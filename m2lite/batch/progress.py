@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import io
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
+from m2lite.storage.durable import atomic_write
+from m2lite.system.streams import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +27,7 @@ class Show:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = STDERR.is_terminal
         self._shown_at = time.monotonic()
         self._point_s = _POINT_S
         self.points: list[tuple[float, int, int]] = []  # seconds, tokens drawn, answers at once
@@ -40,7 +42,7 @@ class Show:
             return
         self._shown_at = now
         if self._is_terminal:
-            print(f"\r\033[K{describe(tally)}", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite(describe(tally))
         else:
             self._note(describe(tally))
 
@@ -51,7 +53,7 @@ class Show:
         """The last point of the plot; the terminal is as it was."""
         self._add_point(tally)
         if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite()
 
 
 def describe(tally: Tally) -> str:
@@ -103,8 +105,8 @@ def check_plot(path: Path) -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs the package matplotlib.", "pip install 'm2lite[plot]'.")
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: no name of a PNG in a directory that exists.")
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the name of a picture ends in .png.", "Name it so.")
 
 
 def plot(points: list[tuple[float, int, int]], path: Path) -> None:
@@ -126,5 +128,7 @@ def plot(points: list[tuple[float, int, int]], path: Path) -> None:
     other.set_ylabel("answers at once")
     other.set_ylim(bottom=0)
     figure.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
+    atomic_write(path, picture.getbuffer(), mode=0o644)

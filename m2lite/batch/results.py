@@ -17,14 +17,29 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, PartFile, atomic_write
+from m2lite.storage.durable import PART_MARK, LineLog, PartFile, atomic_write, part_path, remove_leftovers
+from m2lite.system.inputs import check_regular
+from m2lite.system.json_text import JsonError, parse_object
+from m2lite.system.outputs import STDIO, Places
 
 VERSION = 1
+_LONGEST = 256 << 20  # bytes of a result
+_MOST_DIFFERENCES = 30  # that are told
+_MOST_MANIFEST = 16 << 20  # bytes: a schema of 1 MiB, indented
 Manifest = dict[str, Any]
 
 
 def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
+
+
+def approve_output(places: Places, output: str) -> None:
+    """UsageError unless the results of a batch may be written there."""
+    if output == STDIO:
+        places.approve_stdout("--output -")
+    else:
+        beside, todo = [manifest_path(Path(output))], "Name a file, or use -o - for stdout."
+        places.approve("--output", output, beside, kind="continued", todo=todo)
 
 
 @dataclass
@@ -51,12 +66,14 @@ class Results:
         that another process writes. With `retry_failed`, lines that failed are to be done again.
         """
         self.path, self.manifest = output, manifest
-        check_output(output)
+        approve_output(Places(), str(output))
         known = read_manifest(output)
         if output.exists() and output.stat().st_size and known is None:
             raise UsageError(f"{output}: exists already, and no batch wrote it.", "Choose another name.")
         self._log = LineLog(output, keeps_lines=False)  # from here on nobody else writes
         try:
+            for path in (output, manifest_path(output)):
+                remove_leftovers(path)
             self.is_begun = known is not None
             if known is not None and not force:
                 _check_same(known, manifest, output)
@@ -76,8 +93,7 @@ class Results:
 
     def _forget_failed(self) -> None:
         """The file without its failed lines takes its place; until then it is whole."""
-        whole = [line for line in _whole_lines(self.path) if not json.loads(line).get("error")]
-        self._log.replace(whole)
+        self._log.replace(line for _, is_failed, _, line in _placed_lines(self.path) if not is_failed)
         self.ended.failed = set()
 
     def add(self, line: Mapping[str, Any], key: int) -> None:
@@ -140,32 +156,41 @@ def result_line(custom_id: str, body: Mapping[str, Any] | None, error: M2liteErr
     return {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": failure}
 
 
-def check_output(output: Path) -> None:
-    if output.is_dir():
-        raise UsageError(f"{output} is a directory.", "Name a file.")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is no directory.", "Make it first.")
-
-
 def read_manifest(output: Path) -> Manifest | None:
     """None where there is none; UsageError for one that cannot be read."""
     path = manifest_path(output)
     try:
-        found = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            found = parse_object(file.read(_MOST_MANIFEST + 1), most_bytes=_MOST_MANIFEST)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.", "Choose another output.") from None
-    if not isinstance(found, dict) or found.get("m2lite_batch") != VERSION:
+    except (OSError, JsonError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read as a manifest: {what}.", "Choose another output.") from None
+    if found.get("m2lite_batch") != VERSION:
         raise UsageError(f"{path} is no manifest of version {VERSION}.", "Choose another output.")
+    for name, is_sound, what in _MANIFEST_FIELDS:
+        if not is_sound(found.get(name)):
+            raise UsageError(
+                f"{path}: {name} is {str(found.get(name))[:80]!r}, expected {what}.",
+                "Was it edited? Choose another output.",
+            )
     return found
 
 
+# Of a manifest's fields, those that anything is done with beyond being compared.
+_MANIFEST_FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("lines", lambda value: type(value) is int and 0 <= value < 1 << 53, "a number of lines"),
+    ("model", lambda value: isinstance(value, str), "a name"),
+    ("shard", lambda value: isinstance(value, str), "a text such as '1/1'"),
+)
+
+
 def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
+    names = [name for name in {**known, **manifest} if known.get(name) != manifest.get(name)]
     differences = [
-        f"  {name}: {known.get(name)!r} there, {manifest.get(name)!r} now"
-        for name in [*known, *(name for name in manifest if name not in known)]
-        if known.get(name) != manifest.get(name)
+        f"  {name[:60]}: {_short(known.get(name))} there, {_short(manifest.get(name))} now"
+        for name in names[:_MOST_DIFFERENCES]
     ]
     if differences:
         raise UsageError(
@@ -175,33 +200,54 @@ def _check_same(known: Manifest, manifest: Manifest, output: Path) -> None:
         )
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 def read_ends(output: Path) -> Iterator[tuple[str, bool]]:
     """(custom_id, whether it failed) of each result; a torn last line is none. UsageError for what is no result."""
-    for number, raw in enumerate(_whole_lines(output), 1):
-        try:
-            line = json.loads(raw)
-            custom_id, error = line["custom_id"], line["error"]
-            if not isinstance(custom_id, str):
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise UsageError(f"{output}: line {number} is no result of a batch.", "Choose another output.") from None
-        yield custom_id, error is not None
+    for custom_id, is_failed, _, _ in _placed_lines(output):
+        yield custom_id, is_failed
+
+
+def _parse_result(raw: bytes) -> tuple[str, bool]:
+    """(custom_id, whether it failed); JsonError for what no batch wrote."""
+    line = parse_object(raw)
+    custom_id, error = line.get("custom_id"), line.get("error")
+    if not isinstance(custom_id, str) or "error" not in line or not isinstance(error, dict | None):
+        raise JsonError("no custom_id, or no error")
+    return custom_id, error is not None
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            for line in file:
+            number = 0
+            while line := file.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise UsageError(
+                        f"{path}: line {number} has more than {_LONGEST:,} bytes.", "Choose another output."
+                    )
                 if line.endswith(b"\n"):
                     yield line
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Choose another output.") from None
 
 
 def _placed_lines(path: Path) -> Iterator[tuple[str, bool, int, bytes]]:
     """(custom_id, whether it failed, offset, line) of each result."""
     offset = 0
-    for line, (custom_id, is_failed) in zip(_whole_lines(path), read_ends(path), strict=True):
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            custom_id, is_failed = _parse_result(line)
+        except JsonError as error:
+            raise UsageError(
+                f"{path}: line {number} is no result of a batch ({error}).", "Choose another output."
+            ) from None
         yield custom_id, is_failed, offset, line
         offset += len(line)
 
@@ -214,11 +260,11 @@ def status(output: Path) -> dict[str, Any]:
     n = {False: 0, True: 0}
     for _, is_failed in read_ends(output):
         n[is_failed] += 1
-    total = manifest["lines"]
+    total, n_results = manifest["lines"], n[False] + n[True]
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(output.stat().st_mtime)) if output.exists() else None
     return {
-        "output": str(output), "done": n[False], "failed": n[True], "left": total - n[False] - n[True], "total": total,
-        "last_written": changed, "manifest": manifest,
+        "output": str(output), "done": n[False], "failed": n[True], "left": max(0, total - n_results), "total": total,
+        "surplus": max(0, n_results - total), "last_written": changed, "manifest": manifest,
     }  # fmt: skip
 
 
@@ -230,11 +276,11 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
     """
     places = dict[int, tuple[int, int, int, bool]]()  # name -> file, offset, bytes, whether it failed
     paths = list(outputs)
+    Places().reads(*paths).approve("--output", target, [part_path(target)])
     for index, path in enumerate(paths):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
-        if path.resolve() == target.resolve():
-            raise UsageError(f"{path} would be read and written.", "Choose another name.")
+        check_regular(path)
         for custom_id, is_failed, offset, line in _placed_lines(path):
             place, key = (index, offset, len(line), is_failed), line_key(custom_id)
             known = places.get(key)
@@ -247,18 +293,28 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
         rank = {line_key(name): n for n, name in enumerate(order)}
         unknown = next((key for key in keys if key not in rank), None)
         if unknown is not None:
-            name = json.loads(_read(paths, places[unknown]))["custom_id"]
+            name, _ = _parse_result(_read(paths, places[unknown]))
             raise UsageError(f"{name!r} has a result, but is not in the input.", "Leave --input out.")
         keys.sort(key=lambda key: rank[key])
     n_bytes = sum(places[key][2] for key in keys)
     with PartFile(target, n_bytes) as part:
-        offset = 0
-        for key in keys:
-            data = _read(paths, places[key])
-            part.write(offset, data)
-            offset += len(data)
-        part.finish()
+        try:
+            _join(paths, [places[key] for key in keys], part)
+        except BaseException:
+            part.discard()
+            raise
     return len(keys), sum(places[key][3] for key in keys)
+
+
+def _join(paths: list[Path], places: Iterable[tuple[int, int, int, bool]], part: PartFile) -> None:
+    offset, head = 0, b""
+    for place in places:
+        data = _read(paths, place)
+        if not offset:  # the beginning comes last: until then the part's mark stands there
+            offset, head, data = len(PART_MARK), data[: len(PART_MARK)], data[len(PART_MARK) :]
+        part.write(offset, data)
+        offset += len(data)
+    part.finish(head)
 
 
 def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
@@ -269,7 +325,3 @@ def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:
 def _read_at(file: IO[bytes], offset: int, n_bytes: int) -> bytes:
     file.seek(offset)
     return file.read(n_bytes)
-
-
-def same_file(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)

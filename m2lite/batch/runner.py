@@ -122,6 +122,16 @@ class Tally:
         return self.counts.n_expert_reads / n_rows if n_rows else None
 
 
+def count_ended(source: Input, results: Results, shard: Shard) -> tuple[int, int]:
+    """How many lines of this input are done and failed already: an output may hold those of others, too."""
+    n_done = n_failed = 0
+    for line in source if len(results.ended) else ():
+        if line in shard:
+            n_done += line.key in results.ended.done
+            n_failed += line.key in results.ended.failed
+    return n_done, n_failed
+
+
 def lines_left(source: Input, results: Results | None, shard: Shard, limit: int | None) -> Iterator[Line]:
     """What is still to be answered, at most `limit` lines."""
     n = 0

@@ -14,6 +14,8 @@ from m2lite.decode.constrain import Schema
 from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
 from m2lite.decode.sampling import Sampling
 from m2lite.errors import UsageError
+from m2lite.system.inputs import read_input
+from m2lite.system.outputs import Places
 from m2lite.text.reply import KINDS, Piece, Reply
 
 _MOST_FILE_BYTES = 4 << 20
@@ -36,8 +38,10 @@ class Chat:
     saved: SavedChat | None = None  # None: nothing is saved
     tools: Tools | None = None
     approve: str = "ask"  # which calls run: ask, never or all
+    max_rounds: int = 3  # of the same calls with the same results, and nothing else said; 0: without end
     stop_texts: tuple[str, ...] = ()  # that end an answer
     schema: Schema | None = None  # every answer is JSON of it
+    places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
 
     def options(self) -> Options:
@@ -116,14 +120,12 @@ def told_of(said: Answer) -> dict[str, Any]:
 def said_of(saved: Saved) -> Answer:
     """The answer at the end of a saved chat."""
     told: Mapping[str, Any] = saved.answer or {"finish_reason": "stop"}
-    tokens = told.get("tokens", [])
-    is_list = isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
     message = saved.messages[-1] if saved.messages else {}
     return Answer(
-        tokens=list(tokens) if is_list else [],
-        reply=Reply(str(message.get("reasoning_content", "")), str(message.get("content", ""))),
+        tokens=list(told.get("tokens", [])),
+        reply=Reply(str(message.get("reasoning_content") or ""), str(message.get("content", ""))),
         finish_reason=str(told.get("finish_reason")),
-        attempt=told["attempt"] if isinstance(told.get("attempt"), int) else 0,
+        attempt=told.get("attempt", 0),
     )
 
 
@@ -157,10 +159,7 @@ def export_markdown(messages: list[Message]) -> str:
 def read_text(path: Path) -> str:
     """A text file that goes with a message; UsageError says why not."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_FILE_BYTES + 1)
-        if len(data) > _MOST_FILE_BYTES:
-            raise UsageError(f"{path} cannot be read: it has more than {_MOST_FILE_BYTES:,} bytes.")
+        data = read_input(path, _MOST_FILE_BYTES)
         return data.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from m2lite.chat.chat import Begin, Chat, export_markdown, read_text
+from m2lite.chat.editor import edit
 from m2lite.chat.status import describe
 from m2lite.chat.store import (
     SavedChat,
@@ -21,8 +21,10 @@ from m2lite.chat.store import (
 )
 from m2lite.decode.conversation import Options, Pieces
 from m2lite.errors import UsageError
-from m2lite.settings import OPTIONS
+from m2lite.settings import OPTIONS, parse_count
+from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
+from m2lite.system.paths import named_path
 
 _SHOWN_SESSIONS = 20
 _SET = (
@@ -127,15 +129,10 @@ def _undo(chat: Chat, rest: str) -> str:
 
 def _edit(chat: Chat, rest: str) -> Begin:
     """The last question, or a new one, in the user's editor."""
-    import click
-
     conversation = chat.conversation
     is_again = bool(conversation.turns())
     text = str(conversation.messages[conversation.turns()[-1]]["content"]) if is_again else ""
-    try:
-        edited = click.edit(text, extension=".md")
-    except click.ClickException as error:
-        raise UsageError(f"The editor failed: {error.message}.", "Set EDITOR.") from None
+    edited = edit(text)
     if edited is None or not edited.strip():
         raise UsageError("Nothing was saved in the editor: the chat is as it was.")
     return partial(_ask_instead if is_again else _ask, chat, edited.rstrip("\n"))
@@ -157,17 +154,20 @@ def _ask_instead(chat: Chat, text: str, options: Options) -> Pieces:
         raise
 
 
+def _number(line: str, text: str, expected: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise UsageError(f"{line}: expected {expected}.") from None
+
+
 def _forget(chat: Chat, rest: str) -> str:
-    if rest and not rest.isdigit():
-        raise UsageError(f"/forget {rest}: expected a number of turns.")
-    n = chat.conversation.forget(int(rest or 1))
+    n = chat.conversation.forget(_number(f"/forget {rest}", rest or "1", "a number of turns"))
     return f"forgot the oldest {n} turns; {chat.conversation.n_turns} are left"
 
 
 def _compact(chat: Chat, rest: str) -> Begin:
-    if rest and not rest.isdigit():
-        raise UsageError(f"/compact {rest}: expected the number of turns that stay as they are.")
-    n_kept = int(rest or 1)
+    n_kept = _number(f"/compact {rest}", rest or "1", "the number of turns that stay as they are")
 
     def begin(options: Options) -> Pieces:
         return chat.conversation.summarise(n_kept, **options)
@@ -201,12 +201,10 @@ def _think(chat: Chat, rest: str) -> str:
     if rest in ("show", "hide"):
         chat.show_thinking = rest == "show"
         chat.think_tokens = None if chat.think_tokens == 0 else chat.think_tokens
-    elif rest == "off" or rest.isdigit():
-        chat.think_tokens = 0 if rest == "off" else int(rest)
-    elif rest == "on":
-        chat.think_tokens = None
+    elif rest in ("on", "off"):
+        chat.think_tokens = 0 if rest == "off" else None
     elif rest:
-        raise UsageError(f"/think {rest}: expected show, hide, on, off, or a number of tokens.")
+        chat.think_tokens = _number(f"/think {rest}", rest, "show, hide, on, off, or a number of tokens")
     shown = "shown" if chat.show_thinking else "folded"
     if chat.think_tokens == 0:
         return "thinking is off"
@@ -230,7 +228,7 @@ def _context(chat: Chat, rest: str) -> str:
 def _read(chat: Chat, rest: str) -> str:
     if not rest:
         raise UsageError("/read needs a file.")
-    path = Path(rest).expanduser()
+    path = named_path(rest)
     text = read_text(path)
     session = chat.conversation.session
     n_tokens = len(session.model.tokenizer.encode(text))
@@ -245,9 +243,8 @@ def _export(chat: Chat, rest: str) -> str:
     if kind not in ("md", "json"):
         raise UsageError(f"/export {rest}: expected md or json, and a file if you like.")
     stem = "chat" if chat.saved is None else chat.saved.name
-    path = Path(name.strip() or f"{stem}.{kind}").expanduser()
-    if path.exists():
-        raise UsageError(f"{path}: exists already.", "Name another file.")
+    path = named_path(name.strip() or f"{stem}.{kind}")
+    chat.places.check("/export", path)
     messages = chat.conversation.messages
     text = export_markdown(messages) if kind == "md" else json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     atomic_write(path, text.encode())
@@ -257,9 +254,13 @@ def _export(chat: Chat, rest: str) -> str:
 def _sessions(chat: Chat, rest: str) -> str:
     found, lines = list_sessions(), list[str]()
     for path in found[:_SHOWN_SESSIONS]:
-        saved = read_session(path)
+        try:
+            saved = read_session(path)
+        except UsageError as error:
+            lines.append(f"  {path.stem:<24} {error.what}")
+            continue
         here = "*" if chat.saved is not None and chat.saved.name == path.stem else " "
-        lines.append(f"{here} {path.stem:<24} {saved.n_turns:>4} turns  {saved.title}")
+        lines.append(f"{here} {shown(path.stem):<24} {saved.n_turns:>4} turns  {saved.title}")
     if len(found) > _SHOWN_SESSIONS:
         lines.append(f"  and {len(found) - _SHOWN_SESSIONS} more in {found[0].parent}")
     return "\n".join(lines) or "no chat is saved yet"
@@ -281,7 +282,10 @@ def last_exchange(chat: Chat) -> str:
     assert chat.saved is not None
     saved, lines = chat.saved.saved, list[str]()
     if saved.bad_line is not None:
-        lines.append(f"warning: line {saved.bad_line} of {chat.saved.path} cannot be read; the chat ends before it")
+        lines.append(
+            f"warning: line {saved.bad_line} of {chat.saved.path} cannot be read; the chat ends before it. Who goes on "
+            f"finds all of the file in {chat.saved.path.name}.damaged."
+        )
     turns = chat.conversation.turns()
     lines.append(f"— {chat.saved.name}: {len(turns)} turns")
     if turns:
@@ -297,6 +301,8 @@ def last_exchange(chat: Chat) -> str:
 
 def _save(chat: Chat, rest: str) -> str:
     if chat.saved is None:
+        if rest:
+            chat.places.check_other("/save", session_path(rest))
         chat.saved = SavedChat(rest or new_name(), str(chat.conversation.session.model.path))
         if chat.saved.saved.messages:
             chat.saved.close()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import select
-import sys
-import termios
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import signal
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2lite.chat import keys
 from m2lite.chat.commands import COMMANDS
 from m2lite.chat.store import list_sessions
 from m2lite.decode.engine import Stop
+from m2lite.shown import shown
+from m2lite.signals import is_heeded, leave_afterwards
+from m2lite.system.streams import STDERR, note, stdin_descriptor, stdin_is_terminal, stdin_lines, tell
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -26,8 +29,12 @@ _BLOCK = '"""'  # begins and ends a message of several lines
 def piped_lines() -> Iterator[str]:
     """One message a line, or a block of lines, until the end of input."""
     block: list[str] | None = None
-    for line in sys.stdin:
-        line = line.rstrip("\r\n")
+    for number, data in enumerate(stdin_lines(), 1):
+        try:
+            line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            tell(f"error: line {number} is left out, it is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}.")
+            continue
         if block is not None:
             block.append(line)
         elif is_open(line):
@@ -55,47 +62,56 @@ def without_marks(text: str) -> str:
     return "/" + lines if lines.startswith("/") else lines
 
 
-def typed_lines(tell: Callable[[str], None]) -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """What the user types: Enter sends, Alt-Enter and Ctrl-J begin a new line, pasted text is taken as it is."""
     session = _prompt_session()
     while True:
         try:
-            yield without_marks(session.prompt(PROMPT))
+            yield without_marks(_prompt(session))
         except KeyboardInterrupt:
             tell("Ctrl-D or /exit leaves.")
         except EOFError:
             return
 
 
+def _prompt(session: PromptSession[str]) -> str:
+    """A line; a signal that ends the process ends the prompt first, and raises nothing within the event loop."""
+    app = session.app
+
+    def end() -> None:
+        if app.is_running and not app.is_done:
+            app.exit(exception=EOFError)
+
+    def ask() -> None:
+        loop = app.loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(end)
+
+    with leave_afterwards(ask) as is_asked:
+        return session.prompt(
+            PROMPT,
+            pre_run=lambda: end() if is_asked() else None,
+            handle_sigint=is_heeded(signal.SIGINT),
+        )
+
+
 def ask_line(question: str, stop: Stop) -> str:
-    """What the user types behind the question; "" where nobody can be asked, or if `stop` says so first."""
-    if not sys.stdin.isatty():
+    """What the user types behind the question; "" where nobody can be asked, or if `stop` says so first.
+
+    What was typed before the question was there is no answer to it.
+    """
+    if not stdin_is_terminal():
         return ""
-    print(question, end="", file=sys.stderr, flush=True)
-    while not stop():
-        if select.select([sys.stdin], [], [], _POLL_S)[0]:
-            return sys.stdin.readline().rstrip("\n")
-    print(file=sys.stderr)
+    stdin = stdin_descriptor()
+    with keys.cooked():
+        keys.forget()
+        STDERR.write(shown(question))
+        STDERR.flush()
+        while not stop():
+            if select.select([stdin], [], [], _POLL_S)[0]:
+                return os.read(stdin, 1 << 16).decode(errors="replace").rstrip("\n")
+    note("")
     return ""
-
-
-@contextmanager
-def without_echo() -> Iterator[None]:
-    """Inside, what is typed, Ctrl-C too, is not written into what is shown; it waits for the next prompt."""
-    try:
-        fd = sys.stdin.fileno()
-        before = termios.tcgetattr(fd)
-    except (OSError, ValueError, termios.error):
-        yield
-        return
-    quiet = list(before)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(fd, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        with suppress(termios.error):  # the terminal may have gone
-            termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
 def _prompt_session() -> PromptSession[str]:
@@ -104,15 +120,15 @@ def _prompt_session() -> PromptSession[str]:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-    keys = KeyBindings()
+    bindings = KeyBindings()
 
     @Condition
     def in_block() -> bool:
         return is_open(session.default_buffer.text)
 
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    @keys.add("enter", filter=in_block)
+    @bindings.add("escape", "enter")
+    @bindings.add("c-j")
+    @bindings.add("enter", filter=in_block)
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -120,7 +136,7 @@ def _prompt_session() -> PromptSession[str]:
     history = InMemoryHistory() if path is None else FileHistory(str(path))
     session: PromptSession[str] = PromptSession(
         history=history,
-        key_bindings=keys,
+        key_bindings=bindings,
         prompt_continuation="  ",
         completer=_completer(),
         complete_while_typing=False,
@@ -158,13 +174,15 @@ def _completer() -> Any:
 
 
 def _history_path() -> Path | None:
-    """A file that only the user can read; None where it cannot be written."""
+    """A file that only the user can read; None where it cannot be written, or is none."""
     import platformdirs
 
     path = Path(platformdirs.user_state_dir("m2lite", appauthor=False)) / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
     except OSError:
         return None
-    return path
+    return path if is_file else None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
 from m2lite.chat.chat import Begin, Chat
 from m2lite.chat.commands import Leave, last_exchange, run_command
-from m2lite.chat.lines import ask_line, piped_lines, typed_lines, without_echo
+from m2lite.chat.keys import kept, without_echo
+from m2lite.chat.lines import ask_line, piped_lines, typed_lines
 from m2lite.chat.markdown import Markdown
 from m2lite.chat.progress import PromptProgress
-from m2lite.chat.render import Renderer, neutralise, styled
+from m2lite.chat.render import Renderer
 from m2lite.chat.status import status_line
 from m2lite.chat.tools import Tools, describe_call, run_tool
 from m2lite.decode.conversation import Conversation, Options, Pieces
 from m2lite.errors import M2liteError
+from m2lite.shown import shown
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
+from m2lite.system.streams import STDERR, STDOUT, OutputError, ReaderGone, stdin_is_terminal, tell
 
 _SHOWN_RESULT = 2000  # characters of a tool's result that are shown; the model gets all of it
 
@@ -26,20 +28,21 @@ _SHOWN_RESULT = 2000  # characters of a tool's result that are shown; the model 
 def run_chat(chat: Chat) -> int:
     """Talk until the user leaves; returns the exit code."""
     talk = _Talk(chat)
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_terminal = stdin_is_terminal() and STDOUT.is_terminal
     if chat.saved is not None and chat.saved.saved.messages:
         tell(last_exchange(chat), dim=True)
     try:
-        for line in typed_lines(tell) if is_terminal else piped_lines():
-            try:
-                code = talk.handle(line)
-            except SecondInterrupt:
-                raise
-            except KeyboardInterrupt:  # in the moments in which no answer is there to stop
-                tell("— stopped before the answer began; the question is dropped")
-                continue
-            if code:
-                return code
+        with kept() if is_terminal else nullcontext():
+            for line in typed_lines() if is_terminal else piped_lines():
+                try:
+                    code = talk.handle(line)
+                except SecondInterrupt:
+                    raise
+                except KeyboardInterrupt:  # in the moments in which no answer is there to stop
+                    tell("— stopped before the answer began; the question is dropped")
+                    continue
+                if code:
+                    return code
     except Leave:
         pass
     finally:
@@ -67,23 +70,46 @@ class _Talk:
             elif line.strip():
                 text = chat.message(line[1:] if line.startswith("//") else line)
                 return self._answer(lambda options: chat.conversation.ask(text, **options), is_question=True)
+        except (Leave, OutputError, ReaderGone):
+            raise
         except M2liteError as error:
             tell(f"error: {error}")
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            tell(f"error: {shown(f'{error.strerror or error}{where}')}.")
+        except MemoryError:
+            tell("error: the memory does not suffice.")
+        except Exception as error:  # a bug, and no reason to lose the chat
+            what = shown(f"{type(error).__name__}: {error}")
+            tell(f"internal error, {what}. Please report it. The chat goes on.")
         return 0
 
     def _answer(self, begin: Begin, is_question: bool = False) -> int:
-        """An answer, and as long as it calls tools, what it makes of their results."""
+        """An answer, and as long as it calls tools, what it makes of their results.
+
+        One that calls the same again and again, learns nothing new and says nothing is stopped.
+        """
         code = self._show(begin, is_question)
-        conversation, tools = self._chat.conversation, self._chat.tools
+        conversation, tools, most = self._chat.conversation, self._chat.tools, self._chat.max_rounds
+        before, n_same = None, 0
         while (
             tools is not None
             and not code
             and conversation.answer.finish_reason == "stop"
             and conversation.answer.reply.tool_calls
         ):
-            results = self._call_tools(tools, conversation.answer.reply.tool_calls)
+            reply = conversation.answer.reply
+            results = self._call_tools(tools, reply.tool_calls)
             if results is None:
                 tell("— the calls were left open. /regen answers anew, /undo drops the turn.")
+                break
+            n_same = n_same + 1 if not reply.content.strip() and before == (reply.tool_calls, results) else 1
+            before = reply.tool_calls, results
+            if n_same == most and not reply.content.strip():
+                conversation.add_results(results)
+                self._save()
+                told = f"— stopped: the same call gave the same result in {n_same} rounds."
+                tell(f"{told} /continue goes on, /undo drops the turn.")
                 break
             code = self._show(partial(_tell_results, conversation, results))
         return code
@@ -124,8 +150,8 @@ class _Talk:
     def _show(self, begin: Begin, is_question: bool = False) -> int:
         """Stream one answer, save it, and say what it cost."""
         chat = self._chat
-        markdown = Markdown() if styled(sys.stdout) and not chat.is_plain else None
-        renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr), chat.show_thinking, markdown)
+        markdown = Markdown() if STDOUT.is_styled and not chat.is_plain else None
+        renderer = Renderer(STDERR.is_styled, chat.show_thinking, markdown)
         with stop_on_signals() as stop, without_echo():
             progress = PromptProgress()
             options: Options = chat.options() | {"stop": stop, "progress": progress}
@@ -188,12 +214,3 @@ class _Talk:
 
 def _tell_results(conversation: Conversation, results: list[str], options: Options) -> Pieces:
     return conversation.tell_results(results, **options)
-
-
-def tell(text: str, dim: bool = False) -> None:
-    """A line that is no part of the answer."""
-    if sys.stderr.isatty():
-        text = neutralise(text)
-    if dim and styled(sys.stderr):
-        text = f"\033[2m{text}\033[0m"
-    print(text, file=sys.stderr, flush=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Generator, Iterator
 
+from m2lite.system.streams import STDERR
 from m2lite.text.reply import Piece
 
 _SLOW_S = 0.5  # from here on, reading the prompt is worth a line
@@ -20,15 +20,15 @@ class PromptProgress:
 
     def __call__(self, done: int, total: int) -> None:
         seconds = time.monotonic() - self._started
-        if done < total and sys.stderr.isatty() and seconds > _SLOW_S:
+        if done < total and STDERR.is_terminal and seconds > _SLOW_S:
             speed = done / seconds
             text = f"reading {done:,} of {total:,} tokens, {speed:,.0f} tok/s, {(total - done) / speed:,.0f} s left"
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite(text)
             self._shown = True
 
     def end(self) -> None:
         if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            STDERR.rewrite()
             self._shown = False
 
     def until_read(self, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import time
-from typing import TextIO
 
 from m2lite.chat.markdown import Markdown
+from m2lite.shown import shown_lines
+from m2lite.system.streams import STDERR, STDOUT, Out, Styled
 from m2lite.text.reply import Piece
 
 _NOTE_S = 0.25  # between two looks at the clock that are shown
 _DIM, _PLAIN = "\033[2m", "\033[0m"
-# Control characters, but for newline and tab, as the pictures that Unicode has for them; C1 controls too.
-_HARMLESS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
-_HARMLESS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def styled(stream: TextIO) -> bool:
-    """Whether escape codes may be written to `stream`."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def neutralise(text: str) -> str:
-    """`text` with nothing in it that a terminal would obey."""
-    return text.translate(_HARMLESS)
 
 
 class Renderer:
     """Writes content to `out` and thinking, dimmed, to `err`. On a terminal, control characters are shown, not sent."""
 
     def __init__(
-        self, out: TextIO, err: TextIO, style: bool, show_thinking: bool, markdown: Markdown | None = None
+        self, style: bool, show_thinking: bool, markdown: Markdown | None = None, out: Out = STDOUT, err: Out = STDERR
     ) -> None:
         self._out, self._err = out, err
         self._style, self._show_thinking, self._markdown = style, show_thinking, markdown
@@ -51,10 +38,11 @@ class Renderer:
                 return
             self._turn_to(piece.kind)
         stream = self._err if piece.kind == "thinking" else self._out
-        shown = neutralise(text) if stream.isatty() else text
-        stream.write(self._markdown.push(shown) if self._markdown is not None and piece.kind == "content" else shown)
+        if self._markdown is not None and piece.kind == "content":
+            text = Styled(self._markdown.push(shown_lines(text)))
+        stream.write(text)
         stream.flush()
-        self._last = text[-1]
+        self._last = piece.text[-1]
 
     def _fold(self) -> None:
         """One line on a terminal tells that the model thinks, and since when."""
@@ -62,24 +50,22 @@ class Renderer:
         if self._folded_at is None:
             self._folded_at = now
         if self._style and now - self._noted_at >= _NOTE_S:
-            self._err.write(f"\r\033[K{_DIM}thinking, {now - self._folded_at:.0f} s{_PLAIN}")
-            self._err.flush()
+            self._err.rewrite(Styled(f"{_DIM}thinking, {now - self._folded_at:.0f} s{_PLAIN}"))
             self._noted_at = now
 
     def _unfold(self) -> None:
         """It has ended."""
         if self._folded_at is not None and self._style:
             seconds = time.monotonic() - self._folded_at
-            self._err.write(f"\r\033[K{_DIM}thought for {seconds:.1f} s{_PLAIN}\n")
-            self._err.flush()
+            self._err.rewrite(Styled(f"{_DIM}thought for {seconds:.1f} s{_PLAIN}\n"))
         self._folded_at = None
 
     def _turn_to(self, kind: str) -> None:
         """Close the part before, open the part that begins."""
         self.end()
         if kind == "thinking":
-            self._err.write(_DIM if self._style else "thinking: ")
-        elif self._kind == "thinking" and self._err.isatty():
+            self._err.write(Styled(_DIM) if self._style else "thinking: ")
+        elif self._kind == "thinking" and self._err.is_terminal:
             self._err.write("\n")
             self._err.flush()
         self._kind = kind
@@ -89,9 +75,9 @@ class Renderer:
         self._unfold()
         stream = self._err if self._kind == "thinking" else self._out
         if self._kind == "thinking" and self._style:
-            stream.write(_PLAIN)
+            stream.write(Styled(_PLAIN))
         if self._kind == "content" and self._markdown is not None:
-            stream.write(self._markdown.end())
+            stream.write(Styled(self._markdown.end()))
         if self._last != "\n":
             stream.write("\n")
         stream.flush()

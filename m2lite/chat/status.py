@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m2lite.decode.conversation import Conversation
 from m2lite.decode.stats import Stats
+from m2lite.system.byte_units import format_bytes
 
 
 def describe(conversation: Conversation) -> str:
@@ -13,7 +14,8 @@ def describe(conversation: Conversation) -> str:
     lines = [
         f"model {model.path}",
         f"threads {model.n_threads} ({model.engine.layer})",
-        f"context {len(session.tokens):,} of {model.ctx:,} tokens, KV {model.kv} {model.kv_bytes:,} bytes when full",
+        f"context {len(session.tokens):,} of {model.ctx:,} tokens, "
+        f"KV {model.kv} {format_bytes(model.kv_bytes)} when full",
         model.engine.drafting.describe(),
         f"turns {conversation.n_turns}",
     ]
@@ -36,7 +38,7 @@ def status_line(conversation: Conversation) -> str:
         parts.append(_drafts(stats))
     if stats.traffic is not None and stats.traffic.hit_rate is not None:
         traffic = stats.traffic
-        parts.append(f"experts {traffic.hit_rate:.0%} in memory, {traffic.read_bytes / 1e6:,.0f} MB read")
+        parts.append(f"experts {traffic.hit_rate:.0%} in memory, {format_bytes(traffic.read_bytes)} read")
         parts.append(f"waited {traffic.stall_s:.1f} s for the disk")
     if stats.major_faults:
         parts.append(f"{stats.major_faults:,} page faults")

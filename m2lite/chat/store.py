@@ -7,9 +7,7 @@ answer that is still being written. What is on disk survives the process; a last
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +17,14 @@ from typing import Any
 
 from m2lite.decode.drafts import n_common
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, fsops
+from m2lite.shown import shown
+from m2lite.storage.durable import LineLog, atomic_write
+from m2lite.system.json_text import JsonError, parse_object
+from m2lite.text.messages import check_messages
 from m2lite.text.reply import Said
 
 VERSION = 1
+_MOST_BYTES = 1 << 30  # of a saved chat
 _SUFFIX = ".jsonl"
 _NAME = re.compile(r"[\w][\w .+-]{0,99}")
 _TITLE = 60  # characters of the first question in a list
@@ -51,7 +53,7 @@ class Saved:
 
 def one_line(text: str, most: int) -> str:
     """The text in one line of at most so many characters; an ellipsis says that there is more."""
-    line = " ".join(text.split())
+    line = shown(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
@@ -83,7 +85,8 @@ def new_name() -> str:
 def list_sessions() -> list[Path]:
     """The files of saved chats, the one that was written last first."""
     try:
-        found = [path for path in sessions_dir().iterdir() if path.suffix == _SUFFIX and path.is_file()]
+        files = [path for path in sessions_dir().iterdir() if path.suffix == _SUFFIX and path.is_file()]
+        found = [path for path in files if _NAME.fullmatch(path.stem)]  # ._x is macOS's
     except OSError:
         return []
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -99,52 +102,86 @@ def latest_session() -> str:
 
 def read_session(path: Path) -> Saved:
     """What the file says; what follows a line that cannot be read is left out, and told."""
-    with path.open("rb") as file:
-        data = file.read()
-    return parse_lines(data[: data.rfind(b"\n") + 1].splitlines(), path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    if len(data) > _MOST_BYTES:
+        raise UsageError(f"{path} has more than {_MOST_BYTES:,} bytes: no chat.", "Move it away.")
+    return parse_lines(data.split(b"\n")[:-1], path)
 
 
 def parse_lines(lines: Sequence[bytes], path: Path) -> Saved:
-    saved, parts = Saved(), dict[str, str]()
+    saved, parts = Saved(), dict[str, list[str]]()
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-            if number == 1 and event["m2lite_chat"] != VERSION:
+            event = parse_object(line)
+            if number == 1 and event.get("m2lite_chat", VERSION) != VERSION:
                 raise UsageError(f"{path}: a chat of version {event['m2lite_chat']!r}, known is {VERSION}.")
-            _follow(saved, parts, event)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            _follow(saved, parts, event, is_first=number == 1)
+        except JsonError:
             saved.bad_line = number
             break
     if parts:  # an answer that nobody finished: the process was killed
-        saved.messages.append(partial_message(parts))
+        saved.messages.append(partial_message({kind: "".join(texts) for kind, texts in parts.items()}))
         saved.answer, saved.is_partial = {"finish_reason": "interrupted"}, True
     return saved
 
 
-def _follow(saved: Saved, parts: dict[str, str], event: dict[str, Any]) -> None:
-    """One line's event; raises for what is none."""
-    (kind,) = event.keys() & {"m2lite_chat", "add", "cut", "answer", "part"}
+def _follow(saved: Saved, parts: dict[str, list[str]], event: dict[str, Any], is_first: bool) -> None:
+    """One line's event; JsonError for what is none."""
+    kinds = event.keys() & {"m2lite_chat", "add", "cut", "answer", "part"}
+    if len(kinds) != 1 or is_first != ("m2lite_chat" in kinds):
+        raise JsonError("no event")
+    kind = kinds.pop()
     value = event[kind]
     if kind == "m2lite_chat":
         saved.first = event
     elif kind == "part":
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise JsonError("no part of an answer")
         for name, text in value.items():
-            parts[name] = parts.get(name, "") + text
+            parts.setdefault(name, []).append(text)
         return
     elif kind == "answer":
-        saved.answer = dict(value)
-        tokens = value.get("tokens")
-        if saved.messages and isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
-            saved.messages[-1] = Said.of(saved.messages[-1], tokens)
+        _check_answer(value)
+        saved.answer = value
+        if saved.messages and "tokens" in value:
+            saved.messages[-1] = Said.of(saved.messages[-1], value["tokens"])
     elif kind == "add":
-        if value["role"] not in ("system", "user", "assistant", "tool") or not isinstance(value["content"], str | list):
-            raise ValueError("no message")
-        saved.messages.append(value)
+        saved.messages.append(_checked(value))
         saved.answer = None
     else:
-        del saved.messages[range(len(saved.messages) + 1)[value] :]
+        if type(value) is not int or not 0 <= value <= len(saved.messages):
+            raise JsonError("cuts what is not there")
+        del saved.messages[value:]
         saved.answer = None
     parts.clear()
+
+
+def _checked(message: Any) -> Message:
+    """A message that can be answered or be an answer; JsonError for another."""
+    before = [_CALL] if isinstance(message, dict) and message.get("role") == "tool" else []
+    try:
+        check_messages([*before, message])
+    except UsageError as error:
+        raise JsonError(str(error)) from None
+    if not isinstance(message.get("content"), str | list):
+        raise JsonError("no content")
+    return message  # type: ignore[no-any-return]
+
+
+def _check_answer(value: Any) -> None:
+    """What an answer's numbers may be, where they are there: they choose random numbers and lines of a table."""
+    tokens, attempt = (value.get("tokens", []), value.get("attempt", 0)) if isinstance(value, dict) else (None, None)
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+        raise JsonError("no answer's tokens")
+    if type(attempt) is not int or not 0 <= attempt < 1 << 32 or not isinstance(value.get("finish_reason", ""), str):
+        raise JsonError("no answer's end")
+
+
+_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "any", "arguments": {}}}]}
 
 
 def partial_message(parts: Mapping[str, str]) -> Message:
@@ -205,37 +242,43 @@ class SavedChat:
                 log.close()
                 raise UsageError(f"{self.path}: was begun by another process.", "Use /save with another name.")
             self._log = log
+        if self.saved.bad_line is not None:
+            self._set_aside(self._log, self.saved.bad_line)
+            self.saved.bad_line = None
         if not self._log.lines:
             created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             events = [{"m2lite_chat": VERSION, "model": self.model, "created": created}, *events]
         self._log.append([json.dumps(event, ensure_ascii=False) for event in events])
 
+    def _set_aside(self, log: LineLog, bad_line: int) -> None:
+        """What is written from here on would stand behind a line that ends the chat: that and the rest leave the file.
+
+        All that it held stays beside it, as NAME.jsonl.damaged.
+        """
+        kept = self.path.with_name(self.path.name + ".damaged")
+        n = 2
+        while kept.exists():
+            kept, n = self.path.with_name(f"{self.path.name}.damaged{n}"), n + 1
+        atomic_write(kept, b"".join(line + b"\n" for line in log.lines))
+        log.cut(bad_line - 1)
+
     def rename(self, name: str) -> None:
         """UsageError if the name is taken."""
         target = session_path(name)
-        if self._log is not None:
-            _take_name(self.path, target)
-            self._log.path = target
-        elif target.exists():
-            raise UsageError(f"{target}: exists already.", "Choose another name.")
-        self.name = name
+        if self._log is None:
+            if target.exists():
+                raise UsageError(f"{target}: exists already.", "Choose another name.")
+            self.name = name
+            return
+        try:
+            self._log.rename(target)
+        finally:
+            self.name = self._log.path.name.removesuffix(_SUFFIX)
 
     def close(self) -> None:
         if self._log is not None:
             log, self._log = self._log, None
             log.close()
-
-
-def _take_name(path: Path, target: Path) -> None:
-    """A link is made only where there is none yet: nobody else's chat is overwritten."""
-    try:
-        os.link(path, target)
-    except FileExistsError:
-        raise UsageError(f"{target}: exists already.", "Choose another name.") from None
-    except OSError as error:
-        raise M2liteError(f"{target}: cannot be written: {error.strerror}.") from error
-    with contextlib.suppress(OSError):
-        fsops.unlink(path)
 
 
 def delete_session(name: str) -> None:

@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
-import signal
-import subprocess
+import stat
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2lite.chat.bounded import TooLong, aside, run_command
 from m2lite.decode.engine import Stop
+from m2lite.decode.request import MOST_REQUEST_BYTES
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.inputs import read_input
+from m2lite.system.json_text import JsonError, parse_json
+from m2lite.system.outputs import Places
 from m2lite.text.messages import check_tools
 
-_POLL_S = 0.1  # between two looks at whether to stop
 Tool = Mapping[str, Any]
 
 
@@ -35,6 +36,7 @@ class Limits:
     directory: Path
     seconds: float = 60.0
     characters: int = 20_000
+    places: Places = field(default_factory=Places)  # what the chat itself reads
 
 
 class ToolError(Exception):
@@ -58,26 +60,32 @@ def _python(limits: Limits, stop: Stop, code: str) -> str:
 
 def _read_file(limits: Limits, stop: Stop, path: str) -> str:
     place = _within(limits, path)
-    try:
-        with place.open("rb") as file:
-            data = file.read(4 * limits.characters + 1)
-    except OSError as error:
-        raise ToolError(f"{path}: {error.strerror}") from None
+    _check_regular(place.stat(), path)  # before it is opened: a device may act on that
+    fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        _check_regular(os.fstat(fd), path)
+        data = file.read(4 * limits.characters + 1)
     return _shortened(data.decode(errors="replace"), limits.characters, at_least=len(data) > 4 * limits.characters)
 
 
 def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
     place = _within(limits, path)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_dir():
-            raise ToolError(f"{path}: is a directory")
-        atomic_write(place, content.encode(errors="replace"), mode=0o666)
-    except OSError as error:
-        raise ToolError(f"{path}: {error.strerror}") from None
-    except M2liteError as error:
-        raise ToolError(str(error)) from None
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        _check_regular(place.lstat(), path)
+    limits.places.check("write_file", place, kind="replaced")
+    if stop():
+        raise ToolError("stopped by the user")
+    atomic_write(place, content.encode(errors="replace"), mode=0o666)
     return f"{len(content.encode(errors='replace'))} bytes written to {path}"
+
+
+def _check_regular(status: os.stat_result, path: str) -> None:
+    """Anything else, such as a pipe, may keep its reader waiting for ever."""
+    if stat.S_ISDIR(status.st_mode):
+        raise ToolError(f"{path}: is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise ToolError(f"{path}: is no regular file")
 
 
 _BUILT_IN: dict[str, tuple[dict[str, Any], Callable[..., str]]] = {
@@ -125,14 +133,13 @@ def load_tools(sources: Sequence[str], limits: Limits) -> Tools:
 
 
 def _load_file(source: str) -> list[dict[str, Any]]:
-    path = Path(source).expanduser()
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(read_input(source, MOST_REQUEST_BYTES))
     except OSError as error:
         raise UsageError(
             f"{source}: {error.strerror}.", f"Name a file of tool schemas, or of {', '.join(NAMES)}."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", "Give a list of OpenAI tool schemas.") from None
     value = value.get("tools") if isinstance(value, dict) else value
     if not isinstance(value, list):
@@ -153,9 +160,13 @@ def run_tool(call: Tool, limits: Limits, stop: Stop) -> str:
     if missing or extra:
         return f"error: {name} takes the strings {', '.join(wanted)}; got {', '.join(arguments) or 'nothing'}"
     try:
-        return run(limits, stop, **arguments)
-    except ToolError as error:
+        return aside(lambda stop: run(limits, stop, **arguments), limits.seconds, stop)
+    except OSError as error:
+        return f"error: {arguments.get('path', name)}: {error.strerror}"
+    except (ToolError, M2liteError) as error:
         return f"error: {error}"
+    except TooLong as error:
+        return f"error: {name} was {error}; it may still go on"
 
 
 def describe_call(call: Tool) -> str:
@@ -174,48 +185,22 @@ def _within(limits: Limits, path: str) -> Path:
     if "\0" in path:
         raise ToolError("the path holds a zero byte")
     root = limits.directory.resolve()
-    place = (root / path).resolve()
+    try:
+        place = (root / path).resolve()
+    except RuntimeError:
+        raise ToolError(f"{path}: its links form a circle") from None
     if not place.is_relative_to(root):
         raise ToolError(f"{path}: lies outside of {root}")
     return place
 
 
 def _run(command: list[str], limits: Limits, stop: Stop) -> str:
-    """Output and errors together; the process and its children are gone afterwards."""
+    """Output and errors together, and how it ended."""
     if any("\0" in part for part in command):
         raise ToolError("the command holds a zero byte")
-    try:
-        process = subprocess.Popen(
-            command, cwd=limits.directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    except OSError as error:
-        raise ToolError(f"{error.strerror}") from None
-    head, why = bytearray(), ""
-    most, n_bytes = 4 * limits.characters, 0
-    ends = time.monotonic() + limits.seconds
-    assert process.stdout is not None
-    with process, selectors.DefaultSelector() as selector:
-        try:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                if stop() or time.monotonic() >= ends:
-                    why = "stopped by the user" if stop() else f"stopped after {limits.seconds:g} s"
-                    break
-                if selector.select(_POLL_S):
-                    data = os.read(process.stdout.fileno(), 1 << 16)
-                    if not data:
-                        break
-                    n_bytes += len(data)
-                    head += data[: max(0, most - len(head))]
-                elif process.poll() is not None:  # a child that goes on in the background holds the pipe
-                    break
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    most = 4 * limits.characters
+    head, n_bytes, ending = run_command(command, limits.directory, limits.seconds, most, stop)
     text = _shortened(head.decode(errors="replace"), limits.characters, at_least=n_bytes > most)
-    ending = why or (f"exit code {process.returncode}" if process.returncode else "")
     return f"{text.rstrip()}\n[{ending}]".lstrip() if ending else text or "[no output]"
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, note, open_model, print_json
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, open_model
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
-from m2lite.errors import UsageError
+from m2lite.commands.places import PNG, places_beside
+from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, require_stdout, say, say_json
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
     from m2lite.batch.lines import Checked, Input, Line
     from m2lite.batch.results import Manifest
-    from m2lite.batch.runner import Shard, Worker, Write
+    from m2lite.batch.runner import Shard, Tally, Worker, Write
     from m2lite.decode.request import Request
     from m2lite.decode.session import Model
 
@@ -45,7 +48,7 @@ app = typer.Typer(
 )
 
 
-@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING)
+@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING, has_result=False)
 def run(
     settings: Settings,
     *,
@@ -80,6 +83,7 @@ def run(
     """Answer every line of IN. Ends where it was stopped before: run the same command again."""
     from m2lite.batch.lines import Input
     from m2lite.batch.progress import check_plot
+    from m2lite.batch.results import approve_output
     from m2lite.decode.request import Request
 
     if on_bad_line not in ("fail", "record"):
@@ -88,14 +92,19 @@ def run(
         raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
+    settings = replace(settings, model=settings.model if model is None else model)
+    places = places_beside(source, json_schema, models=[settings.model, settings.mtp])
+    approve_output(places, output)
+    if output == "-":
+        require_stdout()
     if plot is not None:
+        places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
     schema = None if json_schema is None else read_schema(json_schema)
     defaults = Request(
         [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
-    settings = replace(settings, model=settings.model if model is None else model)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)
@@ -128,10 +137,11 @@ def _check(lines: Input, on_bad_line: str) -> Checked:
 def parse_shard(text: str) -> Shard:
     from m2lite.batch.runner import Shard
 
-    index, slash, n = text.partition("/")
-    if not (slash and index.isdigit() and n.isdigit() and 1 <= int(index) <= int(n)):
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    index, n = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= n:
         raise UsageError(f"--shard is {text!r}.", "Use I/N with I from 1 to N, such as 1/4.")
-    return Shard(int(index), int(n))
+    return Shard(index, n)
 
 
 @dataclass(frozen=True)
@@ -168,42 +178,42 @@ class _Job:
         """The exit code."""
         from m2lite.batch.progress import Show, summary
         from m2lite.batch.progress import plot as draw_plot
-        from m2lite.batch.results import Results, check_output, same_file
-        from m2lite.batch.runner import Tally, lines_left
+        from m2lite.batch.results import Results
+        from m2lite.batch.runner import Tally, count_ended, lines_left
         from m2lite.decode.compute import Stopped
         from m2lite.signals import stop_on_signals
 
         path = None if output == "-" else Path(output)
-        if path is not None:
-            check_output(path)
-            if same_file(path, lines.path):
-                raise UsageError(f"{output} is the input.", "Choose another output.")
         n_total = checked.n_lines if self.shard.n == 1 else sum(line in self.shard for line in lines)
-        stdout = sys.stdout
         with ExitStack() as stack:
-            if self.ray is not None:  # Ray prints what befalls its nodes, among the results
-                stack.enter_context(redirect_stdout(sys.stderr))
+            # Ray prints what befalls its nodes, among the results
+            out = STDOUT if self.ray is None else stack.enter_context(others_to_stderr())
             worker = self._worker()
             stack.callback(worker.close)
             results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
             if path is not None:
                 results = Results(path, self._manifest(worker.facts, checked, n_total), force, retry_failed)
                 stack.callback(results.close)
-                tally.begin(len(results.ended.done), len(results.ended.failed))
+                tally.begin(*count_ended(lines, results, self.shard))
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
+                if n_others := len(results.ended) - tally.n_before:
+                    note(f"{n_others:,} results in {output} are of lines that {lines.name} does not have")
             left = lines_left(lines, results, self.shard, self.limit)
-            left, write = self._in_turn(stack, left, stdout) if results is None else (left, results.add)
+            left, write = self._in_turn(stack, left, out) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
                 worker.run(left, write, tally, show, stop)
+                self._check_whole(tally, lines)
                 if results is not None and self.is_in_order:
                     results.sort(line.custom_id for line in lines)
             except Stopped:
                 pass
             finally:
                 show.end(tally)
-        note(summary(tally))
+        note(*summary(tally).split("\n"))
+        if lines.n_grown:
+            note(f"warning: {lines.name} has grown by {lines.n_grown:,} bytes since it was checked; they were not read")
         if plot is not None and len(show.points) > 1:
             draw_plot(show.points, Path(plot))
         if stop():
@@ -212,12 +222,19 @@ class _Job:
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
-    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], stdout: TextIO) -> tuple[Iterator[Line], Write]:
+    def _check_whole(self, tally: Tally, lines: Input) -> None:
+        """What was counted before has come to its end, every line of it."""
+        n_ended = tally.n_done + tally.n_failed
+        if self.limit is None and n_ended != tally.n_total:
+            what = f"{lines.name} had {tally.n_total:,} lines when it was checked, and {n_ended:,} have a result."
+            raise M2liteError(what, "Run it again with the file as it is now.")
+
+    def _in_turn(self, stack: ExitStack, lines: Iterator[Line], out: Out) -> tuple[Iterator[Line], Write]:
         """The lines, and what prints their results there, as they are done or as the lines come."""
         from m2lite.batch.results import InTurn
 
         def write(line: Mapping[str, Any], key: int) -> None:
-            print_json(line, stdout)
+            out.json(line)
 
         if not self.is_in_order:
             return lines, write
@@ -245,14 +262,12 @@ class _Job:
     def estimate(self, lines: Input, output: Path | None) -> None:
         """How much there is to do, and how long that may take."""
         from m2lite.batch.lines import line_key
-        from m2lite.batch.results import check_output, read_ends, read_manifest
+        from m2lite.batch.results import read_ends, read_manifest
         from m2lite.text.template import encode_chat
 
         done = set[int]()
-        if output is not None:
-            check_output(output)
-            if read_manifest(output) is not None:
-                done = {line_key(name) for name, _ in read_ends(output)}
+        if output is not None and read_manifest(output) is not None:
+            done = {line_key(name) for name, _ in read_ends(output)}
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
             for line in lines:
@@ -286,7 +301,8 @@ class _Job:
 
 def _tell(text: str) -> None:
     """A line while progress is shown."""
-    note(f"\r\033[K{text}" if sys.stderr.isatty() else text)
+    STDERR.rewrite()
+    note(text)
 
 
 def _again() -> str:
@@ -307,14 +323,16 @@ def status(
 
     found = read_status(Path(output))
     if as_json:
-        print_json(found)
+        say_json(found)
         return
-    print(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
+    say(f"{found['done']:,} done, {found['failed']:,} failed, {found['left']:,} left of {found['total']:,} lines")
+    if found["surplus"]:
+        say(f"{found['surplus']:,} results more than lines: some are of lines that the input does not have any more")
     manifest = found["manifest"]
-    print(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
+    say(f"model {manifest['model']}, shard {manifest['shard']}, last result {found['last_written'] or 'none'}")
 
 
-@command()
+@command(has_result=False)
 def merge(
     settings: Settings,
     *,
@@ -329,13 +347,16 @@ def merge(
     from m2lite.batch.results import merge as merge_outputs
     from m2lite.decode.request import Request
     from m2lite.decode.sampling import Sampling
+    from m2lite.storage.durable import part_path
 
-    order = None
-    if source is not None:
-        if source == "-":
-            raise UsageError("--input - cannot be read.", "Name the file.")
-        order = (line.custom_id for line in Input(source, Request([], Sampling(seed=0))))
-    n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
+    places_beside(source, *outputs).approve("--output", target, [part_path(Path(target))])
+    with ExitStack() as stack:
+        order = None
+        if source is not None:
+            lines = Input(source, Request([], Sampling(seed=0)))
+            stack.callback(lines.close)
+            order = (line.custom_id for line in lines)
+        n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
     note(f"{n:,} results in {target}, {n_failed:,} of them failed")
     raise typer.Exit(EXIT_SOME_FAILED if n_failed else 0)
 

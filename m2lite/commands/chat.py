@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
+from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, say_seed, think_tokens
+from m2lite.commands.places import places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
+from m2lite.system.paths import named_path
+from m2lite.system.streams import stdin_is_terminal
 from m2lite.text.stop_text import check_stop_texts
 
 
@@ -46,6 +47,9 @@ def chat(
     ] = "ask",
     tool_dir: Annotated[str, typer.Option("--tool-dir", metavar="DIR", help="Where tools run")] = ".",
     tool_seconds: Annotated[float, typer.Option("--tool-seconds", metavar="S", help="A tool's time limit")] = 60.0,
+    max_rounds: Annotated[
+        int, typer.Option("--max-rounds", metavar="N", help="Stop after N same calls with the same result; 0: never")
+    ] = 3,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
     from m2lite.chat.chat import Chat
@@ -61,27 +65,35 @@ def chat(
         raise UsageError(f"--approve is {approve!r}.", "Use ask, never or all.")
     if not tool_seconds > 0:
         raise UsageError(f"--tool-seconds is {tool_seconds:g}.", "Use a number above 0.")
+    if max_rounds < 0:
+        raise UsageError(f"--max-rounds is {max_rounds}.", "Use 0 or more.")
     if json_schema is not None and tools:
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
-    box = load_tools(tools, Limits(Path(tool_dir), tool_seconds)) if tools else None
+    files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
+    places = places_beside(json_schema, *files, models=[settings.model, settings.mtp])
+    box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
     saved = None
-    if continue_ or session is not None or (sys.stdin.isatty() and not no_save):  # what is piped is somebody's script
+    if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())
+    sampling = make_sampling(settings)
+    say_seed(sampling, settings)
     with open_model(settings) as model:
         conversation = Conversation(model.session(), system, None if box is None else box.schemas)
         conversation.keep_thinking = keep_thinking
         talk = Chat(
             conversation,
-            make_sampling(settings),
+            sampling,
             settings.max_tokens,
             show_thinking=settings.think != "hide",
             think_tokens=think_tokens(settings),
             is_plain=plain,
             tools=box,
             approve=approve,
+            max_rounds=max_rounds,
             stop_texts=stop_texts,
             schema=schema,
+            places=places,
         )
         if saved is not None:
             saved.model = str(model.path)

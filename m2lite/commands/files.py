@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import Progress, announce_compiling, command, note, open_model, print_json
+from m2lite.commands.frame import Progress, announce_compiling, command, open_model
+from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
-from m2lite.settings import Settings, parse_positive
+from m2lite.settings import Settings
+from m2lite.shown import shown
+from m2lite.system.byte_units import format_bytes, parse_positive_bytes
+from m2lite.system.streams import note, say, say_json
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,13 +34,17 @@ _TensorType = Annotated[
 ]
 _TargetSize = Annotated[
     str | None,
-    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (of 2**30 bytes)"),
+    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (GiB)"),
 ]
 _Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
 ]
+_PartialImatrix = Annotated[
+    bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
+]
 _SplitSize = Annotated[
-    str | None, typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this size, e.g. 48g")
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this, e.g. 48g (GiB)"),
 ]
 _Alignment = Annotated[
     str | None,
@@ -47,7 +55,10 @@ _Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="Prediction modules g
 _Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Read back what was written before it gets its name")
 ]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")]
+_Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an existing file; of a link the name, what it points to stays as it is"),
+]
 _Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin anew")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
@@ -64,6 +75,7 @@ def convert(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -83,9 +95,10 @@ def convert(
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
     if init_mtp:
         asked["init_mtp"] = init_mtp
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    _carry_out(plan, run, dry_run, as_json)
+    _carry_out(plan, out, run, dry_run, as_json)
 
 
 @command("threads")
@@ -102,6 +115,7 @@ def quantize(
     tensor_type: _TensorType = None,
     target_size: _TargetSize = None,
     imatrix: _Imatrix = None,
+    allow_partial_imatrix: _PartialImatrix = False,
     split_max_size: _SplitSize = None,
     alignment: _Alignment = None,
     name: _Name = None,
@@ -118,9 +132,10 @@ def quantize(
     announce_compiling()
     found = locate_model(source)
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
+    asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
     run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
-    _carry_out(plan, run, dry_run, as_json)
+    _carry_out(plan, out, run, dry_run, as_json)
 
 
 def _asked(
@@ -150,21 +165,29 @@ def _asked(
 
 def _size(flag: str, text: str | None) -> int | None:
     try:
-        return None if text is None else parse_positive(text)
+        return None if text is None else parse_positive_bytes(text)
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
 
 
-def _carry_out(opened: AbstractContextManager[JobPlan], run: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def _carry_out(
+    opened: AbstractContextManager[JobPlan], out: Path, run: dict[str, Any], dry_run: bool, as_json: bool
+) -> None:
     """Do the job and say what was made, or with `dry_run` only print its plan."""
-    from m2lite.quant.options import carry_out
+    from m2lite.quant.options import carry_out, check_taken
 
     if dry_run:
         _show_plan(opened, as_json)
         return
+    if not run["overwrite"]:
+        check_taken(out)
     with Progress() as progress:
-        made = carry_out(opened, **run, progress=progress)
+        made = carry_out(opened, **run, progress=progress, warn=_warn)
     _show_made(made, as_json)
+
+
+def _warn(text: str) -> None:
+    note(f"warning: {shown(text)}")
 
 
 def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
@@ -172,25 +195,25 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
     with opened as planned:
         plan = plan_job(planned)
+    for warning in plan.warnings:
+        _warn(warning)
     if as_json:
-        print_json(as_dict(plan))
+        say_json(as_dict(plan))
     else:
-        print(format_plan(plan))
+        say(*format_plan(plan).split("\n"))
 
 
 def _show_made(made: Conversion, as_json: bool) -> None:
-    from m2lite.describe import format_bytes
-
     if as_json:
-        print_json(_plain(asdict(made)))
+        say_json(_plain(asdict(made)))
         return
     if made.resumed_bytes:
         note(f"went on from {format_bytes(made.resumed_bytes)} that an earlier run had done")
     n_parts = len(made.paths) - (made.mtp_path is not None)
     split = f" in {n_parts} parts" if n_parts > 1 else ""
-    print(f"{made.path}: {format_bytes(made.size_bytes)}, {made.n_tensors} tensors{split}")
+    say(f"{made.path}: {format_bytes(made.size_bytes)}, {made.n_tensors} tensors{split}")
     if made.mtp_path is not None:
-        print(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
+        say(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
 
 
 def _plain(value: Any) -> Any:
@@ -217,7 +240,9 @@ def imatrix(
     from m2lite.measure import collect_importance, format_importance, read_tokens
     from m2lite.quant.imatrix import Importance, write_imatrix
     from m2lite.signals import stop_on_signals
+    from m2lite.storage.durable import part_path
 
+    places_beside(text, models=[model]).approve("--output", out, [part_path(out)], kind="replaced")
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
     with (
@@ -233,7 +258,7 @@ def imatrix(
         if found.n_chunks:
             made = Importance(found.sums, (text.name,), found.n_chunks, n_ctx)
             write_imatrix(out, made, overwrite=overwrite)
-            print(f"{out}: {format_importance(found)}")
+            say(*f"{shown(str(out))}: {format_importance(found)}".split("\n"))
     if stop():
         raise typer.Exit(stop.exit_code)
 
@@ -261,29 +286,27 @@ def verify(
         report = run_verify(path, against, n_samples, imatrix=imatrix, threads=settings.threads, progress=progress)
     answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
     if as_json:
-        print_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
+        say_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
     else:
         _show_report(report)
         if answer is not None:
-            print(f"one prompt: {answer['n_tokens']} tokens, {answer['text']!r}")
+            say(f"one prompt: {answer['n_tokens']} tokens, {answer['text']!r}")
     if not report.ok:
         raise typer.Exit(4)
 
 
 def _show_report(report: Report) -> None:
-    from m2lite.describe import format_bytes
-
-    print(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
+    say(f"{report.paths[0]}: {format_bytes(report.size_bytes)}, {report.n_tensors} tensors, {report.n_hashed} hashed")
     equal = sum(sample.is_equal for sample in report.samples)
     if report.samples:
         n_bytes = sum(sample.n_bytes for sample in report.samples)
-        print(f"made again from the source: {equal} of {len(report.samples)} samples equal, {format_bytes(n_bytes)}")
+        say(f"made again from the source: {equal} of {len(report.samples)} samples equal, {format_bytes(n_bytes)}")
     for line in report.notes:
-        print(f"note: {line}")
+        say(f"note: {line}")
     for line in report.problems:
-        print(f"WRONG: {line}")
+        say(f"WRONG: {line}")
     if report.ok and report.n_hashed == report.n_tensors:
-        print("every byte is what was written")
+        say("every byte is what was written")
 
 
 def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
@@ -306,28 +329,30 @@ def inspect_(
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
     from m2lite.decode.locate import locate_model
-    from m2lite.describe import describe_file, format_bytes
+    from m2lite.describe import describe_file
 
+    if png is not None:
+        places_beside(models=[file]).approve("--png", png, kind="replaced", begins=PNG)
     if heat or png is not None:
         _draw_heat(str(locate_model(file)), png)
         return
     found = describe_file(str(locate_model(file)))
     if as_json:
-        print_json(found)
+        say_json(found)
         return
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
-    print(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors{parts}")
-    print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in found["sizes"].items()))
+    say(f"{found['path']}: {format_bytes(found['size_bytes'])}, {found['n_tensors']} tensors{parts}")
+    say("bytes: " + ", ".join(f"{name} {size:,}" for name, size in found["sizes"].items()))
     for kind in found["types"]:
-        print(f"  {kind['type']:<8}{kind['n_tensors']:>6} tensors {format_bytes(kind['n_bytes']):>9}  {kind['runs']}")
+        say(f"  {kind['type']:<8}{kind['n_tensors']:>6} tensors {format_bytes(kind['n_bytes']):>9}  {kind['runs']}")
     for title in ("config", "tokenizer", "template"):
-        print(f"{title}: " + ", ".join(f"{k} {v}" for k, v in found[title].items() if v is not None))
+        say(f"{title}: " + ", ".join(f"{k} {v}" for k, v in found[title].items() if v is not None))
     for check in found["tokenizer_checks"]:
-        print(f"  {'ok' if check['ok'] else 'NO':<4}{check['check']}")
+        say(f"  {'ok' if check['ok'] else 'NO':<4}{check['check']}")
     for key, value in found["metadata"].items():
-        print(f"  {key} = {_one_line(value)}")
+        say(f"  {key} = {_one_line(value)}")
     for tensor in found["tensors"]:
-        print(f"  {tensor['name']}  {tensor['type']}  {'x'.join(map(str, tensor['shape']))}")
+        say(f"  {tensor['name']}  {tensor['type']}  {'x'.join(map(str, tensor['shape']))}")
 
 
 def _draw_heat(path: str, png: Path | None) -> None:
@@ -351,7 +376,7 @@ def _draw_heat(path: str, png: Path | None) -> None:
         return
     width = shutil.get_terminal_size().columns - 5
     for i, line in enumerate(draw_text(heat, width)):
-        print(f"{i:>3}  {line}")
+        say(f"{i:>3}  {line}")
 
 
 def _one_line(value: Any) -> str:

@@ -1,22 +1,23 @@
-"""What all commands share: the app, the registering decorator, errors to exit codes, lines on stderr, an open model."""
+"""What all commands share: the registering decorator, errors to exit codes, an open model, progress."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from m2lite import machine
 from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings, resolve_settings
+from m2lite.shown import shown
 from m2lite.signals import EXIT_INTERRUPTED
+from m2lite.system.byte_units import format_bytes, format_speed
+from m2lite.system.streams import STDERR, STDOUT, OutputError, ReaderGone, console, note, require_stdout
 
 if TYPE_CHECKING:
     from m2lite.decode.session import Model
@@ -35,10 +36,11 @@ _PANELS = {
 }
 
 
-def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command of its name, with `options` from the settings table and `--debug`.
 
-    The function gets the resolved settings first; errors become one line on stderr and an exit code.
+    The function gets the resolved settings first; errors become one line on stderr and an exit code. One that
+    `has_result` for stdout is not begun without one.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -46,7 +48,13 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
         def run(**arguments: Any) -> None:
             debug = arguments.pop("debug")
             flags = {name: arguments.pop(name) for name in options}
-            guard(lambda: function(resolve_settings(flags), **arguments), debug)
+
+            def begin() -> None:
+                if has_result:
+                    require_stdout()
+                function(resolve_settings(flags), **arguments)
+
+            guard(begin, debug)
 
         hints = get_type_hints(function, include_extras=True)
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -65,12 +73,12 @@ def command(*options: str) -> Callable[[Callable[..., None]], Callable[..., None
 def _parameter(name: str) -> inspect.Parameter:
     """A row of the settings table as typer wants it; the text is parsed by the table, not by typer."""
     option = OPTIONS[name]
-    shown = option.help + ("" if option.default is None else f" [default: {option.default}]")
-    shown = shown.replace("[", "\\[")
+    text = option.help + ("" if option.default is None else f" [default: {option.default}]")
+    text = text.replace("[", "\\[")
     if option.flags:
-        info = typer.Option(*option.flags, metavar=option.metavar, help=shown, rich_help_panel=_PANELS.get(name))
+        info = typer.Option(*option.flags, metavar=option.metavar, help=text, rich_help_panel=_PANELS.get(name))
     else:
-        info = typer.Argument(metavar=option.metavar, help=shown, show_default=False)
+        info = typer.Argument(metavar=option.metavar, help=text, show_default=False)
     annotation = Annotated[str | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -79,17 +87,16 @@ def guard(run: Callable[[], None], debug: bool = False) -> None:
     """Run a command; what goes wrong becomes one line on stderr and the exit code of its kind."""
     try:
         run()
-        sys.stdout.flush()
-    except M2liteError as error:
-        _fail(f"m2lite: {error}", error.exit_code, debug)
+        STDOUT.flush()
+    except (M2liteError, OutputError) as error:
+        _fail(f"m2lite: {error}", getattr(error, "exit_code", 1), debug)
     except KeyboardInterrupt as error:
         _fail(" ".join(["m2lite: interrupted.", *_notes(error)]), EXIT_INTERRUPTED, debug)
     except SystemExit as error:  # terminated
         for line in _notes(error):
             note(f"m2lite: {line}")
         raise
-    except BrokenPipeError:  # the reader has gone, `| head` for one: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGone:
         raise typer.Exit(0) from None
     except MemoryError:
         _fail("m2lite: the memory does not suffice. Use a smaller --ctx.", 5, debug)
@@ -110,23 +117,9 @@ def _notes(error: BaseException) -> list[str]:
 
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
-    note(message)
+        note(*traceback.format_exc().splitlines())
+    note(*message.split("\n"))
     raise typer.Exit(code)
-
-
-def note(text: str) -> None:
-    """A line for the person, on stderr; losing it is no reason to stop."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        pass
-
-
-def print_json(value: Any, file: TextIO | None = None) -> None:
-    import json
-
-    print(json.dumps(value, ensure_ascii=False), file=file, flush=True)
 
 
 def announce_compiling() -> None:
@@ -160,7 +153,7 @@ def model_options(settings: Settings) -> dict[str, Any]:
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
     from m2lite.decode.session import Model
-    from m2lite.describe import format_bytes, format_mix, type_mix
+    from m2lite.describe import format_mix, type_mix
 
     free = machine.free_memory_bytes()
     model = Model.open(**model_options(settings), sequences=sequences, on_compile=say_compiling)
@@ -186,6 +179,8 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.load != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
+    for warning in model.tokenizer.warnings:
+        note(f"warning: {warning}")
     if model.template.warning:
         note(f"warning: {model.template.warning}")
     return model
@@ -208,28 +203,27 @@ class Progress:
             self.end()
             self._begun, self._phase = time.monotonic(), phase
         label = f"{phase} {what}".strip()
-        if sys.stderr.isatty():
+        if STDERR.is_terminal:
             self._draw(label, done, total)
         elif (now := time.monotonic()) - self._noted >= self.EVERY_S:
             self._noted = now
             speed = done / max(now - self._begun, 1e-9)
             percent, left_s = 100 * done // max(1, total), (total - done) / max(speed, 1e-9)
-            rate = f"{speed / 1e6:,.0f} MB/s" if self._unit == "bytes" else f"{speed:.2g} {self._unit}/s"
+            rate = format_speed(speed) if self._unit == "bytes" else f"{speed:.2g} {self._unit}/s"
             note(f"{percent} % at {rate}, {left_s:,.0f} s left: {label}")
 
     def _draw(self, label: str, done: int, total: int) -> None:
         from rich import progress
-        from rich.console import Console
 
         if self._bar is None:
             columns = (
-                progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                progress.BarColumn(24), progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(), progress.TextColumn("{task.description}", markup=False),
             )  # fmt: skip
-            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = progress.Progress(*columns, console=console(), transient=True)
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
-        self._bar.update(self._task, description=label, completed=done, total=total)
+        self._bar.update(self._task, description=shown(label), completed=done, total=total)
 
     def end(self) -> None:
         """The terminal is as it was; done again, nothing happens."""

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, note, open_model, print_json
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, think_tokens
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
+from m2lite.commands.options import (
+    MOST_BYTES,
+    SchemaOption,
+    StopOption,
+    make_sampling,
+    read_schema,
+    say_seed,
+    think_tokens,
+)
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
+from m2lite.system.inputs import read_input
+from m2lite.system.json_text import JsonError, parse_json
+from m2lite.system.paths import named_path
+from m2lite.system.streams import STDERR, STDOUT, note, say_json, stdin_is_terminal
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
@@ -69,6 +78,7 @@ def generate(
     )  # fmt: skip
     if request is not None:
         wanted = _read_request(request, wanted)
+    say_seed(wanted.sampling, settings)
     with open_model(settings) as model, stop_on_signals() as stop:
         conversation = Conversation(model.session(), system, wanted.tools)
         progress = PromptProgress()
@@ -82,7 +92,7 @@ def generate(
             for _ in pieces:
                 pass
         else:
-            is_held = extract or (wanted.schema is not None and not sys.stdout.isatty())
+            is_held = extract or (wanted.schema is not None and not STDOUT.is_terminal)
             _show(pieces, is_held, settings.think == "show" and not plain, plain)
         answer = conversation.answer
         for error in answer.reply.errors:
@@ -98,9 +108,9 @@ def generate(
 
 def _show(pieces: Pieces, is_held: bool, show_thinking: bool, plain: bool) -> None:
     """As it comes; content that is held back is printed when it is whole."""
-    from m2lite.chat.render import Renderer, styled
+    from m2lite.chat.render import Renderer
 
-    renderer = Renderer(sys.stdout, sys.stderr, styled(sys.stderr) and not plain, show_thinking)
+    renderer = Renderer(STDERR.is_styled and not plain, show_thinking)
     for piece in pieces:
         if not (is_held and piece.kind == "content"):
             renderer.show(piece)
@@ -117,11 +127,11 @@ def _print(model: Model, answer: Answer, wanted: Request, is_request: bool, extr
         _print_code(answer)
     elif as_json and is_request:
         name = f"chatcmpl-{wanted.sampling.seed}"
-        print_json(response_body(answer, model.tokenizer, name, model.path.name, int(time.time())))
+        say_json(response_body(answer, model.tokenizer, name, model.path.name, int(time.time())))
     elif as_json:
-        print_json(_as_object(model, answer, wanted.sampling.seed))
-    elif wanted.schema is not None and not sys.stdout.isatty() and answer.finish_reason == "stop":
-        print(answer.reply.content)
+        say_json(_as_object(model, answer, wanted.sampling.seed))
+    elif wanted.schema is not None and not STDOUT.is_terminal and answer.finish_reason == "stop":
+        STDOUT.write(f"{answer.reply.content}\n")
 
 
 def _print_code(answer: Answer) -> None:
@@ -130,19 +140,18 @@ def _print_code(answer: Answer) -> None:
     code = first_code_block(answer.reply.content)
     if code is None:
         raise M2liteError("The answer has no block of code.", "Leave --extract out to see it.")
-    sys.stdout.write(code)
+    STDOUT.write(code)
 
 
 def _read_request(source: str, defaults: Request) -> Request:
     """The request in a file; - is stdin."""
-    from m2lite.decode.request import parse_request
+    from m2lite.decode.request import MOST_REQUEST_BYTES, parse_request
 
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        body = json.loads(data)
+        body = parse_json(read_input(source, MOST_REQUEST_BYTES))
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:
         return parse_request(body, defaults)
@@ -154,8 +163,8 @@ def _question(prompt: str | None, files: list[str]) -> str:
     """What is asked, behind the files that go with it."""
     from m2lite.chat.chat import read_text, with_files
 
-    attached = [(name, read_text(Path(name).expanduser())) for name in files]
-    if prompt is None and sys.stdin.isatty():
+    attached = [(name, read_text(named_path(name))) for name in files]
+    if prompt is None and stdin_is_terminal():
         raise UsageError("Nothing was asked.", "Use -p TEXT, or pipe a text in.")
     text = _read_stdin() if prompt is None or prompt == "-" else prompt
     if prompt is None and not text.strip():
@@ -164,7 +173,7 @@ def _question(prompt: str | None, files: list[str]) -> str:
 
 
 def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
+    raw = read_input("-", MOST_BYTES)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -180,6 +189,7 @@ def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
         "text": reply.content,
         "thinking": reply.thinking,
         "tool_calls": reply.tool_calls,
+        **({"m2lite_warnings": reply.errors} if reply.errors else {}),
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
         **({"logprobs": [_logprob(each) for each in answer.logprobs]} if answer.logprobs else {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import MODEL, Progress, command, note, open_model, print_json
+from m2lite.commands.frame import MODEL, Progress, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
+from m2lite.system.byte_units import parse_speed
+from m2lite.system.streams import note, say, say_json
 
 
 @command(*MODEL)
@@ -67,9 +68,9 @@ def _report(
         if stop():
             raise typer.Exit(stop.exit_code)
         if as_json:
-            print_json(result)
+            say_json(result)
         else:
-            print(format_result(result))
+            say(*format_result(result).split("\n"))
 
 
 @command(*MODEL)
@@ -77,7 +78,10 @@ def plan(
     settings: Settings,
     *,
     disk: Annotated[
-        str | None, typer.Option("--disk", metavar="SPEED", help="Assume bytes a second, e.g. 3.5g, and do not measure")
+        str | None,
+        typer.Option(
+            "--disk", metavar="SPEED", help="Assume this speed, e.g. 3.5g (GB/s, of 10**9), and do not measure"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
@@ -88,21 +92,16 @@ def plan(
     with open_model(replace(settings, draft="off", mtp=None)) as model:
         found = make_plan(model, speed)
         if as_json:
-            print_json(found)
+            say_json(found)
         else:
-            print(format_plan(found))
+            say(*format_plan(found).split("\n"))
 
 
 def _speed(text: str | None) -> float | None:
-    """3.5g -> 3.5e9: a disk's speed is told in powers of 1000."""
-    match = re.fullmatch(r"([0-9.]+) *([kmg]?)", text.lower()) if text is not None else None
     try:
-        found = None if match is None else float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
-    except ValueError:
-        found = None
-    if text is not None and not found:
-        raise UsageError(f"--disk {text!r}: expected bytes a second, such as 800m or 3.5g.", "Correct it.")
-    return found
+        return None if text is None else parse_speed(text)
+    except ValueError as error:
+        raise UsageError(f"--disk {text!r}: {error}.", "Correct it.") from None
 
 
 def _counts(flag: str, text: str) -> list[int]:
@@ -148,9 +147,9 @@ def perplexity(
                 progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),
             )  # fmt: skip
         if found is not None and as_json:
-            print_json(found.as_dict())
+            say_json(found.as_dict())
         elif found is not None:
-            print(format_perplexity(found))
+            say(*format_perplexity(found).split("\n"))
     if stop():
         raise typer.Exit(stop.exit_code)
 
@@ -161,4 +160,4 @@ def doctor(settings: Settings) -> None:
     from m2lite.doctor import report
 
     for name, value in report(settings):
-        print(f"{name:<18}{value}")
+        say(f"{name:<18}{value}")

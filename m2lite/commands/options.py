@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m2lite.commands.frame import note
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
+from m2lite.system.inputs import read_input
+from m2lite.system.streams import note
 
 if TYPE_CHECKING:
     from m2lite.decode.constrain import Schema
     from m2lite.decode.sampling import Sampling
 
+
+MOST_BYTES = 64 << 20  # of a schema or a request: as of a batch's line
 
 StopOption = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends an answer")]
 SchemaOption = Annotated[
@@ -23,18 +25,22 @@ SchemaOption = Annotated[
 
 
 def make_sampling(settings: Settings, default_seed: int | None = None) -> Sampling:
-    """The sampling options; without a seed, and none by default, one is drawn and printed."""
+    """The sampling options; without a seed, and none by default, one is drawn. `say_seed` when it is used."""
     from m2lite.decode.sampling import Sampling, new_seed
 
     seed = default_seed if settings.seed is None else settings.seed
     if seed is None:
         seed = new_seed()
-        if settings.temp > 0:
-            note(f"seed {seed}")
     return Sampling(
         settings.temp, settings.top_k, settings.top_p, settings.min_p, seed,
         settings.presence_penalty, settings.frequency_penalty,
     )  # fmt: skip
+
+
+def say_seed(sampling: Sampling, settings: Settings) -> None:
+    """The seed that an answer can be had again with, unless the user gave it or nothing is drawn."""
+    if sampling.temperature > 0 and sampling.seed != settings.seed:
+        note(f"seed {sampling.seed}")
 
 
 def think_tokens(settings: Settings) -> int | None:
@@ -47,6 +53,6 @@ def read_schema(source: str) -> Schema:
     from m2lite.decode.constrain import load_schema
 
     try:
-        return load_schema(Path(source).expanduser().read_bytes(), source)
+        return load_schema(read_input(source, MOST_BYTES), source)
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None

@@ -15,6 +15,7 @@ import numpy as np
 
 from m2lite.decode.sampling import Logits
 from m2lite.errors import M2liteError, UsageError
+from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def check_schema(schema: object) -> str:
 def load_schema(text: str | bytes, where: str) -> Schema:
     """The schema in `text`, a JSON schema or OpenAI's {"name", "schema"}, checked; `where` names it in errors."""
     try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        schema = parse_json(text, most_bytes=4 * _MOST_SCHEMA)
+    except JsonError as error:
         raise UsageError(f"{where}: no JSON ({error}).", "Give a JSON schema.") from None
     if isinstance(schema, dict) and isinstance(schema.get("schema"), dict) and "type" not in schema:
         schema = schema["schema"]

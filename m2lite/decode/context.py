@@ -6,6 +6,7 @@ from m2lite import machine
 from m2lite.errors import ResourceError, UsageError
 from m2lite.model.cache import PAGE, kv_layer_bytes
 from m2lite.model.config import Config
+from m2lite.system.byte_units import format_bytes
 
 DEFAULT_CTX = 32 * 1024
 MAX_ROWS = 2048  # of one forward call
@@ -35,7 +36,7 @@ def check_ctx(config: Config, ctx: int, kv_bytes: int) -> int:
     if needed > free:
         most = free // kv_bytes // PAGE * PAGE
         raise ResourceError(
-            f"A context of {ctx:,} needs {needed:,} bytes of KV cache; {free:,} bytes of memory are free.",
+            f"A context of {ctx:,} needs {format_bytes(needed)} of KV cache; {format_bytes(free)} of memory are free.",
             f"Use --ctx {most} or less.",
         )
     return ctx
@@ -49,7 +50,8 @@ def pool_positions(ctx: int, kv_bytes: int, sequences: int, pool: int | None = N
     free = machine.free_memory_bytes()
     if pool is not None and pool * kv_bytes > free:
         raise ResourceError(
-            f"{pool:,} positions need {pool * kv_bytes:,} bytes of KV cache; {free:,} bytes of memory are free.",
+            f"{pool:,} positions need {format_bytes(pool * kv_bytes)} of KV cache; {format_bytes(free)} of memory are"
+            " free.",
             f"Use {free // kv_bytes // PAGE * PAGE:,} or less.",
         )
     each = -(-ctx // PAGE) * PAGE if sequences > 1 else ctx

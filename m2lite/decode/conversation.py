@@ -161,15 +161,21 @@ class Conversation:
             return self._answer(self.messages, Answer(), options)
         if self.said.finish_reason == "stop":
             raise UsageError("The last answer is complete.", "/regen makes another one.")
-        tokens = self.said.tokens or answer_ids(self.session.model.tokenizer, self.messages[-1])
+        model = self.session.model
+        tokens = self.said.tokens or answer_ids(model.tokenizer, model.template, self.messages[-1])
         return self._answer(self.messages[:-1], replace(self.said, tokens=tokens), options)
 
     def tell_results(self, results: Sequence[str], **options: Unpack[Options]) -> Pieces:
         """What the calls of the last answer gave back, in their order; the model goes on with it."""
+        attempt = self.said.attempt
+        self.add_results(results)
+        return self._answer(self.messages, Answer(attempt=attempt), options)
+
+    def add_results(self, results: Sequence[str]) -> None:
+        """As `tell_results`, but the model does not go on; `resume` lets it."""
         assert len(results) == len(self.messages[-1]["tool_calls"])
         self.messages = [*self.messages, *({"role": "tool", "content": result} for result in results)]
-        attempt, self.said = self.said.attempt, _COMPLETE
-        return self._answer(self.messages, Answer(attempt=attempt), options)
+        self.said = _COMPLETE
 
     def reply_to(self, messages: Sequence[Message], stream: int | None = None, **options: Unpack[Options]) -> Pieces:
         """Answer these messages, which end with a question or with results, in place of those so far.
@@ -247,7 +253,7 @@ class Conversation:
         self.answer.finish_reason, self.session.finish_reason = "interrupted", None
         tokenizer = self.session.model.tokenizer
         in_thinking = opens_thinking(tokenizer, row)
-        reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))
+        reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()), self.tools)
         return self._pieces(_Run(self.answer, reply, in_thinking, stream, messages, options))
 
     def _pieces(self, run: _Run) -> Pieces:
@@ -267,7 +273,7 @@ class Conversation:
         finally:
             answer.finish_reason = "stop" if reply.is_stopped else self.session.finish_reason or "interrupted"
             reply.finish()
-            answer.reply = reply.reply(self.tools)
+            answer.reply = reply.reply()
             if not answer.is_aside and (answer.tokens or answer.finish_reason != "interrupted"):
                 said = Said.of(answer.reply.message(), None if reply.is_stopped else answer.tokens)
                 self.messages, self.said = [*run.messages, said], answer

@@ -131,6 +131,12 @@ class Engine:
         if self.residency is not None:
             self.residency.fit()
 
+    def check_files(self) -> None:
+        """BadModelError where a file that is mapped has changed, or cannot be read."""
+        self.weights.gguf.check_unchanged()
+        if self.drafting.sidecar is not None:
+            self.drafting.sidecar.check_unchanged()
+
     def close(self) -> None:
         """Before the file is closed."""
         if self.residency is not None:
@@ -199,8 +205,11 @@ class Engine:
             compute_thread().check()
             ask(stop)
 
-        self.weights.gguf.check_unchanged()  # of a file that was cut, the first touch would end the process
+        self.check_files()
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
         rows = self.pool.rows(parts)
-        return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave)
+        try:
+            return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave)
+        finally:
+            self.check_files()  # of one that was cut meanwhile, zeros were seen

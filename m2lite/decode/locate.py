@@ -66,7 +66,7 @@ def _describe(model: Path, directory: Path) -> str:
 
 
 def _nothing_in(path: Path) -> BadModelError:
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("[!.]*.safetensors")):
         return BadModelError(
             f"{path} holds safetensors and no GGUF file.", f"Convert them first: m2lite convert {path} -o model.gguf"
         )

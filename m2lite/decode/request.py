@@ -19,6 +19,7 @@ from m2lite.text.messages import Message, Tool, check_messages, check_tools
 from m2lite.text.stop_text import check_stop_texts
 from m2lite.text.tokenizer import Tokenizer
 
+MOST_REQUEST_BYTES = 64 << 20  # of its JSON
 MOST_LOGPROBS = 20  # OpenAI's limit
 _ANY_JSON: Schema = {"type": "object"}  # of response_format json_object
 
@@ -196,7 +197,10 @@ def check_whole(schema: Schema | None, answer: Answer) -> None:
 
 
 def response_body(answer: Answer, tokenizer: Tokenizer, name: str, model: str, created: int) -> dict[str, Any]:
-    """The answer as a chat completion. `name` becomes its id; `created` is in seconds since 1970."""
+    """The answer as a chat completion. `name` becomes its id; `created` is in seconds since 1970.
+
+    `m2lite_warnings`, where there are any, says what was wrong with its tool calls or may have been meant otherwise.
+    """
     reply, stats = answer.reply, answer.stats
     message: dict[str, Any] = {"role": "assistant", "content": reply.content}
     if reply.thinking:
@@ -221,6 +225,7 @@ def response_body(answer: Answer, tokenizer: Tokenizer, name: str, model: str, c
         "finish_reason": "tool_calls" if is_called else answer.finish_reason,
     }
     n_out = len(answer.tokens)
+    warnings = {"m2lite_warnings": reply.errors} if reply.errors else {}
     return {
         "id": name,
         "object": "chat.completion",
@@ -232,6 +237,7 @@ def response_body(answer: Answer, tokenizer: Tokenizer, name: str, model: str, c
             "completion_tokens": n_out,
             "total_tokens": stats.n_prompt + n_out,
         },
+        **warnings,
     }
 
 

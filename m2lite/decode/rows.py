@@ -21,13 +21,24 @@ def close_thinking(tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode("\n"), tokenizer.think_close_id, *tokenizer.encode("\n\n")]
 
 
-def answer_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
+def answer_ids(tokenizer: Tokenizer, template: Template, message: Message) -> list[int]:
     """What the model said, behind the prompt for its answer; what it may have said where nobody kept the ids."""
     if isinstance(message, Said) and message.tokens:
         return list(message.tokens)
     thinking, content = message.get("reasoning_content", ""), str(message["content"])
-    closed = close_thinking(tokenizer) if content else []
-    return [*(tokenizer.encode(thinking) if thinking else []), *closed, *tokenizer.encode(content)]
+    calls = _call_ids(tokenizer, template, message) if message.get("tool_calls") else []
+    closed = close_thinking(tokenizer) if content or calls else []
+    return [*(tokenizer.encode(thinking) if thinking else []), *closed, *tokenizer.encode(content), *calls]
+
+
+def _call_ids(tokenizer: Tokenizer, template: Template, message: Message) -> list[int]:
+    """The block of an answer's calls, as the template writes it."""
+    stub = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": message["tool_calls"]}]
+    row = encode_chat(tokenizer, template, stub, add_generation_prompt=False)
+    if tokenizer.tool_open_id not in row or tokenizer.tool_close_id not in row:
+        raise UsageError("This chat template writes calls without MiniMax-M2's tags.", "Leave --keep-thinking out.")
+    end = len(row) - row[::-1].index(tokenizer.tool_close_id)
+    return [*tokenizer.encode("\n"), *row[row.index(tokenizer.tool_open_id) : end]]
 
 
 def encode_kept(
@@ -42,9 +53,11 @@ def encode_kept(
         return encode_chat(tokenizer, template, messages, tools, add_generation_prompt=is_to_answer)
     row = encode_chat(tokenizer, template, messages[: places[0]], tools)
     for place, following in zip(places, [*places[1:], len(messages)], strict=True):
-        row += answer_ids(tokenizer, messages[place])
-        if opens_thinking(tokenizer, row):  # it was stopped there
-            row += close_thinking(tokenizer)
+        ids = answer_ids(tokenizer, template, messages[place])
+        was_open = opens_thinking(tokenizer, row) or ids[:1] == [tokenizer.think_open_id]
+        row += ids
+        if was_open and tokenizer.think_close_id not in ids and not messages[place].get("tool_calls"):
+            row += close_thinking(tokenizer)  # it was stopped there
         is_prompt = following < len(messages) or is_to_answer
         row += _behind(tokenizer, template, messages[place + 1 : following], is_prompt)
     return row

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite import machine
-from m2lite.decode.compute import Stopped, compute_thread
+from m2lite.decode.compute import Job, Stopped, compute_thread
 from m2lite.decode.constrain import Masks
 from m2lite.decode.context import check_ctx, chunk_rows, default_ctx, kv_bytes_per_position, pool_positions
 from m2lite.decode.drafts import Drafter, Drafting, n_common, open_drafting
@@ -108,6 +108,7 @@ class Model:
         started = time.perf_counter()
         gguf = open_gguf(locate_model(path))
         drafting = Drafting()
+        job: Job[Engine] | None = None
         try:
             config = parse_config(gguf.metadata)
             check_kv(config, kv)
@@ -130,9 +131,13 @@ class Model:
             tokenizer = load_tokenizer(gguf)
             chat_template = load_template(gguf, builtin=template == "builtin")
             engine = job.result()
-        except BaseException:
-            drafting.close()
-            gguf.close()
+            engine.check_files()
+        except BaseException as error:
+            try:
+                if isinstance(error, Exception):  # a file that was cut meanwhile is the cause of whatever else is wrong
+                    gguf.check_unchanged()
+            finally:
+                _close_behind(job, drafting, gguf)
             raise
         model = cls(gguf, config, tokenizer, chat_template, engine)
         model.ctx, model.n_rows = n_positions, n_rows
@@ -232,6 +237,17 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_behind(job: Job[Engine] | None, *files: Drafting | GGUFFile) -> None:
+    """Close them once no kernel of the job can touch them any more; nobody waits for that."""
+    if job is not None:
+        job.abandoned = True
+    for file in files:
+        if job is None:
+            file.close()
+        else:
+            compute_thread().submit(file.close)
 
 
 class Session:

@@ -44,7 +44,7 @@ class Writer:
         self._stop_ids = tokenizer.stop_ids if wish.ends else frozenset[int]()
         self._sampling = options.get("sampling") or Sampling()
         in_thinking = opens_thinking(tokenizer, wish.row)
-        self._reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()))
+        self._reply = ReplyStream(tokenizer, in_thinking, options.get("stop_texts", ()), wish.tools)
         self._n_left, self._n_think = options.get("max_tokens"), options.get("think_tokens")
         self._rules: list[Rule] = []
         n_likeliest, schema = options.get("logprobs"), options.get("schema")
@@ -117,7 +117,7 @@ class Writer:
         answer = self.answer
         answer.finish_reason = reason
         self._reply.finish()
-        answer.reply = self._reply.reply(self.wish.tools)
+        answer.reply = self._reply.reply()
         answer.stats.n_prompt, answer.stats.n_generated = len(self.wish.row), len(answer.tokens)
         if self._noted is not None:
             answer.logprobs = self._noted.found[: len(answer.tokens)]

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import UsageError
+from m2lite.system.inputs import read_input
 
 if TYPE_CHECKING:
     from m2lite.decode.engine import Stop
     from m2lite.decode.session import Model
 
 MIN_CTX = 8
+MOST_BYTES = 1 << 30  # of a text, unpacked
 
 Ids = npt.NDArray[np.int64]
 Visit = Callable[[int, int], None]  # position of the first row of a call, rows
@@ -29,7 +30,7 @@ Visit = Callable[[int, int], None]  # position of the first row of a call, rows
 def read_tokens(model: Model, path: str | os.PathLike[str]) -> list[int]:
     """The ids of a UTF-8 file; a newline at its very end does not count."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_input(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path}: cannot be read: {reason}.", "Name a text file.") from None

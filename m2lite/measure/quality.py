@@ -21,6 +21,7 @@ from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.errors import UsageError
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
 from m2lite.model.forward import head
+from m2lite.shown import shown
 
 if TYPE_CHECKING:
     from m2lite.decode.engine import Engine, Stop
@@ -249,7 +250,7 @@ def format_perplexity(found: Perplexity) -> str:
     """For people; `as_dict` holds the same numbers."""
     of = "" if found.n_chunks == found.n_chunks_asked else f" of {found.n_chunks_asked:,}"
     lines = [
-        f"{found.model}",
+        shown(found.model),
         f"perplexity  {found.ppl:.4f} ± {found.ppl_error:.4f}  (nll {found.nll:.5f} ± {found.nll_error:.5f}; "
         f"{found.n_tokens:,} tokens in {found.n_chunks:,}{of} chunks of {found.n_ctx:,})",
     ]
@@ -258,7 +259,7 @@ def format_perplexity(found: Perplexity) -> str:
         return "\n".join(lines)
     spread = ", ".join(f"{p} % {v:.5f}" for p, v in d.kl_percentiles.items())
     lines += [
-        f"against {d.other}",
+        f"against {shown(d.other)}",
         f"its perplexity  {d.other_ppl:.4f} ± {d.other_ppl_error:.4f}",
         f"difference      {d.ppl_difference:+.4f} ± {d.ppl_difference_error:.4f}  "
         f"(ln of the ratio {d.log_ratio:+.6f} ± {d.log_ratio_error:.6f})",

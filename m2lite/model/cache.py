@@ -19,6 +19,7 @@ from m2lite import machine
 from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.config import Config
 from m2lite.storage import syscalls
+from m2lite.system.byte_units import format_bytes
 
 PAGE = 64
 _LARGE = 1 << 20  # bytes from which on it is worth asking whether they can be had
@@ -182,8 +183,8 @@ class KVPool:
             else:
                 return
         raise ResourceError(
-            f"The context grows by {len(new) * PAGE:,} positions, which take {n_bytes:,} bytes; {free:,} bytes of "
-            f"memory are free.",
+            f"The context grows by {len(new) * PAGE:,} positions, which take {format_bytes(n_bytes)}; "
+            f"{format_bytes(free)} of memory are free.",
             "Free memory, or open the model with a smaller --ctx or --kv q8_0.",
         )
 

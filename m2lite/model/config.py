@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2lite.errors import BadModelError
+from m2lite.storage.gguf_header import GGUFArray
 
 ARCHITECTURE = "minimax-m2"
 SIGMOID = 2  # llama.cpp's number for the expert gating function
@@ -47,24 +48,67 @@ class Config:
         return self.n_kv_heads * self.head_dim
 
 
+def _is(*values: object) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+_OFF, _ONE = _is(0), _is(0, 1)
 # What M2 does not have: key (below the architecture) -> (is the value harmless, what it would mean).
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "attention.sliding_window": (lambda v: v == 0, "a sliding window"),
-    "attention.sliding_window_pattern": (lambda v: not v, "a sliding window pattern"),
+    "attention.sliding_window": (_OFF, "a sliding window"),
+    "attention.sliding_window_pattern": (_OFF, "a sliding window pattern"),
     "attention.layer_types": (lambda v: False, "other attention types"),
-    "attention.kv_lora_rank": (lambda v: v == 0, "latent attention"),
-    "attention.logit_softcapping": (lambda v: v == 0, "soft-capped attention"),
-    "final_logit_softcapping": (lambda v: v == 0, "soft-capped logits"),
-    "expert_gating_func": (lambda v: v == SIGMOID, "another expert scoring function than sigmoid (2)"),
-    "expert_shared_count": (lambda v: v == 0, "shared experts"),
-    "expert_shared_feed_forward_length": (lambda v: v == 0, "shared experts"),
-    "expert_group_count": (lambda v: v in (0, 1), "expert groups"),
-    "expert_weights_scale": (lambda v: v in (0, 1), "scaled expert weights"),
-    "leading_dense_block_count": (lambda v: v == 0, "dense layers"),
-    "interleave_moe_layer_step": (lambda v: v in (0, 1), "layers without experts"),
-    "rope.scaling.type": (lambda v: v == "none", "scaled rotary positions"),
-    "nextn_predict_layers": (lambda v: v == 0, "prediction modules inside the main file (they belong in a sidecar)"),
+    "attention.q_lora_rank": (_OFF, "latent attention"),
+    "attention.kv_lora_rank": (_OFF, "latent attention"),
+    "attention.logit_softcapping": (_OFF, "soft-capped attention"),
+    "attn_logit_softcapping": (_OFF, "soft-capped attention"),
+    "router_logit_softcapping": (_OFF, "a soft-capped router"),
+    "final_logit_softcapping": (_OFF, "soft-capped logits"),
+    "attention.clamp_kqv": (_OFF, "clamped attention"),
+    "attention.max_alibi_bias": (_OFF, "ALiBi positions"),
+    "attention.causal": (_is(True), "attention to what comes later"),
+    "logit_scale": (_ONE, "scaled logits"),
+    "residual_scale": (_ONE, "scaled residuals"),
+    "embedding_scale": (_ONE, "scaled embeddings"),
+    "use_parallel_residual": (_OFF, "parallel blocks"),
+    "expert_gating_func": (_is(SIGMOID), "another expert scoring function than sigmoid (2)"),
+    "expert_shared_count": (_OFF, "shared experts"),
+    "expert_shared_feed_forward_length": (_OFF, "shared experts"),
+    "expert_group_count": (_ONE, "expert groups"),
+    "expert_group_used_count": (_ONE, "expert groups"),
+    "expert_weights_norm": (_is(True), "expert weights that do not sum to 1"),
+    "expert_weights_scale": (_ONE, "scaled expert weights"),
+    "swiglu_clamp_exp": (_OFF, "clamped experts"),
+    "leading_dense_block_count": (_OFF, "dense layers"),
+    "interleave_moe_layer_step": (_ONE, "layers without experts"),
+    "moe_every_n_layers": (_ONE, "layers without experts"),
+    # Without a type llama.cpp takes the factor as linear; with `none` it ignores it: _check_scaling.
+    "rope.scaling.type": (_is("none", "linear"), "scaled rotary positions"),
+    "rope.scaling.attn_factor": (_is(1), "attention scaled with the positions"),
+    "rope.scaling.alpha": (_ONE, "scaled rotary positions"),
+    "rope.scaling.yarn_log_multiplier": (_OFF, "scaled rotary positions"),
+    "rope.scaling.yarn_ext_factor": (_is(0, -1), "scaled rotary positions"),
+    "rope.scaling.yarn_attn_factor": (_is(1, -1), "attention scaled with the positions"),
+    "rope.dimension_sections": (_OFF, "positions of several dimensions"),
+    "nextn_predict_layers": (_OFF, "prediction modules inside the main file (they belong in a sidecar)"),
 }
+# Understood, and without a say in what an M2 computes.
+_WITHOUT_SAY = frozenset(
+    {
+        "vocab_size", "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon", "rope.freq_base_swa",
+        "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa", "rope.scaling.factor",
+        "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "attention.scale",
+    }
+)  # fmt: skip
+_READ = frozenset(
+    {
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_feed_forward_length",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "expert_count",
+        "expert_used_count",
+    }
+)  # fmt: skip
 
 
 def parse_config(metadata: Mapping[str, Any], n_extra_layers: int = 0, n_vocab: int | None = None) -> Config:
@@ -83,7 +127,9 @@ def parse_config(metadata: Mapping[str, Any], n_extra_layers: int = 0, n_vocab: 
             "The file holds prediction modules only, not the model that they belong to.",
             "Open the model: it has the same name without 'mtp-'.",
         )
+    metadata = _per_model(metadata)
     _check_refused(metadata, n_extra_layers)
+    _check_scaling(metadata)
 
     def integer(name: str, low: int, high: int, default: int | None = None) -> int:
         key = f"{ARCHITECTURE}.{name}"
@@ -128,7 +174,65 @@ def parse_config(metadata: Mapping[str, Any], n_extra_layers: int = 0, n_vocab: 
         rms_eps=number("attention.layer_norm_rms_epsilon", 0.0, 1.0),
     )
     _check_consistent(config, integer("attention.value_length", 16, 1024, head_dim), n_ff)
+    _check_unknown(metadata, head_dim)
     return config
+
+
+def _per_model(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with one number where the file has the same for every layer; M2's layers are all alike."""
+    n_layers = metadata.get(f"{ARCHITECTURE}.block_count")
+    found = dict(metadata)
+    for key, value in metadata.items():
+        if not key.startswith(f"{ARCHITECTURE}.") or not isinstance(value, GGUFArray):
+            continue
+        items = value.numpy().tolist() if value.item_type.kind is not str else []
+        if not items:
+            raise BadModelError(f"{key} is {value!r}, expected one value.", "This is not an M2.")
+        others = [layer for layer, item in enumerate(items) if item != items[0]]
+        if others:
+            layers = ", ".join(map(str, others[:6])) + (f" and {len(others) - 6} more" if others[6:] else "")
+            raise BadModelError(
+                f"{key} is {items[0]} in layer 0 and {items[others[0]]} in layer {others[0]} (another than layer 0's in"
+                f" {layers} of {len(items)}); M2's layers are all alike.",
+                "This is not an M2.",
+            )
+        if key.removeprefix(f"{ARCHITECTURE}.") in _READ and len(items) != n_layers:
+            raise BadModelError(
+                f"{key} has {len(items)} values, one for each of {n_layers} layers is expected.", "The file is damaged."
+            )
+        found[key] = items[0]
+    return found
+
+
+def _check_scaling(metadata: Mapping[str, Any]) -> None:
+    """Rotary positions are not scaled: llama.cpp divides them by the factor unless the type is `none`."""
+    if metadata.get(f"{ARCHITECTURE}.rope.scaling.type") == "none":
+        return
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        value = metadata.get(f"{ARCHITECTURE}.{name}", 1)
+        if value not in (0, 1):
+            raise BadModelError(
+                f"{ARCHITECTURE}.{name} is {value!r}: scaled rotary positions, which MiniMax-M2 does not have.",
+                "Use a file without scaling.",
+            )
+
+
+def _check_unknown(metadata: Mapping[str, Any], head_dim: int) -> None:
+    """A key of the architecture that nobody here knows may decide what is computed, unless it is off."""
+    scale = metadata.get(f"{ARCHITECTURE}.attention.scale", 0)
+    if scale != 0 and (not isinstance(scale, float) or not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6)):
+        raise BadModelError(
+            f"{ARCHITECTURE}.attention.scale is {scale!r}, M2's is {head_dim**-0.5:.6g}.", "This is not an M2."
+        )
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{ARCHITECTURE}.")
+        if name == key or name in _READ | _WITHOUT_SAY | _REFUSED.keys() or value in (0, "", "none"):
+            continue
+        if not isinstance(value, str) or name.startswith(("rope.", "attention.", "expert")):
+            raise BadModelError(
+                f"{key} is {value!r}: no MiniMax-M2 is known to have it, and it may change what the model computes.",
+                "Use a file without it, or a newer m2lite.",
+            )
 
 
 def _check_refused(metadata: Mapping[str, Any], n_extra_layers: int) -> None:

@@ -62,7 +62,7 @@ def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
     """Bind the modules in `sidecar`, whose trunk was checked; BadModelError if they are damaged."""
     metadata, config = sidecar.metadata, trunk.config
     n_modules = metadata.get(f"{ARCHITECTURE}.nextn_predict_layers")
-    if not isinstance(n_modules, int) or not 1 <= n_modules <= MAX_MODULES:
+    if type(n_modules) is not int or not 1 <= n_modules <= MAX_MODULES:
         raise BadModelError(
             f"{ARCHITECTURE}.nextn_predict_layers is {n_modules!r}, expected 1 to {MAX_MODULES}.",
             "This is no MTP sidecar.",
@@ -73,7 +73,8 @@ def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
     _check_choice(sidecar, "m2lite.mtp.concat", "embedding,hidden")
     hidden = _check_choice(sidecar, "m2lite.mtp.hidden", "pre_norm", "post_norm")
     names = TensorNames(sidecar, config, load_kernels(), generic=False)
-    shared_norm = bool(metadata.get("m2lite.mtp.shared_norm", False))
+    shared_norm = _check_flag(sidecar, "m2lite.mtp.shared_norm", default=False)
+    zero_at_0 = _check_flag(sidecar, "m2lite.mtp.zero_at_0", default=True)
     modules = []
     for i in range(config.n_layers, config.n_layers + n_modules):
         prefix = f"blk.{i}.nextn."
@@ -87,12 +88,19 @@ def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
             )
         )
     names.check_nothing_left()
-    return Mtp(sidecar, trunk, tuple(modules), hidden == "post_norm", bool(metadata.get("m2lite.mtp.zero_at_0", True)))
+    return Mtp(sidecar, trunk, tuple(modules), hidden == "post_norm", zero_at_0)
+
+
+def _check_flag(sidecar: GGUFFile, key: str, default: bool) -> bool:
+    value = sidecar.metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise BadModelError(f"{key} is {value!r}, expected true or false.", "Convert the modules again.")
+    return value
 
 
 def _check_choice(sidecar: GGUFFile, key: str, *allowed: str) -> str:
     value = sidecar.metadata.get(key)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise BadModelError(f"{key} is {value!r}, expected {' or '.join(allowed)}.", "Convert the modules again.")
     return str(value)
 

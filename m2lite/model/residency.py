@@ -22,6 +22,7 @@ from m2lite.storage import syscalls
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.storage.reads import DirectReads, MappedReads, Range, Reads
 from m2lite.storage.units import MappedUnits, SlotUnits, Units
+from m2lite.system.byte_units import format_bytes
 
 Memory = NDArray[Any]  # of our own
 LOADS = ("auto", "mmap", "direct")
@@ -131,8 +132,8 @@ class Residency:
         where = "own memory" if isinstance(self._units, SlotUnits) else "the page cache"
         dense = "locked in the page cache" if self.keeps_dense == "locked" else "copied to own memory"
         return (
-            f"{min(ledger.capacity, total) / 1e9:.1f} of {total / 1e9:.1f} GB of experts fit into {where}; "
-            f"what every token needs, {self.dense_bytes / 1e9:.1f} GB, is {dense}"
+            f"{format_bytes(min(ledger.capacity, total))} of {format_bytes(total)} of experts fit into {where}; "
+            f"what every token needs, {format_bytes(self.dense_bytes)}, is {dense}"
         )
 
     def fit(self) -> None:
@@ -148,8 +149,9 @@ class Residency:
         least, total = own + self.dense_bytes + stream.least_bytes, budget.total
         if total < least:
             raise ResourceError(
-                f"The model needs at least {least:,} bytes of memory ({self.dense_bytes:,} of them for the weights "
-                f"that every token needs, {own:,} for program, buffers and KV cache); the budget is {total:,}.",
+                f"The model needs at least {format_bytes(least)} of memory ({format_bytes(self.dense_bytes)} of them "
+                f"for the weights that every token needs, {format_bytes(own)} for program, buffers and KV cache); the "
+                f"budget is {format_bytes(total)}.",
                 "Use a larger --ram or a smaller --ctx." if budget.given else "Free memory or use a smaller --ctx.",
             )
         stream.resize(total - own - self.dense_bytes)

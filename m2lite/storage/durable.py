@@ -11,7 +11,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
+import resource
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -22,6 +25,7 @@ StrPath = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PART_MARK = b"\0m2l"  # what a part begins with until it is complete: how we know our own
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _BLOCK_BYTES = 4096  # what a new name needs at least
 _MAX_WRITE_BYTES = 1 << 30  # Linux writes at most 2 GiB at once, macOS refuses more
@@ -38,6 +42,7 @@ class FileOps:
     fdatasync = staticmethod(getattr(os, "fdatasync", os.fsync))  # macOS has only the former
     close = staticmethod(os.close)
     replace = staticmethod(os.replace)
+    link = staticmethod(os.link)
     unlink = staticmethod(os.unlink)
 
     @staticmethod
@@ -75,7 +80,7 @@ def free_bytes(directory: StrPath) -> int:
 def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     with _disk_errors(path, len(data)):
         fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -88,6 +93,20 @@ def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
                 fsops.unlink(temporary)
             raise
         _sync_directory(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` under which its next content grows."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """What was to take the place of `path` when a process died; only for whoever keeps others from writing it."""
+    ours = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for found in path.parent.iterdir():
+            if ours.fullmatch(found.name) and found.is_file() and not found.is_symlink():
+                fsops.unlink(found)
 
 
 def append_line(path: StrPath, line: str | bytes) -> None:
@@ -130,7 +149,7 @@ class LineLog:
             if keeps_lines:
                 data = _read_all(self._fd)
                 self._size = data.rfind(b"\n") + 1
-                self.lines = data[: self._size].splitlines()
+                self.lines = data[: self._size].split(b"\n")[:-1]
             else:
                 self._size = _end_of_lines(self._fd)
 
@@ -140,20 +159,25 @@ class LineLog:
         data = b"".join(line.encode() + b"\n" for line in lines)
         assert data.count(b"\n") == len(lines)
         with _disk_errors(self.path, len(data)):
-            fsops.truncate(fd, self._size)  # a torn line, of a crash or of an append that failed
-            _write_all(fd, data, self._size)
-            fsops.fsync(fd)
-            if not self._size:
-                _sync_directory(self.path.parent)
+            fsops.truncate(fd, self._size)  # a line that a crash tore
+            try:
+                _write_all(fd, data, self._size)
+                fsops.fsync(fd)
+                if not self._size:
+                    _sync_directory(self.path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    fsops.truncate(fd, self._size)
+                raise
         self._size += len(data)
         if self._keeps_lines:
-            self.lines += data.splitlines()
+            self.lines += data.split(b"\n")[:-1]
 
     def replace(self, lines: Iterable[bytes]) -> None:
         """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
         assert not self._keeps_lines
         fd = _known(self._fd, self.path)
-        temporary = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        temporary = _temporary(self.path)
         with _disk_errors(self.path, self._size):
             new = fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -175,12 +199,29 @@ class LineLog:
 
     def clear(self) -> None:
         """No line is left, on disk too."""
-        fd = _known(self._fd, self.path)
+        self.cut(0)
+
+    def cut(self, n_lines: int) -> None:
+        """The first `n_lines` are left, on disk too."""
+        assert self._keeps_lines
+        fd, size = _known(self._fd, self.path), sum(len(line) + 1 for line in self.lines[:n_lines])
         with _disk_errors(self.path, 0):
-            fsops.truncate(fd, 0)
+            fsops.truncate(fd, size)
             fsops.fsync(fd)
-        self._size = 0
-        self.lines = []
+        self._size = size
+        del self.lines[n_lines:]
+
+    def rename(self, path: Path) -> None:
+        """The file has another name, which nobody has yet: UsageError for one that is taken."""
+        with _disk_errors(path, _BLOCK_BYTES):
+            try:
+                fsops.link(self.path, path)  # unlike a rename it never takes a name from another file
+            except FileExistsError:
+                raise UsageError(f"{path}: exists already.", "Choose another name.") from None
+            former, self.path = self.path, path
+            with contextlib.suppress(OSError):  # it then has two names, and is whole under both
+                fsops.unlink(former)
+            _sync_directory(path.parent)
 
     def remove(self) -> None:
         try:
@@ -201,13 +242,16 @@ class LineLog:
 class PartFile:
     """A large file, written by offset under the name PATH.part, that gets its own name when it is complete.
 
-    The space is reserved first. Leaving a `with` block early, or `close`, keeps the part: the next `PartFile` of that
-    name starts it anew, or with `resume` takes it as it is if it has the right size (`resumed` tells). `discard`
-    removes it. It is locked against a second writer. A file of the final name is an error, or with `replaces` stays
-    whole until `publish` puts the new one in its place.
+    The space is reserved first, and the part begins with PART_MARK until `complete`. Leaving a `with` block early, or
+    `close`, keeps the part: the next `PartFile` of that name starts it anew, or with `resume` takes it as it is if it
+    has the right size (`resumed` tells). `discard` removes it. It is locked against a second writer. A file of the
+    final name is an error, or with `replaces` stays whole until `publish` puts the new one in its place. So is a part
+    that is not known as ours: by its mark, or because `is_ours` or `resume` say that a journal names it.
     """
 
-    def __init__(self, path: StrPath, n_bytes: int, *, replaces: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self, path: StrPath, n_bytes: int, *, replaces: bool = False, resume: bool = False, is_ours: bool = False
+    ) -> None:
         self.path = Path(path)
         self.part_path = part_path(self.path)
         self.n_bytes = n_bytes
@@ -217,17 +261,31 @@ class PartFile:
         with _disk_errors(self.path, n_bytes):
             self._fd: int | None = _open_locked(self.part_path, 0o666)
             self.resumed = resume and os.fstat(self._fd).st_size == n_bytes
+            if not (resume or is_ours or self._is_marked()):
+                self.close()
+                raise UsageError(
+                    f"{self.part_path} is there already and no unfinished output of m2lite.",
+                    "Move it away, or choose another name for the output.",
+                )
             try:
-                if not self.resumed:
+                if self.resumed:
+                    _write_all(self._fd, PART_MARK[:n_bytes], 0)
+                else:
                     self._reserve()
             except BaseException:
                 with contextlib.suppress(M2liteError):
                     self.discard()
                 raise
 
+    def _is_marked(self) -> bool:
+        """Whether it begins as our parts do, or holds nothing that anybody could miss."""
+        start = os.pread(self._open_fd(), len(PART_MARK), 0)
+        return start == PART_MARK[: len(start)]
+
     def _reserve(self) -> None:
         fd = self._open_fd()
         fsops.truncate(fd, 0)
+        _write_all(fd, PART_MARK[: self.n_bytes], 0)
         if free_bytes(self.path.parent) < self.n_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.n_bytes:
@@ -259,7 +317,7 @@ class PartFile:
             fsops.fdatasync(self._open_fd())
 
     def complete(self, magic: Buffer = b"") -> None:
-        """All is on disk. `magic` goes to offset 0 last, when everything else is safe."""
+        """All is on disk. `magic` goes to offset 0 last, in place of the mark, when everything else is safe."""
         self._sync_all()
         if magic:
             self.write(0, magic)
@@ -324,7 +382,10 @@ def advise(fd: int, offset: int, n_bytes: int, what: str) -> None:
 def _open_locked(path: Path, mode: int) -> int:
     """The file that has this name, opened or created, under an exclusive lock."""
     while True:
-        fd = fsops.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        fd = fsops.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise UsageError(f"{path} is no regular file.", "Choose another name.")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -419,10 +480,24 @@ def _disk_errors(path: Path, n_bytes: int) -> Iterator[None]:
             raise M2liteError(
                 f"{path}: cannot be written: {error.strerror}.", "Check the directory and disk."
             ) from error
-        try:
-            free = f"{free_bytes(path.parent)} are free"
-        except OSError:
-            free = "the free space is unknown"
-        raise ResourceError(
-            f"{path}: no room: {n_bytes} bytes are needed, {free} ({error.strerror}).", "Free some space and try again."
-        ) from error
+        raise ResourceError(*_no_room(path, n_bytes, error)) from error
+
+
+def _no_room(path: Path, n_bytes: int, error: OSError) -> tuple[str, str]:
+    """Which limit it was, by its name: the disk's room, this user's share of it, or the size of a single file."""
+    needed = f"{path}: no room: {n_bytes} bytes are needed"
+    try:
+        free = f"{free_bytes(path.parent)} are free"
+    except OSError:
+        free = "the free space is unknown"
+    if error.errno == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY:
+            what = f"{needed}, and a file may have {limit}, the limit on file sizes of this shell ({error.strerror})."
+            return what, "Raise it with `ulimit -f unlimited`, or write smaller parts."
+        what = f"{needed}, and the file system holds no file of that size ({error.strerror})."
+        return what, "Choose another disk, or write smaller parts."
+    if error.errno == errno.EDQUOT:
+        what = f"{needed}, and this user's quota on that disk is used up; {free} for others ({error.strerror})."
+        return what, "Free some of your files there, or ask for a larger quota."
+    return f"{needed}, {free} ({error.strerror}).", "Free some space and try again."

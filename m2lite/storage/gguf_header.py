@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.errors import BadModelError
-from m2lite.storage.blocks import BY_TYPE, FORMATS, TYPE_NAMES, BlockFormat
+from m2lite.storage.blocks import BY_TYPE, FORMATS, IK_TYPE_NAMES, TYPE_NAMES, BlockFormat
 
 Scalar = str | int | float | bool
 Item = TypeVar("Item", str, bytes, int, float, bool)
@@ -128,6 +128,22 @@ class GGUFArray:
             return [string.decode() for string in strings]
         except UnicodeDecodeError:
             raise self._not_utf8(strings) from None
+
+    def __repr__(self) -> str:
+        """For a person who reads an error."""
+        if self.item_type is _STRING:
+            return f"an array of {self.n_items:,} strings"
+        items = np.frombuffer(self._raw()[: 8 * self.item_type.n_bytes], "<" + self.item_type.code).tolist()
+        return f"an array of {self.n_items:,} {self.item_type.name} ({', '.join(map(str, items))}" + (
+            ", ...)" if self.n_items > 8 else ")"
+        )
+
+    def one(self) -> Scalar | None:
+        """The one number of an array whose items are all equal, as some write for every layer; else None."""
+        if self.item_type is _STRING or not self.n_items:
+            return None
+        values = self.numpy()
+        return cast("Scalar", values[0].item()) if (values == values[0]).all() else None
 
     def numpy(self) -> NDArray[Any]:
         """The items of an array of numbers, as a copy."""
@@ -367,6 +383,12 @@ def _parse_entry(cursor: _Cursor, index: int, n_tensors: int) -> _Entry:
             raise cursor.error(
                 f"{what} is stored as {TYPE_NAMES[number]}, which is not supported yet; supported are {supported}",
                 "Use a file of these types, or convert the model again.",
+            )
+        if number in IK_TYPE_NAMES:
+            raise cursor.error(
+                f"{what} is stored as {IK_TYPE_NAMES[number]} (type {number}), a type that only ik_llama.cpp has; "
+                f"supported are {supported}",
+                "Use a file of these types, or quantize the F16, BF16 or F32 file anew: m2lite quantize.",
             )
         raise cursor.error(f"{what} has unknown type {number} at byte {start}; supported are {supported}")
     if dims[0] % fmt.n_weights:

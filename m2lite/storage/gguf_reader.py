@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -31,6 +30,7 @@ from m2lite.storage.gguf_header import (
     check_magic,
     parse_header,
 )
+from m2lite.storage.guard import Guard
 from m2lite.storage.prefault import Prefault
 from m2lite.storage.reads import File
 from m2lite.storage.syscalls import DONTNEED, madvise
@@ -56,8 +56,13 @@ class _Part:
             if not self.state[2]:
                 check_magic(b"", 0, str(path))  # an empty file cannot be mapped
             self.data = _map(self.fd, self.state[2], path)
-            self.header = parse_header(self.data, str(path), index)
             self.bytes: NDArray[np.uint8] = np.frombuffer(self.data, np.uint8)
+            self.guard = Guard(int(self.bytes.ctypes.data), self.state[2])
+            weakref.finalize(self.data, self.guard.release)
+            try:
+                self.header = parse_header(self.data, str(path), index)
+            finally:
+                self.check_unchanged()  # what was read of a file that was cut meanwhile says nothing
         except BaseException:
             self._close_fd()
             raise
@@ -74,12 +79,18 @@ class _Part:
                 f"{self.path}: model file changed on disk ({self.state[2]} bytes when opened, {state[2]} now).",
                 "Start again with the file as it is now.",
             )
+        if self.guard.n_faults:
+            raise BadModelError(f"{self.path}: a part of it cannot be read any more.", "Check the disk.")
 
     def close(self) -> None:
         self._close_fd()
         del self.bytes
-        with contextlib.suppress(BufferError):  # views are alive; the last one unmaps
+        try:
             self.data.close()
+        except BufferError:  # views are alive; the last one unmaps
+            self.guard.leave()
+        else:
+            self.guard.release()
 
 
 def _open_file(path: Path) -> int:
@@ -192,7 +203,10 @@ class GGUFFile:
         return Prefault([part.bytes for part in self._open_parts()])
 
     def check_unchanged(self) -> None:
-        """Raises if a file was written to or cut since it was opened."""
+        """Raises if a file was written to or cut since it was opened, or could not be read where it is mapped.
+
+        To be asked when something was made of the mapping: zeros stand where the file is no more.
+        """
         for part in self._open_parts():
             part.check_unchanged()
 
@@ -209,7 +223,11 @@ class GGUFFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            if any(part.guard.n_faults for part in self._parts):  # zeros were read: what was made of them is nothing
+                self.check_unchanged()
+        finally:
+            self.close()
 
 
 def _split_number(part: _Part, key: str) -> int:

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from m2lite.errors import M2liteError
 from m2lite.storage.durable import atomic_write
 
-_MAX_BYTES = 64 << 20
-
 
 def heat_path(identity: str) -> Path:
     """Where a model's heat is kept; the file need not exist."""
@@ -27,25 +25,35 @@ def heat_path(identity: str) -> Path:
     return Path(platformdirs.user_cache_dir("m2lite", appauthor=False)) / "heat" / f"{identity[:32]}.npy"
 
 
+def _header(n_layers: int, n_experts: int) -> bytes:
+    """As `numpy.save` begins the file of such a table. It is compared, never parsed."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n_layers, n_experts)})
+    return file.getvalue()
+
+
 def load_heat(path: Path, n_layers: int, n_experts: int) -> NDArray[np.float64] | None:
     """float64 [n_layers, n_experts], or None where there is none or it is damaged."""
+    header, n_bytes = _header(n_layers, n_experts), 4 * n_layers * n_experts
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        if not path.is_file():  # opening a pipe would wait for its other end
             return None
-        heat = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as file:
+            content = file.read(len(header) + n_bytes + 1)
+    except OSError:
         return None
-    is_sound = heat.dtype == np.float32 and heat.shape == (n_layers, n_experts) and np.isfinite(heat).all()
-    return heat.astype(np.float64) if is_sound and (heat >= 0).all() else None
+    if len(content) != len(header) + n_bytes or not content.startswith(header):
+        return None
+    heat = np.frombuffer(content, "<f4", offset=len(header)).reshape(n_layers, n_experts)
+    return heat.astype(np.float64) if np.isfinite(heat).all() and (heat >= 0).all() else None
 
 
 def save_heat(path: Path, heat: NDArray[np.float64]) -> None:
     """Keep heat [n_layers, n_experts]; where it cannot be written it is not."""
-    content = io.BytesIO()
-    np.save(content, heat.astype(np.float32))
+    content = _header(*heat.shape) + heat.astype("<f4").tobytes()
     with contextlib.suppress(OSError, M2liteError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_write(path, content.getvalue())
+        atomic_write(path, content)
 
 
 def draw_text(heat: NDArray[np.float64], width: int) -> list[str]:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.system.paths import named_path
 
 REPOSITORY = "models--"
 BRANCH = "main"
@@ -20,7 +21,7 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
 
     Links are kept: parts of a split lie beside each other in the snapshot, not in blobs/.
     """
-    path = Path(path).expanduser()
+    path = named_path(path)
     if path.name == "snapshots" and path.parent.name.startswith(REPOSITORY):
         path = path.parent
     if not path.is_dir():
@@ -41,7 +42,7 @@ def _snapshot_of(repository: Path, snapshots: Path) -> Path:
     commit = _read_ref(repository / "refs" / BRANCH)
     if commit is not None and (snapshots / commit).is_dir():
         return snapshots / commit
-    found = sorted(child for child in snapshots.iterdir() if child.is_dir())
+    found = sorted(child for child in snapshots.iterdir() if child.is_dir() and not child.name.startswith("."))
     if len(found) == 1:
         return found[0]
     name = repository_name(repository)
@@ -66,7 +67,7 @@ def _read_ref(path: Path) -> str | None:
 
 def _check_not_cache(path: Path) -> None:
     """The cache as a whole is no model: say which repositories it holds."""
-    if (path / "config.json").exists() or any(path.glob("*.gguf")):
+    if (path / "config.json").exists() or any(path.glob("[!.]*.gguf")):
         return
     for directory in (path, path / "hub"):
         if not directory.is_dir():

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.storage.blocks import unpack_rows
-from m2lite.storage.gguf_reader import GGUFFile
+from m2lite.storage.gguf_reader import GGUFArray, GGUFFile
 
 SAMPLE_BYTES = 4096
 
@@ -39,7 +39,8 @@ def hash_trunk(sizes: Iterable[int], n_layers: int, read_row: ReadRow) -> str:
 
 def trunk_sizes(architecture: str, metadata: Mapping[str, object]) -> tuple[int, ...]:
     """The sizes that go into the identity; a key that is missing or no whole number counts as 0."""
-    values = (metadata.get(f"{architecture}.{key}") for key in _SIZES)
+    found = (metadata.get(f"{architecture}.{key}") for key in _SIZES)
+    values = (value.one() if isinstance(value, GGUFArray) else value for value in found)
     return tuple(value if isinstance(value, int) else 0 for value in values)
 
 

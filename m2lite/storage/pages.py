@@ -6,6 +6,7 @@ A page that is lost, damaged or of another length is as good as none: whoever as
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import struct
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import xxhash
 
+from m2lite.storage import durable
 from m2lite.storage.durable import advise
 
 _HEADER = struct.Struct("<8s16s8x")  # magic, xxh3_128 of the page
 _MAGIC = b"m2litekv"
 _SUFFIX = ".page"
+_GROWING = ".tmp"
 
 
 class PageStore:
@@ -67,29 +70,33 @@ class PageStore:
         Not forced to the disk: what a crash spoils has another hash.
         """
         assert len(page) == self.page_bytes
-        temporary = self.directory / f".{secrets.token_hex(8)}.tmp"
+        temporary = self.directory / f".{secrets.token_hex(8)}{_GROWING}"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = durable.fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
+                with contextlib.suppress(OSError):  # not every file system has locks
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it has its name: see `trim`
                 rest = memoryview(_HEADER.pack(_MAGIC, xxhash.xxh3_128_digest(page)))
                 for part in (rest, page):
                     while part:
-                        part = part[os.write(fd, part) :]
+                        part = part[durable.fsops.write(fd, part) :]
+                durable.fsops.replace(temporary, self.path(key))
             finally:
-                os.close(fd)
-            temporary.replace(self.path(key))
+                durable.fsops.close(fd)
         except OSError:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                durable.fsops.unlink(temporary)
             return False
         return True
 
     def trim(self, keeps: Callable[[str], bool] = lambda key: False) -> int:
         """Delete what is over the budget, the longest unused first, in all directories beside this; bytes deleted.
 
-        `keeps` says of a key whether it stays.
+        `keeps` says of a key whether it stays. What a process left that died while it wrote goes, too.
         """
+        for path in self.directory.parent.glob(f"*/.*{_GROWING}"):
+            _remove_unlocked(path)
         found = []
         for path in self.directory.parent.glob(f"*/*{_SUFFIX}"):
             with contextlib.suppress(OSError):
@@ -101,6 +108,17 @@ class PageStore:
                 break
             if not keeps(path.stem):
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    durable.fsops.unlink(path)
                     n_deleted += size
         return n_deleted
+
+
+def _remove_unlocked(path: Path) -> None:
+    """A page that nobody writes any more."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            durable.fsops.unlink(path)
+        finally:
+            os.close(fd)

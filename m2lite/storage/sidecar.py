@@ -15,6 +15,19 @@ def sidecar_path(model: Path) -> Path:
     return model.with_name(f"mtp-{part['stem']}.gguf" if part else f"mtp-{model.name}")
 
 
+def model_files(model: Path) -> list[Path]:
+    """What belongs to a model file by its name, no file is opened: all parts of a split, prediction modules beside."""
+    part, parts = SPLIT_NAME.fullmatch(model.name), [model]
+    if part:
+        try:
+            beside = sorted(model.parent.iterdir())
+        except OSError:
+            beside = []
+        others = ((path, SPLIT_NAME.fullmatch(path.name)) for path in beside)
+        parts += [path for path, o in others if o and o.group("stem", "count") == part.group("stem", "count")]
+    return [*dict.fromkeys(parts), sidecar_path(model)]
+
+
 def check_trunk(sidecar: GGUFFile, model: GGUFFile) -> None:
     """Raises BadModelError unless the modules were made for this model, in whatever precision."""
     found, identity = sidecar.metadata.get("m2lite.mtp.trunk"), trunk_identity(model)

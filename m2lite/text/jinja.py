@@ -21,11 +21,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import minijinja
 
+# What a tag can stand in without being one, and the tags themselves.
+_PARTS: Final = re.compile(
+    r"\{#.*?#\}"
+    r"|\{%[-+]?\s*raw\s*[-+]?%\}.*?\{%[-+]?\s*endraw\s*[-+]?%\}"
+    r"|\{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%\}"
+    r"|\{[{%](?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^'\"])*?[}%]\}",
+    re.DOTALL,
+)
 CONTEXT_LIMIT_BYTES: Final = 16 << 20
 _FUEL: Final = 2_000_000
 _MEMORY_BYTES: Final = 128 << 20  # for the child as a whole, plus what the messages need:
@@ -90,10 +99,35 @@ def _raise_exception(message: object) -> None:
     raise _Raised(str(message))
 
 
-class InProcess:
-    """Renders here: for templates that are known to be harmless."""
+def without_generation(source: str) -> str:
+    """The template with the tags {% generation %}, by which trainers find an answer, as blocks that do nothing."""
 
-    def __init__(self, source: str) -> None:
+    def replace(match: re.Match[str]) -> str:
+        name = "endwith" if match["end"] else "with"
+        return match[0] if match["left"] is None else f"{{%{match['left']} {name} {match['right']}%}}"
+
+    return _PARTS.sub(replace, source) if "generation" in source else source
+
+
+def now_s() -> int:
+    """The time for templates, in seconds since 1970: SOURCE_DATE_EPOCH, by which prompts can be repeated, or now."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return int(fixed) if re.fullmatch(r"\d{1,11}", fixed) else int(time.time())
+
+
+class InProcess:
+    """Renders here: for templates that are known to be harmless.
+
+    `strftime_now` gives one time, `now` (seconds since 1970), for as long as the template lives: a prompt that holds
+    the date goes on as it began, and all lines of a batch have the same.
+    """
+
+    def __init__(self, source: str, now: int | None = None) -> None:
+        moment = datetime.fromtimestamp(now_s() if now is None else now).astimezone()
+
+        def strftime_now(form: str) -> str:
+            return moment.strftime(form)
+
         self._environment = minijinja.Environment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -101,11 +135,11 @@ class InProcess:
             debug=False,
             auto_escape_callback=lambda name: False,
             filters={"tojson": _tojson},
-            globals={"raise_exception": _raise_exception},
+            globals={"raise_exception": _raise_exception, "strftime_now": strftime_now},
         )
         self._environment.remove_global("debug")  # prints addresses
         try:
-            self._environment.add_template("chat", source)
+            self._environment.add_template("chat", without_generation(source))
         except Exception as error:
             raise RenderError(_one_line(error)) from None
 
@@ -129,7 +163,7 @@ class InChild:
     """Renders in a child process with bounded memory and time, started when first needed."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self._source, self._now = source, now_s()
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._stop: Callable[[], object] = lambda: None
@@ -166,7 +200,7 @@ class InChild:
     def _start(self) -> subprocess.Popen[bytes]:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-X", "utf8", str(Path(__file__).resolve())],
+                [sys.executable, "-P", "-X", "utf8", str(Path(__file__).resolve()), str(self._now)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -242,7 +276,7 @@ def _serve() -> None:
     while (context := receive()) is not None:
         reply: dict[str, object]
         try:
-            engine = engine or InProcess(source or "")
+            engine = engine or InProcess(source or "", int(sys.argv[1]))
             reply = {"text": engine.render(context)}
         except RenderError as error:
             what = "it asked for too much memory" if "MemoryError" in str(error) else str(error)

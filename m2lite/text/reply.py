@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final, Literal
 
-from m2lite.text.calls import parse_tool_calls
+from m2lite.text.calls import is_whole_call, parse_tool_calls
 from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class Said(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole reply. `errors` are the tool calls that could not be read, one sentence each."""
+    """A whole reply. `errors`: what was wrong with its tool calls or may have been meant otherwise, in sentences."""
 
     thinking: str
     content: str
@@ -59,24 +60,38 @@ class ReplyStream:
     r"""Sorts tokens into pieces. The line breaks that belong to the format are taken off, as M2 writes them:
     `thinking\n</think>\n\ncontent\n<minimax:tool_call>calls</minimax:tool_call>`."""
 
-    def __init__(self, tokenizer: Tokenizer, in_thinking: bool, stop_texts: Sequence[str] = ()) -> None:
-        """`stop_texts` end the content before the first of them."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        in_thinking: bool,
+        stop_texts: Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`stop_texts` end the content before the first of them; `tools` are those that may be called.
+
+        A whole call of one of `tools` inside the thinking ends the thinking. Until it is whole, its pieces are held.
+        """
+        self._tokenizer, self._tools = tokenizer, tools
         self._stops = StopTexts(stop_texts)
         has_tags = tokenizer.think_open_id is not None and tokenizer.think_close_id is not None
         self._kind: Kind = "thinking" if in_thinking and has_tags else "content"
         # (kind, tag) -> the kind that follows, the line breaks dropped after the tag, the one dropped before it
         self._tags: dict[tuple[Kind, int | None], tuple[Kind, int, bool]] = {
             ("thinking", tokenizer.think_close_id): ("content", 2, True),
-            ("content", tokenizer.think_open_id): ("thinking", 1, False),
             ("content", tokenizer.tool_open_id): ("tool_call", 0, True),
             ("tool_call", tokenizer.tool_close_id): ("content", 0, False),
         }
+        self._may_open = self._kind == "content" and has_tags  # `<think>` opens the thinking: nothing was said yet
         self._decoder = tokenizer.stream(start=False)
         self._skip = 0  # line breaks still to drop at the start of this stretch
         self._held = ""  # a line break that a tag may yet claim
         self._blank = True  # nothing of this stretch but white space so far
         self._texts: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
+        self._blocks: list[int] = []  # where in the texts of calls each block begins
+        self._pending: list[int] | None = (
+            None  # the ids of what may be a call inside the thinking, its opening tag first
+        )
+        self._ended_by_call = False
 
     @property
     def kind(self) -> Kind:
@@ -92,21 +107,67 @@ class ReplyStream:
         """The text that this token completes; none for a tag, a stop token or a part of a character."""
         if index in self._tokenizer.stop_ids or self.is_stopped:
             return []
-        if (self._kind, index) in self._tags:
-            kind, skip, claims = self._tags[self._kind, index]
-            return self._turn(kind, skip, claims)
-        if self._kind == "thinking" and self._blank and index == self._tokenizer.think_open_id:
-            return self._turn("thinking", 1, True)  # the prompt has opened the thinking already
-        return self._take(self._decoder.push(index))
+        tokenizer = self._tokenizer
+        if self._kind == "thinking" and self._tools and index == tokenizer.tool_open_id:
+            pieces = self._give_up()
+            self._pending = [index]
+            return pieces
+        if self._pending is not None:
+            if index != tokenizer.think_close_id:
+                self._pending.append(index)
+                return self._settle() if index == tokenizer.tool_close_id else []
+            return self._give_up() + self._push(index)
+        return self._push(index)
 
     def finish(self) -> list[Piece]:
         """What is left when no token follows."""
-        return self._take(self._decoder.flush()) + self._release() + self._let_go()
+        pieces = self._settle() if self._pending is not None else []
+        return pieces + self._take(self._decoder.flush()) + self._release() + self._let_go()
 
-    def reply(self, tools: Sequence[Mapping[str, Any]] | None = None) -> Reply:
+    def reply(self) -> Reply:
         """All that was pushed, with the tool calls read by the tools' schemas. Call `finish` before."""
-        thinking, content, xml = ("".join(self._texts[kind]) for kind in KINDS)
-        return Reply(thinking, content, *parse_tool_calls(xml, tools))
+        thinking, content, _ = ("".join(self._texts[kind]) for kind in KINDS)
+        calls, errors = list[dict[str, Any]](), list[str]()
+        for begin, end in pairwise([*self._blocks, len(self._texts["tool_call"])]):
+            found, wrong = parse_tool_calls("".join(self._texts["tool_call"][begin:end]), self._tools)
+            calls += found
+            errors += wrong
+        if self._ended_by_call:
+            errors.insert(0, "The model called a tool inside its thinking, which was taken to end there.")
+        return Reply(thinking, content, calls, errors)
+
+    def _push(self, index: int) -> list[Piece]:
+        if (self._kind, index) in self._tags:
+            kind, skip, claims = self._tags[self._kind, index]
+            return self._turn(kind, skip, claims)
+        if self._ended_by_call and self._blank and self._kind == "content" and index == self._tokenizer.think_close_id:
+            return self._turn("content", 2, True)  # it closes what the call has closed
+        if self._blank and index == self._tokenizer.think_open_id:
+            if self._kind == "thinking":
+                return self._turn("thinking", 1, True)  # the prompt has opened the thinking already
+            if self._may_open:
+                return self._turn("thinking", 1, False)
+        return self._take(self._decoder.push(index))
+
+    def _settle(self) -> list[Piece]:
+        """The call inside the thinking is whole, or there is nothing more of it: it counts, or is a thought."""
+        assert self._pending is not None
+        ids = self._pending[1:]
+        is_closed = ids[-1:] == [self._tokenizer.tool_close_id]
+        stream = self._tokenizer.stream()
+        text = b"".join(map(stream.next_bytes, ids[:-1] if is_closed else ids)).decode(errors="replace")
+        if not is_whole_call(text, self._tools or ()):
+            return self._give_up()
+        pending, self._pending, self._ended_by_call = self._pending, None, True
+        pieces = self._turn("tool_call", 0, True)
+        for index in pending[1:]:
+            pieces += self._push(index)
+        return pieces
+
+    def _give_up(self) -> list[Piece]:
+        """What might have been a call is a thought."""
+        pending, self._pending = self._pending or [], None
+        return [piece for index in pending for piece in self._push(index)]
 
     def _turn(self, kind: Kind, skip: int, claims: bool) -> list[Piece]:
         """Another stretch of text begins."""
@@ -116,6 +177,9 @@ class ReplyStream:
         pieces += self._let_go()
         self._decoder = self._tokenizer.stream()
         self._kind, self._skip, self._held, self._blank = kind, skip, "", True
+        self._may_open = False
+        if kind == "tool_call":
+            self._blocks.append(len(self._texts[kind]))
         return pieces
 
     def _take(self, text: str) -> list[Piece]:

@@ -35,7 +35,7 @@ class _Engine(Protocol):
 
 
 class Template:
-    """One chat template. `warning` says why it is not the file's own, if it ought to be."""
+    """One chat template. `warning` says why it is not the file's own, if it ought to be, or not always the same."""
 
     def __init__(self, source: str, origin: Literal["file", "builtin"], warning: str | None = None) -> None:
         self.source = source
@@ -98,6 +98,11 @@ def load_template(gguf: GGUFFile, builtin: bool = False) -> Template:
         return _builtin(f"The model file's chat template cannot be used ({what.rstrip('.')})")
     if _PROBE not in text:
         return _builtin("The model file's chat template leaves out what the user says")
+    if "strftime_now" in source:
+        template.warning = (
+            "The model file's chat template reads the clock: the same question gives another prompt on another day. "
+            "SOURCE_DATE_EPOCH sets the time."
+        )
     return template
 
 

@@ -35,6 +35,7 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
+        self.warnings = vocabulary.warnings
         self.add_bos = vocabulary.add_bos and vocabulary.bos_id is not None
         self.control_strings: Mapping[str, int] = MappingProxyType(dict(vocabulary.added))
         self.think_open_id = self.control_strings.get("<think>")

@@ -18,6 +18,7 @@ from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
 from m2lite.decode.conversation import Conversation
 from m2lite.storage.durable import LineLog
+from tests.children import default_signals
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
@@ -132,9 +133,10 @@ def test_stopped_and_gone_on_with(
     lines += [{"custom_id": "long", "prompt": "Hi", "max_tokens": 1_000_000}]
     source, out = write(tmp_path / "in put.jsonl", lines), tmp_path / "out.jsonl"
     arguments = ["batch", str(source), "-o", str(out), "--model", str(model_files["answer"])]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "m2lite", *arguments], env=command_env, stderr=subprocess.PIPE, text=True
-    )
+    with default_signals():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "m2lite", *arguments], env=command_env, stderr=subprocess.PIPE, text=True
+        )
     deadline = time.monotonic() + 60
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert time.monotonic() < deadline and process.poll() is None

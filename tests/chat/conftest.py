@@ -22,7 +22,7 @@ def start_raw(command_env: dict[str, str]) -> Iterator[StartRaw]:
         model: Path, *options: str, rows: int = 24, columns: int = 80, env: dict[str, str] | None = None
     ) -> Terminal:
         merged = {name: value for name, value in (command_env | (env or {})).items() if name != "COLUMNS"}
-        terminal = Terminal([str(model), "--seed", "1", *options], merged, rows, columns)
+        terminal = Terminal(["chat", str(model), "--seed", "1", *options], merged, rows, columns)
         terminals.append(terminal)
         return terminal
 

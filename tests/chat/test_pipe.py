@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from m2lite.chat.render import Renderer, neutralise
+from m2lite.chat.render import Renderer
+from m2lite.system.streams import Out
 from m2lite.text.reply import Piece
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
@@ -39,7 +40,8 @@ class FakeTerminal(io.StringIO):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_renderer(terminal: bool) -> None:
     screen = FakeTerminal() if terminal else io.StringIO()
-    renderer = Renderer(screen, screen, style=terminal, show_thinking=True)
+    out = Out(lambda: screen)
+    renderer = Renderer(style=terminal, show_thinking=True, out=out, err=out)
     for kind, text in [
         ("thinking", "a"),
         ("thinking", "\033b"),
@@ -57,12 +59,7 @@ def test_renderer(terminal: bool) -> None:
 
 def test_renderer_with_nothing_to_show() -> None:
     out, err = io.StringIO(), io.StringIO()
-    renderer = Renderer(out, err, style=False, show_thinking=False)
+    renderer = Renderer(style=False, show_thinking=False, out=Out(lambda: out), err=Out(lambda: err))
     renderer.show(Piece("thinking", "a"))
     renderer.end()
     assert (out.getvalue(), err.getvalue()) == ("", "")
-
-
-def test_neutralise() -> None:
-    assert neutralise("a\tb\nc\r\0\x7f\x9b") == "a\tb\nc␍␀␡\ufffd"
-    assert neutralise("häß 😀 \u202e") == "häß 😀 \u202e"

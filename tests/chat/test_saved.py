@@ -133,7 +133,7 @@ def test_one_terminal_at_a_time(start: Start, model_files: Models, home: dict[st
     chat = start(model_files["reply"], "--session", "s", env=home)
     say(chat, "Hello", "10 tok · ")
     other = Terminal(
-        [str(model_files["reply"]), "-c"], {**os.environ, **home, "TERM": "xterm"}, 24, 80
+        ["chat", str(model_files["reply"]), "-c"], {**os.environ, **home, "TERM": "xterm"}, 24, 80
     )  # it never comes to its prompt
     other.wait_for(rf"in use by pid {chat.process.pid}")
     assert other.exit_code() == 2

@@ -119,7 +119,13 @@ def test_an_answer_that_nobody_finished() -> None:
 @pytest.mark.parametrize(
     "line",
     [b"{", b"[]", b'"x"', b'{"add": {"role": "user"}}', b'{"add": 3}', b'{"cut": 9}', b'{"cut": "a"}', b"\xff",
-     b'{"add": {"role": "king", "content": ""}}', b'{"unknown": 1}', b'{"part": []}', b"[" * 100_000],
+     b'{"add": {"role": "king", "content": ""}}', b'{"unknown": 1}', b'{"part": []}', b"[" * 100_000,
+     b'{"add": {"role": "user", "content": "\\ud800"}}', b'{"add": {"role": "user", "content": "a", "content": "b"}}',
+     b'{"add": {"role": "assistant", "content": "", "reasoning_content": 3}}', b'{"cut": true}', b'{"cut": -1}',
+     b'{"add": {"role": "assistant", "content": "", "tool_calls": 3}}', b'{"part": {"content": 3}}',
+     b'{"answer": {"tokens": [-1]}}', b'{"answer": {"tokens": [4294967296]}}', b'{"answer": {"tokens": "x"}}',
+     b'{"answer": {"attempt": -1}}', b'{"answer": [["attempt", 1]]}', b'{"m2lite_chat": 1}', b"",
+     b'{"cut": ' + b"9" * 5000 + b"}"],
 )  # fmt: skip
 def test_a_bad_line_ends_the_chat_and_is_told(line: bytes) -> None:
     chat = SavedChat("g")
@@ -129,6 +135,37 @@ def test_a_bad_line_ends_the_chat_and_is_told(line: bytes) -> None:
         file.write(line + b"\n" + json.dumps({"add": MORE}).encode() + b"\n")
     saved = read_session(chat.path)
     assert saved.messages == [ASK, SAY] and saved.bad_line == 4
+
+
+def test_who_goes_on_after_a_bad_line_loses_nothing() -> None:
+    """What is said from then on is there again, and all that the file held stays beside it."""
+    for n, name in enumerate(["g.jsonl.damaged", "g.jsonl.damaged2"], 1):
+        chat = SavedChat("g")
+        chat.save([ASK, SAY])
+        chat.close()
+        with chat.path.open("ab") as file:
+            file.write(b"{\n" + json.dumps({"add": MORE}).encode() + b"\n")
+        before = chat.path.read_bytes()
+        chat = SavedChat("g")
+        chat.save([ASK, SAY, *[MORE, LAST] * n], STOPPED)
+        chat.save([ASK, SAY, *[MORE, LAST] * n, MORE])
+        chat.close()
+        assert chat.path.with_name(name).read_bytes() == before
+        saved = read_session(chat.path)
+        assert saved.messages == [ASK, SAY, *[MORE, LAST] * n, MORE] and saved.bad_line is None
+    assert [path.stem for path in list_sessions()] == ["g"]
+
+
+def test_a_damaged_first_line() -> None:
+    chat = SavedChat("g")
+    chat.save([ASK])
+    chat.close()
+    chat.path.write_bytes(b"x" + chat.path.read_bytes())
+    chat = SavedChat("g")
+    assert chat.saved.messages == [] and chat.saved.bad_line == 1
+    chat.save([MORE])
+    chat.close()
+    assert read_session(chat.path).messages == [MORE] and chat.path.with_name("g.jsonl.damaged").exists()
 
 
 def test_a_file_of_another_version() -> None:

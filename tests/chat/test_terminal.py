@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import termios
@@ -293,6 +294,80 @@ def test_terminated(start: Start, model_files: Models, number: int, where: str) 
     chat.process.kill(number)
     assert chat.exit_code() == 143
     assert "Traceback" not in chat.raw, chat.raw[-3000:]
+
+
+def test_terminated_while_the_history_is_read(start_raw: StartRaw, model_files: Models, tmp_path: Path) -> None:
+    """At whatever moment the signal comes, no event loop tells it as an error."""
+    history = tmp_path / "m2lite" / "history"
+    history.parent.mkdir()
+    history.write_text("\n# 2026-01-01 00:00:00.000000\n+a question\n" * 400_000)
+    for wait in ("loaded in", r"\x1b\[\?2004h"):
+        chat = start_raw(model_files["answer"], env={"XDG_STATE_HOME": str(tmp_path)})
+        chat.wait_for(wait)
+        chat.process.kill(signal.SIGTERM)
+        assert chat.exit_code(30) == 143
+        assert "Traceback" not in chat.raw and "Unhandled" not in chat.raw, chat.raw[-3000:]
+
+
+def test_a_history_that_is_no_file(start: Start, model_files: Models, tmp_path: Path) -> None:
+    (tmp_path / "m2lite").mkdir()
+    os.mkfifo(tmp_path / "m2lite" / "history")
+    chat = start(model_files["reply"], env={"XDG_STATE_HOME": str(tmp_path)})
+    chat.ask("/exit")
+    assert chat.exit_code() == 0
+
+
+def test_keys_of_an_answers_time_wait_for_the_prompt(start: Start, model_files: Models) -> None:
+    """Enter sends and Ctrl-D leaves, also when they were pressed before the prompt was there."""
+    chat = start(model_files["answer"], "-n", "300")
+    chat.send("Hello" + ENTER)
+    chat.wait_for("abcdefgabcdefg")
+    chat.send("/stats" + ENTER + "/set seed 7" + ENTER + CTRL_D)
+    chat.wait_for("turns 1")
+    chat.wait_for("seed 7")
+    assert chat.exit_code() == 0
+
+
+def test_ctrl_d_right_after_an_answer(start: Start, model_files: Models) -> None:
+    chat = start(model_files["reply"])
+    chat.ask("Hello")
+    chat.wait_for("Fine é")
+    chat.send(CTRL_D)
+    chat.wait_for("10 tok · ")
+    assert chat.exit_code() == 0
+    assert re.search(r"Fine é\n10 tok · .*\n>", chat.screen)
+
+
+def test_a_slip_ends_no_chat(start: Start, model_files: Models, tmp_path: Path) -> None:
+    locked = tmp_path / "file"
+    locked.write_text("")
+    chat = start(model_files["reply"], "--session", "slips")
+    for line, told in [
+        ("/read ~nosuchuser/x", "there is no such home directory"),
+        ("/read " + "x" * 300, "too long"),
+        ("/read .", "cannot be read: Is a directory"),
+        ("/export md ~nosuchuser/x", "there is no such home directory"),
+        ("/export md " + "x" * 300, "too long"),
+        (f"/export json {locked}/x", "error: "),
+        ("/load ..", "cannot be the name of a chat"),
+        ("/delete " + "x" * 300, "cannot be the name"),
+        ("/save a/b", "cannot be the name"),
+        ("/set temp nan", "expected a number from"),
+        ("/set seed " + "9" * 5000, "expected a whole number"),
+        ("/forget " + "9" * 5000, "error: "),
+        ("/think " + "9" * 5000, "error: "),
+        ("/compact ²", "error: "),
+        ("/forget ²", "error: "),
+        ("/think ²", "error: "),
+        ("/help /help", "this list"),
+        ("/", "There is no command /"),
+    ]:
+        chat.ask(line)
+        chat.wait_for(told)
+        chat.wait_for_prompt()
+    assert "internal error" not in chat.raw
+    chat.ask("Hello")
+    chat.wait_for("Fine é")
 
 
 def test_terminal_is_restored(start: Start, model_files: Models) -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import secrets
+import shutil
+import socket
+import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from m2lite import Model, Sampling, UsageError
+from m2lite.chat import bounded
 from m2lite.chat.chat import Chat
 from m2lite.chat.lines import ask_line
 from m2lite.chat.loop import _Talk
 from m2lite.chat.tools import NAMES, Limits, describe_call, load_tools, run_tool
 from m2lite.decode.conversation import Conversation
+from m2lite.signals import SecondInterrupt
 from m2lite.text.template import encode_chat
 
 WEATHER = {
@@ -79,12 +88,105 @@ def test_time_is_bounded_and_children_go_too(limits: Limits) -> None:
     quick, began = Limits(limits.directory, 0.5, 200), time.monotonic()
     found = run_tool(call("shell", command="echo begun; (sleep 60; touch late) & sleep 60"), quick, lambda: False)
     assert found == "begun\n[stopped after 0.5 s]" and time.monotonic() - began < 5
-    stops = iter([False, False, True, True, True])
-    assert run_tool(call("shell", command="sleep 60"), limits, lambda: next(stops)) == "[stopped by the user]"
+    begun = limits.directory / "begun"
+    command = "touch begun; sleep 60"
+    assert run_tool(call("shell", command=command), limits, begun.exists) == "[stopped by the user]"
     # a child in the background does not hold the answer up, and does not outlive it
     began = time.monotonic()
     assert run(limits, "shell", command="sleep 60 & echo done $!").startswith("done ")
     assert time.monotonic() - began < 5
+
+
+def alive(mark: str) -> list[psutil.Process]:
+    """Processes whose command line holds the mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and any(mark in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+SURVIVORS = {  # what goes on behind a command that has ended, or does not end
+    "of another session": "setsid sh -c 'sleep 600; : {}' & echo begun",
+    "of another session, with no output": "setsid sh -c 'sleep 600; : {}' >/dev/null 2>&1 & echo begun",
+    "twice away": "(setsid sh -c 'setsid sh -c \"sleep 600; : {}\" & exit' &) ; sleep 0.2; echo begun",
+    "that ignores signals": "(trap '' TERM HUP INT; sleep 600; : {}) & echo begun",
+    "stopped": "sh -c 'kill -STOP $$; : {}' & echo begun",
+    "that prints for ever": "setsid sh -c 'yes {}' & echo begun",
+}
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid")
+@pytest.mark.parametrize("case", SURVIVORS)
+def test_no_process_is_left(limits: Limits, case: str) -> None:
+    mark = f"m2lite-test-{secrets.token_hex(8)}"
+    found = run(limits, "shell", command=SURVIVORS[case].format(mark))
+    assert "begun" in found or "cut after" in found, found
+    assert alive(mark) == []
+
+
+def test_a_command_that_hangs_ends_in_time(limits: Limits) -> None:
+    quick = Limits(limits.directory, 0.5, 200)
+    for command in (
+        "kill -STOP $$", "trap '' TERM HUP INT; echo a; sleep 600; sleep 600", "exec >&- 2>&-; sleep 600", "yes",
+        "python3 -c 'import os, time; os.fork() or os.setsid(); time.sleep(600)'", "mkfifo f; cat f",
+    ):  # fmt: skip
+        found = run_tool(call("shell", command=command), quick, lambda: False)
+        assert found.endswith("[stopped after 0.5 s]"), (command, found)
+    found = run_tool(call("python", code="import os; os.close(1); os.close(2); os._exit(3)"), limits, lambda: False)
+    assert found == "[exit code 3]"  # what closed its output is waited for
+
+
+def test_files_that_are_none_are_refused(limits: Limits) -> None:
+    folder = limits.directory
+    os.mkfifo(folder / "fifo")
+    (folder / "circle").symlink_to(folder / "circle")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+        for name in ("fifo", "socket"):
+            assert run(limits, "read_file", path=name) == f"error: {name}: is no regular file"
+            assert run(limits, "write_file", path=name, content="x") == f"error: {name}: is no regular file"
+        assert stat.S_ISFIFO((folder / "fifo").stat().st_mode)
+    for place in (Path("/dev"), Path("/proc")):
+        outside = Limits(place, 5, 200)
+        names = ("null", "zero", "tty") if place.name == "dev" else ("self",)
+        for name in names:
+            found = run_tool(call("read_file", path=name), outside, lambda: False)
+            assert found.startswith(f"error: {name}: is "), found
+    assert run(limits, "read_file", path="circle").startswith("error: ")
+    assert run(limits, "read_file", path="a" * 5000).startswith("error: ")
+    with (folder / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    assert run(limits, "read_file", path="huge").endswith("[cut after 200 characters]")
+
+
+def test_what_hangs_in_the_system_is_left(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file on a network that has gone: the thread waits, the chat goes on."""
+    released, is_stopped = threading.Event(), threading.Event()
+    monkeypatch.setattr(bounded, "_GRACE_S", 0.1)
+    monkeypatch.setattr(Path, "lstat", lambda path: released.wait())
+    quick = Limits(limits.directory, 0.1, 200)
+    arguments = {"path": "a", "content": "b"}
+    found = run_tool(call("write_file", **arguments), quick, lambda: False)
+    assert found == "error: write_file was not done after 0.1 s; it may still go on"
+    is_stopped.set()
+    found = run_tool(call("write_file", **arguments), limits, is_stopped.is_set)
+    assert found == "error: write_file was stopped by the user; it may still go on"
+    released.set()
+
+
+def test_ctrl_c_twice_ends_the_command(limits: Limits) -> None:
+    mark = f"m2lite-test-{secrets.token_hex(8)}"
+
+    def leave() -> bool:
+        if threading.current_thread() is threading.main_thread() and alive(mark):
+            raise SecondInterrupt
+        return False
+
+    with pytest.raises(SecondInterrupt):
+        run_tool(call("shell", command=f"sleep 600; : {mark}"), limits, leave)
+    assert alive(mark) == []
 
 
 def test_wrong_arguments_are_told_to_the_model(limits: Limits) -> None:
@@ -156,9 +258,12 @@ I will look.
 </minimax:tool_call>"""
 
 
-def talk(model: Model, limits: Limits, approve: str, *replies: str) -> Chat:
+def talk(model: Model, limits: Limits, approve: str, *replies: str, max_rounds: int = 3) -> Chat:
     tools = load_tools(["shell,read_file"], limits)
-    chat = Chat(Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve)
+    chat = Chat(
+        Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve,
+        max_rounds=max_rounds,
+    )  # fmt: skip
     with chat.conversation.session:
         scripted(model, chat, *replies)
         assert _Talk(chat).handle("What is there?") == 0
@@ -198,12 +303,66 @@ def test_calls_that_do_not_run(tiny: Model, limits: Limits) -> None:
     assert chat.conversation.messages[2]["content"] == "error: there is no tool python"
 
 
+def reading(content: str = "", path: str = "notes") -> str:
+    call = f'<invoke name="read_file">\n<parameter name="path">{path}</parameter>\n</invoke>\n'
+    return f"hm\n</think>\n\n{content}\n<minimax:tool_call>\n{call}</minimax:tool_call>"
+
+
+def test_the_same_call_again_and_again(tiny: Model, limits: Limits, capsys: pytest.CaptureFixture[str]) -> None:
+    (limits.directory / "notes").write_text("two")
+    (limits.directory / "other").write_text("two")
+    end = "so\n</think>\n\nEnough."
+
+    def n_rounds(*replies: str, **options: int) -> int:
+        chat = talk(tiny, limits, "all", *replies, end, **options)
+        told = "the same call gave the same result" in capsys.readouterr().err
+        messages = chat.conversation.messages
+        assert messages[-1]["role"] == ("tool" if told else "assistant")
+        return sum(m["role"] == "tool" for m in messages) * (-1 if told else 1)
+
+    same = reading()
+    assert n_rounds(*[same] * 5) == -3
+    assert n_rounds(*[same] * 5, max_rounds=1) == -1
+    assert n_rounds(*[same] * 5, max_rounds=0) == 5
+    assert n_rounds(same, same) == 2
+    assert n_rounds(*[reading("I look.")] * 4) == 4  # it says something
+    assert n_rounds(same, same, reading(path="other"), same, same) == 5
+
+
+def test_a_stopped_round_goes_on(tiny: Model, limits: Limits) -> None:
+    (limits.directory / "notes").write_text("two")
+    tools = load_tools(["read_file"], limits)
+    chat = Chat(Conversation(tiny.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve="all")
+    with chat.conversation.session:
+        scripted(tiny, chat, *[reading()] * 3, "so\n</think>\n\nTwo.")
+        talking = _Talk(chat)
+        assert talking.handle("What is there?") == 0
+        assert chat.conversation.messages[-1] == {"role": "tool", "content": "two"}
+        assert talking.handle("/continue") == 0
+    assert chat.conversation.messages[-1]["content"] == "Two."
+
+
+def test_a_call_in_the_thinking_runs(tiny: Model, limits: Limits, capsys: pytest.CaptureFixture[str]) -> None:
+    (limits.directory / "notes").write_text("two")
+    inside = reading().replace("</think>\n\n", "")
+    chat = talk(tiny, limits, "all", inside, "so\n</think>\n\nTwo.")
+    roles = [message["role"] for message in chat.conversation.messages]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    assert chat.conversation.messages[1]["reasoning_content"].strip() == "hm"
+    assert "called a tool inside its thinking" in capsys.readouterr().err
+
+
 def test_asking(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     controller, terminal = pty.openpty()
     with os.fdopen(terminal, closefd=True) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        os.write(controller, b"yes\n")
-        assert ask_line("run it? ", lambda: False) == "yes"
+        os.write(controller, b"no\n")  # before the question: no answer to it
+
+        def answer() -> bool:
+            os.write(controller, b"yes\n")
+            return False
+
+        assert ask_line("run it? ", answer) == "yes"
         stops = iter([False, True])
         assert ask_line("run it? ", lambda: next(stops)) == ""
     os.close(controller)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pytest
 
 import tinymodel
+from tests.children import default_signals
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -27,8 +28,8 @@ COMMANDS = (
 Models = dict[str, Path]
 
 START_LINE = re.compile(
-    r"^reply\.gguf · .*Q4_0 \d+%.* · 264 kB · [\d.]+ GB of memory free · \d+ threads \(\w+\) · ctx 4,096"
-    r" · KV f16 2\.1 MB"
+    r"^reply\.gguf · .*Q4_0 \d+%.* · [\d.]+ KiB · [\d.,]+ [MGT]iB of memory free · \d+ threads \(\w+\) · ctx 4,096"
+    r" · KV f16 2\.00 MiB"
     r" · drafts auto: prompt lookup · loaded in"
 )
 
@@ -239,7 +240,7 @@ def test_missing_template(run_inline: Run, tmp_path: Path) -> None:
 def test_kv_of_8_bits(run_inline: Run, model_files: Models) -> None:
     done = run_inline("generate", model_files["reply"], "-p", "Hello", "--kv", "q8_0", "--seed", "1")
     assert (done.returncode, done.stdout) == (0, "Fine é\n")
-    assert "ctx 4,096 · KV q8_0 1.1 MB" in done.stderr
+    assert "ctx 4,096 · KV q8_0 1.06 MiB" in done.stderr
 
 
 def test_prompt_longer_than_the_context(run_m2lite: Run, model_files: Models) -> None:
@@ -323,6 +324,23 @@ def test_inspect(run_inline: Run, model_files: Models) -> None:
     assert "blk.0.ffn_down_exps.weight  Q4_0  8x64x32" in text
 
 
+def test_every_end_token_ends_a_reply(run_inline: Run, tmp_path: Path) -> None:
+    """Also an ordinary one, as generation_config.json may name it; and M2's own where the file names another."""
+    ends = {"tokenizer.ggml.eot_token_id": ord("d"), "tokenizer.ggml.eom_token_id": tinymodel.UNKNOWN}
+    path = tinymodel.write_model(tmp_path / "m.gguf", tinymodel.ENDLESS_ANSWER, metadata=ends)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50", "--json")
+    answer = json.loads(done.stdout)
+    assert (answer["text"], answer["finish_reason"]) == ("abc", "stop")
+    assert "warning: a reply ends at token 100 'd', an ordinary token" in done.stderr
+    path = tinymodel.write_model(tmp_path / "n.gguf", tinymodel.REPLY, end=tinymodel.TURN)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50")
+    assert (done.returncode, done.stdout) == (0, "Fine é\n")
+    path = tinymodel.write_model(tmp_path / "o.gguf", tinymodel.REPLY, end=10**6)
+    done = run_inline("generate", path, "-p", "Hello", "--seed", "1", "-n", "50")
+    assert (done.returncode, done.stdout) == (0, "Fine é\n")
+    assert "warning: key 'tokenizer.ggml.eos_token_id' is 1000000, expected a token id" in done.stderr
+
+
 def test_bench(run_inline: Run, model_files: Models) -> None:
     done = run_inline("bench", model_files["random"], "-p", "32", "-n", "8", "-r", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -373,8 +391,8 @@ def test_a_depth_is_pages_of_its_own(opened: Callable[[str], Any]) -> None:
 
 
 def test_doctor(run_inline: Run) -> None:
-    done = run_inline("doctor")
-    assert done.returncode == 0
+    done = run_inline("doctor", "--ram", "4g")
+    assert done.returncode == 0 and "ram             4.00 GiB (--ram)" in done.stdout
     for name in ("processor", "features", "threading layer", "kernel cache", "memory"):
         assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE)
 
@@ -394,7 +412,9 @@ def test_convert_refuses(run_m2lite: Run, tmp_path: Path) -> None:
 def started(command_env: dict[str, str], *arguments: str | Path) -> Iterator[tuple[Any, IO[bytes], IO[bytes]]]:
     """The process and its two outputs."""
     command = [sys.executable, "-m", "m2lite", *map(str, arguments)]
-    with subprocess.Popen(command, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with default_signals():
+        opened = subprocess.Popen(command, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with opened as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             yield process, process.stdout, process.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from m2lite.quant.safetensors import Shard
+from tests.children import default_signals
 from tests.conftest import Run
 from tests.quant import checkpoints
 
@@ -40,6 +43,35 @@ def test_dry_run_writes_nothing(run_inline: Run, checkpoint: Path, tmp_path: Pat
     plan = json.loads(done.stdout)
     assert [file["name"] for file in plan["files"]] == ["out.gguf", "mtp-out.gguf"]
     assert plan["disk_needed_bytes"] > 0 and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_doubt_is_told_before_the_work(run_inline: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "router_temperature\x1b[31m": 0.7}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [289, 40]}')
+    for more in (["--dry-run", "--json"], ["--json"]):
+        done = run_inline("convert", folder, "-o", tmp_path / "out.gguf", "--type", "q8_0", *more)
+        assert done.returncode == 0 and len(json.loads(done.stdout)["warnings"]) == 2
+        told = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        assert "router_temperature\\x1b[31m (0.7)" in told[0] and "\x1b" not in done.stderr
+        assert "generation_config.json ends a reply at 40 " in told[1] and len(told) == 2
+    found = json.loads(run_inline("inspect", tmp_path / "out.gguf", "--json").stdout)["tokenizer"]
+    assert (found["eos_id"], found["stop_ids"]) == (289, [40, 289]) and found["stop_tokens"][1] == "[e~["
+    assert "stop_ids [40, 289]" in run_inline("inspect", tmp_path / "out.gguf").stdout
+
+
+def test_a_size_that_is_too_small_is_told_in_the_options_unit(
+    run_inline: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", "--target-size", "1k")
+    assert done.returncode == 2 and "where 1.00 KiB (1,024 bytes) were asked for" in done.stderr
+    (least,) = re.findall(r"takes [\d.]+ KiB \(([\d,]+) bytes\)", done.stderr)
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "least.gguf", "--target-size", least)
+    assert done.returncode == 0 and (tmp_path / "least.gguf").stat().st_size == int(least.replace(",", ""))
+    done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", "--type", "q8_0", "--dry-run")
+    sizes = re.findall(r"[\d.,]+ ([kKMGT]?i?B)\b(?!/s)", done.stdout)
+    assert len(sizes) > 10 and set(sizes) <= {"B", "KiB", "MiB", "GiB", "TiB"}
 
 
 def test_convert_verify_and_damage(run_inline: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -125,7 +157,8 @@ def test_an_interrupted_convert_goes_on(
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
     options = ("--type", "q8_0")
     command = [sys.executable, "-c", STOP_AT_12, "convert", str(checkpoint), "-o", str(out), *options]
-    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False, timeout=120)
+    with default_signals():
+        done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 130 and "run the same command again" in done.stderr, done.stderr
     assert not out.exists() and (tmp_path / "out.gguf.part").exists()
     done = run_m2lite("convert", checkpoint, "-o", out, *options)

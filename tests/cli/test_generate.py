@@ -77,6 +77,8 @@ def test_request(run_inline: Run, write: Write, bundled_model: Path) -> None:
         ({"messages": [{"role": "user", "content": "x"}], "logit_bias": {}}, "'logit_bias' is not supported"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 2}, "n is 2"),
         ("{", "no JSON"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a character"),
+        ('{"messages": [], "seed": 1, "seed": 2}', "the key 'seed' is given twice"),
         ([], "expected an object"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model, Sampling, UsageError
-from m2lite.decode.conversation import SUMMARY_REQUEST, Conversation
+from m2lite.decode.conversation import SUMMARY_REQUEST, Conversation, Message
 from m2lite.decode.rows import encode_kept
 from m2lite.text.reply import Said
 from m2lite.text.template import Template, encode_chat
@@ -76,6 +76,28 @@ def test_without_thinking_it_is_the_templates_row(tiny: Model) -> None:
     text, opened_text = tiny.tokenizer.decode(row), tiny.tokenizer.decode(opened)
     assert text.count(opened_text) == 2
     assert text.replace(opened_text, "") == tiny.tokenizer.decode(expected)
+
+
+def kept_text(tiny: Model, said: str | None, message: Message) -> str:
+    """The answer and the next question in a row that keeps what was said; None: nobody kept its ids."""
+    tokens = None if said is None else tiny.tokenizer.encode(said, control=True)
+    messages = [{"role": "user", "content": "Hi"}, Said.of({"role": "assistant", "content": ""} | message, tokens)]
+    messages.append({"role": "user", "content": "And?"})
+    row = encode_kept(tiny.tokenizer, tiny.template, messages, TOOLS, is_to_answer=False)
+    return tiny.tokenizer.decode(row).rpartition("Hi[e~[\n]~b]ai\n<think>\n")[2].removesuffix("\n]~b]user\nAnd?[e~[\n")
+
+
+def test_where_the_thinking_of_a_kept_answer_ends(tiny: Model) -> None:
+    call = '<minimax:tool_call>\n<invoke name="f">\n</invoke>\n</minimax:tool_call>'
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    for said, message, text in (
+        ("hm", {"reasoning_content": "hm"}, "hm\n</think>\n\n"),  # it was stopped there
+        ("hm\n</think>\n\na <think> b", {"content": "a <think> b"}, "hm\n</think>\n\na <think> b"),
+        (f"hm\n{call}", {"reasoning_content": "hm", "tool_calls": calls}, f"hm\n{call}"),
+        (None, {"reasoning_content": "hm", "tool_calls": calls}, f"hm\n</think>\n\n\n{call}"),
+        (None, {"content": "a", "tool_calls": calls}, f"\n</think>\n\na\n{call}"),
+    ):
+        assert kept_text(tiny, said, message) == text + "[e~[", said
 
 
 def test_next_turn_is_a_fresh_prefill_of_its_row(tiny: Model, kept: Conversation) -> None:

@@ -69,6 +69,10 @@ def test_folders_of_quantizations_are_looked_into(tmp_path: Path) -> None:
 def test_a_directory_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(BadModelError, match="holds no GGUF file"):
         locate_model(tmp_path)
+    touch(tmp_path / "._model.gguf")  # what macOS leaves beside files
+    touch(tmp_path / "._model.safetensors")
+    with pytest.raises(BadModelError, match="holds no GGUF file"):
+        locate_model(tmp_path)
     touch(tmp_path / "model-00001-of-00130.safetensors")
     with pytest.raises(BadModelError, match=r"holds safetensors and no GGUF file. Convert them first: m2lite convert"):
         locate_model(tmp_path)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from m2lite import M2liteError, Model, Sampling, UsageError
+from m2lite.chat.tools import Limits, load_tools
+from m2lite.commands.generate import _as_object, _read_request
+from m2lite.decode.constrain import load_schema
 from m2lite.decode.conversation import Answer, Conversation
 from m2lite.decode.request import FIELDS, Request, check_whole, parse_request, response_body
 from m2lite.text.reply import Reply
@@ -165,3 +168,38 @@ def test_calls_in_a_response(tiny: Model) -> None:
     assert told["function"] == {"name": "f", "arguments": '{"a": "é"}'} and told["id"]
     again = [*HELLO, choice["message"], {"role": "tool", "tool_call_id": told["id"], "content": "1"}]
     assert parse_request({"messages": again}, DEFAULTS).messages[1]["tool_calls"][0]["function"] == call["function"]
+
+
+def test_warnings_in_a_response(tiny: Model) -> None:
+    """What is in doubt about the calls is told to programs, too."""
+    answer = Answer([1], Reply("hm", "", [], ["The call of 'f' is cut off."]), "stop")
+    found = response_body(answer, tiny.tokenizer, "x", "m", 1)
+    assert found["m2lite_warnings"] == ["The call of 'f' is cut off."]
+    assert _as_object(tiny, answer, 1)["m2lite_warnings"] == found["m2lite_warnings"]
+    calm = Answer([1], Reply("hm", "b"), "stop")
+    assert "m2lite_warnings" not in response_body(calm, tiny.tokenizer, "x", "m", 1)
+    assert "m2lite_warnings" not in _as_object(tiny, calm, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content' is given twice"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds U\\+D800"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}], "x\\udfff": 1}', "holds U\\+D[8F]"),
+        (b'{"temperature": NaN}', "NaN is no JSON"),
+        (b"\xff", "no UTF-8"),
+        (b"[" * 100_000, "levels deep"),
+    ],
+)
+def test_json_that_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
+    """Requests, schemas and tools alike."""
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    for read in (
+        lambda: _read_request(str(path), DEFAULTS),
+        lambda: load_schema(text, "x.json"),
+        lambda: load_tools([str(path)], Limits(tmp_path)),
+    ):
+        with pytest.raises(UsageError, match=f"x.json: no JSON .*{said}"):
+            read()

@@ -263,7 +263,7 @@ def test_default_context(opened: Opened, monkeypatch: pytest.MonkeyPatch, model_
     assert default_ctx(config, per_position) == 960  # whole pages of a quarter
     assert default_ctx(config, kv_bytes_per_position(config, "q8_0")) == 1000 * 64 // 34 // 64 * 64
     assert kv_bytes_per_position(config, "f16", 3) * config.n_layers == per_position * (config.n_layers + 3)
-    with pytest.raises(ResourceError, match=r"4,096 needs 1,048,576 bytes of KV cache; 1,024,000 bytes"):
+    with pytest.raises(ResourceError, match=r"4,096 needs 1.00 MiB of KV cache; 1,000 KiB of"):
         monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1000 * 1024)
         monkeypatch.setattr("m2lite.decode.session.kv_bytes_per_position", lambda *_: 256)
         Model.open(model_files["random"], ctx=4096)

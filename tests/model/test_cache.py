@@ -138,7 +138,7 @@ def test_memory_that_cannot_be_had(engine: Engine, monkeypatch: pytest.MonkeyPat
     rows = pool.rows([(timeline, [1] * 60)])
     timeline.length = rows.lengths[0][1]
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 100)
-    with pytest.raises(ResourceError, match=r"grows by 64 positions, which take [\d,]+ bytes; 100 bytes"):
+    with pytest.raises(ResourceError, match=r"grows by 64 positions, which take [\d.]+ KiB; 100 B of"):
         pool.rows([(timeline, [1] * 10)])
     assert timeline.length == 60 and pool.n_free == 192
     pool.rows([(timeline, [1] * 4)])  # of the page that is there

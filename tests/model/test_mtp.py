@@ -108,6 +108,17 @@ def test_damaged_sidecars_are_refused(
         bind_mtp(open_gguf(path), engine.weights)
 
 
+@pytest.mark.parametrize("key", ["m2lite.mtp.zero_at_0", "m2lite.mtp.shared_norm"])
+def test_flags_of_another_type_are_refused(bundled_model: Path, sidecar: Path, tmp_path: Path, key: str) -> None:
+    engine = Engine(bundled_model, n_rows=8)
+    data = bytearray(sidecar.read_bytes())
+    data[data.index(key.encode()) + len(key)] = 0  # UINT8 instead of BOOL, of the same size
+    path = tmp_path / "mtp.gguf"
+    path.write_bytes(data)
+    with pytest.raises(BadModelError, match=rf"{key} is \d, expected true or false"):
+        bind_mtp(open_gguf(path), engine.weights)
+
+
 def test_the_main_file_is_no_sidecar(bundled_model: Path) -> None:
     engine = Engine(bundled_model, n_rows=8)
     with pytest.raises(BadModelError, match="This is no MTP sidecar"):

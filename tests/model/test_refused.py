@@ -13,6 +13,7 @@ import tinymodel
 from m2lite.errors import BadModelError, M2liteError
 from m2lite.model.config import parse_config
 from m2lite.storage.gguf_reader import open_gguf
+from m2lite.storage.identity import trunk_sizes
 from tests.model.engine import Engine
 
 
@@ -70,9 +71,9 @@ def test_values_out_of_range_are_refused(metadata: dict[str, Any], key: str) -> 
 
 
 def test_a_missing_key_is_named(metadata: dict[str, Any]) -> None:
-    del metadata["minimax-m2.attention.head_count"]
+    left = {key: value for key, value in metadata.items() if key != "minimax-m2.attention.head_count"}
     with pytest.raises(BadModelError, match=r"minimax-m2\.attention\.head_count is missing"):
-        parse_config(metadata)
+        parse_config(left)
 
 
 def test_other_architectures_are_refused(metadata: dict[str, Any]) -> None:
@@ -180,3 +181,88 @@ def test_the_rewriter_keeps_a_model_as_it_is(model_files: dict[str, Path], tmp_p
     same = rewrite(model_files["random"], tmp_path / "same.gguf", {})
     assert Engine(same).logits([1, 2]).tobytes() == Engine(model_files["random"]).logits([1, 2]).tobytes()
     assert Engine(same).config.n_vocab == tinymodel.N_VOCAB
+
+
+def change(metadata: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """Keys below the architecture, `__` for a dot."""
+    return metadata | {f"minimax-m2.{name.replace('__', '.')}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope__scaling__factor": 40.0},
+        {"rope__scaling__factor": 2.0, "rope__scaling__type": "linear"},
+        {"rope__scale_linear": 8.0},
+        {"rope__scaling__type": "longrope"},
+        {"rope__scaling__attn_factor": 1.2},
+        {"rope__scaling__yarn_ext_factor": 1.0},
+        {"rope__scaling__of_tomorrow": 0.5},
+        {"rope__dimension_sections": 3},
+        {"attention__scale": 0.25},
+        {"attention__causal": False},
+        {"attention__mode_of_tomorrow": "windowed"},
+        {"expert_weights_norm": False},
+        {"expert_weights_scale": 2.5},
+        {"logit_scale": 0.0625},
+        {"final_logit_softcapping": 30.0},
+        {"use_parallel_residual": True},
+        {"key_of_tomorrow": 7},
+    ],
+)
+def test_every_key_that_decides_the_arithmetic_is_refused_by_name(
+    metadata: dict[str, Any], values: dict[str, Any]
+) -> None:
+    with pytest.raises(BadModelError, match=f"minimax-m2.{next(iter(values)).replace('__', '.')} is"):
+        parse_config(change(metadata, **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope__scaling__factor": 1.0},
+        {"rope__scaling__factor": 0.0, "rope__scaling__type": "linear"},
+        {"rope__scaling__factor": 4.0, "rope__scaling__type": "none"},  # llama.cpp ignores it then
+        {"rope__scaling__original_context_length": 4096, "rope__scaling__finetuned": False},
+        {"rope__scaling__attn_factor": 1.0, "rope__scaling__yarn_beta_fast": 32.0},
+        {"attention__scale": 32**-0.5, "attention__causal": True},
+        {"expert_weights_norm": True, "expert_weights_scale": 1.0, "expert_group_count": 1},
+        {"key_of_tomorrow": 0, "switch_of_tomorrow": False, "remark": "none that counts"},
+    ],
+)
+def test_keys_that_are_off_change_nothing(metadata: dict[str, Any], values: dict[str, Any]) -> None:
+    assert parse_config(change(metadata, **values)) == parse_config(metadata)
+
+
+def with_arrays(path: Path, **arrays: list[int] | list[float] | list[str]) -> Path:
+    """A header with these arrays in place of scalars."""
+    writer = gguf.GGUFWriter(path, "minimax-m2")
+    for name, items in arrays.items():
+        writer.add_array(f"minimax-m2.{name.replace('__', '.')}", items)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_one_number_for_each_layer_is_one_number(metadata: dict[str, Any], tmp_path: Path) -> None:
+    """llama.cpp writes it so for some models, and reads it for all."""
+    same = {"attention__head_count": [4, 4], "attention__head_count_kv": [2, 2], "feed_forward_length": [32, 32]}
+    with open_gguf(with_arrays(tmp_path / "a.gguf", **same, attention__sliding_window=[0, 0])) as file:
+        assert parse_config(metadata | dict(file.metadata)) == parse_config(metadata)
+        assert trunk_sizes("minimax-m2", metadata | dict(file.metadata)) == trunk_sizes("minimax-m2", metadata)
+    for items, words in (
+        ([2, 1], r"head_count_kv is 2 in layer 0 and 1 in layer 1 \(another than layer 0's in 1 of 2\)"),
+        ([2, 2, 2], "head_count_kv has 3 values, one for each of 2 layers is expected"),
+        ([], "head_count_kv is an array of 0 "),
+        (["2", "2"], "head_count_kv is an array of 2 strings, expected one value"),
+    ):
+        if items:
+            path = with_arrays(tmp_path / "b.gguf", attention__head_count_kv=items)
+            with open_gguf(path) as file, pytest.raises(BadModelError, match=words):
+                parse_config(metadata | dict(file.metadata))
+    with open_gguf(with_arrays(tmp_path / "c.gguf", rope__dimension_sections=[16, 24, 24, 0])) as file:
+        assert repr(file.metadata["minimax-m2.rope.dimension_sections"]) == "an array of 4 INT32 (16, 24, 24, 0)"
+        with pytest.raises(BadModelError, match=r"rope\.dimension_sections is 16 in layer 0"):
+            parse_config(metadata | dict(file.metadata))

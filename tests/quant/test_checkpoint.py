@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -142,7 +143,7 @@ def test_an_index_and_shards_that_do_not_agree_are_refused(sharded: Path) -> Non
     (sharded / INDEX_NAME).write_text('{"weight_map": [1]}')
     assert "has no weight_map" in refusal(sharded)
     (sharded / INDEX_NAME).write_text("[]")
-    assert "not valid JSON: not an object" in refusal(sharded)
+    assert "not valid JSON: an array where an object is expected" in refusal(sharded)
     (sharded / INDEX_NAME).unlink()
     assert "but there is no model.safetensors.index.json" in refusal(sharded)
 
@@ -152,10 +153,20 @@ def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     assert f"'a' is in two shards, {FIRST} and {SECOND}" in refusal(sharded)
 
 
-def test_links_out_of_the_directory_are_refused(sharded: Path, tmp_path: Path) -> None:
-    (sharded / SECOND).rename(tmp_path / "elsewhere.safetensors")
-    (sharded / SECOND).symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "outside of" in refusal(sharded)
+def test_links_out_of_the_directory_are_followed_and_told(sharded: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere.safetensors"
+    (sharded / SECOND).rename(target)
+    (sharded / SECOND).symlink_to(target)
+    with open_checkpoint(sharded) as checkpoint:
+        assert len(checkpoint.tensors) == 4
+        assert checkpoint.notes == [f"{sharded} holds links to files elsewhere, 1 in all: {SECOND} leads to {target}."]
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to("/dev/zero")
+    assert "is not a regular file" in refusal(sharded)
+    os.mkfifo(tmp_path / "fifo")
+    (sharded / "config.json").unlink()
+    (sharded / "config.json").symlink_to(tmp_path / "fifo")
+    assert "config.json is not a regular file" in refusal(sharded)
 
 
 def test_the_links_of_a_hugging_face_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
@@ -167,6 +178,22 @@ def test_the_links_of_a_hugging_face_cache_are_followed(sharded: Path, tmp_path:
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
     with open_checkpoint(snapshot) as checkpoint:
         assert len(checkpoint.tensors) == 4
+
+
+@pytest.mark.parametrize("name", ["._model-00001-of-00002.safetensors", "._model.safetensors", ".hidden.safetensors"])
+def test_what_macos_leaves_beside_files_is_ignored(sharded: Path, tmp_path: Path, name: str) -> None:
+    (sharded / name).write_bytes(b"\0\x05\x16\x07 AppleDouble")
+    with open_checkpoint(sharded) as checkpoint:
+        assert checkpoint.tensors
+    whole = checkpoints.write(tmp_path / "whole", checkpoints.small())
+    (whole / name).write_bytes(b"\0\x05\x16\x07 AppleDouble")
+    open_checkpoint(whole).close()
+
+
+def test_files_beside_the_weights_are_no_fifos(sharded: Path) -> None:
+    (sharded / "config.json").unlink()
+    os.mkfifo(sharded / "config.json")
+    assert "is a FIFO, not a file" in refusal(sharded, UsageError)
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m2lite.errors import BadModelError
-from m2lite.quant.config import parse_config
+from m2lite.quant.config import config_warnings, parse_config
 from tests.golden.models import hf_config
 from tests.quant.checkpoints import SMALL, new_config
 
@@ -83,3 +83,73 @@ def test_contradictions_are_refused() -> None:
     assert "m2lite_mtp.zero_at_0" in refusal({**OLD, "m2lite_mtp": {"zero_at_0": "no"}})
     assert "model_type is None" in refusal({})
     assert "model_type is None" in refusal({"architectures": 5})
+
+
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"full_attention": DEFAULT_ROPE}},
+        {"rope_parameters": {"full_attention": DEFAULT_ROPE, "sliding_attention": dict(DEFAULT_ROPE)}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "default", "rope_theta": 5000000.0}},
+        {"rope_scaling": {"full_attention": {"rope_type": "default", "factor": 1.0}}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {**DEFAULT_ROPE, "factor": 1.0, "original_max_position_embeddings": 4096}},
+        {"rope_parameters": None, "rope_theta": 5000000, "partial_rotary_factor": 0.5},
+    ],
+)
+def test_every_spelling_of_plain_rope_is_the_same(change: dict[str, Any]) -> None:
+    flat = new_config(SMALL)
+    assert parse_config({**flat, **change}) == parse_config(flat)
+    assert not config_warnings({**flat, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_parameters": {"sliding_attention": DEFAULT_ROPE}}, "rope_parameters.sliding_attention is {"),
+        (
+            {"rope_parameters": {"full_attention": DEFAULT_ROPE, "sliding_attention": {"rope_type": "default"}}},
+            "rope_parameters.sliding_attention is {'rope_type': 'default'}, expected equal to",
+        ),
+        ({"rope_parameters": {"full_attention": DEFAULT_ROPE, "rope_theta": 1e4}}, "rope_parameters.rope_theta is 100"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "full_attention.rope_type is 'yarn'"),
+        ({"rope_parameters": {**DEFAULT_ROPE, "factor": 4.0}}, "rope_parameters.factor is 4.0, expected None or 1"),
+        ({"rope_parameters": {**DEFAULT_ROPE, "mrope_section": [8, 4]}}, "rope_parameters.mrope_section is [8, 4]"),
+        ({"rope_parameters": {**DEFAULT_ROPE, "rope_theta": "5e6"}}, "rope_parameters.rope_theta is '5e6'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {'type': 'linear', 'factor': 2}"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling is {'factor': 2}, expected None or 1 (of factor)"),
+        ({"rope_theta": 10000.0}, "contradicts itself on the base of the rotary positions"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 1e6}}, "contradicts itself on the base"),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}, "contradicts itself on the rotary width"),
+        ({"model_type": "m2_vl", "text_config": {"model_type": "minimax_m2"}}, "text_config is given (model_type)"),
+        ({"text_config": {"hidden_size": 64}}, "text_config is given (hidden_size): this is a model within another"),
+        ({"vision_config": {"depth": 2}}, "vision_config is given"),
+        ({"m2lite_mtp": {"hidden": "pre_norm", "concat": "hidden,embedding"}}, "m2lite_mtp.concat is"),
+        ({"sparse_attention_config": {"topk": 16}}, "sparse_attention_config is {'topk': 16}"),
+        ({"some_new_attention": {"window": 16}}, "some_new_attention is {'window': 16}"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"logit_scale": 0.0625}, "logit_scale is 0.0625"),
+        ({"attn_output_gate": True}, "attn_output_gate is True"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace is 1"),
+        ({"moe_intermediate_size": 48}, "moe_intermediate_size is 48, expected the 32 of intermediate_size"),
+        ({"num_experts": 8}, "num_experts is 8, expected the 4 of num_local_experts"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_arithmetic_is_refused_by_its_key(change: dict[str, Any], words: str) -> None:
+    assert words in refusal({**new_config(SMALL), **change})
+
+
+def test_what_is_not_known_is_told() -> None:
+    assert config_warnings(OLD) == config_warnings(new_config(SMALL)) == []
+    assert config_warnings({**OLD, "attn_dropout_new": 0, "some_remark": None, "other": [], "_from": "x"}) == []
+    (told,) = config_warnings({**OLD, "router_temperature": 0.7, "remark": "made with care"})
+    assert "that are not read, 2 in all" in told
+    assert "router_temperature (0.7), remark (made with care)" in told
+    (told,) = config_warnings({**OLD, "model_type": "minimax"})
+    assert "model_type is 'minimax', M2's is 'minimax_m2'" in told
+    (told,) = config_warnings({key: value for key, value in OLD.items() if key != "rotary_dim"})
+    assert "says nothing of the rotary width" in told

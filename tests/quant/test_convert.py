@@ -363,3 +363,27 @@ def test_memory_does_not_grow_with_tensors(tmp_path: Path) -> None:
     assert int(done.stdout) * unit < 400e6
     assert (tmp_path / "x.gguf").stat().st_size > 1e9
     (tmp_path / "x.gguf").unlink()
+
+
+def test_nested_rope_tables_give_the_same_bytes(source: Path, converted: dict[str, Conversion], tmp_path: Path) -> None:
+    """As newer libraries save them; read as if it were flat it would be another model, with all of a head rotated."""
+    flat = checkpoints.new_config(SMALL)
+    rope = flat["rope_parameters"]
+    for number, change in enumerate(
+        ({"rope_parameters": {"full_attention": rope}}, {"rope_scaling": {"rope_type": "default", "rope_theta": 5e6}})
+    ):
+        folder = checkpoints.write(tmp_path / str(number), checkpoints.small(), {**flat, **change})
+        done = convert(folder, tmp_path / "x.gguf", "q8_0", overwrite=True)
+        assert digests(done) == digests(converted["q8_0"]) and done.warnings == ()
+
+
+def test_what_is_in_doubt_is_told(source: Path, tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.small(), {**hf_config(SMALL), "router_temperature": 0.7})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [289, 284]}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "]~!b["}')
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    done = convert(folder, tmp_path / "x.gguf", "q8_0")
+    assert len(done.warnings) == 3
+    expected = ("router_temperature (0.7)", "model.safetensors leads to", "ends a reply")
+    assert all(words in told for words, told in zip(expected, done.warnings, strict=True))

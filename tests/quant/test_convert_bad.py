@@ -18,10 +18,10 @@ from m2lite.quant import job as job_module
 from m2lite.quant import options as options_module
 from m2lite.quant.convert import Conversion, convert
 from m2lite.storage.gguf_reader import open_gguf
+from tests.faults.disk import Dead, faults
 from tests.golden.models import hf_config, hf_weights
 from tests.quant import checkpoints
 from tests.quant.checkpoints import SMALL, digest, digests
-from tests.quant.faults import Dead, faults
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,7 +119,7 @@ def test_the_input_is_never_the_output(tmp_path: Path, link: Any) -> None:
     source = checkpoints.write(tmp_path / "hf", checkpoints.small())
     before = digest(source / "model.safetensors")
     link(source / "model.safetensors", tmp_path / "x.gguf")
-    with pytest.raises(UsageError, match="a file of the input itself"):
+    with pytest.raises(UsageError, match="is a file that this command reads"):
         convert(source, tmp_path / "x.gguf", "q4_0", overwrite=True)
     assert digest(source / "model.safetensors") == before
 
@@ -145,7 +145,7 @@ def _raise(*_: object) -> None:
 def test_a_full_disk_is_said_before_work_begins(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "free_bytes", lambda _: 1000)
     words = refusal(source, tmp_path, ResourceError)
-    assert "1,000 free" in words
+    assert "1,000 B free" in words
 
 
 @pytest.mark.parametrize("step", [pytest.param(11, marks=pytest.mark.slow), 59])

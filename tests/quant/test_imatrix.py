@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,6 +157,7 @@ def test_sizes_are_checked_against_the_model() -> None:
         ({"a.in_sum2": F32([1, np.nan]), "a.counts": F32([1])}, r"a\.in_sum2 holds nan at 1"),
         ({"a.in_sum2": F32([np.inf, 1]), "a.counts": F32([1])}, r"a\.in_sum2 holds inf at 0"),
         ({"a.in_sum2": F32([1, 1]), "a.counts": F32([np.nan])}, r"a\.counts holds nan"),
+        ({"a.in_sum2": F32([1, 1]), "a.counts": F32([1e-40])}, r"a counts .* rows at 0, no whole number"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray[Any, Any]], message: str) -> None:
@@ -220,3 +222,20 @@ def test_nothing_is_left_of_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"{Q}\.in_sum2 holds numbers that are not finite in float32"):
         write_imatrix(tmp_path / "imatrix.gguf", Importance(entries))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_used(tmp_path: Path) -> None:
+    """Its numbers lie in the file: what was checked must be what is used."""
+    path = tmp_path / "x.gguf"
+    write_imatrix(path, Importance({"blk.0.attn_q.weight": (np.ones((1, 64)), np.ones(1))}))
+    found = read_imatrix(path)
+    assert found.row("blk.0.attn_q.weight", 0, 64) is not None
+    os.truncate(path, path.stat().st_size - 300)
+    with pytest.raises(BadModelError, match="changed on disk"):
+        found.row("blk.0.attn_q.weight", 0, 64)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="is a FIFO, not a file"):
+        read_imatrix(tmp_path / "fifo")

@@ -16,7 +16,9 @@ from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.verify import verify
 from m2lite.storage import durable
 from m2lite.storage.gguf_reader import open_gguf
-from tests.quant.faults import Dead, MemorySource, faults, made, memory_job
+from m2lite.system.byte_units import format_bytes
+from tests.faults.disk import Dead, faults
+from tests.quant.memory_job import MemorySource, made, memory_job
 
 Files = dict[str, bytes]
 
@@ -169,7 +171,7 @@ def test_another_job_or_a_changed_input_is_refused_in_words(tmp_path: Path) -> N
     journal.write_text("\n".join([lines[0].replace("m2lite 0", "m2lite 9"), *lines[1:]]) + "\n")
     before = files_in(tmp_path)
     assert "it was begun by m2lite 9" in words(memory_job(tmp_path))
-    journal.write_text("\n".join(["{torn", *lines[1:]]) + "\n")
+    journal.write_text("\n".join(['{"files": [torn', *lines[1:]]) + "\n")
     before = files_in(tmp_path)
     assert "its first line is damaged" in words(memory_job(tmp_path))
 
@@ -261,8 +263,35 @@ def test_existing_files_stay_unless_told(whole: Files, tmp_path: Path) -> None:
     assert files_in(tmp_path) == whole
     (tmp_path / last).unlink()
     (tmp_path / last).symlink_to("nowhere")
-    with pytest.raises(UsageError, match="exists and is not a file"):
+    with pytest.raises(UsageError, match="is a link to a file that is not there"):
         run_job(memory_job(tmp_path), overwrite=True)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("mtp-x.gguf.part", b"GGUF of another program, half loaded"),
+        ("mtp-x.gguf.part", bytes(99)),
+        ("x.gguf.journal", b"no journal\n"),
+        ("x.gguf.journal", b'{"torn": '),
+    ],
+)
+def test_parts_and_journals_of_somebody_else_stay(tmp_path: Path, name: str, data: bytes, restart: bool) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=rf"{name} is there already and no .* of m2lite\. Move it away"):
+        run_job(memory_job(tmp_path), overwrite=True, restart=restart)
+    assert files_in(tmp_path) == {name: data}
+
+
+def test_overwriting_a_link_leaves_what_it_points_to(whole: Files, tmp_path: Path) -> None:
+    """The name is replaced."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "target").write_text("precious")
+    (tmp_path / "mtp-x.gguf").symlink_to("old/target")
+    run_job(memory_job(tmp_path), overwrite=True)
+    assert files_in(tmp_path) == whole and not (tmp_path / "mtp-x.gguf").is_symlink()
+    assert (tmp_path / "old" / "target").read_text() == "precious"
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
@@ -272,7 +301,7 @@ def test_no_output_is_an_input(tmp_path: Path, link: object, name: str) -> None:
     original.write_bytes(b"weights")
     assert callable(link)
     link(original, tmp_path / name)
-    with pytest.raises(UsageError, match="a file of the input itself"):
+    with pytest.raises(UsageError, match="is a file that this command reads"):
         run_job(memory_job(tmp_path, MemorySource(inputs=[original])), overwrite=True)
     assert original.read_bytes() == b"weights" and len(files_in(tmp_path)) == 2
 
@@ -280,7 +309,7 @@ def test_no_output_is_an_input(tmp_path: Path, link: object, name: str) -> None:
 def test_a_full_disk_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "free_bytes", lambda _: 1000)
     job = memory_job(tmp_path)
-    with pytest.raises(ResourceError, match=rf"The output takes {job.total_bytes:,} bytes, .* has 1,000 free"):
+    with pytest.raises(ResourceError, match=rf"The output takes {format_bytes(job.total_bytes)}, .* has 1,000 B free"):
         run_job(job)
     assert not files_in(tmp_path) and not made(job)
 

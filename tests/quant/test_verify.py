@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from m2lite.quant.verify import check, verify
 from m2lite.storage.gguf_reader import open_gguf
 from tests.golden.models import hf_weights
 from tests.quant import checkpoints
-from tests.quant.checkpoints import SMALL
+from tests.quant.checkpoints import SMALL, new_config
 from tinymodel import write_model
 
 
@@ -110,6 +111,34 @@ def test_against_the_gguf_it_was_made_of(converted: dict[str, Conversion], tmp_p
     assert sidecar is not None
     report = verify(converted["q8_0"].path, sidecar)
     assert "is not of this source: it is not there" in report.problems[0]
+
+
+def test_another_arithmetic_is_found(source: Path, converted: dict[str, Conversion], tmp_path: Path) -> None:
+    """The same weights under another config.json are another model."""
+    weights, config = checkpoints.small(), new_config(SMALL)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}, "rope.dimension_count' is 16 in the file"),
+        ({"rope_parameters": {**config["rope_parameters"], "rope_theta": 1e4}}, "rope.freq_base' is 5000000.0"),
+        ({"rms_norm_eps": 1e-5}, "layer_norm_rms_epsilon' is 9.99"),
+        ({"num_experts_per_tok": 1}, "expert_used_count' is 2 in the file, where config.json"),
+    ]
+    for number, (change, words) in enumerate(changes):
+        other = checkpoints.write(tmp_path / str(number), weights, {**config, **change})
+        for path in (converted["q8_0"].path, converted["q8_0"].mtp_path):
+            assert path is not None
+            (problem,) = verify(path, other).problems
+            assert words in problem
+    made = convert(tmp_path / "0", tmp_path / "x.gguf", "q8_0")
+    assert "rope.dimension_count' is 16 in the file" in verify(converted["q8_0"].path, made.path).problems[0]
+
+
+def test_another_end_of_a_reply_is_told(source: Path, converted: dict[str, Conversion], tmp_path: Path) -> None:
+    other = shutil.copytree(source, tmp_path / "hf")
+    (other / "generation_config.json").write_text('{"eos_token_id": [284, 40]}')
+    report = verify(converted["q8_0"].path, other)
+    assert report.ok and len(report.notes) == 2
+    assert "eos_token_id' is 289 in the file, 284 in the source" in report.notes[0]
+    assert "eot_token_id' is None in the file, 40 in the source" in report.notes[1]
 
 
 def test_every_part_of_a_split_is_checked(source: Path, tmp_path: Path) -> None:

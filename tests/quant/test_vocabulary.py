@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from m2lite.errors import BadModelError
-from m2lite.quant.header import build_header
 from m2lite.quant.vocabulary import PATTERN, parse_vocabulary, sampling_keys, vocabulary_keys
 from m2lite.text.bpe import PATTERNS
 from tests.golden.models import tokenizer_json, write_texts
@@ -57,6 +56,62 @@ def test_special_tokens_may_be_objects_and_override_m2s_own(texts: Path) -> None
     assert tokens[found["tokenizer.ggml.padding_token_id"]] == "<think>"
 
 
+def ends(directory: Path, config: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Keys of end tokens, and what is told."""
+    warnings: list[str] = []
+    made = {key.name: key for key in vocabulary_keys(directory, N_VOCAB, config, warnings)}
+    names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    found = {name.split(".")[-1][:3]: made[name].value for name in names if name in made}
+    stop = made.get("m2lite.stop_token_ids")
+    assert stop is None or stop.kind == "UINT32"
+    return found | ({"stop": stop.value} if stop else {}), warnings
+
+
+def say(directory: Path, **generation: Any) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+
+
+def test_every_end_token_is_kept(texts: Path) -> None:
+    """The first is eos, the next are eot and eom, and a list of our own holds what is left."""
+    tokens = keys(texts)["tokenizer.ggml.tokens"]
+    end, turn, pad, fim = (tokens.index(text) for text in ("[e~[", "]~b]", "]!p~[", "<fim_prefix>"))
+    assert ends(texts) == ({"eos": end}, [])
+    for ids, expected in (
+        (end, {"eos": end}),
+        ([end], {"eos": end}),
+        ([end, turn, end], {"eos": end, "eot": turn}),
+        ([end, turn, pad], {"eos": end, "eot": turn, "eom": pad}),
+        ([end, turn, pad, fim], {"eos": end, "eot": turn, "eom": pad, "stop": [end, turn, pad, fim]}),
+    ):
+        say(texts, eos_token_id=ids)
+        assert ends(texts, {"eos_token_id": end}) == (expected, [])
+    say(texts, eos_token_id=[end, 40])
+    found, (told,) = ends(texts)
+    assert found == {"eos": end, "eot": 40} and f"40 {tokens[40]!r}, no control token" in told
+
+
+def test_sources_that_contradict_on_the_end_are_told(texts: Path) -> None:
+    tokens = keys(texts)["tokenizer.ggml.tokens"]
+    end, turn = tokens.index("[e~["), tokens.index("]~b]")
+    found, told = ends(texts, {"eos_token_id": turn})
+    assert found == {"eos": end} and len(told) == 1
+    assert (
+        f"tokenizer_config.json ends a reply at {end} '[e~[', config.json at {turn} ']~b]': the first counts" in told[0]
+    )
+    say(texts, eos_token_id=turn)
+    found, told = ends(texts, {"eos_token_id": [end]})
+    assert found == {"eos": turn} and len(told) == 3
+    assert "generation_config.json ends a reply at" in told[0] and "tokenizer_config.json at" in told[0]
+    assert "does not name M2's own end of a turn" in told[2]
+    (texts / "tokenizer_config.json").write_text("{}")
+    say(texts)
+    assert ends(texts, {"eos_token_id": [end, turn]}) == ({"eos": end, "eot": turn}, [])
+    for wrong in ("x", True, -1, N_VOCAB, [end, None], 1.5):
+        say(texts, eos_token_id=wrong)
+        found, told = ends(texts)
+        assert found == {"eos": end} and len(told) == 1 and "generation_config.json: eos_token_id holds" in told[0]
+
+
 def test_the_template_comes_from_its_file_first(texts: Path) -> None:
     (texts / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from the config"}))
     assert keys(texts)["tokenizer.chat_template"].startswith("{{ ']~!b[' }}")
@@ -74,7 +129,7 @@ def test_a_template_that_is_no_text_is_refused(texts: Path) -> None:
     with pytest.raises(BadModelError, match="is not UTF-8"):
         keys(texts)
     (texts / "chat_template.jinja").write_bytes(b"x" * (1 << 20) + b"x")
-    with pytest.raises(BadModelError, match="1048577 bytes"):
+    with pytest.raises(BadModelError, match="1,048,577 bytes"):
         keys(texts)
 
 
@@ -149,5 +204,5 @@ def test_half_a_character_is_refused(texts: Path) -> None:
     text = (texts / "tokenizer.json").read_text().replace('"]!p~["', '"\\ud800"', 1)
     (texts / "tokenizer.json").write_text(text)
     (texts / "tokenizer_config.json").unlink()
-    with pytest.raises(BadModelError, match=r"tokenizer\.ggml\.tokens would hold '\\ud800', which is not valid text"):
-        build_header("minimax-m2", vocabulary_keys(texts, N_VOCAB), [])
+    with pytest.raises(BadModelError, match=r"tokenizer\.json is not valid JSON: the string .* half of a character"):
+        vocabulary_keys(texts, N_VOCAB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 from m2lite.storage import durable
-from m2lite.storage.durable import LineLog, PartFile, append_line, atomic_write
+from m2lite.storage.durable import PART_MARK, LineLog, PartFile, append_line, atomic_write, part_path
 
 OLD, NEW = b"old" * 50, b"new!" * 100
 
@@ -127,6 +128,8 @@ def test_part_file_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def job() -> None:
         path.unlink(missing_ok=True)
+        if part.exists() and part.read_bytes() == body:
+            part.unlink()  # complete, and without its mark: whose it is nobody knows
         with PartFile(path, len(body)) as file:
             file.write(500, body[500:])
             file.sync()
@@ -203,10 +206,11 @@ def test_part_file_replaces_when_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def job() -> None:
         path.write_bytes(OLD)
+        part_path(path).unlink(missing_ok=True)
         file = PartFile(path, len(NEW), replaces=True)
         try:
-            file.write(0, NEW)
-            file.finish()
+            file.write(4, NEW[4:])
+            file.finish(NEW[:4])
         except BaseException:
             file.discard()
             raise
@@ -220,13 +224,59 @@ def test_part_file_replaces_when_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_part_file_starts_anew_and_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    (tmp_path / "a.part").write_bytes(b"stale" * 100)
+    (tmp_path / "a.part").write_bytes(PART_MARK + b"stale" * 100)
     with PartFile(path, 8) as file:
         with pytest.raises(UsageError, match=rf"a\.part: in use by pid {os.getpid()}\. Wait"):
             PartFile(path, 8)
-        assert file.part_path.read_bytes() == bytes(8)
+        assert file.part_path.read_bytes() == PART_MARK + bytes(4)
         file.discard()
         file.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("foreign", [b"GGUF\x03\0\0\0", bytes(100), b"x"])
+def test_a_part_of_somebody_else_is_kept(tmp_path: Path, foreign: bytes) -> None:
+    part = tmp_path / "a.part"
+    part.write_bytes(foreign)
+    with pytest.raises(UsageError, match=r"a\.part is there already and no unfinished output of m2lite\. Move it away"):
+        PartFile(tmp_path / "a", 8)
+    assert part.read_bytes() == foreign
+    PartFile(tmp_path / "a", 8, is_ours=True).discard()  # a journal names it
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.part")
+    with pytest.raises(UsageError, match=r"a\.part is no regular file"):
+        PartFile(tmp_path / "a", 8)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EFBIG, "a file may have 4096, the limit on file sizes of this shell"),
+        (errno.EDQUOT, "this user's quota on that disk is used up"),
+        (errno.ENOSPC, "are free"),
+    ],
+)
+def test_each_limit_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (4096, 4096))
+    monkeypatch.setattr(durable, "fsops", Faults(2, code))
+    with pytest.raises(ResourceError, match="no room: 9 bytes are needed") as error:
+        atomic_write(tmp_path / "a", b"123456789")
+    assert words in str(error.value) and ("ulimit -f" in str(error.value)) == (code == errno.EFBIG)
+
+
+def test_a_limit_on_file_sizes_in_earnest(tmp_path: Path) -> None:
+    """As `ulimit -f` sets it; Python ignores its signal, so that the write fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        for write in (lambda: atomic_write(tmp_path / "a", bytes(9000)), lambda: PartFile(tmp_path / "b", 9000)):
+            with pytest.raises(ResourceError, match="a file may have 8192, the limit on file sizes of this shell"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -295,18 +345,18 @@ def test_line_log_details(tmp_path: Path) -> None:
 def test_a_part_is_resumed_only_when_told_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with PartFile(path, 8) as file:
-        file.write(2, b"half")
+        file.write(4, b"half")
         file.sync()
-        file.release(2, 4)
+        file.release(4, 4)
         assert not file.resumed
     with PartFile(path, 8, resume=True) as file:
         found = bytearray(8)
         file.read(0, memoryview(found))
-        assert file.resumed and found == b"\0\0half\0\0"
+        assert file.resumed and found == PART_MARK + b"half"
         with pytest.raises(M2liteError, match="the file has become shorter"):
             file.read(4, memoryview(bytearray(8)))
     with PartFile(path, 9, resume=True) as file:
-        assert not file.resumed and file.part_path.read_bytes() == bytes(9)
+        assert not file.resumed and file.part_path.read_bytes() == PART_MARK + bytes(5)
         file.complete(b"done")
         assert file.part_path.read_bytes()[:4] == b"done" and not path.exists()
         file.publish()

@@ -268,6 +268,13 @@ def test_alignment_types(raw: RawGGUF) -> None:
         ((33,), 2, None, "tensor 't' has rows of 33 weights, which are not whole Q4_0 blocks of 32"),
         ((16, 2), 8, None, "tensor 't' has rows of 16 weights, which are not whole Q8_0 blocks of 32"),
         ((256,), 9, None, "tensor 't' is stored as Q8_1, which is not supported yet; supported are F32, F16, BF16"),
+        (
+            (256,),
+            139,
+            None,
+            r"tensor 't' is stored as IQ4_K \(type 139\), a type that only ik_llama.cpp has; supp",
+        ),
+        ((256,), 212, None, r"tensor 't' is stored as Q4_K_R4 \(type 212\), a type that only ik_llama.cpp has"),
         ((256,), 43, None, r"tensor 't' has unknown type 43 at byte \d+"),
         ((256,), 2**32 - 1, None, "tensor 't' has unknown type 4294967295"),
     ],

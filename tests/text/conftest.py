@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,17 @@ def open_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenKeys]:
         file.close()
 
 
-def write_keys(path: Path, keys: Keys) -> None:
+def write_keys(path: Path, keys: Keys, arrays: Mapping[str, tuple[list[int], str]] | None = None) -> None:
+    """`keys` by their names after `tokenizer.`; `arrays` by full name, with the type of their items."""
     writer = gguf.GGUFWriter(path, "minimax-m2")
+    for name, (items, item_type) in (arrays or {}).items():
+        writer.add_key_value(name, items, gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType[item_type])
     kinds = {bool: gguf.GGUFValueType.BOOL, str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32}
     for name, value in keys.items():
         if value is not None:
             kind = kinds.get(type(value), gguf.GGUFValueType.ARRAY)  # a list, or bytes for an array of UINT8
+            if value == -1 and kind is gguf.GGUFValueType.UINT32:
+                kind = gguf.GGUFValueType.INT32
             writer.add_key_value(f"tokenizer.{name}", value, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

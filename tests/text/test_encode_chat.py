@@ -213,8 +213,8 @@ WRONG: dict[str, tuple[list[Any], str]] = {
         [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
         "are a list, expected an",
     ),
-    "no JSON value": ([{"role": "user", "content": "a", "extra": {1, 2}}], "cannot be written as JSON"),
-    "not a number": ([{"role": "user", "content": "a", "extra": float("nan")}], "cannot be written as JSON"),
+    "no JSON value": ([{"role": "user", "content": "a", "name": {1, 2}}], "cannot be written as JSON"),
+    "not a number": ([{"role": "user", "content": "a", "name": float("nan")}], "cannot be written as JSON"),
     "lone surrogate": ([{"role": "user", "content": "a\ud800"}], "half of a character"),
 }
 

@@ -6,9 +6,11 @@ import functools
 import gc
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
 import jinja2.sandbox
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from m2lite.errors import BadModelError, UsageError
 from m2lite.text import m2_template
-from m2lite.text.jinja import InChild, InProcess, RenderError
+from m2lite.text.jinja import InChild, InProcess, RenderError, without_generation
 from m2lite.text.template import Template, load_template
 
 # What MiniMax-M2's own template renders under jinja2; the text is expected, not computed, here.
@@ -154,7 +156,7 @@ UNUSABLE = {
     "method of a message": ("{{ messages.__class__.__init__.__globals__ }}", "undefined|insecure"),
     "import": ("{% import 'os' as os %}{{ os.system('true') }}", "not found|cannot"),
     "include": ("{% include '/etc/passwd' %}", "not found|cannot"),
-    "clock": ("{{ strftime_now('%Y') }}", "strftime_now"),
+    "wide date": ("{{ strftime_now('%01000000000d') }}", "too much memory|leaves out"),
     "refuses everything": ("{{ raise_exception('never') }}", "never"),
     "says nothing": ("", "leaves out what the user says"),
     "says something else": ("{{ messages | length }} messages", "leaves out what the user says"),
@@ -177,10 +179,62 @@ def test_template_of_the_wrong_type(open_keys: Any, bpe_keys: dict[str, Any]) ->
         load_template(open_keys(bpe_keys | {"chat_template": 3}))
 
 
+GENERATION = """{% for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- generation %}
+{% set x = 'inside' %}<{{ m.content }}>
+        {% endgeneration -%}
+    {% else %}
+{% generation %}{{ m.content }}{% endgeneration %}
+    {% endif %}
+{% endfor %}{{ x }}{# {% generation %} #}{% raw %}{% generation %}{% endraw %}
+{{ '{% generation %}' ~ "{%endgeneration%}" }}"""
+
+
+def test_generation_tags_do_nothing() -> None:
+    """As transformers renders them: they mark, for trainers, what the model said."""
+
+    class Generation(jinja2.ext.Extension):
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+        def _body(self, caller: Any) -> Any:
+            return caller()
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    context = {"messages": [*USER, {"role": "assistant", "content": "a"}, *USER]}
+    assert InProcess(GENERATION).render(json.dumps(context)) == environment.from_string(GENERATION).render(**context)
+    assert without_generation("{%+generation-%}{{'") == "{%+ with -%}{{'"
+
+
+def test_the_clock_is_read_once(open_keys: Any, bpe_keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{{ strftime_now('%d %B %Y') }} {{ messages[0].content }}"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86_400 * 365))
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    template = load_template(open_keys(bpe_keys | {"chat_template": source}))
+    assert template.origin == "file" and "reads the clock" in (template.warning or "")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    assert template.render(USER) == "01 January 1971 Hi"
+    assert isinstance(template._engine, InChild)
+    template._engine.close()  # another process, the same time
+    assert template.render(USER) == "01 January 1971 Hi"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    assert str(time.gmtime().tm_year)[:2] in Template(source, "file").render(USER)
+    monkeypatch.undo()
+    time.tzset()
+
+
 def test_a_template_cannot_change_the_messages() -> None:
-    messages: list[dict[str, Any]] = [{"role": "user", "content": "Hi", "extra": [1]}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Hi", "name": [1]}]
     before = json.dumps(messages)
-    source = "{{ messages.append(1) }}{{ messages[0].update({'content': 'x'}) }}{{ messages[0].extra.clear() }}"
+    source = "{{ messages.append(1) }}{{ messages[0].update({'content': 'x'}) }}{{ messages[0].name.clear() }}"
     for engine in (InProcess(source), InChild(source)):
         engine.render(json.dumps({"messages": messages}))
     Template(source, "file").render(messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2lite.errors import UsageError
+from m2lite.storage.gguf_reader import open_gguf
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
+from tests.text.conftest import write_keys
 
 CONTROLS = ["]!p~[", "<fim_prefix>", "]~b]", "[e~[", "]~!b[", "<think>", "</think>", "<minimax:tool_call>"]
 CONTROLS += ["</minimax:tool_call>", "<unk>", "<s>", "</s>", "[PAD0]", "<0x0A>"]
@@ -123,6 +126,40 @@ def test_more_stop_tokens(open_keys: Any, bpe_keys: dict[str, Any]) -> None:
     }
     tokenizer = load_tokenizer(open_keys(bpe_keys | ids))
     assert tokenizer.stop_ids == {ids["ggml.eot_token_id"], ids["ggml.eom_token_id"]}
+    assert not tokenizer.warnings
+
+
+def test_ids_that_nothing_needs_may_be_wrong(open_keys: Any, bpe_keys: dict[str, Any]) -> None:
+    """Some write -1 for none; as UINT32 that is 4294967295."""
+    wrong = {"padding": -1, "unknown": 10**6, "bos": 2**32 - 1, "eot": True, "eom": "[e~["}
+    tokenizer = load_tokenizer(open_keys(bpe_keys | {f"ggml.{role}_token_id": v for role, v in wrong.items()}))
+    assert tokenizer.bos_id is None and tokenizer.stop_ids == {bpe_keys["ggml.eos_token_id"]}
+    assert len(tokenizer.warnings) == len(wrong)
+    for role, value in wrong.items():
+        assert any(f"{role}_token_id' is {value!r}, expected a token id" in text for text in tokenizer.warnings)
+
+
+@pytest.mark.parametrize("eos", [None, -1, 10**6, "]~b]", 300])
+def test_m2s_own_end_ends_a_turn_whatever_the_file_says(
+    open_keys: Any, bpe_keys: dict[str, Any], eos: int | str | None
+) -> None:
+    tokens, own = bpe_keys["ggml.tokens"], bpe_keys["ggml.eos_token_id"]
+    named = tokens.index(eos) if isinstance(eos, str) else eos
+    tokenizer = load_tokenizer(open_keys(bpe_keys | {"ggml.eos_token_id": named}))
+    is_usable = named is not None and 0 <= named < len(tokens)
+    assert tokenizer.stop_ids == ({named, own} if is_usable else {own})
+    assert tokenizer.eos_id == (named if is_usable else own)
+    assert bool(tokenizer.warnings) == (eos != "]~b]")
+
+
+def test_stop_ids_of_our_own_key(tmp_path: Path, bpe_keys: dict[str, Any]) -> None:
+    path = tmp_path / "m.gguf"
+    write_keys(path, bpe_keys, {"m2lite.stop_token_ids": ([bpe_keys["ggml.eos_token_id"], 300, 301, 10**6], "UINT32")})
+    with open_gguf(path) as file:
+        tokenizer = load_tokenizer(file)
+    assert tokenizer.stop_ids == {bpe_keys["ggml.eos_token_id"], 300, 301}
+    assert any("holds 1000000, no token id" in text for text in tokenizer.warnings)
+    assert any(f"ends at token 300 {bpe_keys['ggml.tokens'][300]!r}" in text for text in tokenizer.warnings)
 
 
 def test_lone_surrogate(any_tokenizer: Tokenizer) -> None:

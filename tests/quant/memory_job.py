@@ -1,84 +1,19 @@
-"""File operations that fail or die at call n, and a job in memory to try them on."""
+"""A job in memory to try faults of the disk on."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
 from m2lite.quant.header import Slot, string
 from m2lite.quant.job import Job, journal_path
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
-from m2lite.storage import durable
 from m2lite.storage.blocks import FORMATS
-
-CHANGES = [name for name in vars(durable.FileOps) if not name.startswith("_")]
-
-
-class Dead(BaseException):
-    """The process ended here: nothing that follows reaches the disk."""
-
-
-class Faults(durable.FileOps):
-    """The real calls (but syncs, which only cost time here), of which number `fails_at` fails with `code`.
-
-    Without a code the process ends there, by raising Dead, or with `exits` in earnest; nothing happens afterwards.
-    """
-
-    def __init__(self, fails_at: int = 0, code: int | None = None, exits: bool = False) -> None:
-        self.n_calls = 0
-        self.open_fds: set[int] = set()
-        self._fails_at, self._code, self._exits = fails_at, code, exits
-        for name in CHANGES:
-            setattr(self, name, self._counted(name, getattr(durable.FileOps, name)))
-
-    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
-            self.n_calls += 1
-            if self._fails_at and self.n_calls >= self._fails_at and self._code is None:
-                if self._exits:
-                    os._exit(77)
-                raise Dead
-            if self.n_calls == self._fails_at:
-                assert self._code is not None
-                raise OSError(self._code, os.strerror(self._code))
-            if name == "close":
-                self.open_fds.discard(arguments[0])
-            if name in ("fsync", "fdatasync"):
-                return None
-            if name in ("write", "pwrite"):  # the system may write less than it is asked to
-                arguments = (arguments[0], arguments[1][:350], *arguments[2:])
-            result = call(*arguments)
-            if name == "open":
-                self.open_fds.add(result)
-            return result
-
-        return wrapped
-
-    def end_process(self) -> None:
-        """What the system does for a process that ended: its descriptors and locks are gone."""
-        for fd in self.open_fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
-@contextlib.contextmanager
-def faults(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0, code: int | None = None) -> Iterator[Faults]:
-    found = Faults(fails_at, code)
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "fsops", found)
-        try:
-            yield found
-        finally:
-            found.end_process()
 
 
 @dataclass

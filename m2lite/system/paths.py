@@ -1,0 +1,21 @@
+"""Paths that a person typed, and the directories that the system keeps for a person. Opens no file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from m2lite.errors import UsageError
+
+
+def named_path(text: str | os.PathLike[str]) -> Path:
+    """The path that the text names, `~` and `~user` resolved; UsageError if it cannot be the name of a file."""
+    try:
+        path = Path(text).expanduser()
+        if b"\0" in os.fsencode(path):
+            raise UsageError(f"{str(text)!r} is no path: it holds a zero byte.", "Correct it.")
+    except RuntimeError:
+        raise UsageError(f"{text}: there is no such home directory.", "Write the path without ~.") from None
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(text)!r} is no path: it holds half of a character.", "Correct it.") from None
+    return path
