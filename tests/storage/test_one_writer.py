@@ -32,18 +32,17 @@ ALLOWED = {
     ("storage/durable.py", "*"): "the place where it is done",
     ("storage/pages.py", "mkdir"): "a directory of a cache",
     ("storage/heat.py", "mkdir"): "a directory of a cache",
-    ("kernels/jit.py", "mkdir"): "a directory of a cache",
-    ("kernels/jit.py", "mkdtemp"): "where no cache can be kept",
-    ("kernels/jit.py", "rmdir"): "what such a place held",
-    ("kernels/jit.py", "unlink"): "what such a place held",
+    ("kernels/cache.py", "*"): "compiled code: checked when it is read, and compiled again where it is not whole",
     ("chat/store.py", "mkdir"): "the directory of saved chats",
     ("chat/lines.py", "mkdir"): "the directory of the history of lines",
     ("chat/lines.py", "open"): "the history of lines, which prompt_toolkit appends to",
     ("chat/lines.py", "FileHistory"): "the same",
     ("chat/tools.py", "mkdir"): "what the model was allowed to do",
-    ("batch/lines.py", "NamedTemporaryFile"): "a copy of stdin, gone with the process",
+    ("chat/editor.py", "TemporaryDirectory"): "a text for the user's editor, gone when that ends",
+    ("chat/editor.py", "write_text"): "the same",
+    ("system/inputs.py", "TemporaryFile"): "a copy of what cannot be read twice, gone with the process",
     ("batch/progress.py", "savefig"): "a picture that a run can draw again",
-    ("commands/frame.py", "open"): "/dev/null in place of a stdout that is gone",
+    ("system/streams.py", "open"): "/dev/null in place of a stream that is gone",
 }  # fmt: skip
 
 
