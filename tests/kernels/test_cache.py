@@ -61,6 +61,18 @@ def test_files_that_are_damaged_are_compiled_again(tmp_path: Path) -> None:
     assert compiled(tmp_path)(1) == 2
 
 
+def test_another_processor_has_code_of_its_own(tmp_path: Path) -> None:
+    """One home directory may be that of several machines."""
+
+    class Codegen:
+        def __init__(self, *magic: str) -> None:
+            self.magic_tuple = lambda: magic
+
+    kept = KernelCache(twice, tmp_path)
+    machines = [("haswell", "+avx2"), ("haswell", "-avx2"), ("zen4", "+avx2")]
+    assert len({kept._path("(int64,)", Codegen("x86_64", *machine)) for machine in machines}) == 3
+
+
 def test_what_cannot_be_kept_still_runs(tmp_path: Path) -> None:
     function = compiled(tmp_path / "gone")
     assert (function(1), function(0.5)) == (2, 1.0) and not (tmp_path / "gone").exists()
