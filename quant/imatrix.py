@@ -20,7 +20,7 @@ import numpy.typing as npt
 from m2lite.errors import BadModelError, UsageError
 from m2lite.quant.header import DEFAULT_ALIGNMENT, MAGIC, Key, pack_key, pack_start, pack_tensor, string, uint32
 from m2lite.storage.blocks import FORMATS
-from m2lite.storage.durable import PartFile
+from m2lite.storage.durable import Buffer, write_output
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.system.inputs import check_regular
 
@@ -196,18 +196,21 @@ def write_imatrix(path: str | Path, importance: Importance, *, overwrite: bool =
     The name appears when the file is complete. float64 sums become float32, one tensor at a time.
     """
     header, offsets, size_bytes = _build_header(importance)
-    with PartFile(path, size_bytes, replaces=overwrite) as part:
-        try:
-            part.write(len(MAGIC), header[len(MAGIC) :])
-            for (name, data), offset in zip(importance._tensors(), offsets, strict=True):
-                if not np.isfinite(data).all():
-                    raise UsageError(f"{name} holds numbers that are not finite in float32.", "Use another text.")
-                part.write(offset, data.reshape(-1).view(np.uint8).data)
-            part.finish(MAGIC)
-        except BaseException:
-            part.discard()
-            raise
+    write_output(path, _chunks(importance, header, offsets, size_bytes), size_bytes, replaces=overwrite)
     return size_bytes
+
+
+def _chunks(importance: Importance, header: bytes, offsets: list[int], size_bytes: int) -> Iterator[Buffer]:
+    """All bytes of the file in their order."""
+    yield header
+    at = len(header)
+    for (name, data), offset in zip(importance._tensors(), offsets, strict=True):
+        if not np.isfinite(data).all():
+            raise UsageError(f"{name} holds numbers that are not finite in float32.", "Use another text.")
+        yield bytes(offset - at)
+        yield data.reshape(-1).view(np.uint8).data
+        at = offset + data.nbytes
+    yield bytes(size_bytes - at)
 
 
 def _build_header(importance: Importance) -> tuple[bytes, list[int], int]:

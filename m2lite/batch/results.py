@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import PART_MARK, LineLog, PartFile, atomic_write, part_path, remove_leftovers
+from m2lite.storage.durable import LineLog, atomic_write, remove_leftovers, write_output
 from m2lite.system.inputs import check_regular
 from m2lite.system.json_text import JsonError, parse_object
 from m2lite.system.outputs import STDIO, Places
@@ -276,7 +276,7 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
     """
     places = dict[int, tuple[int, int, int, bool]]()  # name -> file, offset, bytes, whether it failed
     paths = list(outputs)
-    Places().reads(*paths).approve("--output", target, [part_path(target)])
+    Places().reads(*paths).approve("--output", target)
     for index, path in enumerate(paths):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
@@ -297,24 +297,8 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
             raise UsageError(f"{name!r} has a result, but is not in the input.", "Leave --input out.")
         keys.sort(key=lambda key: rank[key])
     n_bytes = sum(places[key][2] for key in keys)
-    with PartFile(target, n_bytes) as part:
-        try:
-            _join(paths, [places[key] for key in keys], part)
-        except BaseException:
-            part.discard()
-            raise
+    write_output(target, (_read(paths, places[key]) for key in keys), n_bytes, replaces=False)
     return len(keys), sum(places[key][3] for key in keys)
-
-
-def _join(paths: list[Path], places: Iterable[tuple[int, int, int, bool]], part: PartFile) -> None:
-    offset, head = 0, b""
-    for place in places:
-        data = _read(paths, place)
-        if not offset:  # the beginning comes last: until then the part's mark stands there
-            offset, head, data = len(PART_MARK), data[: len(PART_MARK)], data[len(PART_MARK) :]
-        part.write(offset, data)
-        offset += len(data)
-    part.finish(head)
 
 
 def _read(paths: list[Path], place: tuple[int, int, int, bool]) -> bytes:

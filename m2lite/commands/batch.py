@@ -347,9 +347,8 @@ def merge(
     from m2lite.batch.results import merge as merge_outputs
     from m2lite.decode.request import Request
     from m2lite.decode.sampling import Sampling
-    from m2lite.storage.durable import part_path
 
-    places_beside(source, *outputs).approve("--output", target, [part_path(Path(target))])
+    places_beside(source, *outputs).approve("--output", target)
     with ExitStack() as stack:
         order = None
         if source is not None:

@@ -240,9 +240,8 @@ def imatrix(
     from m2lite.measure import collect_importance, format_importance, read_tokens
     from m2lite.quant.imatrix import Importance, write_imatrix
     from m2lite.signals import stop_on_signals
-    from m2lite.storage.durable import part_path
 
-    places_beside(text, models=[model]).approve("--output", out, [part_path(out)], kind="replaced")
+    places_beside(text, models=[model]).approve("--output", out, kind="replaced")
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
     with (

@@ -80,19 +80,48 @@ def free_bytes(directory: StrPath) -> int:
 def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before."""
     path = Path(path)
-    temporary = _temporary(path)
     with _disk_errors(path, len(data)):
-        fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            with _closing(fd):
-                _write_all(fd, data)
-                fsops.fsync(fd)
-            fsops.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                fsops.unlink(temporary)
-            raise
-        _sync_directory(path.parent)
+        _write_aside(path, [data], mode, replaces=True)
+
+
+def write_output(path: StrPath, chunks: Iterable[Buffer], n_bytes: int, *, replaces: bool) -> None:
+    """`path` holds all of the chunks, `n_bytes` in all, or what it held before; UsageError for a name that is taken
+    unless it `replaces` what is there. What writers that died left beside it goes."""
+    path = Path(path)
+    remove_leftovers(path)
+    with _disk_errors(path, n_bytes):
+        if free_bytes(path.parent) < n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write_aside(path, chunks, 0o666, replaces)
+
+
+def _write_aside(path: Path, chunks: Iterable[Buffer], mode: int, replaces: bool) -> None:
+    """Under another name, until all is on disk."""
+    temporary = _temporary(path)
+    fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with _closing(fd):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it has its name: this is no leftover
+            for chunk in chunks:
+                _write_all(fd, chunk)
+            fsops.fsync(fd)
+            _give_name(temporary, path, replaces)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fsops.unlink(temporary)
+        raise
+    _sync_directory(path.parent)
+
+
+def _give_name(temporary: Path, path: Path, replaces: bool) -> None:
+    if replaces:
+        fsops.replace(temporary, path)
+        return
+    try:
+        fsops.link(temporary, path)  # unlike a rename it never takes a name from another file
+    except FileExistsError:
+        raise UsageError(f"{path}: exists already.", "Choose another name, or remove it first.") from None
+    fsops.unlink(temporary)
 
 
 def _temporary(path: Path) -> Path:
@@ -101,12 +130,17 @@ def _temporary(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What was to take the place of `path` when a process died; only for whoever keeps others from writing it."""
+    """What was to take the place of `path` when a process died: nobody holds its lock any more."""
     ours = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
-        for found in path.parent.iterdir():
-            if ours.fullmatch(found.name) and found.is_file() and not found.is_symlink():
-                fsops.unlink(found)
+        for found in [each for each in path.parent.iterdir() if ours.fullmatch(each.name)]:
+            with (
+                contextlib.suppress(OSError),
+                _closing(os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as fd,
+            ):
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fsops.unlink(found)
 
 
 def append_line(path: StrPath, line: str | bytes) -> None:

@@ -53,11 +53,11 @@ INPUTS: dict[tuple[str, str], tuple[str, ...]] = {
 OUTPUTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("convert", "out"): ("{}", "{}.part", "{}.journal", "mtp-{}", "mtp-{}.part"),
     ("quantize", "out"): ("{}", "{}.part", "{}.journal", "mtp-{}", "mtp-{}.part"),
-    ("imatrix", "out"): ("{}", "{}.part"),
+    ("imatrix", "out"): ("{}",),
     ("inspect", "png"): ("{}",),
     ("batch run", "output"): ("{}", "{}.manifest.json"),
     ("batch run", "plot"): ("{}",),
-    ("batch merge", "target"): ("{}", "{}.part"),
+    ("batch merge", "target"): ("{}",),
 }
 NEEDED = {  # without a value nothing is tried
     "convert": ("hf_dir", "out"), "quantize": ("source", "out"), "imatrix": ("model", "text", "out"),

@@ -60,7 +60,7 @@ def test_a_conversion(run_inline: Run, f32: Conversion, source: Path, small_disk
     for command in ("convert", "quantize"):
         given = source if command == "convert" else f32.path
         done = run_inline(command, given, "-o", disk / "x.gguf", "--type", "f32")
-        assert done.returncode == 5 and re.search(r"takes [\d,]+ bytes, .* has [\d,]+ free", done.stderr), done.stderr
+        assert done.returncode == 5 and re.search(r"takes [\d.]+ KiB, .* has [\d.]+ KiB free", done.stderr), done.stderr
         assert [path.name for path in disk.iterdir()] == ["filler"]
     filler.unlink()
     done = run_inline("convert", source, "-o", disk / "x.gguf", "--type", "f32")
