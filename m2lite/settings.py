@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.errors import UsageError
+from m2lite.system.paths import user_dir
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
@@ -161,9 +162,7 @@ OPTIONS: dict[str, Option] = {
 
 def config_path() -> Path:
     """Where the user's settings live; the file need not exist."""
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("m2lite", appauthor=False)) / "config.toml"
+    return user_dir("config") / "config.toml"
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def load_config(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             config = tomllib.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}.", "Correct it or move it away.") from error

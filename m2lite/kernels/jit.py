@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from m2lite.kernels.crowd import Crowd
 from m2lite.system.numba_environment import LAYERS, TOLD
+from m2lite.system.paths import user_dir
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
@@ -77,7 +76,7 @@ def _owned_private(path: Path) -> bool:
 
 
 def _choose_cache() -> Path:
-    root = Path(os.environ.get("M2LITE_CACHE_DIR") or platformdirs.user_cache_dir("m2lite")) / "kernels"
+    root = Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache")) / "kernels"
     if _owned_private(root):
         path = root / source_hash()
         if _owned_private(path):
