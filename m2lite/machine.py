@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,10 @@ def free_memory_bytes() -> int:
     """Memory that can be taken without pushing others out: the system's figure, or a container's limit if lower."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
+    try:
+        free = int(psutil.virtual_memory().available)
+    except (OSError, psutil.Error):  # no /proc: without what files hold and could give back
+        free = max(0, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limited = _cgroup_free_bytes()
     return free if limited is None else min(free, limited)
 
@@ -44,7 +48,7 @@ def _cgroups() -> Iterator[tuple[Path, str, str, str, str]]:
     except OSError:
         return
     for line in lines:
-        _, controllers, own = line.split(":", 2)
+        _, controllers, own = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             yield _CGROUP, own.lstrip("/"), "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
@@ -65,7 +69,7 @@ def _free_below(limit_file: Path, used_file: Path, stat_file: Path, scope: str) 
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind."""
+    """Memory of this process that no file stands behind; without /proc its most so far, which counts files too."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -74,7 +78,11 @@ def anonymous_bytes() -> int:
         pass
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (OSError, psutil.Error):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 def major_faults() -> int:
@@ -92,7 +100,7 @@ def network_file_system(path: Path) -> str | None:
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in lines:
         mount, _, kind = line.partition(" - ")
-        if mount.split()[2] == number and kind.startswith(_FAR_AWAY):
+        if mount.split()[2:3] == [number] and kind.startswith(_FAR_AWAY):
             return kind.split()[0]
     return None
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from m2lite.errors import UsageError
 from m2lite.system.byte_units import parse_bytes, parse_positive_bytes
+from m2lite.system.paths import user_dir
 
 _MOST_DIGITS = 19  # of a count
 _MOST_BYTES = 1 << 20  # of config.toml
@@ -174,9 +175,7 @@ OPTIONS: dict[str, Option] = {
 
 def config_path() -> Path:
     """Where the user's settings live; the file need not exist."""
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("m2lite", appauthor=False)) / "config.toml"
+    return user_dir("config") / "config.toml"
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def load_config(path: Path) -> dict[str, Any]:
         if len(data) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes")
         config = tomllib.loads(data.decode("utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}.", "Correct it or move it away.") from error

@@ -16,6 +16,7 @@ from m2lite.chat.store import list_sessions
 from m2lite.decode.engine import Stop
 from m2lite.shown import shown
 from m2lite.signals import is_heeded, leave_afterwards
+from m2lite.system.paths import user_dir
 from m2lite.system.streams import STDERR, note, stdin_descriptor, stdin_is_terminal, stdin_lines, tell
 
 if TYPE_CHECKING:
@@ -175,9 +176,7 @@ def _completer() -> Any:
 
 def _history_path() -> Path | None:
     """A file that only the user can read; None where it cannot be written, or is none."""
-    import platformdirs
-
-    path = Path(platformdirs.user_state_dir("m2lite", appauthor=False)) / "history"
+    path = user_dir("state") / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)

@@ -20,6 +20,7 @@ from m2lite.errors import M2liteError, UsageError
 from m2lite.shown import shown
 from m2lite.storage.durable import LineLog, atomic_write
 from m2lite.system.json_text import JsonError, parse_object
+from m2lite.system.paths import user_dir
 from m2lite.text.messages import check_messages
 from m2lite.text.reply import Said
 
@@ -59,9 +60,7 @@ def one_line(text: str, most: int) -> str:
 
 def sessions_dir() -> Path:
     """Where chats are saved; it need not exist."""
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("m2lite", appauthor=False)) / "chats"
+    return user_dir("data") / "chats"
 
 
 def check_name(name: str) -> str:

@@ -19,6 +19,7 @@ from m2lite.decode.session import Model, Session
 from m2lite.model.cache import PAGE
 from m2lite.storage.identity import file_identity
 from m2lite.storage.pages import PageStore
+from m2lite.system.paths import user_dir
 
 DEFAULT_BYTES = 16 << 30  # or a tenth of what is free on the disk
 
@@ -78,9 +79,7 @@ class Snapshots:
 
 
 def snapshots_dir() -> Path:
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("m2lite", appauthor=False)) / "kv"
+    return user_dir("cache") / "kv"
 
 
 def default_budget(root: Path) -> int:

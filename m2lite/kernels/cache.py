@@ -20,10 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
+
+from m2lite.system.paths import user_dir
 
 _KEPT = 8  # directories, each of one version of the sources
 
@@ -41,7 +42,7 @@ def _owned_private(path: Path) -> bool:
 
 def choose_directory(name: str) -> Path:
     """The directory called `name`, where the user's caches are, else among temporary files, else of this process."""
-    user = Path(os.environ.get("M2LITE_CACHE_DIR") or platformdirs.user_cache_dir("m2lite")) / "kernels"
+    user = Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache")) / "kernels"
     for root in (user, Path(tempfile.gettempdir()) / f"m2lite-kernels-{os.getuid()}"):
         path = root / name
         if _owned_private(root) and _owned_private(path):

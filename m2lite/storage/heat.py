@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from m2lite.errors import M2liteError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.paths import user_dir
 
 
 def heat_path(identity: str) -> Path:
     """Where a model's heat is kept; the file need not exist."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("m2lite", appauthor=False)) / "heat" / f"{identity[:32]}.npy"
+    return user_dir("cache") / "heat" / f"{identity[:32]}.npy"
 
 
 def _header(n_layers: int, n_experts: int) -> bytes:

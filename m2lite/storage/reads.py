@@ -281,7 +281,7 @@ def is_direct(fd: int) -> bool:
 
 def open_probe(fd: int) -> int:
     """Another descriptor, for reads of which a page that is not there brings itself only, not those behind it."""
-    probe = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    probe = _reopen(fd)
     os.posix_fadvise(probe, 0, 0, os.POSIX_FADV_RANDOM)
     return probe
 
@@ -337,8 +337,15 @@ def measure_disk(file: File, ranges: Sequence[Range], seconds: float) -> float:
 
 def open_direct(fd: int) -> int:
     """Another descriptor of the open file that reads past the page cache, or through it where that is not to be had."""
-    path = f"/proc/self/fd/{fd}"
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return _reopen(fd, os.O_DIRECT)
     except OSError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return _reopen(fd)
+
+
+def _reopen(fd: int, flags: int = 0) -> int:
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
+    except FileNotFoundError:
+        what = "/proc is not mounted, and a model that is streamed is opened again through it."
+        raise ResourceError(what, "Mount it, or give --load mmap.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from m2lite.errors import UsageError
 
@@ -19,3 +20,14 @@ def named_path(text: str | os.PathLike[str]) -> Path:
     except UnicodeEncodeError:
         raise UsageError(f"{str(text)!r} is no path: it holds half of a character.", "Correct it.") from None
     return path
+
+
+def user_dir(kind: Literal["cache", "config", "data", "state"]) -> Path:
+    """Where the system keeps a person's files of that kind. Without a home it is a place where no file can be."""
+    import platformdirs
+
+    try:
+        path = Path(getattr(platformdirs, f"user_{kind}_dir")("m2lite", appauthor=False))
+    except RuntimeError:
+        path = Path()
+    return path if path.is_absolute() else Path(os.devnull) / "no-home" / "m2lite"

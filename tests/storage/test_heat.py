@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -34,6 +35,29 @@ def test_damage_is_ignored(tmp_path: Path, bad: bytes | str) -> None:
         content = io.BytesIO()
         np.save(content, np.full((3, 10), values, object if bad == "object" else np.float32), allow_pickle=True)
         path.write_bytes(content.getvalue())
+    assert load_heat(path, 3, 10) is None
+
+
+def test_what_is_no_file_is_ignored(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever; a device would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        assert load_heat(path, 3, 10) is None
+
+
+def test_every_cut_and_every_changed_byte_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "heat.npy"
+    save_heat(path, HEAT)
+    content = path.read_bytes()
+    n_header = len(content) - HEAT.size * 4
+    assert np.array_equal(np.load(path), HEAT.astype(np.float32))  # still NumPy's format
+    for n in (*range(n_header + 1), len(content) - 1):
+        path.write_bytes(content[:n])
+        assert load_heat(path, 3, 10) is None
+    for n in range(n_header):
+        path.write_bytes(content[:n] + bytes([content[n] ^ 0x15]) + content[n + 1 :])
+        assert load_heat(path, 3, 10) is None
+    path.write_bytes(content + b"x")
     assert load_heat(path, 3, 10) is None
 
 
