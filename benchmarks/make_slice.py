@@ -29,11 +29,11 @@ from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys, 
 from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
 from m2lite.quant.names import LAYER, MTP_TENSORS, TRUNK, Entry, Mtp
 from m2lite.quant.recipes import choose_formats, find_recipe, parse_overrides
-from m2lite.storage import durable
 from m2lite.storage.blocks import E2M1_DOUBLED
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.identity import trunk_identity
 from m2lite.storage.iquants import IQ4_VALUES
+from m2lite.storage.part_file import PartFile
 from m2lite.storage.sidecar import sidecar_path
 
 Bytes = npt.NDArray[np.uint8]
@@ -270,7 +270,7 @@ def _write(out: Path, type_name: str, name: str, plan: list[Tensor], keys: list[
         step = CHUNK_BYTES // slot.block_format.n_bytes * slot.block_format.n_bytes
         for first in range(0, slot.n_bytes, step):
             chunks.append(Chunk(slot, tensor.role, slot.offset + first, min(step, slot.n_bytes - first)))
-    part = durable.PartFile(out, header.size_bytes)
+    part = PartFile(out, header.size_bytes)
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda chunk: part.write(chunk.offset, fill(chunk, skew).data), chunks))

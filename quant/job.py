@@ -20,7 +20,8 @@ from m2lite.kernels import jit
 from m2lite.quant.header import MAGIC, Header, Slot
 from m2lite.quant.journal import Entry, Journal, SourceChanged, SourceFile, Ticket, hash_plan
 from m2lite.quant.stream import Bytes, Chunk, stream
-from m2lite.storage.durable import PartFile, free_bytes, part_path
+from m2lite.storage.durable import free_bytes
+from m2lite.storage.part_file import PartFile, part_path
 from m2lite.system.byte_units import format_bytes
 from m2lite.system.outputs import Places
 

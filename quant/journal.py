@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from m2lite import __version__
 from m2lite.errors import BadModelError, UsageError
-from m2lite.storage.durable import LineLog
+from m2lite.storage.line_log import LineLog
 from m2lite.system.json_text import JsonError, parse_object
 
 FORMAT = 1

@@ -25,7 +25,7 @@ from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
 from m2lite.quant.recipes import Choice, Recipe, choose_formats, find_recipe
 from m2lite.quant.recipes import Planned as Wanted
 from m2lite.quant.stream import Bytes
-from m2lite.storage.durable import part_path
+from m2lite.storage.part_file import part_path
 from m2lite.storage.sidecar import model_files, sidecar_path
 from m2lite.system.outputs import Places
 

@@ -18,7 +18,8 @@ from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.recipes import Choice, body_bytes, split_name
 from m2lite.quant.stream import READ_AHEAD, Chunk
 from m2lite.shown import shown
-from m2lite.storage.durable import free_bytes, part_path
+from m2lite.storage.durable import free_bytes
+from m2lite.storage.part_file import part_path
 from m2lite.system.byte_units import format_bytes, format_speed
 
 BUDGET_SECONDS = 1.0

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
-from m2lite.storage.durable import LineLog, atomic_write, remove_leftovers, write_output
+from m2lite.storage.durable import atomic_write, remove_leftovers, write_output
+from m2lite.storage.line_log import LineLog
 from m2lite.system.inputs import check_regular
 from m2lite.system.json_text import JsonError, parse_object
 from m2lite.system.outputs import STDIO, Places

@@ -18,7 +18,8 @@ from typing import Any
 from m2lite.decode.drafts import n_common
 from m2lite.errors import M2liteError, UsageError
 from m2lite.shown import shown
-from m2lite.storage.durable import LineLog, atomic_write
+from m2lite.storage.durable import atomic_write
+from m2lite.storage.line_log import LineLog
 from m2lite.system.json_text import JsonError, parse_object
 from m2lite.system.paths import user_dir
 from m2lite.text.messages import check_messages

@@ -15,9 +15,8 @@ import re
 import resource
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 
@@ -25,9 +24,7 @@ StrPath = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PART_MARK = b"\0m2l"  # what a part begins with until it is complete: how we know our own
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_BLOCK_BYTES = 4096  # what a new name needs at least
 _MAX_WRITE_BYTES = 1 << 30  # Linux writes at most 2 GiB at once, macOS refuses more
 
 
@@ -80,7 +77,7 @@ def free_bytes(directory: StrPath) -> int:
 def atomic_write(path: StrPath, data: Buffer, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before."""
     path = Path(path)
-    with _disk_errors(path, len(data)):
+    with disk_errors(path, len(data)):
         _write_aside(path, [data], mode, replaces=True)
 
 
@@ -89,7 +86,7 @@ def write_output(path: StrPath, chunks: Iterable[Buffer], n_bytes: int, *, repla
     unless it `replaces` what is there. What writers that died left beside it goes."""
     path = Path(path)
     remove_leftovers(path)
-    with _disk_errors(path, n_bytes):
+    with disk_errors(path, n_bytes):
         if free_bytes(path.parent) < n_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write_aside(path, chunks, 0o666, replaces)
@@ -97,20 +94,20 @@ def write_output(path: StrPath, chunks: Iterable[Buffer], n_bytes: int, *, repla
 
 def _write_aside(path: Path, chunks: Iterable[Buffer], mode: int, replaces: bool) -> None:
     """Under another name, until all is on disk."""
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with _closing(fd):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it has its name: this is no leftover
             for chunk in chunks:
-                _write_all(fd, chunk)
+                write_all(fd, chunk)
             fsops.fsync(fd)
             _give_name(temporary, path, replaces)
     except BaseException:
         with contextlib.suppress(OSError):
             fsops.unlink(temporary)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _give_name(temporary: Path, path: Path, replaces: bool) -> None:
@@ -124,7 +121,7 @@ def _give_name(temporary: Path, path: Path, replaces: bool) -> None:
     fsops.unlink(temporary)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name beside `path` under which its next content grows."""
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
 
@@ -143,268 +140,6 @@ def remove_leftovers(path: Path) -> None:
                     fsops.unlink(found)
 
 
-def append_line(path: StrPath, line: str | bytes) -> None:
-    """`line` and a newline are the end of the file, on disk; or the file is as it was.
-
-    A last line that an earlier crash tore off gets its newline first, so that no two lines are ever glued together.
-    """
-    path = Path(path)
-    data = line.encode() if isinstance(line, str) else line
-    if b"\n" in data:
-        raise ValueError("a line holds a newline")
-    with _disk_errors(path, len(data) + 1):
-        is_new = not path.exists()
-        with _closing(fsops.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
-            size = os.fstat(fd).st_size
-            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            try:
-                _write_all(fd, b"\n" * torn + data + b"\n")
-                fsops.fsync(fd)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    fsops.truncate(fd, size)
-                raise
-        if is_new:
-            _sync_directory(path.parent)
-
-
-class LineLog:
-    """Whole lines of a file, each durable before `append` returns; locked, so that a file has one writer.
-
-    What a crash left of a last line is dropped. `remove` while the lock is held ends it. `lines` are all of them, or
-    none with `keeps_lines` False, for files that are too long for that.
-    """
-
-    def __init__(self, path: StrPath, keeps_lines: bool = True) -> None:
-        self.path, self._keeps_lines = Path(path), keeps_lines
-        self.lines: list[bytes] = []
-        with _disk_errors(self.path, _BLOCK_BYTES):
-            self._fd: int | None = _open_locked(self.path, 0o600)
-            if keeps_lines:
-                data = _read_all(self._fd)
-                self._size = data.rfind(b"\n") + 1
-                self.lines = data[: self._size].split(b"\n")[:-1]
-            else:
-                self._size = _end_of_lines(self._fd)
-
-    def append(self, lines: Sequence[str]) -> None:
-        """All of the lines are on disk; or after an error none counts."""
-        fd = _known(self._fd, self.path)
-        data = b"".join(line.encode() + b"\n" for line in lines)
-        assert data.count(b"\n") == len(lines)
-        with _disk_errors(self.path, len(data)):
-            fsops.truncate(fd, self._size)  # a line that a crash tore
-            try:
-                _write_all(fd, data, self._size)
-                fsops.fsync(fd)
-                if not self._size:
-                    _sync_directory(self.path.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    fsops.truncate(fd, self._size)
-                raise
-        self._size += len(data)
-        if self._keeps_lines:
-            self.lines += data.split(b"\n")[:-1]
-
-    def replace(self, lines: Iterable[bytes]) -> None:
-        """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
-        assert not self._keeps_lines
-        fd = _known(self._fd, self.path)
-        temporary = _temporary(self.path)
-        with _disk_errors(self.path, self._size):
-            new = fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before it has the name: nobody comes between
-                n_bytes = 0
-                for line in lines:
-                    _write_all(new, line, n_bytes)
-                    n_bytes += len(line)
-                fsops.fsync(new)
-                fsops.replace(temporary, self.path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    fsops.close(new)
-                    fsops.unlink(temporary)
-                raise
-            self._fd, self._size = new, n_bytes
-            fsops.close(fd)
-            _sync_directory(self.path.parent)
-
-    def clear(self) -> None:
-        """No line is left, on disk too."""
-        self.cut(0)
-
-    def cut(self, n_lines: int) -> None:
-        """The first `n_lines` are left, on disk too."""
-        assert self._keeps_lines
-        fd, size = _known(self._fd, self.path), sum(len(line) + 1 for line in self.lines[:n_lines])
-        with _disk_errors(self.path, 0):
-            fsops.truncate(fd, size)
-            fsops.fsync(fd)
-        self._size = size
-        del self.lines[n_lines:]
-
-    def rename(self, path: Path) -> None:
-        """The file has another name, which nobody has yet: UsageError for one that is taken."""
-        with _disk_errors(path, _BLOCK_BYTES):
-            try:
-                fsops.link(self.path, path)  # unlike a rename it never takes a name from another file
-            except FileExistsError:
-                raise UsageError(f"{path}: exists already.", "Choose another name.") from None
-            former, self.path = self.path, path
-            with contextlib.suppress(OSError):  # it then has two names, and is whole under both
-                fsops.unlink(former)
-            _sync_directory(path.parent)
-
-    def remove(self) -> None:
-        try:
-            if self._fd is not None:
-                with _disk_errors(self.path, 0):
-                    fsops.unlink(self.path)
-        finally:
-            with contextlib.suppress(M2liteError):  # nobody misses what a file that is gone has lost
-                self.close()
-
-    def close(self) -> None:
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            with _disk_errors(self.path, 0):
-                fsops.close(fd)
-
-
-class PartFile:
-    """A large file, written by offset under the name PATH.part, that gets its own name when it is complete.
-
-    The space is reserved first, and the part begins with PART_MARK until `complete`. Leaving a `with` block early, or
-    `close`, keeps the part: the next `PartFile` of that name starts it anew, or with `resume` takes it as it is if it
-    has the right size (`resumed` tells). `discard` removes it. It is locked against a second writer. A file of the
-    final name is an error, or with `replaces` stays whole until `publish` puts the new one in its place. So is a part
-    that is not known as ours: by its mark, or because `is_ours` or `resume` say that a journal names it.
-    """
-
-    def __init__(
-        self, path: StrPath, n_bytes: int, *, replaces: bool = False, resume: bool = False, is_ours: bool = False
-    ) -> None:
-        self.path = Path(path)
-        self.part_path = part_path(self.path)
-        self.n_bytes = n_bytes
-        self._is_named = False
-        if not replaces and os.path.lexists(self.path):
-            raise UsageError(f"{self.path}: exists already.", "Choose another name, or remove it first.")
-        with _disk_errors(self.path, n_bytes):
-            self._fd: int | None = _open_locked(self.part_path, 0o666)
-            self.resumed = resume and os.fstat(self._fd).st_size == n_bytes
-            if not (resume or is_ours or self._is_marked()):
-                self.close()
-                raise UsageError(
-                    f"{self.part_path} is there already and no unfinished output of m2lite.",
-                    "Move it away, or choose another name for the output.",
-                )
-            try:
-                if self.resumed:
-                    _write_all(self._fd, PART_MARK[:n_bytes], 0)
-                else:
-                    self._reserve()
-            except BaseException:
-                with contextlib.suppress(M2liteError):
-                    self.discard()
-                raise
-
-    def _is_marked(self) -> bool:
-        """Whether it begins as our parts do, or holds nothing that anybody could miss."""
-        start = os.pread(self._open_fd(), len(PART_MARK), 0)
-        return start == PART_MARK[: len(start)]
-
-    def _reserve(self) -> None:
-        fd = self._open_fd()
-        fsops.truncate(fd, 0)
-        _write_all(fd, PART_MARK[: self.n_bytes], 0)
-        if free_bytes(self.path.parent) < self.n_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.n_bytes:
-            fsops.allocate(fd, self.n_bytes)
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """Bytes `offset` and on; within `n_bytes`."""
-        if offset < 0 or offset + len(memoryview(data).cast("B")) > self.n_bytes:
-            raise ValueError(f"writing past the {self.n_bytes} bytes of {self.path}")
-        with _disk_errors(self.path, self.n_bytes):
-            _write_all(self._open_fd(), data, offset)
-
-    def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes that stand there, from the disk if they were synced and released."""
-        with _disk_errors(self.path, self.n_bytes):
-            while into:
-                n_bytes = os.preadv(self._open_fd(), [into], offset)
-                if not n_bytes:
-                    raise OSError(errno.EIO, "the file has become shorter")
-                offset, into = offset + n_bytes, into[n_bytes:]
-
-    def release(self, offset: int, n_bytes: int) -> None:
-        """Begin to write these bytes out, and give up the memory of those that are on disk."""
-        advise(self._open_fd(), offset, n_bytes, "DONTNEED")
-
-    def sync(self) -> None:
-        """What was written so far is on disk."""
-        with _disk_errors(self.path, self.n_bytes):
-            fsops.fdatasync(self._open_fd())
-
-    def complete(self, magic: Buffer = b"") -> None:
-        """All is on disk. `magic` goes to offset 0 last, in place of the mark, when everything else is safe."""
-        self._sync_all()
-        if magic:
-            self.write(0, magic)
-            self._sync_all()
-
-    def publish(self) -> None:
-        """The complete file has its name."""
-        with _disk_errors(self.path, self.n_bytes):
-            fsops.replace(self.part_path, self.path)
-            self._is_named = True
-            _sync_directory(self.path.parent)
-        self.close()
-
-    def finish(self, magic: Buffer = b"") -> None:
-        """All is on disk and has its name."""
-        self.complete(magic)
-        self.publish()
-
-    def close(self) -> None:
-        """Idempotent; what is not finished stays as PATH.part."""
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            with _disk_errors(self.path, self.n_bytes):
-                fsops.close(fd)
-
-    def discard(self) -> None:
-        """Remove the part; nothing once it is closed or has its name."""
-        try:
-            if self._fd is not None and not self._is_named:
-                with _disk_errors(self.path, self.n_bytes):
-                    fsops.unlink(self.part_path)  # before the lock goes, lest it be another's by then
-        finally:
-            self.close()
-
-    def _sync_all(self) -> None:
-        with _disk_errors(self.path, self.n_bytes):
-            fsops.fsync(self._open_fd())
-
-    def _open_fd(self) -> int:
-        return _known(self._fd, self.part_path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def part_path(path: Path) -> Path:
-    """Under which name a large file grows."""
-    return path.with_name(path.name + ".part")
-
-
 def advise(fd: int, offset: int, n_bytes: int, what: str) -> None:
     """Tell the page cache what comes ("WILLNEED") or is done with ("DONTNEED"); only speed and memory depend on it."""
     advice = getattr(os, f"POSIX_FADV_{what}", None)
@@ -413,7 +148,7 @@ def advise(fd: int, offset: int, n_bytes: int, what: str) -> None:
             os.posix_fadvise(fd, offset, n_bytes, advice)
 
 
-def _open_locked(path: Path, mode: int) -> int:
+def open_locked(path: Path, mode: int) -> int:
     """The file that has this name, opened or created, under an exclusive lock."""
     while True:
         fd = fsops.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -447,32 +182,13 @@ def _lock_owner(fd: int) -> str:
     return "another process"
 
 
-def _known(fd: int | None, path: Path) -> int:
+def known(fd: int | None, path: Path) -> int:
     if fd is None:
         raise ValueError(f"{path} is closed")
     return fd
 
 
-def _read_all(fd: int) -> bytes:
-    chunks: list[bytes] = []
-    while chunk := os.pread(fd, 1 << 20, sum(map(len, chunks))):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _end_of_lines(fd: int) -> int:
-    """Where the last whole line ends."""
-    end = os.fstat(fd).st_size
-    while end:
-        start = max(0, end - (1 << 16))
-        at = os.pread(fd, end - start, start).rfind(b"\n")
-        if at >= 0:
-            return start + at + 1
-        end = start
-    return 0
-
-
-def _write_all(fd: int, data: Buffer, offset: int | None = None) -> None:
+def write_all(fd: int, data: Buffer, offset: int | None = None) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         chunk = rest[:_MAX_WRITE_BYTES]
@@ -482,7 +198,7 @@ def _write_all(fd: int, data: Buffer, offset: int | None = None) -> None:
             offset += n_bytes
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """A new name survives a power cut only when its directory is on disk too."""
     with _closing(fsops.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         try:
@@ -505,7 +221,7 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path, n_bytes: int) -> Iterator[None]:
+def disk_errors(path: Path, n_bytes: int) -> Iterator[None]:
     """OSError -> an error that names the file, and the space where that is what lacks."""
     try:
         yield

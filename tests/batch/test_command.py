@@ -17,7 +17,7 @@ import pytest
 from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
 from m2lite.decode.conversation import Conversation
-from m2lite.storage.durable import LineLog
+from m2lite.storage.line_log import LineLog
 from tests.children import default_signals
 from tests.conftest import Run
 

@@ -14,8 +14,8 @@ from m2lite.quant import job as job_module
 from m2lite.quant.job import Job, run_job
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.verify import verify
-from m2lite.storage import durable
 from m2lite.storage.gguf_reader import open_gguf
+from m2lite.storage.part_file import PartFile
 from m2lite.system.byte_units import format_bytes
 from tests.faults.disk import Dead, faults
 from tests.quant.memory_job import MemorySource, made, memory_job
@@ -218,17 +218,17 @@ def test_a_part_that_is_gone_is_made_anew(whole: Files, tmp_path: Path) -> None:
 def test_what_the_disk_lost_is_written_once_more_and_then_refused(
     whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = durable.PartFile.read
+    real = PartFile.read
     n_bad = 1
 
-    def read(part: durable.PartFile, offset: int, into: memoryview) -> None:
+    def read(part: PartFile, offset: int, into: memoryview) -> None:
         nonlocal n_bad
         real(part, offset, into)
         if n_bad and "mtp" not in part.path.name:
             n_bad -= 1
             into[3] ^= 1
 
-    monkeypatch.setattr(durable.PartFile, "read", read)
+    monkeypatch.setattr(PartFile, "read", read)
     job = memory_job(tmp_path)
     run_job(job)
     assert files_in(tmp_path) == whole and sorted(made(job).values()) == [1, 1, 1, 1, 2]

@@ -27,8 +27,9 @@ from m2lite.quant.quantize import plan_quantize
 from m2lite.quant.recipes import RECIPES, choose_formats, split_name
 from m2lite.quant.stream import Chunk
 from m2lite.storage.blocks import FORMATS
-from m2lite.storage.durable import free_bytes, part_path
+from m2lite.storage.durable import free_bytes
 from m2lite.storage.gguf_reader import open_gguf
+from m2lite.storage.part_file import part_path
 from tests.quant import checkpoints
 from tests.quant.test_recipes import M2, Tensor, module, trunk
 

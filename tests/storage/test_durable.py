@@ -13,7 +13,9 @@ import pytest
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 from m2lite.storage import durable
-from m2lite.storage.durable import PART_MARK, LineLog, PartFile, append_line, atomic_write, part_path
+from m2lite.storage.durable import atomic_write
+from m2lite.storage.line_log import LineLog
+from m2lite.storage.part_file import PART_MARK, PartFile, part_path
 
 OLD, NEW = b"old" * 50, b"new!" * 100
 
@@ -93,35 +95,6 @@ def test_atomic_write_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
     until_it_succeeds(monkeypatch, job, check, n_at_least=9)
 
 
-def test_append_line_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    line = "x" * 200
-
-    def job() -> None:
-        path.unlink(missing_ok=True)
-        append_line(path, "one")
-        append_line(path, line)
-
-    def check(succeeded: bool, died: bool) -> None:
-        content = path.read_bytes() if path.exists() else b""
-        whole = b"one\n" + line.encode() + b"\n"
-        if succeeded:
-            assert content == whole
-        elif died:
-            assert whole.startswith(content)
-            append_line_for_real(path, "two")  # and the file is whole again
-            assert path.read_bytes().split(b"\n")[-2:] == [b"two", b""]
-        else:
-            assert content in (b"", b"one\n", whole)
-
-    def append_line_for_real(path: Path, line: str) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(durable, "fsops", durable.FileOps())
-            append_line(path, line)
-
-    until_it_succeeds(monkeypatch, job, check, n_at_least=9)
-
-
 def test_part_file_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, part = tmp_path / "big", tmp_path / "big.part"
     body = bytes(range(1, 251)) * 4
@@ -155,19 +128,6 @@ def test_atomic_write_details(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
     with pytest.raises(M2liteError, match="none/file: cannot be written: No such file or directory"):
         atomic_write(tmp_path / "none" / "file", b"")
-
-
-def test_append_line_details(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    append_line(path, "größe")
-    append_line(path, b"\xff")
-    assert path.read_bytes() == "größe\n".encode() + b"\xff\n" and path.stat().st_mode & 0o777 == 0o600
-    with path.open("ab") as file:
-        file.write(b"torn")
-    append_line(path, "next")
-    assert path.read_bytes().endswith(b"\ntorn\nnext\n")
-    with pytest.raises(ValueError, match="newline"):
-        append_line(path, "a\nb")
 
 
 def test_part_file_reserves_or_refuses(tmp_path: Path) -> None:
