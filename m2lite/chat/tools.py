@@ -21,6 +21,7 @@ from typing import Any
 
 from m2lite.decode.engine import Stop
 from m2lite.errors import M2liteError, UsageError
+from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
 from m2lite.system.paths import named_path
 from m2lite.text.messages import check_tools
@@ -162,11 +163,12 @@ def run_tool(call: Tool, limits: Limits, stop: Stop) -> str:
 def describe_call(call: Tool) -> str:
     """The call as a person reads it before it runs: all of it."""
     function = call["function"]
-    lines = [f"{function['name']}"]
+    lines = [shown(function["name"])]
     for key, value in function["arguments"].items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        shown = text if "\n" not in text else "\n" + "\n".join(f"    {line}" for line in text.splitlines())
-        lines.append(f"  {key}: {shown}")
+        if "\n" in text:
+            text = "\n" + "\n".join(f"    {line}" for line in text.splitlines())
+        lines.append(f"  {shown(key)}: {text}")
     return "\n".join(lines)
 
 
