@@ -20,6 +20,7 @@ from m2lite.chat.bounded import TooLong, aside, run_command
 from m2lite.decode.engine import Stop
 from m2lite.decode.request import MOST_REQUEST_BYTES
 from m2lite.errors import M2liteError, UsageError
+from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
 from m2lite.system.inputs import read_input
 from m2lite.system.json_text import JsonError, parse_json
@@ -172,11 +173,12 @@ def run_tool(call: Tool, limits: Limits, stop: Stop) -> str:
 def describe_call(call: Tool) -> str:
     """The call as a person reads it before it runs: all of it."""
     function = call["function"]
-    lines = [f"{function['name']}"]
+    lines = [shown(function["name"])]
     for key, value in function["arguments"].items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        shown = text if "\n" not in text else "\n" + "\n".join(f"    {line}" for line in text.splitlines())
-        lines.append(f"  {key}: {shown}")
+        if "\n" in text:
+            text = "\n" + "\n".join(f"    {line}" for line in text.splitlines())
+        lines.append(f"  {shown(key)}: {text}")
     return "\n".join(lines)
 
 

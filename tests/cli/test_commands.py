@@ -17,7 +17,7 @@ from typing import IO, Any
 import pytest
 
 import tinymodel
-from tests.children import default_signals
+from tests.children import default_signals, ignored_signals
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -409,10 +409,12 @@ def test_convert_refuses(run_m2lite: Run, tmp_path: Path) -> None:
 
 
 @contextmanager
-def started(command_env: dict[str, str], *arguments: str | Path) -> Iterator[tuple[Any, IO[bytes], IO[bytes]]]:
+def started(
+    command_env: dict[str, str], *arguments: str | Path, ignored: bool = False
+) -> Iterator[tuple[Any, IO[bytes], IO[bytes]]]:
     """The process and its two outputs."""
     command = [sys.executable, "-m", "m2lite", *map(str, arguments)]
-    with default_signals():
+    with ignored_signals(signal.SIGINT, signal.SIGHUP) if ignored else default_signals():
         opened = subprocess.Popen(command, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with opened as process:
         assert process.stdout is not None and process.stderr is not None
@@ -463,6 +465,18 @@ def test_signal_while_loading(command_env: dict[str, str], model_files: Models, 
         assert process.wait(120) in (130, -signal.SIGINT)  # the latter before our first line has run
         if process.returncode == 130:
             assert b"Traceback" not in errors
+
+
+def test_signals_that_were_ignored_stay_so(command_env: dict[str, str], model_files: Models) -> None:
+    """Under nohup, and behind a script's &: the work is done to its end, unless SIGTERM comes."""
+    arguments = ("generate", model_files["answer"], "-p", "x", "-n", "1000000")
+    for number, code in ((signal.SIGHUP, 0), (signal.SIGINT, 0), (signal.SIGTERM, 143)):
+        with started(command_env, *arguments, ignored=True) as (process, out, err):
+            first = out.read(3)
+            process.send_signal(number)
+            n = len(first + out.read())
+            assert process.wait(60) == code, err.read()
+            assert code or n > 3000  # the whole context
 
 
 def test_reader_that_goes_away(command_env: dict[str, str], model_files: Models) -> None:
