@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tinymodel
+from tests.children import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +61,7 @@ def run_m2lite(command_env: dict[str, str]) -> Run:
     """Run `m2lite ARGUMENTS...` to its end and return stdout, stderr and exit code."""
 
     def run(
-        *arguments: str | Path, stdin: str | bytes = b"", env: dict[str, str] | None = None, timeout: float = 240
+        *arguments: str | Path, stdin: str | bytes = b"", env: dict[str, str] | None = None, timeout: float = PATIENCE_S
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "m2lite", *map(str, arguments)],

@@ -10,6 +10,8 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
+from tests.children import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # form -> (a processor whose features lead to it, the host feature without which it cannot run here)
@@ -23,7 +25,7 @@ def run_script(script: str, *arguments: str | Path, **env: str) -> subprocess.Co
         env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_S,
         check=False,
     )
 

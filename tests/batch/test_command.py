@@ -18,7 +18,7 @@ from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
 from m2lite.decode.conversation import Conversation
 from m2lite.storage.line_log import LineLog
-from tests.children import default_signals
+from tests.children import PATIENCE_S, default_signals
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
@@ -107,7 +107,7 @@ def test_killed_after_each_line(
     command = [sys.executable, "-m", "m2lite", "batch", str(source), "-o", str(out), "--seed", "5", "--inflight", "2"]
     for k in range(1, 21):
         process = subprocess.Popen(command, env=command_env, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < k):
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -137,12 +137,12 @@ def test_stopped_and_gone_on_with(
         process = subprocess.Popen(
             [sys.executable, "-m", "m2lite", *arguments], env=command_env, stderr=subprocess.PIPE, text=True
         )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
     assert "stopped; 3 results are safe" in told and f"batch '{source}' -o {out}" in told
     assert "Traceback" not in told
@@ -331,7 +331,7 @@ def test_stdout_that_is_closed(command_env: dict[str, str], tmp_path: Path, mode
     os.close(read)
     done = subprocess.run(
         [sys.executable, "-m", "m2lite", "batch", str(source), "-o", "-", "--model", str(model_files["reply"])],
-        env=command_env, stdout=written, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        env=command_env, stdout=written, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     os.close(written)
     assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ from m2lite import Sampling
 from m2lite.batch import runner
 from m2lite.batch.lines import Input
 from m2lite.decode.request import Request
+from tests.children import PATIENCE_S
 from tests.conftest import Run
 
 Models = dict[str, Path]
@@ -123,7 +124,7 @@ def test_stdout_that_is_the_input(command_env: dict[str, str], tmp_path: Path) -
     with source.open("ab") as stdout:
         done = subprocess.run(
             [sys.executable, "-m", "m2lite", "batch", str(source), "-o", "-"],
-            env=command_env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            env=command_env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
     assert done.returncode == 2 and "stdout goes to" in done.stderr and source.read_bytes() == LINES
 

@@ -14,6 +14,7 @@ import pytest
 from m2lite import Sampling, UsageError
 from m2lite.batch.lines import Input, line_key, line_stream
 from m2lite.decode.request import Request
+from tests.children import PATIENCE_S
 
 DEFAULTS = Request([], Sampling(seed=0), max_tokens=5)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -164,6 +165,6 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         for i in range(n):
             file.write(json.dumps({"custom_id": f"request-{i}", "prompt": "x" * 1000}) + "\n")
     found = subprocess.run(
-        [sys.executable, "-c", FLAT, str(path), str(n)], capture_output=True, text=True, check=True, timeout=200
+        [sys.executable, "-c", FLAT, str(path), str(n)], capture_output=True, text=True, check=True, timeout=PATIENCE_S
     )
     assert float(found.stdout) < 40, found.stdout

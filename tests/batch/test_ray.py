@@ -18,6 +18,7 @@ import pytest
 from m2lite.batch import cluster
 from m2lite.batch.lines import Line
 from m2lite.errors import UsageError
+from tests.children import PATIENCE_S
 from tests.conftest import Run
 
 pytest.importorskip("ray", reason="ray has no wheel for this Python")
@@ -60,7 +61,7 @@ def start(command: list[str], env: dict[str, str], stdout: IO[str] | None = None
 
 def wait_until(process: subprocess.Popen[str], is_so: Callable[[], bool]) -> None:
     """Fails where the process ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not is_so():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -82,7 +83,7 @@ def test_two_engines_one_is_killed(
         found = engines(process)
         assert len(found) == 2
         os.kill(found[0].pid, signal.SIGKILL)
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, told
@@ -103,7 +104,7 @@ def test_an_engine_is_lost_while_it_opens_its_model(
     try:
         wait_until(process, lambda: len(engines(process)) > 0)
         os.kill(engines(process)[0].pid, signal.SIGKILL)
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, told
@@ -168,7 +169,7 @@ def test_a_node_is_lost(run_m2lite: Run, command_env: dict[str, str], tmp_path: 
         process.send_signal(signal.SIGSTOP)  # however fast the engines are, they get no more to do meanwhile
         nodes.remove_node(other, allow_graceful=False)
         process.send_signal(signal.SIGCONT)
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=PATIENCE_S)
     finally:
         if process is not None:
             process.kill()

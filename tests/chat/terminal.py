@@ -11,10 +11,9 @@ from typing import Any
 import pexpect
 import pyte
 
-from tests.children import default_signals
+from tests.children import PATIENCE_S, default_signals
 
 CTRL_C, CTRL_D, ENTER, NEWLINE, TAB = "\x03", "\x04", "\r", "\x0a", "\t"
-PATIENCE_S = 120  # only what never comes takes that long
 
 
 class Terminal:
@@ -23,7 +22,9 @@ class Terminal:
     def __init__(self, arguments: list[str], env: dict[str, str], rows: int, columns: int) -> None:
         command = ["-m", "m2lite", *arguments]
         with default_signals():
-            self.process: Any = pexpect.spawn(sys.executable, command, env=env, dimensions=(rows, columns), timeout=20)
+            self.process: Any = pexpect.spawn(
+                sys.executable, command, env=env, dimensions=(rows, columns), timeout=PATIENCE_S
+            )
         self.process.delaybeforesend = 0
         self.modes = termios.tcgetattr(self.process.child_fd)
         self.raw = ""

@@ -13,7 +13,8 @@ import pytest
 
 import tinymodel
 from tests.chat.conftest import Start, StartRaw
-from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, NEWLINE, PATIENCE_S
+from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, NEWLINE
+from tests.children import PATIENCE_S
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 

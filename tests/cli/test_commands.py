@@ -17,7 +17,7 @@ from typing import IO, Any
 import pytest
 
 import tinymodel
-from tests.children import default_signals, ignored_signals
+from tests.children import PATIENCE_S, default_signals, ignored_signals
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -432,7 +432,7 @@ def test_signal_while_answering(command_env: dict[str, str], model_files: Models
         process.send_signal(number)
         rest = out.read()
         errors = err.read().decode()
-        assert process.wait(120) == code, errors
+        assert process.wait(PATIENCE_S) == code, errors
     assert first == b"abc" and rest.endswith(b"\n") and set(rest) <= set(b"abcdefg\n")
     assert "Traceback" not in errors
 
@@ -448,7 +448,7 @@ def test_signal_gives_json_of_what_there_is(command_env: dict[str, str], tmp_pat
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             found = json.loads(out.read())
-            assert process.wait(120) == 130
+            assert process.wait(PATIENCE_S) == 130
         assert found["finish_reason"] == "interrupted"
         assert set(found["text"]) <= set("abcdefg")
         if found["text"].startswith("abcdefgabc"):
@@ -462,7 +462,7 @@ def test_signal_while_loading(command_env: dict[str, str], model_files: Models, 
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         errors = err.read()
-        assert process.wait(120) in (130, -signal.SIGINT)  # the latter before our first line has run
+        assert process.wait(PATIENCE_S) in (130, -signal.SIGINT)  # the latter before our first line has run
         if process.returncode == 130:
             assert b"Traceback" not in errors
 
@@ -484,7 +484,7 @@ def test_reader_that_goes_away(command_env: dict[str, str], model_files: Models)
         out.read(3)
         out.close()
         errors = err.read().decode()
-        assert process.wait(120) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert "Traceback" not in errors and "Broken" not in errors
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from m2lite.errors import UsageError
 from m2lite.system.paths import named_path, user_dir
+from tests.children import PATIENCE_S
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
@@ -44,7 +45,7 @@ def test_without_proc(command_env: dict[str, str], model_files: Models, tmp_path
         (["doctor"], 0, ""),
     ):
         done = subprocess.run([*command, sys.executable, "-m", "m2lite", *arguments], env=command_env,
-                              capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
+                              capture_output=True, text=True, check=False, timeout=PATIENCE_S)  # fmt: skip
         assert done.returncode == code, done.stderr
         assert told in done.stderr and "internal error" not in done.stderr
 

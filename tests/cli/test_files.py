@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m2lite.quant.safetensors import Shard
-from tests.children import default_signals
+from tests.children import PATIENCE_S, default_signals
 from tests.conftest import Run
 from tests.quant import checkpoints
 
@@ -158,7 +158,7 @@ def test_an_interrupted_convert_goes_on(
     options = ("--type", "q8_0")
     command = [sys.executable, "-c", STOP_AT_12, "convert", str(checkpoint), "-o", str(out), *options]
     with default_signals():
-        done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 130 and "run the same command again" in done.stderr, done.stderr
     assert not out.exists() and (tmp_path / "out.gguf.part").exists()
     done = run_m2lite("convert", checkpoint, "-o", out, *options)

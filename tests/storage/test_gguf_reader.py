@@ -23,6 +23,7 @@ import m2lite
 from m2lite.errors import BadModelError, ResourceError
 from m2lite.storage.blocks import FORMATS, pack_rows, unpack_rows
 from m2lite.storage.gguf_reader import GGUFArray, open_gguf
+from tests.children import PATIENCE_S
 
 if TYPE_CHECKING:
     from tests.storage.conftest import RawGGUF
@@ -373,7 +374,7 @@ def test_m2_sized_header_costs_a_call_a_word_and_little_memory(raw: RawGGUF, sav
     assert path.stat().st_size > 120e9
     command = [sys.executable, "-c", M2_SIZED, str(path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(m2lite.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S, env=environment)
     open_calls, open_bytes, decode_calls, peak_bytes = map(int, done.stdout.split())
     print(f"open {open_calls} calls {open_bytes / 1e6:.1f} MB; decode {decode_calls}, peak {peak_bytes / 1e6:.1f} MB")
     n_words = 200_064 + 199_744  # opening steps over each, reading decodes each

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from m2lite.storage.guard import Guard
+from tests.children import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the handler")
 N_PAGES = 8
@@ -56,6 +57,6 @@ def test_what_nobody_asks_for_ends_the_process(tmp_path: Path, how: str, code: i
     path = tmp_path / "file"
     path.write_bytes(bytes(mmap.PAGESIZE))
     done = subprocess.run(
-        [sys.executable, "-c", LEFT, str(path), how], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", LEFT, str(path), how], capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
     assert done.returncode == code and said in done.stderr and (said or not done.stderr)

@@ -14,6 +14,7 @@ import pytest
 
 import tinymodel
 from m2lite import machine
+from tests.children import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def in_group(group: Path, env: dict[str, str], *arguments: str | Path) -> subpro
     code = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); os.execv(sys.executable, sys.argv[2:])"
     command = [sys.executable, "-c", code, str(group / "cgroup.procs"), sys.executable, "-m", "m2lite"]
     return subprocess.run(
-        [*command, *map(str, arguments)], env=env, capture_output=True, text=True, check=False, timeout=280
+        [*command, *map(str, arguments)], env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
 
 

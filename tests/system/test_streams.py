@@ -15,6 +15,7 @@ import pytest
 
 from m2lite.system import streams
 from m2lite.system.streams import Out, OutputError, Styled
+from tests.children import PATIENCE_S
 from tests.test_imports import PACKAGE, python_files
 
 Models = dict[str, Path]
@@ -168,13 +169,13 @@ def test_a_stream_that_does_not_wait() -> None:
     with streams._text(streams._Results(writer, "<stdout>"), None, False) as text:
         text.write("x" * 1_000_000)
     os.close(writer)
-    assert read.communicate(timeout=60)[0] == b"1000000\n"
+    assert read.communicate(timeout=PATIENCE_S)[0] == b"1000000\n"
 
 
 def in_shell(redirections: str, env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = ["/bin/sh", "-c", f'"$@" {redirections}', "sh", sys.executable, "-m", "m2lite", *map(str, arguments)]
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL
+        command, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S, stdin=subprocess.DEVNULL
     )
 
 
@@ -224,7 +225,7 @@ def test_the_chats_reader_goes(command_env: dict[str, str], model_files: Models)
     command = 'printf "a\\nb\\n" | { "$@"; echo code $? >&2; } | head -c 1'
     done = subprocess.run(
         ["/bin/sh", "-c", command, "sh", sys.executable, "-m", "m2lite", "chat", str(model_files["answer"])],
-        env=command_env, capture_output=True, text=True, check=False, timeout=120,
+        env=command_env, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.stdout == "a" and "code 0" in done.stderr
     assert "Traceback" not in done.stderr and "ignored" not in done.stderr and "error" not in done.stderr
