@@ -192,18 +192,23 @@ def _texts(content: object, where: str, thoughts: list[object] | None) -> str | 
         raise UsageError(f"{where}: content is a {type(content).__name__}, expected a string or a list of text parts.")
     texts: list[str] = []
     for index, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        kind = _kind(part, "text")
         if thoughts is not None and (kind in _THOUGHTS or kind in _SEALED):
             thoughts.append(part)
             continue
         text = part.get(_TEXT_PARTS.get(kind, "")) if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            kind = kind if isinstance(part, Mapping) else type(part).__name__
             raise UsageError(f"{where}: part {index} is of type {kind!r}; the model reads text only.")
         if isinstance(part, Mapping):
             _check_fields(part, {_TEXT_PARTS[kind]}, f"{where}, part {index}")
         texts.append(text)
     return texts
+
+
+def _kind(part: object, default: str) -> str:
+    """What the part says that it is; for what is no object, what it is."""
+    kind = part.get("type", default) if isinstance(part, Mapping) else type(part).__name__
+    return kind if isinstance(kind, str) else repr(kind)
 
 
 def _thinking(message: Mapping[str, Any], in_content: str, where: str) -> str:
@@ -229,7 +234,7 @@ def _joined(items: object, where: str) -> str:
         raise UsageError(f"{where} is a {type(items).__name__}, expected a list.")
     texts, is_sealed, before = list[str](), False, None
     for index, item in enumerate(items):
-        kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
+        kind = _kind(item, "")
         if kind in _SEALED:
             is_sealed = True
             continue
@@ -255,7 +260,7 @@ def _check_calls(calls: object, where: str) -> list[dict[str, Any]]:
         here = f"{where}, tool call {index}"
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            kind = call.get("type", "function") if isinstance(call, Mapping) else type(call).__name__
+            kind = _kind(call, "function")
             what = "has no name" if kind == "function" else f"is of type {kind!r}"
             raise UsageError(f"{here} {what}.", 'Give {"function": {"name": ..., "arguments": {...}}}.')
         _check_fields(call, {"function", "call_id", *(function if function is call else ())}, here)

@@ -128,7 +128,7 @@ def test_settings(run_inline: Run, tmp_path: Path) -> None:
     config.parent.mkdir()
     for text, code in (
         ('model = "\\u001b[31mx\\nforged"\n', 0),
-        ('model = "a\\u0000b"\n', 0),
+        ('model = "a\\u0000b"\n', 2),
         ('ctx = "\\u001b[31mx"\n', 2),
         ('"\\u001b[31mx" = 1\n', 2),
         ("\x1b[31m", 2),

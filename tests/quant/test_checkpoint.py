@@ -193,7 +193,7 @@ def test_what_macos_leaves_beside_files_is_ignored(sharded: Path, tmp_path: Path
 def test_files_beside_the_weights_are_no_fifos(sharded: Path) -> None:
     (sharded / "config.json").unlink()
     os.mkfifo(sharded / "config.json")
-    assert "is a FIFO, not a file" in refusal(sharded, UsageError)
+    assert "is not a regular file" in refusal(sharded)
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
