@@ -13,8 +13,8 @@ import pytest
 import m2lite
 from tests.conftest import Run
 
-# Where the time of day may be asked for: to show it, and in what OpenAI's format calls `created`.
-SHOWN = {"batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1}
+# Where the time of day may be asked for: to show it, for templates, and in what OpenAI's format calls `created`.
+SHOWN = {"batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1, "text/jinja.py": 1}
 
 
 def test_only_what_is_shown_asks_for_the_time_of_day() -> None:

@@ -193,6 +193,8 @@ def _texts(content: object, where: str, thoughts: list[object] | None) -> str | 
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if not isinstance(kind, str):
+            raise UsageError(f"{where}: part {index}: type is a {type(kind).__name__}, expected a string.")
         if thoughts is not None and (kind in _THOUGHTS or kind in _SEALED):
             thoughts.append(part)
             continue
