@@ -6,13 +6,13 @@ import functools
 import inspect
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from m2lite import machine
-from m2lite.errors import M2liteError
+from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import OPTIONS, Settings, resolve_settings
 from m2lite.shown import shown
 from m2lite.signals import EXIT_INTERRUPTED
@@ -52,6 +52,7 @@ def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., N
             def begin() -> None:
                 if has_result:
                     require_stdout()
+                _check_texts(arguments, hints)
                 function(resolve_settings(flags), **arguments)
 
             guard(begin, debug)
@@ -68,6 +69,21 @@ def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., N
         return run
 
     return wrap
+
+
+def _check_texts(arguments: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """UsageError for a TEXT that is not UTF-8: names of files may be any bytes, what a model reads may not."""
+    for name, value in arguments.items():
+        info: Any = getattr(hints[name], "__metadata__", (None,))[0]
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and str(getattr(info, "metavar", "")).startswith("TEXT"):
+                data = text.encode("utf-8", "surrogateescape")
+                try:
+                    data.decode()
+                except UnicodeDecodeError as error:
+                    flag = info.default  # Typer keeps the first name of an annotated option there
+                    what = f"{flag} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}."
+                    raise UsageError(what, "Write it in UTF-8, or give it in a file.") from None
 
 
 def _parameter(name: str) -> inspect.Parameter:

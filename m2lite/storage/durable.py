@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
+from m2lite.system.byte_units import format_bytes
 
 StrPath = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
@@ -235,15 +236,16 @@ def disk_errors(path: Path, n_bytes: int) -> Iterator[None]:
 
 def _no_room(path: Path, n_bytes: int, error: OSError) -> tuple[str, str]:
     """Which limit it was, by its name: the disk's room, this user's share of it, or the size of a single file."""
-    needed = f"{path}: no room: {n_bytes} bytes are needed"
+    needed = f"{path}: no room: {format_bytes(n_bytes)} are needed"
     try:
-        free = f"{free_bytes(path.parent)} are free"
+        free = f"{format_bytes(free_bytes(path.parent))} are free"
     except OSError:
         free = "the free space is unknown"
     if error.errno == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY:
-            what = f"{needed}, and a file may have {limit}, the limit on file sizes of this shell ({error.strerror})."
+            most = f"a file may have {format_bytes(limit)}, the limit on file sizes of this shell"
+            what = f"{needed}, and {most} ({error.strerror})."
             return what, "Raise it with `ulimit -f unlimited`, or write smaller parts."
         what = f"{needed}, and the file system holds no file of that size ({error.strerror})."
         return what, "Choose another disk, or write smaller parts."

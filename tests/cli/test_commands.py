@@ -278,8 +278,10 @@ def test_bad_usage(run_m2lite: Run, arguments: list[str]) -> None:
 def test_text_that_is_not_unicode(run_m2lite: Run, model_files: Models) -> None:
     done = run_m2lite("generate", model_files["reply"], "-p", "-", stdin=b"abc\xff")
     assert done.returncode == 2 and "byte 3 is 0xff" in one_line_error(done)
-    done = run_m2lite("generate", model_files["reply"], "-p", os.fsdecode(b"abc\xff"))
-    assert done.returncode == 2 and "half of a character" in one_line_error(done)
+    for flag in ("--prompt", "--system", "--stop"):
+        done = run_m2lite("generate", model_files["reply"], "-p", "x", flag, os.fsdecode(b"abc\xff"))
+        assert done.returncode == 2 and f"{flag} is not UTF-8: byte 3 is 0xff" in done.stderr
+        assert done.stderr.count("\n") == 1, "before the model is opened"
     assert run_m2lite("generate", model_files["reply"], "-p", "-", stdin=b"\xef\xbb\xbfa\0b").returncode == 0
 
 

@@ -83,7 +83,7 @@ def test_a_conversion_whose_disk_fills_on_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "begin", begin_and_fill)
         with pytest.raises(
-            ResourceError, match=r"no room: \d+ bytes are needed, 0 are free .* run the same command"
+            ResourceError, match=r"no room: [\d.]+ \w+ are needed, 0 B are free .* run the same command"
         ) as e:
             convert(source, disk / "x.gguf", "f32")
     assert e.value.exit_code == 5
@@ -108,7 +108,9 @@ def test_a_batch(run_inline: Run, model_files: dict[str, Path], tmp_path: Path, 
     whole = results(tmp_path / "whole.jsonl")
     filler = fill(disk, 12 << 10)  # the manifest, and two pages of results
     done = run_inline("batch", given, "-o", disk / "out.jsonl", *command)
-    assert done.returncode == 5 and re.search(r"no room: \d+ bytes are needed, \d+ are free", done.stderr), done.stderr
+    assert done.returncode == 5 and re.search(r"no room: [\d.]+ \w+ are needed, [\d.]+ \w+ are free", done.stderr), (
+        done.stderr
+    )
     kept = results(disk / "out.jsonl")
     assert 3 <= len(kept) < 12 and all(line in whole for line in kept)
     filler.unlink()
@@ -123,7 +125,7 @@ def test_a_chat(small_disk: MakeDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, messages = SavedChat("a"), list[dict[str, Any]]()
     chat.save([{"role": "user", "content": "Hi"}])
     filler = fill(disk, 8 << 10)
-    with pytest.raises(ResourceError, match=r"a\.jsonl: no room: \d+ bytes are needed, \d+ are free"):
+    with pytest.raises(ResourceError, match=r"a\.jsonl: no room: [\d.]+ \w+ are needed, [\d.]+ \w+ are free"):
         for n in range(100):
             chat.save([*messages, {"role": "user", "content": f"{n}" * 500}])
             messages.append({"role": "user", "content": f"{n}" * 500})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +99,27 @@ def give_away(path: Path) -> None:
 
 
 def lock(path: Path) -> None:
-    if os.getuid() == 0:
-        pytest.skip("root may write anywhere")
+    """Nobody can write there; root could, but for a file system that is mounted so."""
     path.chmod(0o500)
+    if os.getuid() == 0:
+        _run("mount", "--bind", path, path)
+        _LOCKED.append(path)
+        _run("mount", "-o", "remount,bind,ro", path)
+
+
+def _run(*command: str | Path) -> None:
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("root may write anywhere, and nothing can be mounted here")
+
+
+_LOCKED: list[Path] = []
+
+
+@pytest.fixture(autouse=True)
+def unlocked() -> Iterator[None]:
+    yield
+    while _LOCKED:
+        subprocess.run(["umount", _LOCKED.pop()], check=True)
 
 
 def put_a_file_there(path: Path) -> None:
