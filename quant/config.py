@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2lite.errors import BadModelError
-from m2lite.quant.config_keys import HARMLESS, READ, REQUIREMENTS, ROPE_DEFAULTS, ROPE_READ, WRAPPERS
+from m2lite.quant.config_keys import ARITHMETIC, HARMLESS, READ, REQUIREMENTS, ROPE_DEFAULTS, ROPE_READ, WRAPPERS
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 MODEL_TYPE = "minimax_m2"
@@ -91,9 +91,7 @@ def config_warnings(raw: Mapping[str, Any]) -> list[str]:
     for key, own in (("model_type", MODEL_TYPE), ("architectures", [ARCHITECTURE])):
         if raw.get(key) not in (None, own):
             warnings.append(f"config.json: {key} is {raw[key]!r}, M2's is {own!r}: it is read as an M2 all the same.")
-    known = HARMLESS | READ | REQUIREMENTS.keys() | {name for names, _ in COUNTS.values() for name in names}
-    unknown = [key for key in raw if key not in known and raw[key] not in NOTHING and not key.startswith("_")]
-    if unknown:
+    if unknown := _unknown(raw):
         shown = ", ".join(f"{key[:60]} ({str(raw[key])[:40]})" for key in unknown[:8]) + (
             ", ..." if unknown[8:] else ""
         )
@@ -135,10 +133,17 @@ def _check_requirements(raw: Mapping[str, Any]) -> None:
         value = raw.get(key)
         if value is not None and not passes(value):
             raise _bad(key, value, f"what M2 has: {has}", "This is another architecture.")
-    for key, value in raw.items():
-        # An object is never a remark: its keys decide something, and none of them would be read.
-        if isinstance(value, dict) and value and key not in HARMLESS | READ | REQUIREMENTS.keys():
-            raise _bad(key, value, "no such object in an M2", "Remove it only if it does not change the arithmetic.")
+    # An object is never a remark: its keys decide something, and none of them would be read.
+    for key in _unknown(raw):
+        if isinstance(raw[key], dict) or ARITHMETIC.search(key):
+            what = "no such object in an M2" if isinstance(raw[key], dict) else "no such key in an M2"
+            raise _bad(key, raw[key], what, "Remove it only if it does not change the arithmetic.")
+
+
+def _unknown(raw: Mapping[str, Any]) -> list[str]:
+    """Keys with a value that no M2 is known to have."""
+    known = HARMLESS | READ | REQUIREMENTS.keys() | {name for names, _ in COUNTS.values() for name in names}
+    return [key for key in raw if key not in known and raw[key] not in NOTHING and not key.startswith("_")]
 
 
 def _bad(key: str, found: object, expected: str, todo: str) -> BadModelError:

@@ -5,8 +5,9 @@ Gathered from the published M2s, from MiniMaxM2Config and from what other archit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 
 def _all(wanted: object) -> Callable[[Any], bool]:
@@ -96,8 +97,17 @@ REQUIREMENTS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "layernorm_mlp_beta": (_is(1), "plain residuals"),
     "postnorm": (_is(False), "pre-norm layers"),
     "use_parallel_residual": (_is(False), "one block after the other"),
+    "attention_multiplier": _NO_SCALE,
+    "query_pre_attn_scalar": (_OFF, "attention scaled by the width of a head"),
+    "mlp_layer_types": (_all("sparse"), _ALL_MOE),
     "mtp_transformer_layers": (_is(0, 1), "one layer in each prediction module"),
 }
+
+# What a key of another architecture is called when it decides what is computed. One that is not known above is refused.
+ARITHMETIC: Final = re.compile(
+    "multipl|cap|scal|clip|rope|rotary|window|norm|bias|activation|_act$|attn|attention|router|routing|expert|moe|gate|"
+    "layer_types|dense|residual|temperature|alibi|sink"
+)
 
 # Objects of a model that M2 would only be a part of.
 WRAPPERS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config", "thinker_config")

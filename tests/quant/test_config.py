@@ -135,6 +135,10 @@ def test_every_spelling_of_plain_rope_is_the_same(change: dict[str, Any]) -> Non
         ({"logit_scale": 0.0625}, "logit_scale is 0.0625"),
         ({"attn_output_gate": True}, "attn_output_gate is True"),
         ({"first_k_dense_replace": 1}, "first_k_dense_replace is 1"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier is 0.5"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types is ['dense', 'sparse']"),
+        ({"router_temperature": 0.7}, "router_temperature is 0.7, expected no such key in an M2"),
+        ({"new_expert_rule": "x"}, "new_expert_rule is 'x', expected no such key"),
         ({"moe_intermediate_size": 48}, "moe_intermediate_size is 48, expected the 32 of intermediate_size"),
         ({"num_experts": 8}, "num_experts is 8, expected the 4 of num_local_experts"),
     ],
@@ -146,9 +150,9 @@ def test_what_would_change_the_arithmetic_is_refused_by_its_key(change: dict[str
 def test_what_is_not_known_is_told() -> None:
     assert config_warnings(OLD) == config_warnings(new_config(SMALL)) == []
     assert config_warnings({**OLD, "attn_dropout_new": 0, "some_remark": None, "other": [], "_from": "x"}) == []
-    (told,) = config_warnings({**OLD, "router_temperature": 0.7, "remark": "made with care"})
+    (told,) = config_warnings({**OLD, "revision_of_text": 0.7, "remark": "made with care"})
     assert "that are not read, 2 in all" in told
-    assert "router_temperature (0.7), remark (made with care)" in told
+    assert "revision_of_text (0.7), remark (made with care)" in told
     (told,) = config_warnings({**OLD, "model_type": "minimax"})
     assert "model_type is 'minimax', M2's is 'minimax_m2'" in told
     (told,) = config_warnings({key: value for key, value in OLD.items() if key != "rotary_dim"})
