@@ -48,13 +48,13 @@ def test_dry_run_writes_nothing(run_inline: Run, checkpoint: Path, tmp_path: Pat
 def test_what_is_in_doubt_is_told_before_the_work(run_inline: Run, checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "hf"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "router_temperature\x1b[31m": 0.7}))
+    (folder / "config.json").write_text(json.dumps({**config, "revision_of_text\x1b[31m": 0.7}))
     (folder / "generation_config.json").write_text('{"eos_token_id": [289, 40]}')
     for more in (["--dry-run", "--json"], ["--json"]):
         done = run_inline("convert", folder, "-o", tmp_path / "out.gguf", "--type", "q8_0", *more)
         assert done.returncode == 0 and len(json.loads(done.stdout)["warnings"]) == 2
         told = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-        assert "router_temperature\\x1b[31m (0.7)" in told[0] and "\x1b" not in done.stderr
+        assert "revision_of_text\\x1b[31m (0.7)" in told[0] and "\x1b" not in done.stderr
         assert "generation_config.json ends a reply at 40 " in told[1] and len(told) == 2
     found = json.loads(run_inline("inspect", tmp_path / "out.gguf", "--json").stdout)["tokenizer"]
     assert (found["eos_id"], found["stop_ids"]) == (289, [40, 289]) and found["stop_tokens"][1] == "[e~["

@@ -378,12 +378,12 @@ def test_nested_rope_tables_give_the_same_bytes(source: Path, converted: dict[st
 
 
 def test_what_is_in_doubt_is_told(source: Path, tmp_path: Path) -> None:
-    folder = checkpoints.write(tmp_path / "hf", checkpoints.small(), {**hf_config(SMALL), "router_temperature": 0.7})
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.small(), {**hf_config(SMALL), "revision_of_text": 0.7})
     (folder / "generation_config.json").write_text('{"eos_token_id": [289, 284]}')
     (folder / "tokenizer_config.json").write_text('{"eos_token": "]~!b["}')
     (folder / "model.safetensors").rename(tmp_path / "blob")
     (folder / "model.safetensors").symlink_to(tmp_path / "blob")
     done = convert(folder, tmp_path / "x.gguf", "q8_0")
     assert len(done.warnings) == 3
-    expected = ("router_temperature (0.7)", "model.safetensors leads to", "ends a reply")
+    expected = ("revision_of_text (0.7)", "model.safetensors leads to", "ends a reply")
     assert all(words in told for words, told in zip(expected, done.warnings, strict=True))
