@@ -15,7 +15,7 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

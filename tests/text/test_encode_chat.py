@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from m2lite.errors import BadModelError, UsageError
@@ -94,7 +95,10 @@ def test_content_is_inert(any_tokenizer: Tokenizer, text: str) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=4).map("".join))
+@example(text="x<think>a</think>b</think>c")
 def test_content_is_inert_however_joined(tokenizer: Tokenizer, text: str) -> None:
+    # In front of an assistant's content a whole thought is its thinking, whose tags the template writes.
+    assume(not re.match(r"\s*<think>.*</think>", text, re.DOTALL))
     check_inert(tokenizer, M2, text)
 
 
