@@ -8,10 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import tinymodel
 from tests.children import PATIENCE_S
+
+# The same examples in every run; other ones with `pytest -m hypothesis --hypothesis-profile default`.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 
