@@ -329,16 +329,20 @@ def _failed(place: _Place, how: str, cause: Exception) -> M2liteError:
     return error.told_of(f"The engine on {place.address} {how}")
 
 
-_REMEDIES = {"ctx": "Say --ctx.", "m2lite": "Install the same version on all."}  # other facts follow from the file
+_REMEDIES = {
+    "ctx": "Say --ctx.",
+    "m2lite": "Install the same version on all.",
+    "template_date": "Set SOURCE_DATE_EPOCH to the same second on all.",
+}  # other facts follow from the file
 
 
 def _check_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
     """What the engines say, by their addresses: they must answer alike. A UsageError says in what they do not."""
     (one, first), *others = found.items()
     for other, facts_of_other in others:
-        names = [name for name in first if first[name] != facts_of_other[name]]
+        names = [name for name in first if first[name] != facts_of_other.get(name)]
         if names:
-            what = ", ".join(f"{name} {first[name]} and {facts_of_other[name]}" for name in names)
+            what = ", ".join(f"{name} {first[name]} and {facts_of_other.get(name)}" for name in names)
             todo = next((_REMEDIES[name] for name in names if name in _REMEDIES), "Give them the same file.")
             raise UsageError(f"The engines on {one} and {other} differ: {what}.", todo)
 

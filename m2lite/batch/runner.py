@@ -72,6 +72,7 @@ def facts(model: Model) -> dict[str, Any]:
         "model": model.path.name,
         "model_identity": trunk_identity(model.gguf),
         "template_sha256": model.template.sha256,
+        **({} if model.template.date is None else {"template_date": model.template.date}),
         "kv": model.kv,
         "ctx": model.ctx,
     }

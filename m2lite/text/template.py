@@ -44,6 +44,13 @@ class Template:
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
         self._engine: _Engine = InProcess(source) if self.sha256 in _KNOWN_SHA256 else InChild(source)
 
+    @property
+    def date(self) -> str | None:
+        """What a prompt says of the time: a hash of one, where the template reads the clock."""
+        if "strftime_now" not in self.source:
+            return None
+        return hashlib.sha256(self.render([{"role": "user", "content": _PROBE}]).encode()).hexdigest()[:16]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

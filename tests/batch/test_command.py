@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import tinymodel
 from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
 from m2lite.decode.conversation import Conversation
@@ -188,6 +189,18 @@ def test_changed_input_model_or_settings(run_inline: Run, tmp_path: Path, model_
     assert done.returncode == 2 and "input_sha256" in done.stderr and "lines: 1 there, 2 now" in done.stderr
     assert out.read_bytes() == before
     assert run_inline(*arguments, "--force").returncode == 0
+    assert len(results(out)) == 2
+
+
+def test_a_template_that_reads_the_clock(run_inline: Run, tmp_path: Path) -> None:
+    """Another day is another prompt: a batch goes on with it only if it is told to."""
+    text = "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = tinymodel.write_model(tmp_path / "dated.gguf", tinymodel.REPLY, template=text)
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
+    for second, limit, code in ((0, "1", 0), (60, "1", 0), (86_400, "2", 2)):
+        arguments = ("batch", source, "-o", out, "--model", model, "--limit", limit)
+        done = run_inline(*arguments, env={"SOURCE_DATE_EPOCH": str(second), "TZ": "UTC"})
+        assert done.returncode == code and ("template_date" in done.stderr) == (code == 2), done.stderr
     assert len(results(out)) == 2
 
 
