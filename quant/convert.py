@@ -117,7 +117,7 @@ def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options, w
     return [
         *general_keys(options.recipe, options.name or _model_name(checkpoint)),
         *importance_keys(options),
-        *sampling_keys(checkpoint.path),
+        *sampling_keys(checkpoint.path, warnings),
         *architecture_keys(config, config.n_layers),
         *vocabulary_keys(checkpoint.path, config.n_vocab, checkpoint.config, warnings),
     ]

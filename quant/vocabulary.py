@@ -40,6 +40,14 @@ SAMPLING = (
     ("top_p", "general.sampling.top_p", float32),
     ("min_p", "general.sampling.min_p", float32),
 )
+# What it may ask for besides, and a GGUF cannot say: (key, the value that asks for nothing).
+UNSAID: tuple[tuple[str, Any], ...] = (
+    ("repetition_penalty", 1), ("encoder_repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0),
+    ("no_repeat_ngram_size", 0), ("typical_p", 1), ("epsilon_cutoff", 0), ("eta_cutoff", 0), ("num_beams", 1),
+    ("penalty_alpha", 0), ("bad_words_ids", []), ("suppress_tokens", []), ("begin_suppress_tokens", []),
+    ("forced_bos_token_id", None), ("forced_eos_token_id", None), ("sequence_bias", {}), ("guidance_scale", 1),
+    ("stop_strings", []), ("do_sample", True),
+)  # fmt: skip
 
 
 class Vocabulary(NamedTuple):
@@ -101,8 +109,8 @@ def _piece_keys(directory: Path, sources: Sources, n_vocab: int) -> list[Key]:
     return keys
 
 
-def sampling_keys(directory: Path) -> list[Key]:
-    """The publisher's defaults for sampling, where generation_config.json states them."""
+def sampling_keys(directory: Path, warnings: list[str]) -> list[Key]:
+    """The publisher's defaults for sampling, as generation_config.json states them; what is left out is told."""
     found = load_json(directory, GENERATION, optional=True)
     keys = []
     for source, target, make in SAMPLING:
@@ -114,6 +122,9 @@ def sampling_keys(directory: Path) -> list[Key]:
                     "Correct that file.",
                 )
             keys.append(make(target, value))
+    lost = [f"{key} {str(found[key])[:40]}" for key, nothing in UNSAID if found.get(key) not in (None, nothing)]
+    if lost:
+        warnings.append(f"generation_config.json asks for {', '.join(lost)}, which a GGUF cannot say: it is left out.")
     return keys
 
 

@@ -216,7 +216,7 @@ def fuzz_texts(data: bytes) -> None:
     put("tokenizer.json", tokenizer_seed())
     for name in ("tokenizer_config.json", "generation_config.json"):
         path = put(name, json.dumps(parts.get(name, {})).encode())
-    for key in [*vocabulary_keys(path.parent, 300), *sampling_keys(path.parent)]:
+    for key in [*vocabulary_keys(path.parent, 300), *sampling_keys(path.parent, [])]:
         pack_key(key)
 
 

@@ -41,9 +41,19 @@ def test_merges_may_be_pairs_or_strings() -> None:
 def test_the_bos_of_generation_config_is_not_read(texts: Path) -> None:
     found = keys(texts)
     assert found["tokenizer.ggml.tokens"][found["tokenizer.ggml.bos_token_id"]] == "]~!b["
-    assert [(key.name, key.value) for key in sampling_keys(texts)] == [
+    assert [(key.name, key.value) for key in sampling_keys(texts, [])] == [
         ("general.sampling.temp", 1.0), ("general.sampling.top_k", 40), ("general.sampling.top_p", 0.95),
     ]  # fmt: skip
+
+
+def test_what_a_gguf_cannot_say_is_told(texts: Path) -> None:
+    path = texts / "generation_config.json"
+    warnings: list[str] = []
+    path.write_text(json.dumps({"do_sample": True, "repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None}))
+    assert sampling_keys(texts, warnings) == [] and warnings == []
+    path.write_text(json.dumps({"repetition_penalty": 1.1, "suppress_tokens": [3], "do_sample": False, "top_k": 5}))
+    assert [key.value for key in sampling_keys(texts, warnings)] == [5]
+    assert "repetition_penalty 1.1, suppress_tokens [3], do_sample False, which a GGUF cannot say" in warnings[0]
 
 
 def test_special_tokens_may_be_objects_and_override_m2s_own(texts: Path) -> None:
