@@ -7,7 +7,9 @@ answer that is still being written. What is on disk survives the process; a last
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -249,6 +251,14 @@ class SavedChat:
             created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             events = [{"m2lite_chat": VERSION, "model": self.model, "created": created}, *events]
         self._log.append([json.dumps(event, ensure_ascii=False) for event in events])
+        self._stay_latest()
+
+    def _stay_latest(self) -> None:
+        """Who wrote last has the latest time, which `latest_session` goes by, also when the clock was set back."""
+        with contextlib.suppress(OSError):
+            newest = max((path.stat().st_mtime_ns for path in list_sessions() if path != self.path), default=0)
+            if self.path.stat().st_mtime_ns <= newest:
+                os.utime(self.path, ns=(newest + 1, newest + 1))
 
     def _set_aside(self, log: LineLog, bad_line: int) -> None:
         """What is written from here on would stand behind a line that ends the chat: that and the rest leave the file.

@@ -168,6 +168,19 @@ def test_a_damaged_first_line() -> None:
     assert read_session(chat.path).messages == [MORE] and chat.path.with_name("g.jsonl.damaged").exists()
 
 
+def test_a_clock_that_was_set_back_makes_no_chat_older() -> None:
+    first, second = SavedChat("first"), SavedChat("second")
+    for chat in (first, second):
+        chat.save([ASK])
+    os.utime(first.path, ns=(2**62, 2**62))  # written before the clock was set back
+    second.save([ASK, MORE])
+    assert latest_session() == "second"
+    first.save([ASK, MORE])
+    assert latest_session() == "first"
+    for chat in (first, second):
+        chat.close()
+
+
 def test_a_file_of_another_version() -> None:
     sessions_dir().mkdir(parents=True)
     session_path("h").write_text('{"m2lite_chat": 2}\n')
