@@ -17,6 +17,7 @@ from m2lite.settings import OPTIONS, Settings, resolve_settings
 from m2lite.shown import shown
 from m2lite.signals import EXIT_INTERRUPTED
 from m2lite.system.byte_units import format_bytes, format_speed
+from m2lite.system.panics import is_panic
 from m2lite.system.streams import STDERR, STDOUT, OutputError, ReaderGone, console, note, require_stdout
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ def guard(run: Callable[[], None], debug: bool = False) -> None:
         _fail(f"m2lite: {error.strerror or error}{where}.", 1, debug)
     except typer.Exit:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         what = f"{type(error).__name__}: {error}"
         _fail(f"m2lite: internal error, {what}. Please report it with what --debug shows.", 1, debug)
 

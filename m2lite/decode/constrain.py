@@ -16,6 +16,7 @@ import numpy as np
 from m2lite.decode.sampling import Logits
 from m2lite.errors import M2liteError, UsageError
 from m2lite.system.json_text import JsonError, parse_json
+from m2lite.system.panics import panics_as
 from m2lite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ MOST_TOKENS = 4096  # of an answer, unless it was said: a schema may let it go o
 _MOST_SCHEMA = 1 << 20  # characters
 # Between the parts of JSON; a model that likes blanks would write nothing else if it might.
 _BLANKS = r"( |\n{1,2}[ \t]{0,20})"
+_FAILED = M2liteError("The JSON schema cannot be followed any further: llguidance fails on it.", "Simplify it.")
 Schema = Mapping[str, Any]
 
 
@@ -40,8 +42,10 @@ def check_schema(schema: object) -> str:
     if len(text) > _MOST_SCHEMA:
         raise UsageError(f"The JSON schema has {len(text):,} characters, limit {_MOST_SCHEMA:,}.", "Use a shorter one.")
     # M2 writes up to two line breaks between its thinking and its answer; they are no part of it.
-    grammar: str = matcher.grammar_from_lark(f"start: BREAKS json\nBREAKS: /\\n{{0,2}}/\njson: %json {text}")
-    if why := matcher.validate_grammar(grammar):
+    with panics_as(UsageError("The JSON schema cannot be used: llguidance fails on it.", "Correct or simplify it.")):
+        grammar: str = matcher.grammar_from_lark(f"start: BREAKS json\nBREAKS: /\\n{{0,2}}/\njson: %json {text}")
+        why = matcher.validate_grammar(grammar)
+    if why:
         raise UsageError(f"The JSON schema cannot be used: {' '.join(why.split())}.", "Correct or simplify it.")
     return grammar
 
@@ -114,7 +118,8 @@ class Constraint:
 
     def __init__(self, masks: Masks, grammar: str, in_thinking: bool, most_tokens: int) -> None:
         tokenizer = masks.tokenizer
-        self._matcher = _matcher_class()(masks.vocabulary, grammar, log_level=0)
+        with panics_as(_FAILED):
+            self._matcher = _matcher_class()(masks.vocabulary, grammar, log_level=0)
         self._check()
         self._in_thinking, self._think_close_id = in_thinking, tokenizer.think_close_id
         self._stop_ids, self._n_vocab = sorted(tokenizer.stop_ids), tokenizer.n_vocab
@@ -129,7 +134,8 @@ class Constraint:
                 f"The JSON is not whole after {self._most:,} tokens.",
                 "Allow more (--max-tokens), or bound it in the schema (maxLength, maxItems).",
             )
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        with panics_as(_FAILED):
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._n_vocab]
         allowed = np.full(logits.shape, -np.inf, np.float32)
@@ -147,7 +153,8 @@ class Constraint:
             self._in_thinking = token != self._think_close_id
             return
         self._n_left -= 1
-        self._matcher.consume_token(token)
+        with panics_as(_FAILED):
+            self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
