@@ -244,7 +244,7 @@ def _export(chat: Chat, rest: str) -> str:
         raise UsageError(f"/export {rest}: expected md or json, and a file if you like.")
     stem = "chat" if chat.saved is None else chat.saved.name
     path = named_path(name.strip() or f"{stem}.{kind}")
-    chat.places.check("/export", path)
+    chat.places.approve("/export", path, is_kept=False)
     messages = chat.conversation.messages
     text = export_markdown(messages) if kind == "md" else json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     atomic_write(path, text.encode())

@@ -74,7 +74,7 @@ def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
     place.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         _check_regular(place.lstat(), path)
-    limits.places.check("write_file", place, kind="replaced")
+    limits.places.approve("write_file", place, kind="replaced", is_kept=False)
     if stop():
         raise ToolError("stopped by the user")
     atomic_write(place, content.encode(errors="replace"), mode=0o666)

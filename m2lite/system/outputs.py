@@ -52,27 +52,14 @@ class Places:
         kind: Kind = "new",
         begins: bytes = b"",
         todo: str = _OTHER,
-    ) -> None:
-        """As `check`; and no other output of the command may be one of these files."""
-        self.check(option, path, beside, kind=kind, begins=begins, todo=todo)
-        for name in (Path(path), *beside):
-            self._outputs.update(dict.fromkeys(_keys(name)))
-
-    def check(
-        self,
-        option: str,
-        path: StrPath,
-        beside: Sequence[Path] = (),
-        *,
-        kind: Kind = "new",
-        begins: bytes = b"",
-        todo: str = _OTHER,
+        is_kept: bool = True,
     ) -> None:
         """UsageError unless `path`, and what is written `beside` it, may be written; `option` says whose it is.
 
         A "new" output must not exist. One that is "replaced" may be a file that begins with `begins`, or a link to
         one: the new file takes the name, what a link points to stays as it is. One that is "continued" may be a file,
-        and no link. `todo` says what else to do where the name is no file's.
+        and no link. `todo` says what else to do where the name is no file's. Where it `is_kept`, no other output of
+        the command may be one of these files.
         """
         target = Path(path)
         if os.fspath(path) == STDIO:
@@ -87,6 +74,9 @@ class Places:
             status = _status(option, name, follow=False)
             if status is not None and not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{option} {target} needs the name {name}, which is {_what(status)}.", _OTHER)
+        if is_kept:
+            for name in (target, *beside):
+                self._outputs.update(dict.fromkeys(_keys(name)))
 
     def approve_stdout(self, option: str, fd: int = 1) -> None:
         """UsageError where stdout goes into an input: `>> IN`."""

@@ -31,7 +31,7 @@ def test_a_new_name_is_approved_once(tmp_path: Path) -> None:
     places.approve("-o", tmp_path / "new")
     assert "is written by this command already" in refusal(places, tmp_path / ".." / tmp_path.name / "new")
     for _ in range(2):
-        places.check("-o", tmp_path / "again")
+        places.approve("-o", tmp_path / "again", is_kept=False)
     assert "is a file that this command reads" in refusal(places, tmp_path / "missing")
 
 
@@ -67,11 +67,11 @@ def test_what_may_be_there(tmp_path: Path, read: Path) -> None:
     places = Places()
     assert "exists already" in refusal(places, read)
     assert "exists already" in refusal(places, link)
-    places.check("-o", read, kind="replaced")
-    places.check("-o", link, kind="replaced")
-    places.check("-o", read, kind="continued")
+    places.approve("-o", read, kind="replaced", is_kept=False)
+    places.approve("-o", link, kind="replaced", is_kept=False)
+    places.approve("-o", read, kind="continued", is_kept=False)
     assert f"is a link to {read}. Name the file itself" in refusal(places, link, kind="continued")
-    places.check("-o", link, kind="replaced", begins=b"prec")
+    places.approve("-o", link, kind="replaced", begins=b"prec", is_kept=False)
     assert "is no file of this kind" in refusal(places, link, kind="replaced", begins=b"PNG")
     assert "needs the name" in refusal(places, tmp_path / "new", (link,))
 
