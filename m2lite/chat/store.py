@@ -256,7 +256,8 @@ class SavedChat:
     def _stay_latest(self) -> None:
         """Who wrote last has the latest time, which `latest_session` goes by, also when the clock was set back."""
         with contextlib.suppress(OSError):
-            newest = max((path.stat().st_mtime_ns for path in list_sessions() if path != self.path), default=0)
+            other = next((path for path in list_sessions() if path != self.path), None)
+            newest = 0 if other is None else other.stat().st_mtime_ns
             if self.path.stat().st_mtime_ns <= newest:
                 os.utime(self.path, ns=(newest + 1, newest + 1))
 

@@ -187,7 +187,7 @@ def _carry_out(
 
 
 def _warn(text: str) -> None:
-    note(f"warning: {shown(text)}")
+    note(f"warning: {text}")
 
 
 def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import xxhash
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
-from m2lite.system.paths import named_path
+from m2lite.system.paths import kind_of_file, named_path
 from m2lite.system.streams import stdin_bytes
 
 STDIN = "-"
@@ -37,8 +37,7 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError):
         return  # whoever opens it says what is wrong
     if not stat.S_ISREG(mode):
-        what = "a directory" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-        raise UsageError(f"{path} is {what}, not a file.", "Name a file: it is read more than once.")
+        raise UsageError(f"{path} is {kind_of_file(mode)}, not a file.", "Name a file: it is read more than once.")
 
 
 def read_input(source: str | os.PathLike[str], most_bytes: int) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from m2lite.errors import UsageError
+from m2lite.system.paths import kind_of_file
 
 StrPath = str | os.PathLike[str]
 Kind = Literal["new", "replaced", "continued"]
@@ -73,7 +74,9 @@ class Places:
         for name in beside:
             status = _status(option, name, follow=False)
             if status is not None and not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{option} {target} needs the name {name}, which is {_what(status)}.", _OTHER)
+                raise UsageError(
+                    f"{option} {target} needs the name {name}, which is {kind_of_file(status.st_mode)}.", _OTHER
+                )
         if is_kept:
             for name in (target, *beside):
                 self._outputs.update(dict.fromkeys(_keys(name)))
@@ -134,7 +137,7 @@ def _check_directory(option: str, path: Path) -> None:
     if status is None:
         raise UsageError(f"{option} {path}: there is no directory {folder}.", "Make it first.")
     if not stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"{option} {path}: {folder} is {_what(status)}, not a directory.", _OTHER)
+        raise UsageError(f"{option} {path}: {folder} is {kind_of_file(status.st_mode)}, not a directory.", _OTHER)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {path}: nothing can be written in {folder}.", "Choose another directory.")
 
@@ -146,7 +149,7 @@ def _check_taken(option: str, path: Path, status: os.stat_result, kind: Kind, be
     if target is None:
         raise UsageError(f"{option} {path} is a link to a file that is not there.", "Remove it, or name the file.")
     if not stat.S_ISREG(target.st_mode):
-        raise UsageError(f"{option} {path} is {_what(target)}, not a file.", todo)
+        raise UsageError(f"{option} {path} is {kind_of_file(target.st_mode)}, not a file.", todo)
     if kind == "new":
         raise UsageError(f"{option} {path}: exists already.", "Choose another name, or remove it first.")
     if kind == "continued" and is_link:
@@ -163,11 +166,3 @@ def _begins(path: Path, begins: bytes) -> bool:
             return file.read(len(begins)) == begins
     except OSError:
         return False
-
-
-def _what(status: os.stat_result) -> str:
-    kinds = (
-        (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISLNK, "a link"),
-        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-    )  # fmt: skip
-    return next((name for test, name in kinds if test(status.st_mode)), "a regular file")

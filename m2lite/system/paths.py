@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -31,3 +32,14 @@ def user_dir(kind: Literal["cache", "config", "data", "state"]) -> Path:
     except RuntimeError:
         path = Path()
     return path if path.is_absolute() else Path(os.devnull) / "no-home" / "m2lite"
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISLNK, "a link"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+def kind_of_file(mode: int) -> str:
+    """What `st_mode` says that a place holds, with its article."""
+    return next((name for test, name in _KINDS if test(mode)), "a regular file")

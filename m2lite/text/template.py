@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from m2lite.errors import BadModelError, UsageError
@@ -44,7 +45,7 @@ class Template:
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
         self._engine: _Engine = InProcess(source) if self.sha256 in _KNOWN_SHA256 else InChild(source)
 
-    @property
+    @cached_property
     def date(self) -> str | None:
         """What a prompt says of the time: a hash of one, where the template reads the clock."""
         if "strftime_now" not in self.source:
