@@ -28,6 +28,7 @@ from m2lite.kernels import jit
 from m2lite.model import residency
 from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
+from tests.budgets import budget_beyond
 from tests.conftest import Run
 
 N_TOKENS = 20
@@ -192,8 +193,7 @@ def test_the_same_ids(
     if case.regions == "everywhere":
         monkeypatch.setattr(jit, "SMALL", 0)
     if case.load != "mapped" and case.door not in ("generate", "batch command"):
-        budget = residency.Budget(2 << 30)
-        monkeypatch.setattr(residency, "choose_budget", lambda *_: budget)
+        monkeypatch.setattr(residency, "choose_budget", lambda *_: budget_beyond(2 << 30))
     for sampling in SAMPLINGS:
         said = expected(case.model, case.kv, sampling, case.door == "generate")
         if case.door in ("generate", "batch command"):

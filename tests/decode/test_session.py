@@ -21,6 +21,7 @@ from m2lite.decode.engine import Stop
 from m2lite.decode.session import Session, n_common
 from m2lite.model import residency
 from m2lite.model.forward import FEW_ROWS
+from tests.budgets import budget_beyond
 
 Opened = Callable[[str], Model]
 GREEDY = Sampling(temperature=0, seed=0)
@@ -39,7 +40,7 @@ def test_only_a_model_that_fits_is_mapped_ahead(model_files: dict[str, Path], mo
         assert model._prefault is not None
         needed = model.gguf.size_bytes + model.kv_bytes
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: needed - 1)
-    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(1 << 30))
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: budget_beyond(1 << 30))
     with Model.open(path, ctx=64) as model:
         model.wait_mapped()
         assert model._prefault is None

@@ -13,6 +13,7 @@ from m2lite.decode.sampling import Sampling
 from m2lite.model import residency
 from m2lite.storage import syscalls
 from m2lite.storage.heat import load_heat
+from tests.budgets import budget_beyond
 
 pytestmark = pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only")
 
@@ -22,7 +23,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where heat is kept in this test; every model is streamed."""
     path = tmp_path / "heat.npy"
     monkeypatch.setattr(session_module, "heat_path", lambda _: path)
-    monkeypatch.setattr(residency, "choose_budget", lambda *_: residency.Budget(2 << 30))
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: budget_beyond(2 << 30))
     return path
 
 

@@ -22,6 +22,7 @@ from m2lite.model import residency as residency_module
 from m2lite.model.stream import Run, Stream, runs
 from m2lite.storage import syscalls
 from m2lite.storage.reads import DirectReads
+from tests.budgets import budget_beyond
 
 pytestmark = [
     pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only"),
@@ -32,8 +33,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def always_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even a model that would fit."""
-    budget = residency_module.Budget(2 << 30)
-    monkeypatch.setattr(residency_module, "choose_budget", lambda *_: budget)
+    monkeypatch.setattr(residency_module, "choose_budget", lambda *_: budget_beyond(2 << 30))
 
 
 @pytest.fixture(scope="module")
