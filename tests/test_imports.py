@@ -21,6 +21,7 @@ FLOORS = [
     ["kernels"],
     ["model", "text"],
     ["decode", "describe"],
+    ["drafting"],
     ["workloads"],
     ["chat", "batch", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
     ["commands"],
