@@ -10,10 +10,13 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 from m2lite.decode.sampling import Sampling
+from m2lite.drafting.chances import Chances
+from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.modules import Draft, Followed, Modules, Todo
-from m2lite.drafting.ngram import PromptLookup, load_kernels
+from m2lite.drafting.ngram import MOST_PUSHED, PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
+from m2lite.drafting.planner import Planner
 from m2lite.errors import UsageError
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import Buffers
@@ -22,6 +25,7 @@ from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _ROOM = 64  # drafts of a call, at most, unless more sequences decode: each has logits of the whole vocabulary
+_COLD = 2  # calls that are not measured: they find cold caches
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
 
 
@@ -88,7 +92,7 @@ class Call(NamedTuple):
     n_rows: int
     n_drafts: int
     n_expert_reads: int  # experts that it went through, of all layers
-    seconds: float
+    seconds: float  # from behind `propose` to behind the draws
     is_measure: bool = True  # False: a prompt was read beside, or nothing should be learnt
 
 
@@ -113,8 +117,13 @@ class Drafter:
         self._mode, self._n_tokens, self._buffers = mode, n_tokens, buffers
         self.modules = None if mtp is None else Modules(mtp, n_modules, pool, buffers)
         self._open = WeakSet[SequenceDrafts]()
+        self.cost = CallCost(Sizes.of(weights), None if mtp is None else Sizes.of_module(mtp))
+        self.chances = Chances(n_modules)
+        self._planner = Planner(n_modules, self.cost, self.chances)
+        self._n_levels = 0  # of the call under way: modules that drafted
+        self._n_measured = 0
+        self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self.oracle: Oracle | None = None  # set by measurements only
-        self._modules_s = 0.0  # of the call under way: time of the modules
         load_kernels()
 
     def open(self, mode: str | None = None, n_tokens: int | None = None) -> SequenceDrafts | None:
@@ -126,7 +135,7 @@ class Drafter:
             return None
         if mode == "mtp" and self.modules is None:
             raise UsageError("The model was opened without prediction modules.", "Open it with draft='mtp'.")
-        followed = None if self.modules is None or mode == "ngram" else self.modules.new()
+        followed = None if self.modules is None or mode == "ngram" else self.modules.new(n_tokens or MOST_DRAFTS)
         lookup = None if mode == "mtp" else PromptLookup(self._buffers.n_positions + 1)
         own = SequenceDrafts(mode, n_tokens or MOST_DRAFTS, lookup, followed)
         self._open.add(own)
@@ -134,73 +143,196 @@ class Drafter:
 
     def propose(self, asks: Sequence[Ask], n_rows: int) -> list[list[int]]:
         """Drafts for each of the sequences that decode in the next call, which has n_rows rows without them."""
-        self._modules_s = 0.0
-        n_free = min(self._buffers.n_rows - n_rows, max(len(asks), _ROOM))
-        looked_up = list[list[int]]()
+        self._n_levels = n_auto = 0
         for ask in asks:
-            own, most = ask.own, min(ask.n_most, ask.own.n_most)
-            own.is_asked, own.foreseen = True, []
-            found = list[int]()
-            if own.lookup is not None:
-                if len(own.lookup) < len(ask.ids):
-                    own.lookup.push(ask.ids[len(own.lookup) :])
-                if most > 0 and own.lookup.length:
-                    found = own.lookup.guess(most)
-            looked_up.append(found)
-        self._foresee([ask for ask, found in zip(asks, looked_up, strict=True) if not found])
-        wanted = [
-            found or [draft.token for draft in ask.own.foreseen] for ask, found in zip(asks, looked_up, strict=True)
-        ]
-        counts = _in_turn(list(map(len, wanted)), n_free)
+            n_auto += self._begin(ask)
+        if n_auto and self._planner.is_due(n_auto):
+            self._plan([ask for ask in asks if ask.own.mode == "auto"])
+        looked_up = [self._look_up(ask, n_rows) for ask in asks]
+        if self.modules is not None:
+            self._foresee([ask for ask, found in zip(asks, looked_up, strict=True) if not found], n_rows)
+        n_free = min(self._buffers.n_rows - n_rows, max(len(asks), _ROOM))
+        wanted = [found or [draft.token for draft in a.own.foreseen] for a, found in zip(asks, looked_up, strict=True)]
+        if not any(wanted):
+            return wanted
+        counts = self._choose(asks, wanted, looked_up, n_rows, n_free)
         for ask, found, n in zip(asks, looked_up, counts, strict=True):
             ask.own.source = "" if not n else "ngram" if found else "mtp"
         return [drafts[:n] for drafts, n in zip(wanted, counts, strict=True)]
 
-    def _foresee(self, asks: Sequence[Ask]) -> None:
-        """The modules say what may come behind each."""
-        if self.modules is None:
-            return
-        for k in range(self.modules.n_used):
-            active = [a for a in asks if k < min(a.n_most, a.own.n_most, a.own.n_usable)]
+    def _begin(self, ask: Ask) -> bool:
+        """The sequence takes part, and its lookup knows all of its ids; whether it drafts what pays."""
+        own, ids, lookup = ask.own, ask.ids, ask.own.lookup
+        own.is_asked, own.foreseen, own.source = True, [], ""
+        is_auto = own.mode == "auto"
+        if lookup is not None and (n := len(lookup)) < len(ids):
+            for length in lookup.push(ids[n:]) if len(ids) - n <= MOST_PUSHED else lookup.follow(ids):
+                if is_auto:
+                    self.chances.saw_match(length)
+        return is_auto
+
+    def _plan(self, asks: Sequence[Ask]) -> None:
+        followed = [ask.own.followed_by for ask in asks]
+        usable = [(each.n_usable, -each.n_behind(1)) for each in followed if each is not None]
+        n_usable, n_behind = max(usable, default=(0, 0))
+        self._planner.plan(len(asks), n_usable, -n_behind if n_behind < -_AT_ONCE else 0)
+
+    def _look_up(self, ask: Ask, n_rows: int) -> list[int]:
+        """What followed the end of the sequence, as far as it pays."""
+        lookup = ask.own.lookup
+        if lookup is None or not (length := lookup.length):
+            return []
+        n = self._planner.lookup_drafts(length, n_rows) if ask.own.mode == "auto" else MOST_DRAFTS
+        n = min(n, ask.n_most, ask.own.n_most)
+        return lookup.guess(n) if n > 0 else []
+
+    def _foresee(self, asks: Sequence[Ask], n_rows: int) -> None:
+        """The modules say what may come behind each, as far as it pays."""
+        modules, planner = self.modules, self._planner
+        assert modules is not None
+        active = [(ask, 1.0) for ask in asks if self._may_foresee(ask)]
+        for k in range(modules.n_used):
+            n = len(active)
+            active = [
+                (ask, right)
+                for ask, right in active
+                if k < min(ask.n_most, ask.own.n_most, ask.own.n_usable)
+                and (ask.own.mode == "mtp" or (k < planner.depth and planner.goes_on(k, right, n_rows, n)))
+            ]
             if not active:
                 return
-            began = time.perf_counter()
-            drafts = self.modules.run(k, [_todo(ask, k) for ask in active])
-            self._modules_s += time.perf_counter() - began
-            for ask, draft in zip(active, drafts, strict=True):
+            self._n_levels = k + 1
+            drafts = self._run(k, [_todo(ask, k) for ask, _ in active])
+            for i, (ask, right) in enumerate(active):
+                draft = drafts[i]
                 assert draft is not None
                 if self.oracle is not None:
                     draft = Draft(*self.oracle(ask, k))
                 ask.own.foreseen.append(draft)
+                active[i] = ask, right * self.chances.of_share(draft.share)
+
+    def _may_foresee(self, ask: Ask) -> bool:
+        """Whether modules draft for it: not where they would have to catch up with more than they bring."""
+        own, followed = ask.own, ask.own.followed_by
+        if followed is None or own.mode == "mtp":
+            return followed is not None
+        if not self._planner.depth:
+            return False
+        n_behind = followed.n_behind(1)
+        return n_behind <= _AT_ONCE or self._planner.is_worth_catching_up(n_behind, own.stats.n_tokens)
+
+    def _run(self, k: int, todo: Sequence[Todo]) -> list[Draft | None]:
+        """Module k is run, and what that costs is learnt."""
+        assert self.modules is not None
+        began = time.perf_counter()
+        drafts = self.modules.run(k, todo)
+        if self._planner.measures and not self._is_settling():
+            n_heads = sum(each.draw is not None for each in todo)
+            self.cost.saw_module(sum(len(each.ids) for each in todo), n_heads, time.perf_counter() - began)
+        return drafts
+
+    def _choose(
+        self,
+        asks: Sequence[Ask],
+        wanted: Sequence[Sequence[int]],
+        looked_up: Sequence[Sequence[int]],
+        n_rows: int,
+        n_free: int,
+    ) -> list[int]:
+        """How many of the wanted drafts are verified: those that were asked for, and of the others what pays."""
+        is_auto = [ask.own.mode == "auto" for ask in asks]
+        counts = _in_turn([0 if auto else len(each) for auto, each in zip(is_auto, wanted, strict=True)], n_free)
+        n_fixed = sum(counts)
+        chances = list[Sequence[float]]()
+        for ask, auto, each, found in zip(asks, is_auto, wanted, looked_up, strict=True):
+            if not auto or not each:
+                chances.append(())
+            elif found and ask.own.lookup is not None:
+                chances.append(self.chances.of_match(ask.own.lookup.length)[: len(each)])
+            else:
+                chances.append([self.chances.of_share(draft.share) for draft in ask.own.foreseen])
+        paying = self._planner.choose(chances, n_rows + n_fixed, n_free - n_fixed)
+        return [a + b for a, b in zip(counts, paying, strict=True)]
 
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
         """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
-        keeps = self.modules is not None and any(part.own.n_usable for part in parts)
-        states = self.modules.trunk_states(call.n_rows) if keeps and self.modules is not None else None
+        modules = self.modules
+        states = None
+        if modules is not None and any(part.own.n_usable for part in parts):
+            states = modules.trunk_states(call.n_rows)
+        # What fixed numbers of drafts show is not learnt: auto would know more than it can find out itself.
+        is_auto = bool(parts) and all(part.own.mode == "auto" for part in parts)
         for part in parts:
-            own, n_new = part.own, len(part.ids) - part.start - 1
-            n_seen = 0
+            own, n_seen = part.own, 0
             if own.is_asked:
-                n_seen = 1 + _n_right(own.foreseen, part.ids, part.start + 1)
-                own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
+                n_seen = self._learn(part, is_auto)
             if own.followed_by is not None and states is not None:
                 new = states[part.at : part.at + part.n_rows]
                 own.followed_by.keep(part.start, part.start + min(n_seen, part.n_rows), new)
             own.is_asked = False
-        if self.modules is not None and any(part.n_rows > _AT_ONCE for part in parts):
-            self._follow(parts)
+        if is_auto and call.is_measure:
+            if self._planner.measures and not self._is_settling():
+                self._n_measured += 1
+                if self._n_measured > _COLD:
+                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, call.seconds)
+            self._planner.saw_call(self._n_levels)
+        if modules is not None:
+            self._bound(parts)
 
-    def _follow(self, parts: Sequence[Computed]) -> None:
-        """The modules read prompts at once, so that their states need not be kept."""
-        assert self.modules is not None
-        for k in range(self.modules.n_used):
-            todo = list[Todo]()
-            for part in parts:
-                own = part.own.followed_by
-                if own is not None and k < own.n_usable and own.tops[k] < own.n_computed:
-                    ids = part.ids[own.tops[k] : own.n_computed]
-                    todo.append(Todo(own, part.timeline, own.tops[k], ids))
-            self.modules.run(k, todo)
+    def _learn(self, part: Computed, is_auto: bool) -> int:
+        """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""
+        own, at = part.own, part.start + 1
+        n_new, n_right = len(part.ids) - at, 0
+        own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
+        if is_auto:
+            self.chances.saw_tokens(n_new, is_first=own.stats.n_steps == 1)
+        for k, draft in enumerate(own.foreseen[:n_new]):
+            is_right = draft.token == part.ids[at + k]
+            if is_auto:
+                self.chances.saw_draft(k, draft.share, is_right)
+            if not is_right:
+                break
+            n_right += 1
+        return 1 + n_right
+
+    def _is_settling(self) -> bool:
+        """Whether the model's pages are still being mapped: what calls take says nothing of later ones."""
+        if self.settling is not None and not self.settling():
+            self.settling = None
+        return self.settling is not None
+
+    def _bound(self, parts: Sequence[Computed]) -> None:
+        """Modules read prompts at once where they are at work; states that would take too much memory are dropped."""
+        reading, most = list[Computed](), _MOST_KEPT // max(1, len(self._open))
+        for part in parts:
+            followed = part.own.followed_by
+            if followed is None or not followed.n_usable:
+                continue
+            if part.n_rows > _AT_ONCE and self._reads_at_once(part):
+                reading.append(part)
+            elif followed.n_bytes > most:
+                followed.drop(followed.n_computed)
+        for k in range(max((self._n_at_work(part) for part in reading), default=0)):
+            self._run(k, [_reading(part, k) for part in reading if k < self._n_at_work(part)])
+
+    def _n_at_work(self, part: Computed) -> int:
+        depth = self._planner.depth if part.own.mode == "auto" else MOST_DRAFTS
+        return min(depth, part.own.n_usable)
+
+    def _reads_at_once(self, part: Computed) -> bool:
+        followed, planner = part.own.followed_by, self._planner
+        if part.own.mode == "mtp" or followed is None:
+            return followed is not None
+        is_on = planner.depth > 0 and not planner.is_trial
+        return is_on and planner.is_worth_catching_up(followed.n_behind(1), part.own.stats.n_tokens)
+
+
+def _reading(part: Computed, k: int) -> Todo:
+    """What module k has not seen of what was computed."""
+    followed = part.own.followed_by
+    assert followed is not None
+    first = followed.tops[k]
+    return Todo(followed, part.timeline, first, part.ids[first : followed.n_computed])
 
 
 def _todo(ask: Ask, k: int) -> Todo:
@@ -210,14 +342,6 @@ def _todo(ask: Ask, k: int) -> Todo:
     drafts = [draft.token for draft in ask.own.foreseen]
     ids = [*ask.ids[first:], *drafts[max(0, first - len(ask.ids)) :]]
     return Todo(followed, ask.timeline, first, ids, (ask.sampling, ask.rng_stream))
-
-
-def _n_right(foreseen: Sequence[Draft], ids: Sequence[int], at: int) -> int:
-    """How many of the drafts, one after the other, are what came."""
-    n = 0
-    while n < len(foreseen) and at + n < len(ids) and foreseen[n].token == ids[at + n]:
-        n += 1
-    return n
 
 
 def _in_turn(lengths: Sequence[int], n_most: int) -> list[int]:

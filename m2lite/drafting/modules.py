@@ -119,7 +119,7 @@ class Followed:
         for k, top in enumerate(self.tops):
             if top > seen:
                 self.tops[k] = seen
-                if k + 1 < len(self.states):
+                if k + 1 < self.n_usable:
                     self.states[k + 1].rewind(seen)
         if self.n_usable:
             trunk.append(new)
@@ -128,12 +128,9 @@ class Followed:
 
     def drop(self, start: int) -> None:
         """What came before `start` will not be followed: modules that are not there yet stay behind for good."""
-        for k, top in enumerate(self.tops):
-            if top < start:
-                self.n_usable = min(self.n_usable, k)
-        for k, states in enumerate(self.states):
-            if k >= self.n_usable or k == 0:
-                states.begin(start)
+        self.n_usable = next((k for k in range(self.n_usable) if self.tops[k] < start), self.n_usable)
+        for states in self.states[self.n_usable :]:
+            states.begin(start)
 
 
 class Draft(NamedTuple):
@@ -162,8 +159,9 @@ class Modules:
         self._previous: F32 = np.empty((0, buffers.config.n_embd), np.float32)
         self._x: F32 = buffers.array("x")
 
-    def new(self) -> Followed:
-        return Followed(self.n_used, self._x.shape[1])
+    def new(self, n_most: int) -> Followed:
+        """Of a sequence for which n_most of the modules may draft."""
+        return Followed(min(self.n_used, n_most), self._x.shape[1])
 
     def trunk_states(self, n_rows: int) -> F32:
         """g_0 [n_rows, n_embd] of the call that was just computed; a view, valid until the next."""
@@ -196,7 +194,7 @@ class Modules:
         run_module(self._mtp, k, self._pool, self._buffers, self._scratch, rows, int(previous.ctypes.data))
         for part, last in zip(parts, rows.last, strict=True):
             own, n = part.followed, len(part.ids)
-            if k + 1 < self.n_used:
+            if k + 1 < own.n_usable:
                 own.states[k + 1].append(self._x[last + 1 - n : last + 1])
             own.tops[k] = part.first + n
             own.states[k].forget_before(min(own.tops[k], own.n_computed) - 1)  # behind that are drafts, maybe wrong

@@ -81,8 +81,7 @@ class Loop:
             self.step()
 
     def step(self) -> None:
-        engine, drafter = self.model.engine, self.drafter
-        began = time.perf_counter()
+        engine, drafter, step_began = self.model.engine, self.drafter, time.perf_counter()
         active, room = [s for s in self.sequences if not s.is_done], self.model.n_rows
         parts = list[tuple[Sequence_, int, list[int]]]()  # (sequence, start, ids)
         for s in sorted(active, key=lambda s: len(s.ids) - s.timeline.length):
@@ -102,6 +101,7 @@ class Loop:
         if drafter is not None and asks:
             for i, found in zip(places, drafter.propose(asks, n_rows), strict=True):
                 drafts[i] = found
+        began = time.perf_counter()
         n_draws = [(at + len(ids) == len(s.ids)) + len(d) for (s, at, ids), d in zip(parts, drafts, strict=True)]
         logits = engine.evaluate_rows(
             [(s.timeline, ids + d) for (s, _, ids), d in zip(parts, drafts, strict=True)], n_draws
@@ -128,7 +128,7 @@ class Loop:
         if drafter is not None:
             drafter.computed(computed, Call(n_all, n_all - n_rows, engine.n_expert_reads, seconds, is_alone))
         self.n_calls += 1
-        self.seconds.append((time.perf_counter() - began, n_all, n_drawn))
+        self.seconds.append((time.perf_counter() - step_began, n_all, n_drawn))
 
     def close(self) -> None:
         for s in self.sequences:

@@ -1,0 +1,180 @@
+"""Which drafts pay: how many modules are at work, and which drafts are verified. Knows costs and chances, no token.
+
+Calls decode S sequences; with E tokens expected of a call that costs t, what drafts bring is E x (what a token costs at
+the best) - t. What is not done cannot be measured: now and then another number of modules is tried for some calls, each
+so seldom that it costs about PROBE_SHARE of the time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+from m2lite.drafting.chances import Chances
+from m2lite.drafting.cost import CallCost
+
+PLAN_EVERY = 32  # calls between two looks at the estimates
+PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
+PROBE_AFTER = 64  # calls for which something was not tried, at least
+PLAIN_AFTER = 128  # calls without one in which no module was at work, at most
+TRIAL, TRIAL_COLD = 6, 2  # calls of a trial; of these not measured: what was not used before is not in the caches
+_MARGIN = 0.01  # of a call: what drafts must promise at least, since what looks best among estimates rarely is as good
+_WELL_KNOWN = 32  # calls with so many modules at work; what has had fewer is tried sooner
+_OTHERS = 1.25  # times as many sequences as were planned for: plan again
+
+
+class Planner:
+    """Shared by all sequences of a model that draft what pays. Costs are in calls of one row."""
+
+    def __init__(self, n_modules: int, cost: CallCost, chances: Chances) -> None:
+        self.n_modules, self.cost, self.chances = n_modules, cost, chances
+        self.depth = 0  # how many modules are at work
+        self.is_trial = False  # to know better: all drafts are verified
+        self.n_calls = self._next_plan = self._measure_from = 0
+        self._tried = [0] * (n_modules + 1)  # the last call in which so many modules were at work
+        self._known = [0] * (n_modules + 1)  # calls in which they were, up to _WELL_KNOWN
+        self._n_asks = 0  # sequences that were planned for
+        self._plain = self._answered = 1.0  # what a call without drafts costs; tokens of a sequence in one with them
+        self._forget()
+
+    def _forget(self) -> None:
+        self._token = 1.0  # what a token costs at the best
+        self.gain = 0.0  # of the modules at work, for each sequence in a call
+        self._prices = dict[int, list[float]]()  # by rows of a call without drafts: of the first n drafts beside them
+        self._looked_up = dict[tuple[int, int], int]()  # drafts that pay, by rows of a call and kind of match
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is seen now is what it will cost later."""
+        return self.n_calls >= self._measure_from
+
+    def saw_call(self, n_levels: int) -> None:
+        """One more, in which so many modules drafted."""
+        self.n_calls += 1
+        self._tried[n_levels] = self.n_calls
+        if self.measures and self._known[n_levels] < _WELL_KNOWN:
+            self._known[n_levels] += 1
+
+    def is_due(self, n_asks: int) -> bool:
+        """Whether to plan before a call in which so many sequences may have drafts. A trial goes on, whoever comes."""
+        if self.n_calls >= self._next_plan:
+            return True
+        is_other = n_asks > _OTHERS * self._n_asks or _OTHERS * n_asks < self._n_asks
+        return is_other and not (self.is_trial and self._n_asks)
+
+    def plan(self, n_asks: int, n_usable: int, n_behind: int) -> None:
+        """For calls of n_asks sequences. The one of which modules have seen most can use n_usable of them, and they
+        have to read n_behind rows before."""
+        self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + PLAN_EVERY
+        self.cost.refresh()
+        self._choose(n_usable)
+        if n_usable:
+            self._try_another(n_behind)
+
+    def _choose(self, n_usable: int) -> None:
+        self._forget()
+        arms = [self._arm(k) for k in range(n_usable + 1)]
+        self._token = min(cost / tokens for tokens, cost in arms)
+        values = [tokens * self._token - cost for tokens, cost in arms]
+        self._plain = arms[0][1]
+        best = max(range(len(arms)), key=values.__getitem__)
+        gain = values[best] - values[0] - _MARGIN * self._plain
+        self.depth, self.gain = (best, gain / self._n_asks) if gain > 0 else (0, 0.0)
+        self._losses = [values[self.depth] - value for value in values]
+        self._answered = arms[self.depth][0] / self._n_asks  # tokens of a sequence in a call
+
+    def _arm(self, k: int) -> tuple[float, float]:
+        """Tokens and cost expected of a call with k modules at work for all sequences."""
+        n, tokens, right, cost = self._n_asks, 1.0, 1.0, 0.0
+        for j in range(k):
+            right *= self.chances.hits[j].value
+            tokens += right
+        for _ in range(k):
+            cost += self.cost.draft(round(n * tokens), n)
+        return n * tokens, cost + self.cost.call(n, k * n)
+
+    def _try_another(self, n_behind: int) -> None:
+        """Something else than the best, so seldom that its price is a small share of what calls cost."""
+        for k, loss in enumerate(self._losses):
+            price = TRIAL * loss + (self.catching_up(k, n_behind) if k else 0.0)
+            pause = max(PROBE_AFTER, price / (PROBE_SHARE * self._plain) * min(1.0, self._known[k] / _WELL_KNOWN))
+            if k == 0:  # the price itself may be wrong, and this is what everything is compared with
+                pause = min(pause, PLAIN_AFTER)
+            if k != self.depth and self.n_calls - self._tried[k] >= pause:
+                self._tried[k], self._next_plan = self.n_calls, self.n_calls + TRIAL
+                self.depth, self.is_trial, self._measure_from = k, True, self.n_calls + TRIAL_COLD
+                return
+
+    def catching_up(self, n_modules: int, n_rows: int) -> float:
+        """What it costs that modules read n_rows."""
+        return n_modules * self.cost.catch_up(n_rows) if n_rows else 0.0
+
+    def is_worth_catching_up(self, n_rows: int, n_answered: int) -> bool:
+        """Whether the modules at work shall read n_rows of a sequence that has answered so many tokens."""
+        if self.is_trial:
+            return True
+        n_calls = max(self.chances.answer_tokens, n_answered) / self._answered
+        return self.gain * n_calls > self.catching_up(self.depth, n_rows)
+
+    # Of a call
+
+    def price(self, n_rows: int, n_drafts: int) -> float:
+        """What so many drafts cost beside n_rows."""
+        prices = self._prices.setdefault(n_rows, [0.0])
+        while len(prices) <= n_drafts:
+            prices.append(self.cost.call(n_rows, len(prices)) - self.cost.call(n_rows))
+        return prices[n_drafts]
+
+    def lookup_drafts(self, length: int, n_rows: int) -> int:
+        """How many tokens behind a match of that length to verify, instead of what modules would draft."""
+        key = n_rows, self.chances.kind_of_match(length)
+        n = self._looked_up.get(key)
+        if n is None:
+            best, value, right, margin = 0, 0.0, 1.0, self.gain + _MARGIN * self._plain / self._n_asks
+            for m, chance in enumerate(self.chances.of_match(length), 1):
+                right *= chance
+                value += right * self._token
+                if value - self.price(n_rows, m) > margin:
+                    best, margin = m, value - self.price(n_rows, m)
+            n = self._looked_up[key] = best
+        return n
+
+    def goes_on(self, k: int, right: float, n_rows: int, n_active: int) -> bool:
+        """Whether module k shall draft, too, behind drafts that are all right with that chance."""
+        if self.is_trial or not k:
+            return True
+        cost = self.cost.draft(n_active, n_active) / n_active
+        n = k * n_active
+        cost += (self.price(n_rows, n + n_active) - self.price(n_rows, n)) / n_active
+        return right * self.chances.hits[k].value * self._token > cost
+
+    def choose(self, chances: Sequence[Sequence[float]], n_rows: int, n_most: int) -> list[int]:
+        """How many drafts of each sequence to verify beside n_rows, at most n_most in all: the likeliest first.
+
+        chances[i]: that each draft of sequence i is right if those before it are.
+        """
+        counts, best = [0] * len(chances), [0] * len(chances)
+        waiting = [(-each[0], i) for i, each in enumerate(chances) if each]  # chance that it and those before are right
+        heapq.heapify(waiting)
+        value, most, n_drafts, since = 0.0, _MARGIN * self._plain / max(1, self._n_asks), 0, list[int]()
+        while waiting and n_drafts < n_most:
+            right, i = heapq.heappop(waiting)
+            counts[i] += 1
+            n_drafts += 1
+            value -= right * self._token
+            since.append(i)
+            gain = value - self.price(n_rows, n_drafts)
+            if gain > most or self.is_trial:
+                most = gain
+                for j in since:
+                    best[j] = counts[j]
+                since = []
+            elif len(since) > 8:  # a call of more rows costs no less
+                break
+            if counts[i] < len(chances[i]):
+                heapq.heappush(waiting, (right * chances[i][counts[i]], i))
+        return best
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"n_calls": self.n_calls, "tried": self._tried, "known": self._known}
