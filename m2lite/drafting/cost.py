@@ -28,7 +28,7 @@ _EACH = 16  # rows up to which each number has its own ratio
 _ALIKE = 0.2  # numbers of rows whose logarithms (base 2) differ by less are the same kind of call
 _FEW = 8  # times as many rows without drafts as drafts: from there on the drafts' share of experts is not measured
 _CATCH_UP = 16  # rows from which on a module's call is one that catches up
-_WELL_KNOWN = 32  # measurements that count
+_CERTAIN = 12  # measurements that count: a machine that changes is believed soon
 
 
 @dataclass(slots=True)
@@ -99,7 +99,8 @@ class CallCost:
         self._usual = 1
         self._sharing = Estimate(1.0)  # experts gone through, in those by lot
         self._drafts_sharing = Estimate(1.0, n=4)  # of those that drafts add; they stand behind a token like them
-        self._draft_ratio, self._catch_up_ratio = Estimate(1.0), Estimate(1.0)  # of a module's calls
+        self._draft_ratio = Estimate(1.0)  # of a module's calls that draft
+        self._catch_up = Estimate(module.row_bytes / sizes.row_bytes if module else 0.0)  # of a row, in the others
         self._fit()
 
     # What was seen
@@ -136,10 +137,15 @@ class CallCost:
 
     def saw_module(self, n_rows: int, n_heads: int, seconds: float) -> None:
         """A module's call of n_rows, n_heads of which drafted."""
-        if self.level:
-            ratio = self._draft_ratio if n_rows < _CATCH_UP * max(n_heads, 1) else self._catch_up_ratio
-            off = seconds / (self.level * self._module_cost(n_rows, n_heads))
-            ratio.add(min(off, _FAR_OFF if ratio.n < 4 else _OFF * ratio.value))
+        if not self.level:
+            return
+        cost = seconds / self.level
+        if n_rows >= _CATCH_UP * max(n_heads, 1):
+            self._catch_up.add(min(cost / n_rows, _OFF * self._catch_up.value))
+            return
+        ratio = self._draft_ratio
+        off = cost / (ratio.value * self._module_cost(n_rows, n_heads))
+        ratio.add(ratio.value * min(off, _FAR_OFF if ratio.n < 4 else _OFF))
 
     # What is expected, in calls of one row
 
@@ -157,7 +163,7 @@ class CallCost:
 
     def catch_up(self, n_rows: int) -> float:
         """Of a module's calls that read n_rows."""
-        return self._catch_up_ratio.value * self._module_cost(n_rows, 0)
+        return self._catch_up.value * n_rows
 
     @property
     def plain_s(self) -> float | None:
@@ -203,6 +209,7 @@ class CallCost:
         """Now and then: which kind is the usual one, and what all of them say of a row."""
         for kind in self._kinds.values():
             kind.use *= 0.9
+            kind.ratio.n = min(kind.ratio.n, _CERTAIN)
         if self._kinds:
             self._usual = round(max(self._kinds.values(), key=lambda kind: kind.use).rows.value)
         self._fit()
@@ -215,7 +222,7 @@ class CallCost:
             points = []
             for kind, cost in zip(kinds, costs, strict=True):
                 n_bytes = self._sizes.dense_bytes + kind.reads.value * self._sizes.expert_bytes
-                weight = min(kind.ratio.n, _WELL_KNOWN) ** 0.5 / _NOISE
+                weight = min(kind.ratio.n, _CERTAIN) ** 0.5 / _NOISE
                 points.append((n_bytes / self._sizes.row_bytes / cost, kind.rows.value / cost, weight))
             a = sum(u + self._row_share * v for u, v, _ in points) / len(points)  # 1 / a: what a byte takes, about
             points.append((-_ROW_SHARE * a, a, 1 / _ROW_RANGE))
@@ -229,15 +236,15 @@ class CallCost:
     def as_dict(self) -> dict[str, Any]:
         """What was learnt, but for the level, which is of this hour."""
         kinds = [
-            [key, kind.ratio.value, min(kind.ratio.n, _WELL_KNOWN), kind.rows.value, kind.reads.value]
+            [key, kind.ratio.value, min(kind.ratio.n, _CERTAIN), kind.rows.value, kind.reads.value]
             for key, kind in sorted(self._kinds.items())
             if kind.ratio.n
         ]
-        ratios = [self._draft_ratio, self._catch_up_ratio, self._sharing, self._drafts_sharing]
+        ratios = [self._draft_ratio, self._catch_up, self._sharing, self._drafts_sharing]
         return {
             "row_share": self._row_share,
             "kinds": kinds,
-            "estimates": [[each.value, min(each.n, _WELL_KNOWN)] for each in ratios],
+            "estimates": [[each.value, min(each.n, _CERTAIN)] for each in ratios],
         }
 
 

@@ -14,9 +14,9 @@ from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.modules import Draft, Followed, Modules, Todo
-from m2lite.drafting.ngram import MOST_PUSHED, PromptLookup, load_kernels
+from m2lite.drafting.ngram import PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
-from m2lite.drafting.planner import Planner
+from m2lite.drafting.planner import MOST_AT_ONCE, Planner
 from m2lite.errors import UsageError
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import Buffers
@@ -24,7 +24,6 @@ from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
-_ROOM = 64  # drafts of a call, at most, unless more sequences decode: each has logits of the whole vocabulary
 _COLD = 2  # calls that are not measured: they find cold caches
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
 
@@ -151,7 +150,7 @@ class Drafter:
         looked_up = [self._look_up(ask, n_rows) for ask in asks]
         if self.modules is not None:
             self._foresee([ask for ask, found in zip(asks, looked_up, strict=True) if not found], n_rows)
-        n_free = min(self._buffers.n_rows - n_rows, max(len(asks), _ROOM))
+        n_free = min(self._buffers.n_rows - n_rows, max(len(asks), MOST_AT_ONCE))
         wanted = [found or [draft.token for draft in a.own.foreseen] for a, found in zip(asks, looked_up, strict=True)]
         if not any(wanted):
             return wanted
@@ -166,7 +165,7 @@ class Drafter:
         own.is_asked, own.foreseen, own.source = True, [], ""
         is_auto = own.mode == "auto"
         if lookup is not None and (n := len(lookup)) < len(ids):
-            for length in lookup.push(ids[n:]) if len(ids) - n <= MOST_PUSHED else lookup.follow(ids):
+            for length in lookup.push(ids[n:]):
                 if is_auto:
                     self.chances.saw_match(length)
         return is_auto

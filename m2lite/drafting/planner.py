@@ -14,10 +14,11 @@ from typing import Any
 from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost
 
+MOST_AT_ONCE = 64  # drafts of a call, unless more sequences decode: each has logits of the whole vocabulary
 PLAN_EVERY = 32  # calls between two looks at the estimates
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
 PROBE_AFTER = 64  # calls for which something was not tried, at least
-PLAIN_AFTER = 128  # calls without one in which no module was at work, at most
+PLAIN_AFTER = 256  # calls without one in which no module was at work, at most
 TRIAL, TRIAL_COLD = 6, 2  # calls of a trial; of these not measured: what was not used before is not in the caches
 _MARGIN = 0.01  # of a call: what drafts must promise at least, since what looks best among estimates rarely is as good
 _WELL_KNOWN = 32  # calls with so many modules at work; what has had fewer is tried sooner
@@ -74,7 +75,7 @@ class Planner:
 
     def _choose(self, n_usable: int) -> None:
         self._forget()
-        arms = [self._arm(k) for k in range(n_usable + 1)]
+        arms = [self._arm(k) for k in range(n_usable + 1) if k < 2 or k * self._n_asks <= MOST_AT_ONCE]
         self._token = min(cost / tokens for tokens, cost in arms)
         values = [tokens * self._token - cost for tokens, cost in arms]
         self._plain = arms[0][1]
@@ -170,8 +171,6 @@ class Planner:
                 for j in since:
                     best[j] = counts[j]
                 since = []
-            elif len(since) > 8:  # a call of more rows costs no less
-                break
             if counts[i] < len(chances[i]):
                 heapq.heappush(waiting, (right * chances[i][counts[i]], i))
         return best
