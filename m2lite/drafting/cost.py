@@ -14,7 +14,7 @@ keeps its ratio to the rest.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from m2lite.model.mtp import Mtp
@@ -48,10 +48,11 @@ class Estimate:
 class Kind:
     """Calls of about the same number of rows."""
 
-    ratio: Estimate = field(default_factory=lambda: Estimate(1.0))
-    rows: Estimate = field(default_factory=lambda: Estimate(0.0))
-    reads: Estimate = field(default_factory=lambda: Estimate(0.0))
+    ratio: Estimate
+    rows: Estimate
+    reads: Estimate
     use: float = 0.0  # how often, lately
+    is_usual: bool = False  # about the most frequent
 
 
 @dataclass(frozen=True)
@@ -110,25 +111,27 @@ class CallCost:
         self._saw_reads(n_rows, n_drafts, n_expert_reads)
         key = _key(n_rows)
         kind = self._kinds.get(key)
-        ratio = self._ratio(key) if kind is None or not kind.ratio.n else kind.ratio.value
         if kind is None:
-            kind = self._kinds[key] = Kind()
-        expected = ratio * self._plain(n_rows, n_expert_reads)
+            kind = self._kinds[key] = Kind(Estimate(self._ratio(key)), Estimate(n_rows), Estimate(n_expert_reads))
+            kind.is_usual = key == _key(self._usual)
+        ratio = kind.ratio
+        expected = ratio.value * self._plain(n_rows, n_expert_reads)
         self.level = self.level or seconds / expected
-        off = min(seconds / (self.level * expected), _FAR_OFF if kind.ratio.n < 4 else _OFF)
-        if abs(math.log2(n_rows / self._usual)) < _ALIKE and kind.ratio.n:
+        off = min(seconds / (self.level * expected), _FAR_OFF if ratio.n < 4 else _OFF)
+        if kind.is_usual and ratio.n:
             self.level *= 1 + _FOLLOW * (off - 1)
-            kind.ratio.n += 1
+            ratio.n += 1
         else:
-            kind.ratio.add(off * ratio)
-        kind.rows.add(n_rows)
+            ratio.add(off * ratio.value)
+        if n_rows > _EACH:
+            kind.rows.add(n_rows)
         kind.reads.add(n_expert_reads)
         kind.use += 1
 
     def _saw_reads(self, n_rows: int, n_drafts: int, n_expert_reads: int) -> None:
         sizes, n_plain = self._sizes, n_rows - n_drafts
         if n_drafts == 0:
-            self._sharing.add(n_expert_reads / sizes.reads_by_lot(n_rows))
+            self._sharing.add(n_expert_reads / sizes.reads_by_lot(n_rows))  # of one row it is 1, always
         elif n_drafts >= n_plain / _FEW:
             plain = sizes.reads_by_lot(n_plain)
             by_lot = self._sharing.value * (sizes.reads_by_lot(n_rows) - plain)
@@ -212,6 +215,8 @@ class CallCost:
             kind.ratio.n = min(kind.ratio.n, _CERTAIN)
         if self._kinds:
             self._usual = round(max(self._kinds.values(), key=lambda kind: kind.use).rows.value)
+        for kind in self._kinds.values():
+            kind.is_usual = abs(math.log2(kind.rows.value / self._usual)) < _ALIKE
         self._fit()
 
     def _fit(self) -> None:

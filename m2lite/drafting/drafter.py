@@ -25,6 +25,7 @@ from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _COLD = 2  # calls that are not measured: they find cold caches
+_LOOK = 64  # calls between two looks at how much memory the states take
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
 
 
@@ -32,11 +33,14 @@ class SequenceDrafts:
     """What is known of one sequence: where its end stood before, and what the modules have seen."""
 
     def __init__(self, mode: str, n_most: int, lookup: PromptLookup | None, followed: Followed | None) -> None:
-        self.mode, self.n_most, self.lookup, self.followed_by = mode, n_most, lookup, followed
+        self.is_auto, self.n_most = mode == "auto", n_most  # of a call, at most
+        self.lookup, self.followed_by = lookup, followed
         self.stats = Drafted()
-        self.is_asked = False  # it takes part in the call under way, and these are its drafts
-        self.foreseen = list[Draft]()  # what modules expect
-        self.source = ""
+        # Of the call under way, in which it decodes:
+        self.is_asked = False
+        self.wanted, self.source = list[int](), ""  # drafts that there are, and where they come from
+        self.chances: Sequence[float] = ()  # that each is right if those before it are
+        self.foreseen = list[Draft]()  # what the modules expect, whether it is verified or not
 
     def begin(self, ids: Sequence[int], n_cached: int = 0, n_followed: Sequence[int] = ()) -> None:
         """The sequence is `ids` from now on; the first n_cached positions are computed.
@@ -47,7 +51,7 @@ class SequenceDrafts:
             self.lookup.follow(ids)
         if self.followed_by is not None:
             self.followed_by.begin(n_cached, n_followed)
-        self.is_asked, self.foreseen = False, []
+        self.is_asked = False
 
     @property
     def followed(self) -> list[int]:
@@ -119,7 +123,7 @@ class Drafter:
         self.cost = CallCost(Sizes.of(weights), None if mtp is None else Sizes.of_module(mtp))
         self.chances = Chances(n_modules)
         self._planner = Planner(n_modules, self.cost, self.chances)
-        self._n_levels = 0  # of the call under way: modules that drafted
+        self._n_levels, self._learns = 0, False  # of the call under way: modules that drafted; whether all are auto
         self._n_measured = 0
         self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self.oracle: Oracle | None = None  # set by measurements only
@@ -144,150 +148,145 @@ class Drafter:
         """Drafts for each of the sequences that decode in the next call, which has n_rows rows without them."""
         self._n_levels = n_auto = 0
         for ask in asks:
-            n_auto += self._begin(ask)
-        if n_auto and self._planner.is_due(n_auto):
-            self._plan([ask for ask in asks if ask.own.mode == "auto"])
-        looked_up = [self._look_up(ask, n_rows) for ask in asks]
-        if self.modules is not None:
-            self._foresee([ask for ask, found in zip(asks, looked_up, strict=True) if not found], n_rows)
-        n_free = min(self._buffers.n_rows - n_rows, max(len(asks), MOST_AT_ONCE))
-        wanted = [found or [draft.token for draft in a.own.foreseen] for a, found in zip(asks, looked_up, strict=True)]
-        if not any(wanted):
-            return wanted
-        counts = self._choose(asks, wanted, looked_up, n_rows, n_free)
-        for ask, found, n in zip(asks, looked_up, counts, strict=True):
-            ask.own.source = "" if not n else "ngram" if found else "mtp"
-        return [drafts[:n] for drafts, n in zip(wanted, counts, strict=True)]
+            self._begin(ask)
+            n_auto += ask.own.is_auto
+        # What fixed numbers of drafts show is not learnt: auto would know more than it can find out itself.
+        self._learns = n_auto == len(asks) > 0
+        planner = self._planner
+        if n_auto and planner.is_due(n_auto):
+            self._plan(
+                [ask.own.followed_by for ask in asks if ask.own.is_auto and ask.own.followed_by is not None], n_auto
+            )
+        n_wanted = 0
+        for ask in asks:
+            if ask.own.lookup is not None and ask.own.lookup.length:
+                n_wanted += self._look_up(ask, ask.own.lookup, n_rows)
+        if self.modules is not None and (planner.depth or n_auto < len(asks)):
+            n_wanted += self._foresee([ask for ask in asks if not ask.own.wanted], n_rows)
+        if not n_wanted:
+            return [[] for _ in asks]
+        drafts = self._choose([ask.own for ask in asks], n_rows)
+        for ask, own_drafts in zip(asks, drafts, strict=True):
+            ask.own.source = ask.own.source if own_drafts else ""
+        return drafts
 
-    def _begin(self, ask: Ask) -> bool:
-        """The sequence takes part, and its lookup knows all of its ids; whether it drafts what pays."""
+    def _begin(self, ask: Ask) -> None:
+        """The sequence takes part, and its lookup knows all of its ids."""
         own, ids, lookup = ask.own, ask.ids, ask.own.lookup
-        own.is_asked, own.foreseen, own.source = True, [], ""
-        is_auto = own.mode == "auto"
+        own.is_asked, own.wanted, own.source, own.foreseen = True, [], "", []
         if lookup is not None and (n := len(lookup)) < len(ids):
             for length in lookup.push(ids[n:]):
-                if is_auto:
+                if own.is_auto:
                     self.chances.saw_match(length)
-        return is_auto
 
-    def _plan(self, asks: Sequence[Ask]) -> None:
-        followed = [ask.own.followed_by for ask in asks]
-        usable = [(each.n_usable, -each.n_behind(1)) for each in followed if each is not None]
-        n_usable, n_behind = max(usable, default=(0, 0))
-        self._planner.plan(len(asks), n_usable, -n_behind if n_behind < -_AT_ONCE else 0)
+    def _plan(self, followed: Sequence[Followed], n_auto: int) -> None:
+        """For the sequences of which modules have to read least."""
+        n_usable = max((each.n_usable for each in followed), default=0)
+        able = [each for each in followed if each.n_usable == n_usable]
+        behind = [0, *(min(each.n_behind(k) for each in able) for k in range(1, n_usable + 1))]
+        self._planner.plan(n_auto, [n if n > k * _AT_ONCE else 0 for k, n in enumerate(behind)])
 
-    def _look_up(self, ask: Ask, n_rows: int) -> list[int]:
-        """What followed the end of the sequence, as far as it pays."""
-        lookup = ask.own.lookup
-        if lookup is None or not (length := lookup.length):
-            return []
-        n = self._planner.lookup_drafts(length, n_rows) if ask.own.mode == "auto" else MOST_DRAFTS
-        n = min(n, ask.n_most, ask.own.n_most)
-        return lookup.guess(n) if n > 0 else []
+    def _look_up(self, ask: Ask, lookup: PromptLookup, n_rows: int) -> int:
+        """What followed the end of the sequence, as far as it pays; how many."""
+        own, n = ask.own, MOST_DRAFTS
+        if own.is_auto:
+            n = self._planner.lookup_drafts(lookup.length, n_rows)
+        n = min(n, ask.n_most, own.n_most)
+        if n > 0:
+            own.wanted, own.source = lookup.guess(n), "ngram"
+            own.chances = self.chances.of_match(lookup.length)[: len(own.wanted)]
+        return len(own.wanted)
 
-    def _foresee(self, asks: Sequence[Ask], n_rows: int) -> None:
-        """The modules say what may come behind each, as far as it pays."""
-        modules, planner = self.modules, self._planner
+    def _foresee(self, asks: Sequence[Ask], n_rows: int) -> int:
+        """The modules say what may come behind each, as far as it pays; how many drafts that are."""
+        modules, planner, n_wanted = self.modules, self._planner, 0
         assert modules is not None
-        active = [(ask, 1.0) for ask in asks if self._may_foresee(ask)]
+        active = [(ask, 1.0) for ask in asks if self._may_foresee(ask.own)]
         for k in range(modules.n_used):
             n = len(active)
             active = [
                 (ask, right)
                 for ask, right in active
                 if k < min(ask.n_most, ask.own.n_most, ask.own.n_usable)
-                and (ask.own.mode == "mtp" or (k < planner.depth and planner.goes_on(k, right, n_rows, n)))
+                and (not ask.own.is_auto or (k < planner.depth and planner.goes_on(k, right, n_rows, n)))
             ]
             if not active:
-                return
+                break
             self._n_levels = k + 1
             drafts = self._run(k, [_todo(ask, k) for ask, _ in active])
             for i, (ask, right) in enumerate(active):
-                draft = drafts[i]
+                draft = drafts[i] if self.oracle is None else Draft(*self.oracle(ask, k))
                 assert draft is not None
-                if self.oracle is not None:
-                    draft = Draft(*self.oracle(ask, k))
-                ask.own.foreseen.append(draft)
                 active[i] = ask, right * self.chances.of_share(draft.share)
+                ask.own.foreseen.append(draft)
+        for ask in asks:
+            if ask.own.foreseen:
+                ask.own.wanted, ask.own.source = [draft.token for draft in ask.own.foreseen], "mtp"
+                ask.own.chances = [self.chances.of_share(draft.share) for draft in ask.own.foreseen]
+                n_wanted += len(ask.own.wanted)
+        return n_wanted
 
-    def _may_foresee(self, ask: Ask) -> bool:
+    def _may_foresee(self, own: SequenceDrafts) -> bool:
         """Whether modules draft for it: not where they would have to catch up with more than they bring."""
-        own, followed = ask.own, ask.own.followed_by
-        if followed is None or own.mode == "mtp":
+        followed, depth = own.followed_by, self._planner.depth
+        if followed is None or not own.is_auto:
             return followed is not None
-        if not self._planner.depth:
-            return False
-        n_behind = followed.n_behind(1)
-        return n_behind <= _AT_ONCE or self._planner.is_worth_catching_up(n_behind, own.stats.n_tokens)
+        n_behind = followed.n_behind(depth)
+        return n_behind <= depth * _AT_ONCE or self._planner.is_worth_catching_up(n_behind, own.stats.n_tokens)
 
     def _run(self, k: int, todo: Sequence[Todo]) -> list[Draft | None]:
         """Module k is run, and what that costs is learnt."""
         assert self.modules is not None
         began = time.perf_counter()
         drafts = self.modules.run(k, todo)
-        if self._planner.measures and not self._is_settling():
+        if self._learns and self._planner.measures and not self._is_settling():
             n_heads = sum(each.draw is not None for each in todo)
             self.cost.saw_module(sum(len(each.ids) for each in todo), n_heads, time.perf_counter() - began)
         return drafts
 
-    def _choose(
-        self,
-        asks: Sequence[Ask],
-        wanted: Sequence[Sequence[int]],
-        looked_up: Sequence[Sequence[int]],
-        n_rows: int,
-        n_free: int,
-    ) -> list[int]:
-        """How many of the wanted drafts are verified: those that were asked for, and of the others what pays."""
-        is_auto = [ask.own.mode == "auto" for ask in asks]
-        counts = _in_turn([0 if auto else len(each) for auto, each in zip(is_auto, wanted, strict=True)], n_free)
+    def _choose(self, owns: Sequence[SequenceDrafts], n_rows: int) -> list[list[int]]:
+        """Of the wanted drafts those that were asked for, and of the others what pays."""
+        n_free = min(self._buffers.n_rows - n_rows, max(len(owns), MOST_AT_ONCE))
+        counts = _in_turn([0 if own.is_auto else len(own.wanted) for own in owns], n_free)
         n_fixed = sum(counts)
-        chances = list[Sequence[float]]()
-        for ask, auto, each, found in zip(asks, is_auto, wanted, looked_up, strict=True):
-            if not auto or not each:
-                chances.append(())
-            elif found and ask.own.lookup is not None:
-                chances.append(self.chances.of_match(ask.own.lookup.length)[: len(each)])
-            else:
-                chances.append([self.chances.of_share(draft.share) for draft in ask.own.foreseen])
+        chances = [own.chances if own.is_auto and own.wanted else () for own in owns]
         paying = self._planner.choose(chances, n_rows + n_fixed, n_free - n_fixed)
-        return [a + b for a, b in zip(counts, paying, strict=True)]
+        return [own.wanted[: a + b] for own, a, b in zip(owns, counts, paying, strict=True)]
 
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
         """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
-        modules = self.modules
-        states = None
-        if modules is not None and any(part.own.n_usable for part in parts):
-            states = modules.trunk_states(call.n_rows)
-        # What fixed numbers of drafts show is not learnt: auto would know more than it can find out itself.
-        is_auto = bool(parts) and all(part.own.mode == "auto" for part in parts)
+        states, n_read = None, 0
+        if self.modules is not None and any(part.own.followed_by is not None for part in parts):
+            states = self.modules.trunk_states(call.n_rows)
         for part in parts:
             own, n_seen = part.own, 0
             if own.is_asked:
-                n_seen = self._learn(part, is_auto)
+                n_seen, own.is_asked = self._learn(part), False
+            else:
+                n_read += part.n_rows
             if own.followed_by is not None and states is not None:
                 new = states[part.at : part.at + part.n_rows]
                 own.followed_by.keep(part.start, part.start + min(n_seen, part.n_rows), new)
-            own.is_asked = False
-        if is_auto and call.is_measure:
-            if self._planner.measures and not self._is_settling():
+        planner = self._planner
+        if self._learns and call.is_measure:
+            if planner.measures and not self._is_settling():
                 self._n_measured += 1
                 if self._n_measured > _COLD:
                     self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, call.seconds)
-            self._planner.saw_call(self._n_levels)
-        if modules is not None:
+            planner.saw_call(self._n_levels)
+        if states is not None and (n_read or not planner.n_calls % _LOOK):
             self._bound(parts)
 
-    def _learn(self, part: Computed, is_auto: bool) -> int:
+    def _learn(self, part: Computed) -> int:
         """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""
         own, at = part.own, part.start + 1
         n_new, n_right = len(part.ids) - at, 0
         own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
-        if is_auto:
+        if self._learns:
             self.chances.saw_tokens(n_new, is_first=own.stats.n_steps == 1)
         for k, draft in enumerate(own.foreseen[:n_new]):
             is_right = draft.token == part.ids[at + k]
-            if is_auto:
+            if self._learns:
                 self.chances.saw_draft(k, draft.share, is_right)
             if not is_right:
                 break
@@ -315,15 +314,15 @@ class Drafter:
             self._run(k, [_reading(part, k) for part in reading if k < self._n_at_work(part)])
 
     def _n_at_work(self, part: Computed) -> int:
-        depth = self._planner.depth if part.own.mode == "auto" else MOST_DRAFTS
+        depth = self._planner.depth if part.own.is_auto else MOST_DRAFTS
         return min(depth, part.own.n_usable)
 
     def _reads_at_once(self, part: Computed) -> bool:
         followed, planner = part.own.followed_by, self._planner
-        if part.own.mode == "mtp" or followed is None:
+        if followed is None or not part.own.is_auto:
             return followed is not None
         is_on = planner.depth > 0 and not planner.is_trial
-        return is_on and planner.is_worth_catching_up(followed.n_behind(1), part.own.stats.n_tokens)
+        return is_on and planner.is_worth_catching_up(followed.n_behind(planner.depth), part.own.stats.n_tokens)
 
 
 def _reading(part: Computed, k: int) -> Todo:

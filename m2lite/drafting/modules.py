@@ -104,11 +104,11 @@ class Followed:
 
     @property
     def n_bytes(self) -> int:
-        return sum(states.rows.nbytes for states in self.states)
+        return sum([states.rows.nbytes for states in self.states])
 
     def n_behind(self, n_modules: int) -> int:
-        """Rows with which the first n_modules have to catch up before they can draft."""
-        return sum(self.states[0].end - top for top in self.tops[:n_modules])
+        """Rows that the first n_modules have to read before they can draft, of all of them."""
+        return sum([self.states[0].end - top for top in self.tops[:n_modules]])
 
     def keep(self, start: int, seen: int, new: F32) -> None:
         """The trunk's states of rows from `start` on, which stand. Modules have seen what stands up to `seen`."""

@@ -64,14 +64,14 @@ class Planner:
         is_other = n_asks > _OTHERS * self._n_asks or _OTHERS * n_asks < self._n_asks
         return is_other and not (self.is_trial and self._n_asks)
 
-    def plan(self, n_asks: int, n_usable: int, n_behind: int) -> None:
-        """For calls of n_asks sequences. The one of which modules have seen most can use n_usable of them, and they
-        have to read n_behind rows before."""
+    def plan(self, n_asks: int, behind: Sequence[int]) -> None:
+        """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, for the sequence
+        of which they have seen most; as far as modules are usable."""
         self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + PLAN_EVERY
         self.cost.refresh()
-        self._choose(n_usable)
-        if n_usable:
-            self._try_another(n_behind)
+        self._choose(len(behind) - 1)
+        if len(behind) > 1:
+            self._try_another(behind)
 
     def _choose(self, n_usable: int) -> None:
         self._forget()
@@ -95,10 +95,10 @@ class Planner:
             cost += self.cost.draft(round(n * tokens), n)
         return n * tokens, cost + self.cost.call(n, k * n)
 
-    def _try_another(self, n_behind: int) -> None:
+    def _try_another(self, behind: Sequence[int]) -> None:
         """Something else than the best, so seldom that its price is a small share of what calls cost."""
         for k, loss in enumerate(self._losses):
-            price = TRIAL * loss + (self.catching_up(k, n_behind) if k else 0.0)
+            price = TRIAL * loss + self.cost.catch_up(behind[k])
             pause = max(PROBE_AFTER, price / (PROBE_SHARE * self._plain) * min(1.0, self._known[k] / _WELL_KNOWN))
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER)
@@ -107,16 +107,12 @@ class Planner:
                 self.depth, self.is_trial, self._measure_from = k, True, self.n_calls + TRIAL_COLD
                 return
 
-    def catching_up(self, n_modules: int, n_rows: int) -> float:
-        """What it costs that modules read n_rows."""
-        return n_modules * self.cost.catch_up(n_rows) if n_rows else 0.0
-
     def is_worth_catching_up(self, n_rows: int, n_answered: int) -> bool:
-        """Whether the modules at work shall read n_rows of a sequence that has answered so many tokens."""
+        """Whether modules shall read n_rows, of all of them, of a sequence that has answered so many tokens."""
         if self.is_trial:
             return True
         n_calls = max(self.chances.answer_tokens, n_answered) / self._answered
-        return self.gain * n_calls > self.catching_up(self.depth, n_rows)
+        return self.gain * n_calls > self.cost.catch_up(n_rows)
 
     # Of a call
 

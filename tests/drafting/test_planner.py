@@ -48,7 +48,7 @@ class Machine:
     def _call(self) -> None:
         planner, n, n_levels = self.planner, self.n, 0
         if planner.is_due(n):
-            planner.plan(n, planner.n_modules, 0)
+            planner.plan(n, [0] * (planner.n_modules + 1))
         share = planner.chances.of_share(0.9)
         while n_levels < planner.depth and planner.goes_on(n_levels, share**n_levels, n, n):
             self._time(self.module * n, lambda s: planner.measures and planner.cost.saw_module(self.n_new, n, s))
@@ -163,7 +163,7 @@ def test_catching_up_must_pay_within_the_answer() -> None:
     planner = machine.planner
     for _ in range(20):
         planner.cost.saw_module(1000, 0, 30.0)
-    planner.plan(1, 3, 0)
+    planner.plan(1, [0, 0, 0, 0])
     planner.is_trial = False
     assert planner.depth > 0
     assert not planner.is_worth_catching_up(20_000, 20)
@@ -182,7 +182,7 @@ def test_lookup_verifies_more_the_longer_the_match() -> None:
     for _ in range(2000):
         length = dice.choice(list(right))
         planner.chances.saw_match(length if dice.random() < right[length] else -length)
-    planner.plan(1, 0, 0)
+    planner.plan(1, [0])
     found = [planner.lookup_drafts(length, 1) for length in right]
     assert found == sorted(found) and found[0] == 0 and found[-1] == MOST_DRAFTS
 
@@ -191,7 +191,7 @@ def choose(chances: Sequence[Sequence[float]], rows: Callable[[int], float], n_m
     planner, n = planner_of(0), len(chances)
     for size in [n, n, n + 4, n, n + 8] * 10:
         planner.cost.saw(size, size - n, round(M2.reads_by_lot(size)), rows(size))
-    planner.plan(n, 0, 0)
+    planner.plan(n, [0])
     return planner.choose(chances, n, n_most)
 
 
