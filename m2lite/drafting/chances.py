@@ -59,3 +59,7 @@ class Chances:
     def kind_of_match(self, length: int) -> int:
         """Matches of one kind have the same chances."""
         return bisect_right(_LENGTHS, length)
+
+    def estimates(self) -> list[Estimate]:
+        """All, to be kept for the next process."""
+        return [*self.hits, *self.by_share, *self.by_length]

@@ -14,8 +14,8 @@ keeps its ratio to the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
@@ -113,7 +113,7 @@ class CallCost:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = Kind(Estimate(self._ratio(key)), Estimate(n_rows), Estimate(n_expert_reads))
-            kind.is_usual = key == _key(self._usual)
+            kind.is_usual = n_rows == self._usual
         ratio = kind.ratio
         expected = ratio.value * self._plain(n_rows, n_expert_reads)
         self.level = self.level or seconds / expected
@@ -172,7 +172,7 @@ class CallCost:
     def plain_s(self) -> float | None:
         """Seconds of a call of one row, as far as one was measured."""
         kind = self._kinds.get(1)
-        return None if kind is None else self.level * kind.ratio.value * self._plain(1, kind.reads.value)
+        return None if kind is None or not self.level else self.level * self._cost_of(kind)
 
     def _plain(self, n_rows: int, reads: float) -> float:
         sizes = self._sizes
@@ -222,7 +222,7 @@ class CallCost:
     def _fit(self) -> None:
         """Choose the row's share, by least squares of relative errors; costs stay as they are."""
         kinds = [kind for kind in self._kinds.values() if kind.ratio.n]
-        costs = [kind.ratio.value * self._plain(round(kind.rows.value), kind.reads.value) for kind in kinds]
+        costs = [self._cost_of(kind) for kind in kinds]
         if len(kinds) > 1:
             points = []
             for kind, cost in zip(kinds, costs, strict=True):
@@ -238,19 +238,27 @@ class CallCost:
         self._known = sorted(key for key, kind in self._kinds.items() if kind.ratio.n)
         self._ratios = {key: self._kinds[key].ratio.value for key in self._known}
 
-    def as_dict(self) -> dict[str, Any]:
-        """What was learnt, but for the level, which is of this hour."""
-        kinds = [
-            [key, kind.ratio.value, min(kind.ratio.n, _CERTAIN), kind.rows.value, kind.reads.value]
-            for key, kind in sorted(self._kinds.items())
-            if kind.ratio.n
-        ]
-        ratios = [self._draft_ratio, self._catch_up, self._sharing, self._drafts_sharing]
-        return {
-            "row_share": self._row_share,
-            "kinds": kinds,
-            "estimates": [[each.value, min(each.n, _CERTAIN)] for each in ratios],
-        }
+    # What is kept for the next process: all but the level, which is of this hour
+
+    def estimates(self) -> list[Estimate]:
+        return [self._draft_ratio, self._catch_up, self._sharing, self._drafts_sharing]
+
+    def kinds(self) -> list[list[float]]:
+        """[rows, cost, measurements, experts gone through] of each kind."""
+        found = [kind for kind in self._kinds.values() if kind.ratio.n]
+        return [[kind.rows.value, self._cost_of(kind), kind.ratio.n, kind.reads.value] for kind in found]
+
+    def restore_kinds(self, kinds: Sequence[Sequence[float]]) -> None:
+        """Begin with these."""
+        self._kinds = {}
+        for rows, cost, n, reads in kinds:
+            kind = Kind(Estimate(1.0, min(n, _CERTAIN)), Estimate(rows, n), Estimate(reads, n))
+            kind.ratio.value = cost / self._cost_of(kind)
+            self._kinds[_key(round(rows))] = kind
+        self.refresh()
+
+    def _cost_of(self, kind: Kind) -> float:
+        return kind.ratio.value * self._plain(round(kind.rows.value), kind.reads.value)
 
 
 def _key(n_rows: int) -> int:

@@ -6,97 +6,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
 from weakref import WeakSet
 
-from m2lite.decode.sampling import Sampling
 from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
-from m2lite.drafting.drafted import Drafted
+from m2lite.drafting.kept import load_kept, save_kept
+from m2lite.drafting.missing import MissingExperts
 from m2lite.drafting.modules import Draft, Followed, Modules, Todo
 from m2lite.drafting.ngram import PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
 from m2lite.drafting.planner import MOST_AT_ONCE, Planner
+from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
-from m2lite.model.cache import KVPool, Timeline
-from m2lite.model.forward import Buffers
+from m2lite.model.cache import KVPool
+from m2lite.model.forward import Buffers, Leave
 from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
+_LEAST_S = 1e-6  # of a call
 _COLD = 2  # calls that are not measured: they find cold caches
 _LOOK = 64  # calls between two looks at how much memory the states take
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
-
-
-class SequenceDrafts:
-    """What is known of one sequence: where its end stood before, and what the modules have seen."""
-
-    def __init__(self, mode: str, n_most: int, lookup: PromptLookup | None, followed: Followed | None) -> None:
-        self.is_auto, self.n_most = mode == "auto", n_most  # of a call, at most
-        self.lookup, self.followed_by = lookup, followed
-        self.stats = Drafted()
-        # Of the call under way, in which it decodes:
-        self.is_asked = False
-        self.wanted, self.source = list[int](), ""  # drafts that there are, and where they come from
-        self.chances: Sequence[float] = ()  # that each is right if those before it are
-        self.foreseen = list[Draft]()  # what the modules expect, whether it is verified or not
-
-    def begin(self, ids: Sequence[int], n_cached: int = 0, n_followed: Sequence[int] = ()) -> None:
-        """The sequence is `ids` from now on; the first n_cached positions are computed.
-
-        n_followed[k]: how many of them have the K and V of module k; what is not said has none.
-        """
-        if self.lookup is not None:
-            self.lookup.follow(ids)
-        if self.followed_by is not None:
-            self.followed_by.begin(n_cached, n_followed)
-        self.is_asked = False
-
-    @property
-    def followed(self) -> list[int]:
-        """Of each used module, up to which position its K and V are right."""
-        own = self.followed_by
-        return [] if own is None else [min(top, own.n_computed) for top in own.tops]
-
-    @property
-    def n_usable(self) -> int:
-        """Modules that can draft; the others lack K and V of earlier positions."""
-        return 0 if self.followed_by is None else self.followed_by.n_usable
-
-
-class Ask(NamedTuple):
-    """A sequence whose last token is computed in the next call, and which may have n_most drafts behind it."""
-
-    own: SequenceDrafts
-    timeline: Timeline
-    ids: Sequence[int]  # of the whole sequence
-    n_most: int
-    sampling: Sampling
-    rng_stream: int
-
-
-class Computed(NamedTuple):
-    """What a call computed of a sequence: n_rows that stand, from its row `at` on, at positions from `start` on."""
-
-    own: SequenceDrafts
-    timeline: Timeline
-    at: int
-    start: int
-    n_rows: int  # without wrong drafts
-    ids: Sequence[int]  # of the whole sequence, with what was drawn and forced
-    drafts: Sequence[int] = ()  # that were verified
-    n_right: int = 0
-
-
-class Call(NamedTuple):
-    """A call of the model, drafts included."""
-
-    n_rows: int
-    n_drafts: int
-    n_expert_reads: int  # experts that it went through, of all layers
-    seconds: float  # from behind `propose` to behind the draws
-    is_measure: bool = True  # False: a prompt was read beside, or nothing should be learnt
 
 
 # (sequence, k) -> what module k shall have said, and how sure: for measurements where the weights are random.
@@ -123,11 +55,29 @@ class Drafter:
         self.cost = CallCost(Sizes.of(weights), None if mtp is None else Sizes.of_module(mtp))
         self.chances = Chances(n_modules)
         self._planner = Planner(n_modules, self.cost, self.chances)
+        stream, n_layers = buffers.stream, weights.config.n_layers
+        self._missing = None if stream is None else MissingExperts(stream, n_layers, self.cost)
+        self._kept: Path | None = None
         self._n_levels, self._learns = 0, False  # of the call under way: modules that drafted; whether all are auto
         self._n_measured = 0
         self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self.oracle: Oracle | None = None  # set by measurements only
         load_kernels()
+
+    def remember(self, path: Path) -> None:
+        """Begin with what earlier processes learnt, which is kept at `path` (see `kept_path`); `save` adds to it."""
+        self._kept = path
+        load_kept(path, self._planner)
+
+    def save(self) -> None:
+        """Keep what was learnt, if it is to be remembered and anything was."""
+        if self._kept is not None and self._n_measured > _COLD:
+            save_kept(self._kept, self._planner)
+
+    @property
+    def plain_s(self) -> float | None:
+        """Seconds of a call of one row without drafts, as far as one was measured."""
+        return self.cost.plain_s
 
     def open(self, mode: str | None = None, n_tokens: int | None = None) -> SequenceDrafts | None:
         """For one sequence, by default as the model was opened; None where nothing drafts. UsageError as check_draft,
@@ -157,7 +107,10 @@ class Drafter:
             self._plan(
                 [ask.own.followed_by for ask in asks if ask.own.is_auto and ask.own.followed_by is not None], n_auto
             )
-        n_wanted = 0
+        missing, n_wanted = self._missing, 0
+        if missing is not None:
+            missing.begin()
+            planner.missing = missing.cost
         for ask in asks:
             if ask.own.lookup is not None and ask.own.lookup.length:
                 n_wanted += self._look_up(ask, ask.own.lookup, n_rows)
@@ -168,7 +121,17 @@ class Drafter:
         drafts = self._choose([ask.own for ask in asks], n_rows)
         for ask, own_drafts in zip(asks, drafts, strict=True):
             ask.own.source = ask.own.source if own_drafts else ""
+        if missing is not None and n_rows == 1 and self._learns:
+            missing.chances = asks[0].own.chances
         return drafts
+
+    @property
+    def cut_off(self) -> Leave | None:
+        """Says layer by layer which rows of the next call are worth reading experts for (see model/forward.py).
+
+        None where all are: the model is in memory, or this is not the call of one sequence that drafts what pays.
+        """
+        return self._missing if self._missing is not None and self._missing.chances else None
 
     def _begin(self, ask: Ask) -> None:
         """The sequence takes part, and its lookup knows all of its ids."""
@@ -255,7 +218,7 @@ class Drafter:
 
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
         """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
-        states, n_read = None, 0
+        states, n_read, missing = None, 0, self._missing
         if self.modules is not None and any(part.own.followed_by is not None for part in parts):
             states = self.modules.trunk_states(call.n_rows)
         for part in parts:
@@ -271,9 +234,13 @@ class Drafter:
         if self._learns and call.is_measure:
             if planner.measures and not self._is_settling():
                 self._n_measured += 1
+                waited = 0.0 if missing is None else missing.end(call.n_rows, call.n_drafts)
                 if self._n_measured > _COLD:
-                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, call.seconds)
+                    seconds = max(call.seconds - waited, _LEAST_S)
+                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, seconds)
             planner.saw_call(self._n_levels)
+        if missing is not None:
+            missing.chances = ()
         if states is not None and (n_read or not planner.n_calls % _LOOK):
             self._bound(parts)
 

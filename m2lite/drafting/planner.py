@@ -35,6 +35,7 @@ class Planner:
         self.n_calls = self._next_plan = self._measure_from = 0
         self._tried = [0] * (n_modules + 1)  # the last call in which so many modules were at work
         self._known = [0] * (n_modules + 1)  # calls in which they were, up to _WELL_KNOWN
+        self.missing = 0.0  # what reading the experts costs that a draft of a streamed model lacks
         self._n_asks = 0  # sequences that were planned for
         self._plain = self._answered = 1.0  # what a call without drafts costs; tokens of a sequence in one with them
         self._forget()
@@ -65,7 +66,7 @@ class Planner:
         return is_other and not (self.is_trial and self._n_asks)
 
     def plan(self, n_asks: int, behind: Sequence[int]) -> None:
-        """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, for the sequence
+        """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, of the sequence
         of which they have seen most; as far as modules are usable."""
         self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + PLAN_EVERY
         self.cost.refresh()
@@ -131,7 +132,7 @@ class Planner:
             best, value, right, margin = 0, 0.0, 1.0, self.gain + _MARGIN * self._plain / self._n_asks
             for m, chance in enumerate(self.chances.of_match(length), 1):
                 right *= chance
-                value += right * self._token
+                value += right * self._token - (1 - right) * self.missing
                 if value - self.price(n_rows, m) > margin:
                     best, margin = m, value - self.price(n_rows, m)
             n = self._looked_up[key] = best
@@ -156,10 +157,10 @@ class Planner:
         heapq.heapify(waiting)
         value, most, n_drafts, since = 0.0, _MARGIN * self._plain / max(1, self._n_asks), 0, list[int]()
         while waiting and n_drafts < n_most:
-            right, i = heapq.heappop(waiting)
+            right, i = heapq.heappop(waiting)  # right: negative
             counts[i] += 1
             n_drafts += 1
-            value -= right * self._token
+            value -= right * self._token + (1 + right) * self.missing
             since.append(i)
             gain = value - self.price(n_rows, n_drafts)
             if gain > most or self.is_trial:
@@ -171,5 +172,46 @@ class Planner:
                 heapq.heappush(waiting, (right * chances[i][counts[i]], i))
         return best
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"n_calls": self.n_calls, "tried": self._tried, "known": self._known}
+    # What is kept for the next process
+
+    def learnt(self) -> dict[str, Any]:
+        """Numbers for JSON, which `restore` takes."""
+        mine = (*self.cost.estimates(), *self.chances.estimates())
+        return {
+            "estimates": [[each.value, each.n] for each in mine],
+            "kinds": self.cost.kinds(),
+            "answers": [self.chances.n_tokens, self.chances.n_answers],
+            "since": [self.n_calls - tried for tried in self._tried],
+            "known": self._known,
+        }
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Begin with these; ValueError, and nothing changed, unless they are what `learnt` may have given."""
+        mine = (*self.cost.estimates(), *self.chances.estimates())
+        estimates = _table(kept.get("estimates"), len(mine), [(0, 1e4), (0, 1e9)])
+        n_costs = len(self.cost.estimates())
+        if any(value > 1 for value, _ in estimates[n_costs:]):
+            raise ValueError
+        kinds = _table(kept.get("kinds"), None, [(1, 4096), (1e-3, 1e3), (1, 1e9), (0, 1e6)])
+        ((n_tokens, n_answers),) = _table([kept.get("answers")], 1, [(0, 1e9), (1, 1e9)])
+        calls = _table([kept.get("since"), kept.get("known")], 2, [(0, 1e9)] * len(self._tried))
+        for own, (value, n) in zip(mine, estimates, strict=True):
+            own.value, own.n = value, n
+        self.cost.restore_kinds(kinds)
+        self.chances.n_tokens, self.chances.n_answers = n_tokens, n_answers
+        self._tried = [self.n_calls - int(n) for n in calls[0]]
+        self._known = [min(int(n), _WELL_KNOWN) for n in calls[1]]
+        self._next_plan = self.n_calls
+
+
+def _table(rows: object, n_rows: int | None, bounds: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Rows of numbers, one for each of the bounds and within it; ValueError for anything else."""
+    if not isinstance(rows, list) or len(rows) != (len(rows) if n_rows is None else n_rows):
+        raise ValueError
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(bounds):
+            raise ValueError
+        for value, (low, high) in zip(row, bounds, strict=True):
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError
+    return rows

@@ -103,9 +103,12 @@ class Loop:
                 drafts[i] = found
         began = time.perf_counter()
         n_draws = [(at + len(ids) == len(s.ids)) + len(d) for (s, at, ids), d in zip(parts, drafts, strict=True)]
-        logits = engine.evaluate_rows(
-            [(s.timeline, ids + d) for (s, _, ids), d in zip(parts, drafts, strict=True)], n_draws
-        )
+        engine.buffers.n_expert_reads = 0
+        cut_off = None if drafter is None else drafter.cut_off
+        pieces = [(s.timeline, ids + d) for (s, _, ids), d in zip(parts, drafts, strict=True)]
+        logits = engine._compute(pieces, "all" if cut_off is not None else n_draws, None, cut_off)
+        if cut_off is not None:
+            drafts[0], n_draws[0] = drafts[0][: len(logits) - 1], len(logits)
         computed, row, out, n_drawn = list[Computed](), 0, 0, 0
         for (s, at, ids), d, n in zip(parts, drafts, n_draws, strict=True):
             n_right = 0
@@ -122,13 +125,17 @@ class Loop:
             if s.own is not None:
                 computed.append(Computed(s.own, s.timeline, row, at, len(ids) + n_right, s.ids, d, n_right))
             row, out = row + len(ids) + len(d), out + n
-        seconds = time.perf_counter() - began
+        seconds = self.took(n_rows + sum(map(len, drafts)), time.perf_counter() - began)
         n_all = n_rows + sum(map(len, drafts))
         is_alone = all(len(ids) == 1 for _, _, ids in parts)
         if drafter is not None:
             drafter.computed(computed, Call(n_all, n_all - n_rows, engine.n_expert_reads, seconds, is_alone))
         self.n_calls += 1
         self.seconds.append((time.perf_counter() - step_began, n_all, n_drawn))
+
+    def took(self, n_rows: int, seconds: float) -> float:
+        """What the drafter is told that a call took."""
+        return seconds
 
     def close(self) -> None:
         for s in self.sequences:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from m2lite import Model, Sampling
+from m2lite.decode.compute import compute_thread
+from m2lite.drafting.cost import Estimate
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.drafter import Drafter
+from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
-from tests.drafting.harness import Loop, drafter_of
+from tests.drafting.harness import Loop, Sequence_, drafter_of
+from tests.drafting.test_planner import planner_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = json.loads((ROOT / "models" / "m2-tiny" / "heldout_prompts.json").read_text())
@@ -33,6 +39,16 @@ def model(bundled_model: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def drafter(model: Model) -> Drafter:
     return drafter_of(model)
+
+
+@dataclass
+class TimedLoop(Loop):
+    """Calls of one row take a second, and each row more so much."""
+
+    row_s: float = 0.0
+
+    def took(self, n_rows: int, seconds: float) -> float:
+        return 1.0 + self.row_s * (n_rows - 1)
 
 
 def chat(model: Model, index: int) -> list[int]:
@@ -85,3 +101,145 @@ def test_all_modules_draft_for_many_sequences_as_for_one(model: Model, drafter: 
         assert same.ids[same.n_prompt :] == ids and other.ids[other.n_prompt :] == ids[:30]
     loop.close()
     assert all(share is not None and share > 0.75 for share in found.acceptance) and len(found.acceptance) == 3
+
+
+def computed_before(model: Model, loop: Loop, index: int, n: int, n_followed: list[int]) -> Sequence_:
+    """A sequence whose first n positions lie in the cache, as somebody else computed them."""
+    s = loop.add(chat(model, index), 80, GREEDY, ("mtp", 3))
+    assert s.own is not None
+    compute_thread().run(lambda: model.engine.evaluate(s.timeline, 0, s.ids[:n]))
+    s.own.begin(s.ids, n, n_followed)
+    return s
+
+
+def test_modules_draft_only_where_they_have_seen_all(model: Model, drafter: Drafter) -> None:
+    """Positions of a prefix cache without their K and V are a gap; the others draft, and the ids are the same."""
+    plain, _ = answer(model, drafter, chat(model, 25), ("off", None), GREEDY, 80)
+    for n_followed, n_usable in (([], 0), ([19, 20, 20], 0), ([20], 1), ([20, 20, 5], 2), ([20, 20, 20], 3)):
+        loop = Loop(model, drafter)
+        s = computed_before(model, loop, 25, 20, n_followed)
+        loop.run()
+        assert s.own is not None and s.own.n_usable == n_usable
+        assert s.ids[s.n_prompt :] == plain
+        assert len(s.own.stats.reached) == n_usable
+        assert all(len(s.ids) - 6 < n <= s.timeline.length for n in s.own.followed[:n_usable])
+        loop.close()
+
+
+def test_a_prefix_that_was_followed_is_as_good_as_one_that_is_computed(model: Model, drafter: Drafter) -> None:
+    """The K and V of modules lie in pages that another sequence shares."""
+    found = [Drafted(), Drafted()]
+    for index in range(0, len(ITEMS), 3):
+        loop = Loop(model, drafter)
+        first = loop.add(chat(model, index), 60, GREEDY, ("mtp", 3))
+        loop.run()
+        assert first.own is not None
+        n = len(first.ids) - 8
+        assert min(first.own.followed) >= n
+        later = loop.add(first.ids[: n + 1], 40, GREEDY, ("mtp", 3))
+        again = loop.add(first.ids[: n + 1], 40, GREEDY, ("mtp", 3))
+        assert later.own is not None and again.own is not None
+        later.timeline = compute_thread().run(first.timeline.fork)
+        compute_thread().run(partial(later.timeline.rewind, n))
+        later.own.begin(later.ids, n, first.own.followed)
+        loop.run()
+        assert later.ids == again.ids
+        found[0].include(again.own.stats)
+        found[1].include(later.own.stats)
+        loop.close()
+    assert found[1].n_accepted > 0.97 * found[0].n_accepted > 100, found
+
+
+def test_states_take_bounded_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where modules are not at work, states are kept up to a bound, and then the modules stay behind."""
+    monkeypatch.setattr("m2lite.drafting.drafter._MOST_KEPT", 8 * 100 * 4 * model.config.n_embd)
+    drafter = drafter_of(model)
+    loop = Loop(model, drafter, n_chunk=16)
+    drafter._planner.depth, drafter._planner._next_plan, drafter._planner._n_asks = 0, 1 << 30, 8
+    for i in range(8):
+        loop.add([5, 6, 7] * 40 if i % 2 else chat(model, i)[:30], 40, GREEDY)
+    loop.run()
+    for i, s in enumerate(loop.sequences):
+        assert s.own is not None and s.own.followed_by is not None
+        assert s.own.n_usable == (0 if i % 2 else 3)
+        assert s.own.followed_by.n_bytes < 200 * 4 * model.config.n_embd
+    loop.close()
+
+
+def test_modules_read_prompts_at_once(model: Model, drafter: Drafter) -> None:
+    loop = Loop(model, drafter, n_chunk=100)
+    s = loop.add([5, 6, 7] * 200, 5, GREEDY, ("mtp", 3))
+    while s.timeline.length < 500:
+        compute_thread().run(loop.step)
+        assert s.own is not None and s.own.followed_by is not None and s.own.followed == [s.timeline.length] * 3
+        assert s.own.followed_by.n_bytes < 400 * 4 * model.config.n_embd
+    loop.run()
+    loop.close()
+
+
+@pytest.mark.parametrize("n_prompt", [60, 63, 64])
+@pytest.mark.parametrize("setting", [("mtp", 3), ("ngram", 7), ("auto", None)])
+def test_the_end_of_a_page_and_of_the_pool(bundled_model: Path, n_prompt: int, setting: Setting) -> None:
+    """Drafts never need a position that is not there."""
+    with Model.open(bundled_model, ctx=128) as model:
+        drafter, prompt = drafter_of(model), ([5, 6, 7] * 30)[:n_prompt]
+        plain, _ = answer(model, drafter, prompt, ("off", None), GREEDY, 129 - n_prompt, ignore_stop=True)
+        assert answer(model, drafter, prompt, setting, GREEDY, 129 - n_prompt, ignore_stop=True)[0] == plain
+
+
+def test_auto_takes_what_pays(model: Model) -> None:
+    """Whatever was measured before: with seconds that are set, modules are at work, or lookup, or nothing."""
+    for slow, is_drafted in ((0.0, True), (3.0, False)):
+        drafter = drafter_of(model)
+        for i in range(3):
+            loop = TimedLoop(model, drafter, row_s=slow)
+            s = loop.add(chat(model, i), 300, GREEDY, ignore_stop=True)
+            loop.run()
+            loop.close()
+        assert s.own is not None
+        share = sum(s.own.stats.sources.values()) / s.own.stats.n_steps
+        assert share > 0.8 if is_drafted else share < 0.2, (slow, s.own.stats)
+
+
+def test_fixed_settings_teach_nothing(model: Model) -> None:
+    drafter = drafter_of(model)
+    before = json.dumps(drafter._planner.learnt())
+    for setting in (("mtp", 3), ("ngram", 3)):
+        answer(model, drafter, chat(model, 0), setting, GREEDY)
+    assert json.dumps(drafter._planner.learnt()) == before
+    answer(model, drafter, chat(model, 0), ("auto", None), GREEDY)
+    assert json.dumps(drafter._planner.learnt()) != before
+
+
+@pytest.mark.skipif(not syscalls.AVAILABLE, reason="models are streamed on Linux only")
+def test_a_streamed_model_cuts_off_drafts_that_it_would_read_for(bundled_model: Path) -> None:
+    """Where experts take long to read, drafts that are as often wrong; the ids are the same."""
+    prompt, n_cut = [5, 6, 7] * 20, list[int]()
+    with Model.open(bundled_model, load="direct", ctx=256, heat=False) as model:
+        stream = model.engine.stream
+        assert stream is not None
+        compute_thread().run(partial(stream.resize, 6 * int(stream.ledger.sizes[0])))
+        for bytes_per_s in (1e15, 1.0):
+            drafter = drafter_of(model)
+            plain, _ = answer(model, drafter, prompt, ("off", None), GREEDY, 60, ignore_stop=True)
+            missing = drafter._missing
+            assert missing is not None
+            missing._second.value, missing._second.n, missing._second.rate = bytes_per_s, 1e9, 0.0
+            drafter.chances.by_length = [Estimate(0.5, 1e9, 0.0) for _ in drafter.chances.by_length]
+            drafter._planner.lookup_drafts = lambda length, n_rows: 7  # type: ignore[method-assign]
+            drafter._planner.choose = lambda chances, n_rows, n_most: [*map(len, chances)]  # type: ignore[method-assign]
+            drafted, found = answer(model, drafter, prompt, ("auto", None), GREEDY, 60, ignore_stop=True)
+            assert drafted == plain and found is not None
+            n_cut.append(missing.n_cut)
+    assert n_cut[0] == 0 < n_cut[1]
+
+
+def test_a_streamed_model_verifies_nothing_that_costs_more_to_read_than_it_saves() -> None:
+    planner = planner_of(0)
+    for _ in range(50):
+        planner.cost.saw(1, 0, 496, 1.0)
+        planner.cost.saw(2, 1, 900, 1.2)
+    for missing, expected in ((0.0, 7), (0.2, 7), (20.0, 0)):
+        planner.missing = missing
+        planner.plan(1, [0])
+        assert planner.lookup_drafts(32, 1) == planner.choose([[0.95] * 7], 1, 64)[0] == expected

@@ -14,6 +14,10 @@ import numpy as np
 import xxhash
 
 import tinymodel
+from m2lite.drafting.chances import Chances
+from m2lite.drafting.cost import CallCost, Sizes
+from m2lite.drafting.kept import save_kept
+from m2lite.drafting.planner import Planner
 from m2lite.quant.header import Key, array, boolean, build_header, float32, string, uint32
 from m2lite.quant.imatrix import Importance, write_imatrix
 from m2lite.quant.journal import Entry, Journal, Ticket
@@ -130,6 +134,14 @@ def _written(write: Callable[[Path], object], name: str = "x") -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / name)
         return (Path(folder) / name).read_bytes()
+
+
+def _drafts() -> bytes:
+    sizes = Sizes(1 << 20, 1 << 14, 2, 8, 2)
+    planner = Planner(3, CallCost(sizes, sizes), Chances(3))
+    for n in (1, 2, 40):
+        planner.cost.saw(n, n - 1, 4 * n, 1e-3 * n)
+    return _written(lambda path: save_kept(path, planner))
 
 
 def _imatrix() -> bytes:
@@ -265,6 +277,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "journal": lambda: [_journal()],
     "page": lambda: [_page()],
     "heat": lambda: [_written(lambda path: save_heat(path, np.full((2, 8), math.pi)), "x.npy")],
+    "drafts": lambda: [_drafts()],
     "chat": lambda: [_chat()],
     "settings": lambda: [_TOML],
     "batch": lambda: [_batch(), b"Hi\n\nHow are you?\n"],

@@ -264,6 +264,25 @@ def fuzz_heat(data: bytes) -> None:
 
 
 @target
+def fuzz_drafts(data: bytes) -> None:
+    """What earlier processes learnt of drafts: whatever it says, a planner can go on with it."""
+    from m2lite.drafting.chances import Chances
+    from m2lite.drafting.cost import CallCost, Sizes
+    from m2lite.drafting.kept import load_kept
+    from m2lite.drafting.planner import Planner
+
+    sizes = Sizes(1 << 20, 1 << 14, 2, 8, 2)
+    planner = Planner(3, CallCost(sizes, sizes), Chances(3))
+    load_kept(put("drafts.json", data), planner)
+    for n in (1, 5):
+        planner.plan(n, [0, 10, 20, 30])
+        planner.cost.saw(n, 0, 4 * n, 1e-3)
+        planner.cost.saw_module(n, n, 1e-4)
+        planner.choose([[0.9] * 7] * n, n, 64)
+        assert 0 <= planner.depth <= 3 and np.isfinite([planner.cost.call(n, 3), planner.cost.level]).all()
+
+
+@target
 def fuzz_chat(data: bytes) -> None:
     """A saved chat: what is read can be read again once it is written, and can be gone on with."""
     from m2lite.chat.chat import export_markdown, said_of

@@ -34,6 +34,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "chat/tools.py": ("tools",),
     "commands/generate.py": ("request",),
     "decode/constrain.py": ("schema",),
+    "drafting/kept.py": ("drafts",),
     "machine.py": "what the kernel tells",
     "measure/importance.py": "our own memory",
     "model/cache.py": "our own memory",

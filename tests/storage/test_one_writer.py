@@ -32,6 +32,7 @@ ALLOWED = {
     ("storage/durable.py", "*"): "the place where it is done",
     ("storage/pages.py", "mkdir"): "a directory of a cache",
     ("storage/heat.py", "mkdir"): "a directory of a cache",
+    ("drafting/kept.py", "mkdir"): "a directory of a cache",
     ("kernels/cache.py", "*"): "compiled kernels: a file that is not whole is compiled again",
     ("chat/store.py", "mkdir"): "the directory of saved chats",
     ("chat/lines.py", "mkdir"): "the directory of the history of lines",

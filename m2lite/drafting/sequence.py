@@ -1,0 +1,82 @@
+"""What a drafter keeps of a sequence, and what it is asked and told of each call. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from m2lite.decode.sampling import Sampling
+from m2lite.drafting.drafted import Drafted
+from m2lite.drafting.modules import Draft, Followed
+from m2lite.drafting.ngram import PromptLookup
+from m2lite.model.cache import Timeline
+
+
+class SequenceDrafts:
+    """What is known of one sequence: where its end stood before, and what the modules have seen."""
+
+    def __init__(self, mode: str, n_most: int, lookup: PromptLookup | None, followed: Followed | None) -> None:
+        self.is_auto, self.n_most = mode == "auto", n_most  # of a call, at most
+        self.lookup, self.followed_by = lookup, followed
+        self.stats = Drafted()
+        # Of the call under way, in which it decodes:
+        self.is_asked = False
+        self.wanted, self.source = list[int](), ""  # drafts that there are, and where they come from
+        self.chances: Sequence[float] = ()  # that each is right if those before it are
+        self.foreseen = list[Draft]()  # what the modules expect, whether it is verified or not
+
+    def begin(self, ids: Sequence[int], n_cached: int = 0, n_followed: Sequence[int] = ()) -> None:
+        """The sequence is `ids` from now on; the first n_cached positions are computed.
+
+        n_followed[k]: how many of them have the K and V of module k; what is not said has none.
+        """
+        if self.lookup is not None:
+            self.lookup.follow(ids)
+        if self.followed_by is not None:
+            self.followed_by.begin(n_cached, n_followed)
+        self.is_asked = False
+
+    @property
+    def followed(self) -> list[int]:
+        """Of each used module, up to which position its K and V are right."""
+        own = self.followed_by
+        return [] if own is None else [min(top, own.n_computed) for top in own.tops]
+
+    @property
+    def n_usable(self) -> int:
+        """Modules that can draft; the others lack K and V of earlier positions."""
+        return 0 if self.followed_by is None else self.followed_by.n_usable
+
+
+class Ask(NamedTuple):
+    """A sequence whose last token is computed in the next call, and which may have n_most drafts behind it."""
+
+    own: SequenceDrafts
+    timeline: Timeline
+    ids: Sequence[int]  # of the whole sequence
+    n_most: int
+    sampling: Sampling
+    rng_stream: int
+
+
+class Computed(NamedTuple):
+    """What a call computed of a sequence: n_rows that stand, from its row `at` on, at positions from `start` on."""
+
+    own: SequenceDrafts
+    timeline: Timeline
+    at: int
+    start: int
+    n_rows: int  # without wrong drafts
+    ids: Sequence[int]  # of the whole sequence, with what was drawn and forced
+    drafts: Sequence[int] = ()  # that were verified
+    n_right: int = 0
+
+
+class Call(NamedTuple):
+    """A call of the model, drafts included."""
+
+    n_rows: int
+    n_drafts: int
+    n_expert_reads: int  # experts that it went through, of all layers
+    seconds: float  # from behind `propose` to behind the draws
+    is_measure: bool = True  # False: a prompt was read beside, or nothing should be learnt
