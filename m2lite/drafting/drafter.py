@@ -26,6 +26,7 @@ from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _LEAST_S = 1e-6  # of a call
+_SAMPLE = 4  # one in so many calls without drafts is measured
 _COLD = 2  # calls that are not measured: they find cold caches
 _LOOK = 64  # calls between two looks at how much memory the states take
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
@@ -96,24 +97,23 @@ class Drafter:
 
     def propose(self, asks: Sequence[Ask], n_rows: int) -> list[list[int]]:
         """Drafts for each of the sequences that decode in the next call, which has n_rows rows without them."""
-        self._n_levels = n_auto = 0
+        planner, missing = self._planner, self._missing
+        self._n_levels = n_auto = n_wanted = 0
+        matches = list[Ask]()
         for ask in asks:
-            self._begin(ask)
             n_auto += ask.own.is_auto
+            if self._begin(ask):
+                matches.append(ask)
         # What fixed numbers of drafts show is not learnt: auto would know more than it can find out itself.
         self._learns = n_auto == len(asks) > 0
-        planner = self._planner
         if n_auto and planner.is_due(n_auto):
-            self._plan(
-                [ask.own.followed_by for ask in asks if ask.own.is_auto and ask.own.followed_by is not None], n_auto
-            )
-        missing, n_wanted = self._missing, 0
+            followed = [ask.own.followed_by for ask in asks if ask.own.is_auto]
+            self._plan([each for each in followed if each is not None], n_auto)
         if missing is not None:
             missing.begin()
             planner.missing = missing.cost
-        for ask in asks:
-            if ask.own.lookup is not None and ask.own.lookup.length:
-                n_wanted += self._look_up(ask, ask.own.lookup, n_rows)
+        for ask in matches:
+            n_wanted += self._look_up(ask, n_rows)
         if self.modules is not None and (planner.depth or n_auto < len(asks)):
             n_wanted += self._foresee([ask for ask in asks if not ask.own.wanted], n_rows)
         if not n_wanted:
@@ -122,25 +122,29 @@ class Drafter:
         for ask, own_drafts in zip(asks, drafts, strict=True):
             ask.own.source = ask.own.source if own_drafts else ""
         if missing is not None and n_rows == 1 and self._learns:
-            missing.chances = asks[0].own.chances
+            missing.expect(asks[0].own.chances)
         return drafts
 
-    @property
     def cut_off(self) -> Leave | None:
-        """Says layer by layer which rows of the next call are worth reading experts for (see model/forward.py).
+        """Says layer by layer which rows of the call just proposed are worth reading experts for (model/forward.py).
 
         None where all are: the model is in memory, or this is not the call of one sequence that drafts what pays.
         """
-        return self._missing if self._missing is not None and self._missing.chances else None
+        return self._missing if self._missing is not None and self._missing.is_asked() else None
 
-    def _begin(self, ask: Ask) -> None:
-        """The sequence takes part, and its lookup knows all of its ids."""
+    def _begin(self, ask: Ask) -> bool:
+        """The sequence takes part, and its lookup knows all of its ids; whether their end stood before."""
         own, ids, lookup = ask.own, ask.ids, ask.own.lookup
-        own.is_asked, own.wanted, own.source, own.foreseen = True, [], "", []
-        if lookup is not None and (n := len(lookup)) < len(ids):
+        own.is_asked = True
+        if own.wanted:
+            own.wanted, own.source, own.foreseen = [], "", []
+        if lookup is None:
+            return False
+        if (n := len(lookup)) < len(ids):
             for length in lookup.push(ids[n:]):
                 if own.is_auto:
                     self.chances.saw_match(length)
+        return lookup.length > 0
 
     def _plan(self, followed: Sequence[Followed], n_auto: int) -> None:
         """For the sequences of which modules have to read least."""
@@ -149,9 +153,10 @@ class Drafter:
         behind = [0, *(min(each.n_behind(k) for each in able) for k in range(1, n_usable + 1))]
         self._planner.plan(n_auto, [n if n > k * _AT_ONCE else 0 for k, n in enumerate(behind)])
 
-    def _look_up(self, ask: Ask, lookup: PromptLookup, n_rows: int) -> int:
-        """What followed the end of the sequence, as far as it pays; how many."""
-        own, n = ask.own, MOST_DRAFTS
+    def _look_up(self, ask: Ask, n_rows: int) -> int:
+        """What followed the end of the sequence where it stood before, as far as it pays; how many."""
+        own, lookup, n = ask.own, ask.own.lookup, MOST_DRAFTS
+        assert lookup is not None
         if own.is_auto:
             n = self._planner.lookup_drafts(lookup.length, n_rows)
         n = min(n, ask.n_most, own.n_most)
@@ -218,31 +223,36 @@ class Drafter:
 
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
         """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
-        states, n_read, missing = None, 0, self._missing
-        if self.modules is not None and any(part.own.followed_by is not None for part in parts):
-            states = self.modules.trunk_states(call.n_rows)
+        states, n_read = None, 0
         for part in parts:
-            own, n_seen = part.own, 0
+            own, n_seen, n_rows = part.own, 0, part.n_rows
             if own.is_asked:
                 n_seen, own.is_asked = self._learn(part), False
             else:
-                n_read += part.n_rows
-            if own.followed_by is not None and states is not None:
-                new = states[part.at : part.at + part.n_rows]
-                own.followed_by.keep(part.start, part.start + min(n_seen, part.n_rows), new)
-        planner = self._planner
-        if self._learns and call.is_measure:
-            if planner.measures and not self._is_settling():
-                self._n_measured += 1
-                waited = 0.0 if missing is None else missing.end(call.n_rows, call.n_drafts)
-                if self._n_measured > _COLD:
-                    seconds = max(call.seconds - waited, _LEAST_S)
-                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, seconds)
-            planner.saw_call(self._n_levels)
-        if missing is not None:
-            missing.chances = ()
-        if states is not None and (n_read or not planner.n_calls % _LOOK):
+                n_read += n_rows
+            if own.followed_by is not None and self.modules is not None:
+                if states is None:
+                    states = self.modules.trunk_states(call.n_rows)
+                seen = part.start + min(n_seen, n_rows)
+                own.followed_by.keep(part.start, seen, states[part.at : part.at + n_rows])
+        if self._learns:
+            self._learn_cost(call)
+            self._learns = False
+        if states is not None and (n_read or not self._planner.n_calls % _LOOK):
             self._bound(parts)
+
+    def _learn_cost(self, call: Call) -> None:
+        planner, missing = self._planner, self._missing
+        waited = 0.0 if missing is None else missing.end(call.n_rows, call.n_drafts)
+        if not call.is_measure:
+            return
+        # Calls without drafts are alike, and come all the time.
+        is_looked_at = call.n_drafts or planner.is_trial or not planner.n_calls % _SAMPLE
+        if is_looked_at and planner.measures and not self._is_settling():
+            self._n_measured += 1
+            if self._n_measured > _COLD:
+                self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, max(call.seconds - waited, _LEAST_S))
+        planner.saw_call(self._n_levels)
 
     def _learn(self, part: Computed) -> int:
         """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""
@@ -251,7 +261,7 @@ class Drafter:
         own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
         if self._learns:
             self.chances.saw_tokens(n_new, is_first=own.stats.n_steps == 1)
-        for k, draft in enumerate(own.foreseen[:n_new]):
+        for k, draft in enumerate(own.foreseen[:n_new] if own.foreseen else ()):
             is_right = draft.token == part.ids[at + k]
             if self._learns:
                 self.chances.saw_draft(k, draft.share, is_right)

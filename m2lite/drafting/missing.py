@@ -27,12 +27,22 @@ class MissingExperts:
         self._lacking = Estimate(0.0)  # bytes that a draft's row lacks in a layer
         self._second = Estimate(1e9)  # bytes that are read in a second of waiting
         self._before = replace(stream.traffic)
-        self.chances: Sequence[float] = ()  # that each draft is right if those before it are
+        self._chances: Sequence[float] = ()  # that each draft is right if those before it are
+        self._may_cut = False
         self.n_cut = 0  # rows, of all calls
 
     def begin(self) -> None:
         """A call begins."""
-        self._before, self.chances = replace(self._stream.traffic), ()
+        self._before, self._may_cut = replace(self._stream.traffic), False
+
+    def expect(self, chances: Sequence[float]) -> None:
+        """It is of one sequence, and its drafts are right with these chances."""
+        self._chances, self._may_cut = chances, len(chances) > 0
+
+    def is_asked(self) -> bool:
+        """Whether rows of it may be cut off; said once."""
+        may_cut, self._may_cut = self._may_cut, False
+        return may_cut
 
     def end(self, n_rows: int, n_drafts: int) -> float:
         """It had so many rows to its end; the seconds for which it waited."""
@@ -51,9 +61,11 @@ class MissingExperts:
     def __call__(self, layer: int, ids: npt.NDArray[np.int32]) -> int:
         """How many rows go on (see model/forward.py: Leave) of a sequence's last token and its drafts."""
         n, wanted, right = len(ids), set(ids[0].tolist()), 1.0
+        if not self._cost.level:
+            return n
         row_s, n_layers = self._cost.level * self._cost.call(1), self._n_layers - layer
         for row in range(1, n):
-            right *= self.chances[row - 1] if row <= len(self.chances) else 0.0
+            right *= self._chances[row - 1] if row <= len(self._chances) else 0.0
             own = [e for e in ids[row].tolist() if e not in wanted]
             lacking = len(self._stream.absent(layer, own)) * self._stream.expert_bytes(layer)
             self._lacking.add(lacking)

@@ -113,6 +113,9 @@ class Followed:
     def keep(self, start: int, seen: int, new: F32) -> None:
         """The trunk's states of rows from `start` on, which stand. Modules have seen what stands up to `seen`."""
         trunk = self.states[0]
+        if start == trunk.end and max(self.tops) <= seen and self.n_usable:  # as nearly always
+            trunk.append(new)
+            return
         if start > trunk.end:
             self.drop(start)
         trunk.rewind(start)

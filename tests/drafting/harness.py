@@ -104,7 +104,7 @@ class Loop:
         began = time.perf_counter()
         n_draws = [(at + len(ids) == len(s.ids)) + len(d) for (s, at, ids), d in zip(parts, drafts, strict=True)]
         engine.buffers.n_expert_reads = 0
-        cut_off = None if drafter is None else drafter.cut_off
+        cut_off = None if drafter is None else drafter.cut_off()
         pieces = [(s.timeline, ids + d) for (s, _, ids), d in zip(parts, drafts, strict=True)]
         logits = engine._compute(pieces, "all" if cut_off is not None else n_draws, None, cut_off)
         if cut_off is not None:
