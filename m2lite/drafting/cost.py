@@ -22,12 +22,14 @@ from m2lite.model.weights import Weights
 
 _ROW_SHARE, _ROW_RANGE = 0.1, 0.3  # expected, and by how much that may be wrong
 _NOISE = 0.05  # of a call's time
-_FAR_OFF, _OFF = 4.0, 2.0  # times what is expected: more of one call counts as this; the second where it is well known
+_FAR_OFF, _OFF = 3.0, 1.5  # times what is expected: more of one call counts as this; the second where it is well known
 _FOLLOW = 0.1  # of a change in speed, with each call
 _EACH = 16  # rows up to which each number has its own ratio
 _ALIKE = 0.2  # numbers of rows whose logarithms (base 2) differ by less are the same kind of call
 _FEW = 8  # times as many rows without drafts as drafts: from there on the drafts' share of experts is not measured
 _CATCH_UP = 16  # rows from which on a module's call is one that catches up
+_EXPECTED = 2  # measurements for which what is expected counts
+_FIRST = 4  # measurements, up to which one may be far off
 _CERTAIN = 12  # measurements that count: a machine that changes is believed soon
 
 
@@ -112,13 +114,14 @@ class CallCost:
         key = _key(n_rows)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = Kind(Estimate(self._ratio(key)), Estimate(n_rows), Estimate(n_expert_reads))
+            ratio = Estimate(self._ratio(key), _EXPECTED)
+            kind = self._kinds[key] = Kind(ratio, Estimate(n_rows), Estimate(n_expert_reads))
             kind.is_usual = n_rows == self._usual
         ratio = kind.ratio
         expected = ratio.value * self._plain(n_rows, n_expert_reads)
         self.level = self.level or seconds / expected
-        off = min(seconds / (self.level * expected), _FAR_OFF if ratio.n < 4 else _OFF)
-        if kind.is_usual and ratio.n:
+        off = min(seconds / (self.level * expected), _FAR_OFF if ratio.n < _FIRST else _OFF)
+        if kind.is_usual:
             self.level *= 1 + _FOLLOW * (off - 1)
             ratio.n += 1
         else:
@@ -148,7 +151,7 @@ class CallCost:
             return
         ratio = self._draft_ratio
         off = cost / (ratio.value * self._module_cost(n_rows, n_heads))
-        ratio.add(ratio.value * min(off, _FAR_OFF if ratio.n < 4 else _OFF))
+        ratio.add(ratio.value * min(off, _FAR_OFF if ratio.n < _FIRST else _OFF))
 
     # What is expected, in calls of one row
 
@@ -221,7 +224,7 @@ class CallCost:
 
     def _fit(self) -> None:
         """Choose the row's share, by least squares of relative errors; costs stay as they are."""
-        kinds = [kind for kind in self._kinds.values() if kind.ratio.n]
+        kinds = list(self._kinds.values())
         costs = [self._cost_of(kind) for kind in kinds]
         if len(kinds) > 1:
             points = []
@@ -235,7 +238,7 @@ class CallCost:
             self._row_share = _slope(points, goals)
         for kind, cost in zip(kinds, costs, strict=True):
             kind.ratio.value = cost / self._plain(round(kind.rows.value), kind.reads.value)
-        self._known = sorted(key for key, kind in self._kinds.items() if kind.ratio.n)
+        self._known = sorted(self._kinds)
         self._ratios = {key: self._kinds[key].ratio.value for key in self._known}
 
     # What is kept for the next process: all but the level, which is of this hour
@@ -245,8 +248,7 @@ class CallCost:
 
     def kinds(self) -> list[list[float]]:
         """[rows, cost, measurements, experts gone through] of each kind."""
-        found = [kind for kind in self._kinds.values() if kind.ratio.n]
-        return [[kind.rows.value, self._cost_of(kind), kind.ratio.n, kind.reads.value] for kind in found]
+        return [[k.rows.value, self._cost_of(k), k.ratio.n, k.reads.value] for k in self._kinds.values()]
 
     def restore_kinds(self, kinds: Sequence[Sequence[float]]) -> None:
         """Begin with these."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from weakref import WeakSet
 
+from m2lite.decode.sampling import Sampling
 from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.kept import load_kept, save_kept
@@ -19,7 +20,7 @@ from m2lite.drafting.options import MOST_DRAFTS, check_draft
 from m2lite.drafting.planner import MOST_AT_ONCE, Planner
 from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
-from m2lite.model.cache import KVPool
+from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import Buffers, Leave
 from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
@@ -80,6 +81,13 @@ class Drafter:
         """Seconds of a call of one row without drafts, as far as one was measured."""
         return self.cost.plain_s
 
+    def load_module_kernels(self, timeline: Timeline, n_rows: int) -> None:
+        """Compile, or load from the cache, what modules need for n_rows; behind a call that computed as many zeros."""
+        if self.modules is not None:
+            followed = self.modules.new(1)
+            followed.keep(0, 0, self.modules.trunk_states(n_rows)[:n_rows])
+            self.modules.run(0, [Todo(followed, timeline, 0, [0] * n_rows, (Sampling(0.0, seed=0), 0))])
+
     def open(self, mode: str | None = None, n_tokens: int | None = None) -> SequenceDrafts | None:
         """For one sequence, by default as the model was opened; None where nothing drafts. UsageError as check_draft,
         and for modules that were not opened."""
@@ -135,6 +143,8 @@ class Drafter:
     def _begin(self, ask: Ask) -> bool:
         """The sequence takes part, and its lookup knows all of its ids; whether their end stood before."""
         own, ids, lookup = ask.own, ask.ids, ask.own.lookup
+        if own.is_asked and own.followed_by is not None:  # the last call was stopped
+            own.followed_by.forget_drafts()
         own.is_asked = True
         if own.wanted:
             own.wanted, own.source, own.foreseen = [], "", []
@@ -298,8 +308,8 @@ class Drafter:
         followed, planner = part.own.followed_by, self._planner
         if followed is None or not part.own.is_auto:
             return followed is not None
-        is_on = planner.depth > 0 and not planner.is_trial
-        return is_on and planner.is_worth_catching_up(followed.n_behind(planner.depth), part.own.stats.n_tokens)
+        n_rows = planner.depth * (len(part.ids) - followed.tops[0])  # those of its end, too, which come later
+        return n_rows > 0 and not planner.is_trial and planner.is_worth_catching_up(n_rows, part.own.stats.n_tokens)
 
 
 def _reading(part: Computed, k: int) -> Todo:

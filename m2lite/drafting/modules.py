@@ -129,6 +129,10 @@ class Followed:
         else:
             trunk.begin(start + len(new))
 
+    def forget_drafts(self) -> None:
+        """What modules have seen behind the computed positions was not to be."""
+        self.keep(self.n_computed, self.n_computed, self.states[0].rows[:0])
+
     def drop(self, start: int) -> None:
         """What came before `start` will not be followed: modules that are not there yet stay behind for good."""
         self.n_usable = next((k for k in range(self.n_usable) if self.tops[k] < start), self.n_usable)

@@ -37,6 +37,7 @@ class Planner:
         self._known = [0] * (n_modules + 1)  # calls in which they were, up to _WELL_KNOWN
         self.missing = 0.0  # what reading the experts costs that a draft of a streamed model lacks
         self._n_asks = 0  # sequences that were planned for
+        self._trial_rows = 0  # that modules may read for a trial, of a sequence
         self._plain = self._answered = 1.0  # what a call without drafts costs; tokens of a sequence in one with them
         self._forget()
 
@@ -106,12 +107,13 @@ class Planner:
             if k != self.depth and self.n_calls - self._tried[k] >= pause:
                 self._tried[k], self._next_plan = self.n_calls, self.n_calls + TRIAL
                 self.depth, self.is_trial, self._measure_from = k, True, self.n_calls + TRIAL_COLD
+                self._trial_rows = behind[k]
                 return
 
     def is_worth_catching_up(self, n_rows: int, n_answered: int) -> bool:
         """Whether modules shall read n_rows, of all of them, of a sequence that has answered so many tokens."""
         if self.is_trial:
-            return True
+            return n_rows <= self._trial_rows
         n_calls = max(self.chances.answer_tokens, n_answered) / self._answered
         return self.gain * n_calls > self.cost.catch_up(n_rows)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from m2lite import Model, Sampling
-from m2lite.decode.compute import compute_thread
+from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.decode.sampling import draw
 from m2lite.drafting.drafter import Ask, Call, Computed, Drafter, SequenceDrafts
 from m2lite.model.cache import PAGE, Timeline
@@ -49,6 +49,7 @@ class Loop:
     model: Model
     drafter: Drafter | None
     n_chunk: int = 0  # rows of a prompt in a call; 0: what fits
+    stops: Iterator[bool] = field(default_factory=lambda: iter(()))  # calls that are stopped after drafts were proposed
     sequences: list[Sequence_] = field(default_factory=list)
     n_calls: int = 0
     seconds: list[tuple[float, int, int]] = field(default_factory=list)  # of each call: took, rows, tokens drawn
@@ -101,6 +102,8 @@ class Loop:
         if drafter is not None and asks:
             for i, found in zip(places, drafter.propose(asks, n_rows), strict=True):
                 drafts[i] = found
+        if next(self.stops, False):
+            raise Stopped
         began = time.perf_counter()
         n_draws = [(at + len(ids) == len(s.ids)) + len(d) for (s, at, ids), d in zip(parts, drafts, strict=True)]
         engine.buffers.n_expert_reads = 0

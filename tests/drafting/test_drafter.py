@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from m2lite import Model, Sampling
-from m2lite.decode.compute import compute_thread
+from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.drafting.cost import Estimate
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.drafter import Drafter
@@ -175,6 +176,33 @@ def test_modules_read_prompts_at_once(model: Model, drafter: Drafter) -> None:
         assert s.own.followed_by.n_bytes < 400 * 4 * model.config.n_embd
     loop.run()
     loop.close()
+
+
+@pytest.mark.parametrize("setting", [("mtp", 3), ("ngram", 7), ("auto", None)])
+def test_calls_that_are_stopped_change_nothing(model: Model, drafter: Drafter, setting: Setting) -> None:
+    """A call is proposed for and then not computed: what is said later is the same, as are the modules' drafts."""
+    expected, found = answer(model, drafter, chat(model, 25), setting, GREEDY, 60)
+    loop = Loop(model, drafter)
+    s = loop.add(chat(model, 25), 60, GREEDY, setting)
+    loop.stops = iter([False, True, True, False, True, False, False, True] * 40)
+    while not s.is_done:
+        with suppress(Stopped):
+            compute_thread().run(loop.step)
+    loop.close()
+    assert s.ids[s.n_prompt :] == expected and s.own is not None and found is not None
+    assert setting[0] == "auto" or s.own.stats.as_dict() == found.as_dict()
+
+
+def test_kernels_of_modules_are_loaded_before_the_first_answer(model: Model, drafter: Drafter) -> None:
+    def call() -> None:
+        timeline = model.engine.pool.timeline()
+        model.engine.evaluate(timeline, 0, [0] * 5)
+        drafter.load_module_kernels(timeline, 5)
+        timeline.release()
+
+    n_open = len(drafter._open)
+    compute_thread().run(call)
+    assert len(drafter._open) == n_open
 
 
 @pytest.mark.parametrize("n_prompt", [60, 63, 64])
