@@ -28,6 +28,7 @@ _EACH = 16  # rows up to which each number has its own ratio
 _ALIKE = 0.2  # numbers of rows whose logarithms (base 2) differ by less are the same kind of call
 _FEW = 8  # times as many rows without drafts as drafts: from there on the drafts' share of experts is not measured
 _CATCH_UP = 16  # rows from which on a module's call is one that catches up
+_MANY = 0.2  # expected: what a row costs among many, of what it does alone
 _EXPECTED = 2  # measurements for which what is expected counts
 _FIRST = 4  # measurements, up to which one may be far off
 _CERTAIN = 12  # measurements that count: a machine that changes is believed soon
@@ -103,7 +104,9 @@ class CallCost:
         self._sharing = Estimate(1.0)  # experts gone through, in those by lot
         self._drafts_sharing = Estimate(1.0, n=4)  # of those that drafts add; they stand behind a token like them
         self._draft_ratio = Estimate(1.0)  # of a module's calls that draft
-        self._catch_up = Estimate(module.row_bytes / sizes.row_bytes if module else 0.0)  # of a row, in the others
+        self._catch_up = Estimate(
+            _MANY * module.row_bytes / sizes.row_bytes if module else 0.0
+        )  # of a row, in the others
         self._fit()
 
     # What was seen

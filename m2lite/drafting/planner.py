@@ -21,7 +21,8 @@ PROBE_AFTER = 64  # calls for which something was not tried, at least
 PLAIN_AFTER = 256  # calls without one in which no module was at work, at most
 TRIAL, TRIAL_COLD = 6, 2  # calls of a trial; of these not measured: what was not used before is not in the caches
 _MARGIN = 0.01  # of a call: what drafts must promise at least, since what looks best among estimates rarely is as good
-_WELL_KNOWN = 32  # calls with so many modules at work; what has had fewer is tried sooner
+_WELL_KNOWN = 16  # calls with so many modules at work; what has had fewer is tried sooner
+_EXPECTED = 4  # such calls, for which what is expected counts
 _OTHERS = 1.25  # times as many sequences as were planned for: plan again
 
 
@@ -72,7 +73,11 @@ class Planner:
         self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + PLAN_EVERY
         self.cost.refresh()
         self._choose(len(behind) - 1)
-        if len(behind) > 1:
+        if not self._known[0]:
+            self.depth, self.gain = 0, 0.0  # what everything is compared with comes first
+        if self._known[self.depth] < TRIAL:  # a guess: look at it soon
+            self._next_plan = self.n_calls + TRIAL
+        elif len(behind) > 1:
             self._try_another(behind)
 
     def _choose(self, n_usable: int) -> None:
@@ -101,7 +106,8 @@ class Planner:
         """Something else than the best, so seldom that its price is a small share of what calls cost."""
         for k, loss in enumerate(self._losses):
             price = TRIAL * loss + self.cost.catch_up(behind[k])
-            pause = max(PROBE_AFTER, price / (PROBE_SHARE * self._plain) * min(1.0, self._known[k] / _WELL_KNOWN))
+            known = max(self._known[k], _EXPECTED) / _WELL_KNOWN
+            pause = max(PROBE_AFTER if self._known[k] else 0, price / (PROBE_SHARE * self._plain) * known)
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER)
             if k != self.depth and self.n_calls - self._tried[k] >= pause:

@@ -219,7 +219,7 @@ def test_auto_takes_what_pays(model: Model) -> None:
     """Whatever was measured before: with seconds that are set, modules are at work, or lookup, or nothing."""
     for slow, is_drafted in ((0.0, True), (3.0, False)):
         drafter = drafter_of(model)
-        for i in range(3):
+        for i in range(4):
             loop = TimedLoop(model, drafter, row_s=slow)
             s = loop.add(chat(model, i), 300, GREEDY, ignore_stop=True)
             loop.run()

@@ -163,8 +163,8 @@ def test_catching_up_must_pay_within_the_answer() -> None:
     planner = machine.planner
     for _ in range(20):
         planner.cost.saw_module(1000, 0, 30.0)
+    planner._tried = [planner.n_calls] * 4  # nothing is to be tried now
     planner.plan(1, [0, 0, 0, 0])
-    planner.is_trial = False
     assert planner.depth > 0
     assert not planner.is_worth_catching_up(20_000, 20)
     assert planner.is_worth_catching_up(200, 20) and planner.is_worth_catching_up(20_000, 20_000)
