@@ -14,7 +14,7 @@ from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.kept import load_kept, save_kept
 from m2lite.drafting.missing import MissingExperts
-from m2lite.drafting.modules import Draft, Followed, Modules, Todo
+from m2lite.drafting.modules import Draft, Modules, ModuleState, Todo
 from m2lite.drafting.ngram import PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
 from m2lite.drafting.planner import MOST_AT_ONCE, Planner
@@ -115,7 +115,7 @@ class Drafter:
         # What fixed numbers of drafts show is not learnt: auto would know more than it can find out itself.
         self._learns = n_auto == len(asks) > 0
         if n_auto and planner.is_due(n_auto):
-            followed = [ask.own.followed_by for ask in asks if ask.own.is_auto]
+            followed = [ask.own.module_state for ask in asks if ask.own.is_auto]
             self._plan([each for each in followed if each is not None], n_auto)
         if missing is not None:
             missing.begin()
@@ -143,8 +143,8 @@ class Drafter:
     def _begin(self, ask: Ask) -> bool:
         """The sequence takes part, and its lookup knows all of its ids; whether their end stood before."""
         own, ids, lookup = ask.own, ask.ids, ask.own.lookup
-        if own.is_asked and own.followed_by is not None:  # the last call was stopped
-            own.followed_by.forget_drafts()
+        if own.is_asked and own.module_state is not None:  # the last call was stopped
+            own.module_state.forget_drafts()
         own.is_asked = True
         if own.wanted:
             own.wanted, own.source, own.foreseen = [], "", []
@@ -156,7 +156,7 @@ class Drafter:
                     self.chances.saw_match(length)
         return lookup.length > 0
 
-    def _plan(self, followed: Sequence[Followed], n_auto: int) -> None:
+    def _plan(self, followed: Sequence[ModuleState], n_auto: int) -> None:
         """For the sequences of which modules have to read least."""
         n_usable = max((each.n_usable for each in followed), default=0)
         able = [each for each in followed if each.n_usable == n_usable]
@@ -206,7 +206,7 @@ class Drafter:
 
     def _may_foresee(self, own: SequenceDrafts) -> bool:
         """Whether modules draft for it: not where they would have to catch up with more than they bring."""
-        followed, depth = own.followed_by, self._planner.depth
+        followed, depth = own.module_state, self._planner.depth
         if followed is None or not own.is_auto:
             return followed is not None
         n_behind = followed.n_behind(depth)
@@ -240,11 +240,11 @@ class Drafter:
                 n_seen, own.is_asked = self._learn(part), False
             else:
                 n_read += n_rows
-            if own.followed_by is not None and self.modules is not None:
+            if own.module_state is not None and self.modules is not None:
                 if states is None:
                     states = self.modules.trunk_states(call.n_rows)
                 seen = part.start + min(n_seen, n_rows)
-                own.followed_by.keep(part.start, seen, states[part.at : part.at + n_rows])
+                own.module_state.keep(part.start, seen, states[part.at : part.at + n_rows])
         if self._learns:
             self._learn_cost(call)
             self._learns = False
@@ -290,7 +290,7 @@ class Drafter:
         """Modules read prompts at once where they are at work; states that would take too much memory are dropped."""
         reading, most = list[Computed](), _MOST_KEPT // max(1, len(self._open))
         for part in parts:
-            followed = part.own.followed_by
+            followed = part.own.module_state
             if followed is None or not followed.n_usable:
                 continue
             if part.n_rows > _AT_ONCE and self._reads_at_once(part):
@@ -305,7 +305,7 @@ class Drafter:
         return min(depth, part.own.n_usable)
 
     def _reads_at_once(self, part: Computed) -> bool:
-        followed, planner = part.own.followed_by, self._planner
+        followed, planner = part.own.module_state, self._planner
         if followed is None or not part.own.is_auto:
             return followed is not None
         n_rows = planner.depth * (len(part.ids) - followed.tops[0])  # those of its end, too, which come later
@@ -314,14 +314,14 @@ class Drafter:
 
 def _reading(part: Computed, k: int) -> Todo:
     """What module k has not seen of what was computed."""
-    followed = part.own.followed_by
+    followed = part.own.module_state
     assert followed is not None
     first = followed.tops[k]
     return Todo(followed, part.timeline, first, part.ids[first : followed.n_computed])
 
 
 def _todo(ask: Ask, k: int) -> Todo:
-    followed = ask.own.followed_by
+    followed = ask.own.module_state
     assert followed is not None
     first = followed.tops[k]
     drafts = [draft.token for draft in ask.own.foreseen]

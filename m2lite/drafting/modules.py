@@ -80,7 +80,7 @@ class LevelStates:
         self.rows = rows
 
 
-class Followed:
+class ModuleState:
     """What the modules know of one sequence."""
 
     def __init__(self, n_modules: int, n_embd: int) -> None:
@@ -150,7 +150,7 @@ class Draft(NamedTuple):
 class Todo(NamedTuple):
     """Rows of a module: `ids` from position `first` on. With `draw` it says what follows the last of them."""
 
-    followed: Followed
+    state: ModuleState
     timeline: Timeline
     first: int
     ids: Sequence[int]
@@ -166,9 +166,9 @@ class Modules:
         self._previous: F32 = np.empty((0, buffers.config.n_embd), np.float32)
         self._x: F32 = buffers.array("x")
 
-    def new(self, n_most: int) -> Followed:
+    def new(self, n_most: int) -> ModuleState:
         """Of a sequence for which n_most of the modules may draft."""
-        return Followed(min(self.n_used, n_most), self._x.shape[1])
+        return ModuleState(min(self.n_used, n_most), self._x.shape[1])
 
     def trunk_states(self, n_rows: int) -> F32:
         """g_0 [n_rows, n_embd] of the call that was just computed; a view, valid until the next."""
@@ -200,7 +200,7 @@ class Modules:
         rows = self._pool.rows_at([(part.timeline, part.first, part.ids) for part in parts])
         run_module(self._mtp, k, self._pool, self._buffers, self._scratch, rows, int(previous.ctypes.data))
         for part, last in zip(parts, rows.last, strict=True):
-            own, n = part.followed, len(part.ids)
+            own, n = part.state, len(part.ids)
             if k + 1 < own.n_usable:
                 own.states[k + 1].append(self._x[last + 1 - n : last + 1])
             own.tops[k] = part.first + n
@@ -214,7 +214,7 @@ class Modules:
 
     def _gather(self, k: int, parts: Sequence[Todo]) -> F32:
         """g_k [T, n_embd] of the positions before the rows."""
-        pieces = [part.followed.states[k].get(part.first - 1, len(part.ids)) for part in parts]
+        pieces = [part.state.states[k].get(part.first - 1, len(part.ids)) for part in parts]
         if len(pieces) == 1:
             return pieces[0]
         n = sum(map(len, pieces))

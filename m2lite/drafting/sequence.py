@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from m2lite.decode.sampling import Sampling
 from m2lite.drafting.drafted import Drafted
-from m2lite.drafting.modules import Draft, Followed
+from m2lite.drafting.modules import Draft, ModuleState
 from m2lite.drafting.ngram import PromptLookup
 from m2lite.model.cache import Timeline
 
@@ -15,9 +15,9 @@ from m2lite.model.cache import Timeline
 class SequenceDrafts:
     """What is known of one sequence: where its end stood before, and what the modules have seen."""
 
-    def __init__(self, mode: str, n_most: int, lookup: PromptLookup | None, followed: Followed | None) -> None:
+    def __init__(self, mode: str, n_most: int, lookup: PromptLookup | None, followed: ModuleState | None) -> None:
         self.is_auto, self.n_most = mode == "auto", n_most  # of a call, at most
-        self.lookup, self.followed_by = lookup, followed
+        self.lookup, self.module_state = lookup, followed
         self.stats = Drafted()
         # Of the call under way, in which it decodes:
         self.is_asked = False
@@ -32,20 +32,20 @@ class SequenceDrafts:
         """
         if self.lookup is not None:
             self.lookup.follow(ids)
-        if self.followed_by is not None:
-            self.followed_by.begin(n_cached, n_followed)
+        if self.module_state is not None:
+            self.module_state.begin(n_cached, n_followed)
         self.is_asked = False
 
     @property
     def followed(self) -> list[int]:
         """Of each used module, up to which position its K and V are right."""
-        own = self.followed_by
+        own = self.module_state
         return [] if own is None else [min(top, own.n_computed) for top in own.tops]
 
     @property
     def n_usable(self) -> int:
         """Modules that can draft; the others lack K and V of earlier positions."""
-        return 0 if self.followed_by is None else self.followed_by.n_usable
+        return 0 if self.module_state is None else self.module_state.n_usable
 
 
 class Ask(NamedTuple):

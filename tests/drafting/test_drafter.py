@@ -161,9 +161,9 @@ def test_states_take_bounded_memory(model: Model, monkeypatch: pytest.MonkeyPatc
         loop.add([5, 6, 7] * 40 if i % 2 else chat(model, i)[:30], 40, GREEDY)
     loop.run()
     for i, s in enumerate(loop.sequences):
-        assert s.own is not None and s.own.followed_by is not None
+        assert s.own is not None and s.own.module_state is not None
         assert s.own.n_usable == (0 if i % 2 else 3)
-        assert s.own.followed_by.n_bytes < 200 * 4 * model.config.n_embd
+        assert s.own.module_state.n_bytes < 200 * 4 * model.config.n_embd
     loop.close()
 
 
@@ -172,8 +172,8 @@ def test_modules_read_prompts_at_once(model: Model, drafter: Drafter) -> None:
     s = loop.add([5, 6, 7] * 200, 5, GREEDY, ("mtp", 3))
     while s.timeline.length < 500:
         compute_thread().run(loop.step)
-        assert s.own is not None and s.own.followed_by is not None and s.own.followed == [s.timeline.length] * 3
-        assert s.own.followed_by.n_bytes < 400 * 4 * model.config.n_embd
+        assert s.own is not None and s.own.module_state is not None and s.own.followed == [s.timeline.length] * 3
+        assert s.own.module_state.n_bytes < 400 * 4 * model.config.n_embd
     loop.run()
     loop.close()
 
