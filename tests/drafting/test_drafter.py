@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -271,3 +272,21 @@ def test_a_streamed_model_verifies_nothing_that_costs_more_to_read_than_it_saves
         planner.missing = missing
         planner.plan(1, [0])
         assert planner.lookup_drafts(32, 1) == planner.choose([[0.95] * 7], 1, 64)[0] == expected
+
+
+def test_modules_read_what_is_more_than_a_call_in_several(model: Model, drafter: Drafter) -> None:
+    """Whatever the room of a call, and whoever shares it."""
+    modules, found = drafter.modules, []
+    assert modules is not None
+    buffers = modules._buffers
+    for n_rows in (buffers.n_rows, 7):
+        modules._buffers = copy(buffers)
+        modules._buffers.n_rows = n_rows
+        loop = Loop(model, drafter)
+        for i in range(5):
+            loop.add(chat(model, i), 40, GREEDY, ("mtp", 3), i)
+        loop.run()
+        loop.close()
+        found.append([(s.ids, s.own.stats.as_dict()) for s in loop.sequences if s.own is not None])
+    modules._buffers = buffers
+    assert found[0] == found[1] and len(found[0]) == 5
