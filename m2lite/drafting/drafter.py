@@ -120,6 +120,8 @@ class Drafter:
         if missing is not None:
             missing.begin()
             planner.missing = missing.cost
+        if not matches and not planner.depth and n_auto == len(asks):  # as nearly always where nothing pays
+            return [[] for _ in asks]
         for ask in matches:
             n_wanted += self._look_up(ask, n_rows)
         if self.modules is not None and (planner.depth or n_auto < len(asks)):
@@ -257,12 +259,13 @@ class Drafter:
         if not call.is_measure:
             return
         # Calls without drafts are alike, and come all the time.
-        is_looked_at = call.n_drafts or planner.is_trial or not planner.n_calls % _SAMPLE
-        if is_looked_at and planner.measures and not self._is_settling():
-            self._n_measured += 1
-            if self._n_measured > _COLD:
-                self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, max(call.seconds - waited, _LEAST_S))
-        planner.saw_call(self._n_levels)
+        if call.n_drafts or planner.is_trial or not planner.n_calls % _SAMPLE:
+            if planner.measures and not self._is_settling():
+                self._n_measured += 1
+                if self._n_measured > _COLD:
+                    seconds = max(call.seconds - waited, _LEAST_S)
+                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, seconds)
+        planner.saw_call(self._n_levels, call.n_drafts)
 
     def _learn(self, part: Computed) -> int:
         """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""
@@ -271,7 +274,9 @@ class Drafter:
         own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
         if self._learns:
             self.chances.saw_tokens(n_new, is_first=own.stats.n_steps == 1)
-        for k, draft in enumerate(own.foreseen[:n_new] if own.foreseen else ()):
+        if not own.foreseen:
+            return 1
+        for k, draft in enumerate(own.foreseen[:n_new]):
             is_right = draft.token == part.ids[at + k]
             if self._learns:
                 self.chances.saw_draft(k, draft.share, is_right)

@@ -172,8 +172,10 @@ class Modules:
 
     def trunk_states(self, n_rows: int) -> F32:
         """g_0 [n_rows, n_embd] of the call that was just computed; a view, valid until the next."""
+        if not self._mtp.is_post_norm:
+            return self._x
         trunk_states(self._mtp, self._buffers, n_rows)
-        return self._buffers.array("h") if self._mtp.is_post_norm else self._x
+        return self._buffers.array("h")
 
     def run(self, k: int, todo: Sequence[Todo]) -> list[Draft | None]:
         """Module k computes the rows of all; for those that draw, what it expects behind their last."""

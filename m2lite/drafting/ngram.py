@@ -57,7 +57,7 @@ class PromptLookup:
         for i, token in enumerate(new):  # one or two, as nearly always: in a third of the time of a slice
             self._ids[i] = token
         n = push_all(self._address, self._ids_at, len(new), self._foreseen_at)
-        return [self._foreseen[i] for i in range(n)]
+        return [self._foreseen[i] for i in range(n)] if n else []
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the match; none from where on one as good was followed by others."""

@@ -15,7 +15,7 @@ from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost
 
 MOST_AT_ONCE = 64  # drafts of a call, unless more sequences decode: each has logits of the whole vocabulary
-PLAN_EVERY = 32  # calls between two looks at the estimates
+PLAN_EVERY, PLAN_SELDOM = 32, 256  # calls between two looks at the estimates; where nothing is drafted
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
 PROBE_AFTER = 64  # calls for which something was not tried, at least
 PLAIN_AFTER = 256  # calls without one in which no module was at work, at most
@@ -37,6 +37,8 @@ class Planner:
         self._tried = [0] * (n_modules + 1)  # the last call in which so many modules were at work
         self._known = [0] * (n_modules + 1)  # calls in which they were, up to _WELL_KNOWN
         self.missing = 0.0  # what reading the experts costs that a draft of a streamed model lacks
+        self.n_drafts = 0  # verified since the last plan
+        self._pause = PLAN_EVERY
         self._n_asks = 0  # sequences that were planned for
         self._trial_rows = 0  # that modules may read for a trial, of a sequence
         self._plain = self._answered = 1.0  # what a call without drafts costs; tokens of a sequence in one with them
@@ -53,11 +55,12 @@ class Planner:
         """Whether what is seen now is what it will cost later."""
         return self.n_calls >= self._measure_from
 
-    def saw_call(self, n_levels: int) -> None:
-        """One more, in which so many modules drafted."""
+    def saw_call(self, n_levels: int, n_drafts: int) -> None:
+        """One more, in which so many modules drafted, and so many drafts were verified."""
         self.n_calls += 1
+        self.n_drafts += n_drafts
         self._tried[n_levels] = self.n_calls
-        if self.measures and self._known[n_levels] < _WELL_KNOWN:
+        if self._known[n_levels] < _WELL_KNOWN and self.measures:
             self._known[n_levels] += 1
 
     def is_due(self, n_asks: int) -> bool:
@@ -70,7 +73,11 @@ class Planner:
     def plan(self, n_asks: int, behind: Sequence[int]) -> None:
         """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, of the sequence
         of which they have seen most; as far as modules are usable."""
-        self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + PLAN_EVERY
+        if self.depth or self.n_drafts or n_asks != self._n_asks:
+            self._pause, self.n_drafts = PLAN_EVERY, 0
+        else:
+            self._pause = min(2 * self._pause, PLAN_SELDOM)
+        self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + self._pause
         self.cost.refresh()
         self._choose(len(behind) - 1)
         if not self._known[0]:

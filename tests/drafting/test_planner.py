@@ -68,7 +68,7 @@ class Machine:
         self._time(
             self.rows(n + n_drafts), lambda s: planner.measures and planner.cost.saw(n + n_drafts, n_drafts, reads, s)
         )
-        planner.saw_call(n_levels)
+        planner.saw_call(n_levels, n_drafts)
         self.used.append(n_drafts)
 
     def _time(self, seconds: float, tell: Callable[[float], object]) -> None:
