@@ -30,6 +30,7 @@ _FEW = 8  # times as many rows without drafts as drafts: from there on the draft
 _CATCH_UP = 16  # rows from which on a module's call is one that catches up
 _MANY = 0.2  # expected: what a row costs among many, of what it does alone
 _EXPECTED = 2  # measurements for which what is expected counts
+_KEPT = 3  # measurements for which what an earlier process measured counts: it may have been a busy hour
 _FIRST = 4  # measurements, up to which one may be far off
 _CERTAIN = 12  # measurements that count: a machine that changes is believed soon
 
@@ -219,8 +220,9 @@ class CallCost:
         for kind in self._kinds.values():
             kind.use *= 0.9
             kind.ratio.n = min(kind.ratio.n, _CERTAIN)
-        if self._kinds:
-            self._usual = round(max(self._kinds.values(), key=lambda kind: kind.use).rows.value)
+        most = max(self._kinds.values(), key=lambda kind: kind.use, default=None)
+        if most is not None and most.use:
+            self._usual = round(most.rows.value)
         for kind in self._kinds.values():
             kind.is_usual = abs(math.log2(kind.rows.value / self._usual)) < _ALIKE
         self._fit()
@@ -257,7 +259,7 @@ class CallCost:
         """Begin with these."""
         self._kinds = {}
         for rows, cost, n, reads in kinds:
-            kind = Kind(Estimate(1.0, min(n, _CERTAIN)), Estimate(rows, n), Estimate(reads, n))
+            kind = Kind(Estimate(1.0, min(n, _KEPT)), Estimate(rows, n), Estimate(reads, n))
             kind.ratio.value = cost / self._cost_of(kind)
             self._kinds[_key(round(rows))] = kind
         self.refresh()

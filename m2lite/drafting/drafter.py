@@ -17,7 +17,7 @@ from m2lite.drafting.missing import MissingExperts
 from m2lite.drafting.modules import Draft, Modules, ModuleState, Todo
 from m2lite.drafting.ngram import PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
-from m2lite.drafting.planner import MOST_AT_ONCE, Planner
+from m2lite.drafting.planner import MOST_AT_ONCE, PLAN_EVERY, Planner
 from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
 from m2lite.model.cache import KVPool, Timeline
@@ -259,7 +259,7 @@ class Drafter:
         if not call.is_measure:
             return
         # Calls without drafts are alike, and come all the time.
-        if call.n_drafts or planner.is_trial or not planner.n_calls % _SAMPLE:
+        if call.n_drafts or planner.is_trial or planner.n_calls < PLAN_EVERY or not planner.n_calls % _SAMPLE:
             if planner.measures and not self._is_settling():
                 self._n_measured += 1
                 if self._n_measured > _COLD:

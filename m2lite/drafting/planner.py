@@ -36,6 +36,7 @@ class Planner:
         self.n_calls = self._next_plan = self._measure_from = 0
         self._tried = [0] * (n_modules + 1)  # the last call in which so many modules were at work
         self._known = [0] * (n_modules + 1)  # calls in which they were, up to _WELL_KNOWN
+        self._here = [0] * (n_modules + 1)  # calls of this process in which so many were to be
         self.missing = 0.0  # what reading the experts costs that a draft of a streamed model lacks
         self.n_drafts = 0  # verified since the last plan
         self._pause = PLAN_EVERY
@@ -60,8 +61,9 @@ class Planner:
         self.n_calls += 1
         self.n_drafts += n_drafts
         self._tried[n_levels] = self.n_calls
-        if self._known[n_levels] < _WELL_KNOWN and self.measures:
-            self._known[n_levels] += 1
+        if self.measures:
+            self._here[self.depth] += 1
+            self._known[n_levels] = min(self._known[n_levels] + 1, _WELL_KNOWN)
 
     def is_due(self, n_asks: int) -> bool:
         """Whether to plan before a call in which so many sequences may have drafts. A trial goes on, whoever comes."""
@@ -73,16 +75,15 @@ class Planner:
     def plan(self, n_asks: int, behind: Sequence[int]) -> None:
         """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, of the sequence
         of which they have seen most; as far as modules are usable."""
-        if self.depth or self.n_drafts or n_asks != self._n_asks:
-            self._pause, self.n_drafts = PLAN_EVERY, 0
-        else:
-            self._pause = min(2 * self._pause, PLAN_SELDOM)
-        self._n_asks, self.is_trial, self._next_plan = n_asks, False, self.n_calls + self._pause
+        is_idle = not self.n_drafts and n_asks == self._n_asks
+        self._n_asks, self.is_trial, self.n_drafts = n_asks, False, 0
         self.cost.refresh()
         self._choose(len(behind) - 1)
-        if not self._known[0]:
-            self.depth, self.gain = 0, 0.0  # what everything is compared with comes first
-        if self._known[self.depth] < TRIAL:  # a guess: look at it soon
+        if not self._here[0]:  # what everything is compared with comes first
+            self.depth, self.gain = 0, 0.0
+        self._pause = min(2 * self._pause, PLAN_SELDOM) if is_idle and not self.depth else PLAN_EVERY
+        self._next_plan = self.n_calls + self._pause
+        if self._here[self.depth] < TRIAL:  # a guess, or what was true in another hour: look at it soon
             self._next_plan = self.n_calls + TRIAL
         elif len(behind) > 1:
             self._try_another(behind)
@@ -117,7 +118,11 @@ class Planner:
             pause = max(PROBE_AFTER if self._known[k] else 0, price / (PROBE_SHARE * self._plain) * known)
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER)
-            if k != self.depth and self.n_calls - self._tried[k] >= pause:
+            if k == self.depth:
+                continue
+            if (ahead := self._tried[k] + pause - self.n_calls) > 0:
+                self._next_plan = min(self._next_plan, self.n_calls + max(PLAN_EVERY, int(ahead)))
+            else:
                 self._tried[k], self._next_plan = self.n_calls, self.n_calls + TRIAL
                 self.depth, self.is_trial, self._measure_from = k, True, self.n_calls + TRIAL_COLD
                 self._trial_rows = behind[k]
@@ -154,13 +159,18 @@ class Planner:
         return n
 
     def goes_on(self, k: int, right: float, n_rows: int, n_active: int) -> bool:
-        """Whether module k shall draft, too, behind drafts that are all right with that chance."""
+        """Whether module k shall draft, too, and maybe those behind it, where all drafts before are right with that
+        chance."""
         if self.is_trial or not k:
             return True
-        cost = self.cost.draft(n_active, n_active) / n_active
-        n = k * n_active
-        cost += (self.price(n_rows, n + n_active) - self.price(n_rows, n)) / n_active
-        return right * self.chances.hits[k].value * self._token > cost
+        value, module = 0.0, self.cost.draft(n_active, n_active) / n_active
+        for j in range(k, self.depth):  # a call of two rows more may cost hardly more than one of one
+            right *= self.chances.hits[j].value
+            value += right * self._token - module
+            price = self.price(n_rows, (j + 1) * n_active) - self.price(n_rows, k * n_active)
+            if value > price / n_active:
+                return True
+        return False
 
     def choose(self, chances: Sequence[Sequence[float]], n_rows: int, n_most: int) -> list[int]:
         """How many drafts of each sequence to verify beside n_rows, at most n_most in all: the likeliest first.
