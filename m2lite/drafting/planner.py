@@ -40,6 +40,8 @@ class Planner:
         self.missing = 0.0  # what reading the experts costs that a draft of a streamed model lacks
         self.n_drafts = 0  # verified since the last plan
         self._pause = PLAN_EVERY
+        self._setting = 0, 0  # sequences, and modules that they can use and one, that were planned for
+        self._wanted, self._wanted_gain = 0, 0.0  # modules that seem to pay; a process begins without them
         self._n_asks = 0  # sequences that were planned for
         self._trial_rows = 0  # that modules may read for a trial, of a sequence
         self._plain = self._answered = 1.0  # what a call without drafts costs; tokens of a sequence in one with them
@@ -58,12 +60,13 @@ class Planner:
 
     def saw_call(self, n_levels: int, n_drafts: int) -> None:
         """One more, in which so many modules drafted, and so many drafts were verified."""
-        self.n_calls += 1
+        n = self.n_calls = self.n_calls + 1
         self.n_drafts += n_drafts
-        self._tried[n_levels] = self.n_calls
-        if self.measures:
+        self._tried[n_levels] = n
+        if n >= self._measure_from:
             self._here[self.depth] += 1
-            self._known[n_levels] = min(self._known[n_levels] + 1, _WELL_KNOWN)
+            if self._known[n_levels] < _WELL_KNOWN:
+                self._known[n_levels] += 1
 
     def is_due(self, n_asks: int) -> bool:
         """Whether to plan before a call in which so many sequences may have drafts. A trial goes on, whoever comes."""
@@ -75,16 +78,19 @@ class Planner:
     def plan(self, n_asks: int, behind: Sequence[int]) -> None:
         """For calls of n_asks sequences. behind[k]: rows that k modules have to read before they draft, of the sequence
         of which they have seen most; as far as modules are usable."""
-        is_idle = not self.n_drafts and n_asks == self._n_asks
-        self._n_asks, self.is_trial, self.n_drafts = n_asks, False, 0
-        self.cost.refresh()
-        self._choose(len(behind) - 1)
-        if not self._here[0]:  # what everything is compared with comes first
-            self.depth, self.gain = 0, 0.0
-        self._pause = min(2 * self._pause, PLAN_SELDOM) if is_idle and not self.depth else PLAN_EVERY
+        setting = n_asks, len(behind)
+        if self.n_drafts or self.is_trial or setting != self._setting or self._wanted:
+            self._setting, self._n_asks, self._pause = setting, n_asks, PLAN_EVERY
+            self.cost.refresh()
+            self._choose(len(behind) - 1)
+        else:  # nothing but the level can have changed
+            self._pause = min(2 * self._pause, PLAN_SELDOM)
+            self._looked_up = {}
+        self.is_trial, self.n_drafts = False, 0
+        self.depth, self.gain = (self._wanted, self._wanted_gain) if self._here[0] else (0, 0.0)
         self._next_plan = self.n_calls + self._pause
-        if self._here[self.depth] < TRIAL:  # a guess, or what was true in another hour: look at it soon
-            self._next_plan = self.n_calls + TRIAL
+        if self._here[self._wanted] < TRIAL and (self._wanted or not self._known[0]):
+            self._next_plan = self.n_calls + TRIAL  # a guess, or what was true in another hour: look at it soon
         elif len(behind) > 1:
             self._try_another(behind)
 
@@ -96,9 +102,9 @@ class Planner:
         self._plain = arms[0][1]
         best = max(range(len(arms)), key=values.__getitem__)
         gain = values[best] - values[0] - _MARGIN * self._plain
-        self.depth, self.gain = (best, gain / self._n_asks) if gain > 0 else (0, 0.0)
-        self._losses = [values[self.depth] - value for value in values]
-        self._answered = arms[self.depth][0] / self._n_asks  # tokens of a sequence in a call
+        self._wanted, self._wanted_gain = (best, gain / self._n_asks) if gain > 0 else (0, 0.0)
+        self._losses = [values[self._wanted] - value for value in values]
+        self._answered = arms[self._wanted][0] / self._n_asks  # tokens of a sequence in a call
 
     def _arm(self, k: int) -> tuple[float, float]:
         """Tokens and cost expected of a call with k modules at work for all sequences."""
@@ -118,7 +124,7 @@ class Planner:
             pause = max(PROBE_AFTER if self._known[k] else 0, price / (PROBE_SHARE * self._plain) * known)
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER)
-            if k == self.depth:
+            if k == self._wanted:
                 continue
             if (ahead := self._tried[k] + pause - self.n_calls) > 0:
                 self._next_plan = min(self._next_plan, self.n_calls + max(PLAN_EVERY, int(ahead)))
