@@ -114,7 +114,8 @@ class CallCost:
 
     def saw(self, n_rows: int, n_drafts: int, n_expert_reads: int, seconds: float) -> None:
         """A call of n_rows, drafts among them, went through so many experts, of all layers, and took so long."""
-        self._saw_reads(n_rows, n_drafts, n_expert_reads)
+        if n_rows > 1:
+            self._saw_reads(n_rows, n_drafts, n_expert_reads)
         key = _key(n_rows)
         kind = self._kinds.get(key)
         if kind is None:
@@ -132,13 +133,14 @@ class CallCost:
             ratio.add(off * ratio.value)
         if n_rows > _EACH:
             kind.rows.add(n_rows)
-        kind.reads.add(n_expert_reads)
+        if n_rows > 1:
+            kind.reads.add(n_expert_reads)
         kind.use += 1
 
     def _saw_reads(self, n_rows: int, n_drafts: int, n_expert_reads: int) -> None:
         sizes, n_plain = self._sizes, n_rows - n_drafts
         if n_drafts == 0:
-            self._sharing.add(n_expert_reads / sizes.reads_by_lot(n_rows))  # of one row it is 1, always
+            self._sharing.add(n_expert_reads / sizes.reads_by_lot(n_rows))
         elif n_drafts >= n_plain / _FEW:
             plain = sizes.reads_by_lot(n_plain)
             by_lot = self._sharing.value * (sizes.reads_by_lot(n_rows) - plain)

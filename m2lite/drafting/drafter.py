@@ -1,5 +1,10 @@
-"""Drafts for the sequences of a call, and what became of them. A draft is right exactly when it equals the draw, so
-drafts change when a token comes, never which. Draws nothing; used on the compute thread only.
+"""Drafts for the sequences of a call, and what became of them. Draws nothing; used on the compute thread only.
+
+A draft is right exactly when it equals the draw, so drafts change when a token comes, never which. For each call
+
+    drafts = drafter.propose(asks, n_rows)          # for the sequences that decode in it
+    logits = forward(rows and drafts)               # with drafter.cut_off(), where that is not None
+    drafter.computed(parts, call)                   # once its tokens are drawn: of all sequences that were in it
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from m2lite.drafting.missing import MissingExperts
 from m2lite.drafting.modules import Draft, Modules, ModuleState, Todo
 from m2lite.drafting.ngram import PromptLookup, load_kernels
 from m2lite.drafting.options import MOST_DRAFTS, check_draft
-from m2lite.drafting.planner import MOST_AT_ONCE, PLAN_EVERY, Planner
+from m2lite.drafting.planner import MOST_AT_ONCE, Planner
 from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
 from m2lite.model.cache import KVPool, Timeline
@@ -27,7 +32,7 @@ from m2lite.model.weights import Weights
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _LEAST_S = 1e-6  # of a call
-_SAMPLE = 4  # one in so many calls without drafts is measured
+_SAMPLE, _NEW = 4, 8  # one in so many calls without drafts is measured, but for the first ones of a process
 _COLD = 2  # calls that are not measured: they find cold caches
 _LOOK = 64  # calls between two looks at how much memory the states take
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
@@ -62,7 +67,7 @@ class Drafter:
         self._kept: Path | None = None
         self._n_levels, self._learns = 0, False  # of the call under way: modules that drafted; whether all are auto
         self._n_measured = 0
-        self.settling: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
+        self.mapping: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self.oracle: Oracle | None = None  # set by measurements only
         load_kernels()
 
@@ -144,7 +149,8 @@ class Drafter:
 
     def _begin(self, ask: Ask) -> bool:
         """The sequence takes part, and its lookup knows all of its ids; whether their end stood before."""
-        own, ids, lookup = ask.own, ask.ids, ask.own.lookup
+        own, _, ids, *_ = ask
+        lookup = own.lookup
         if own.is_asked and own.module_state is not None:  # the last call was stopped
             own.module_state.forget_drafts()
         own.is_asked = True
@@ -152,7 +158,7 @@ class Drafter:
             own.wanted, own.source, own.foreseen = [], "", []
         if lookup is None:
             return False
-        if (n := len(lookup)) < len(ids):
+        if (n := lookup.n) < len(ids):
             for length in lookup.push(ids[n:]):
                 if own.is_auto:
                     self.chances.saw_match(length)
@@ -219,7 +225,7 @@ class Drafter:
         assert self.modules is not None
         began = time.perf_counter()
         drafts = self.modules.run(k, todo)
-        if self._learns and self._planner.measures and not self._is_settling():
+        if self._learns and self._planner.measures and not self._is_mapping():
             n_heads = sum(each.draw is not None for each in todo)
             self.cost.saw_module(sum(len(each.ids) for each in todo), n_heads, time.perf_counter() - began)
         return drafts
@@ -237,16 +243,16 @@ class Drafter:
         """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
         states, n_read = None, 0
         for part in parts:
-            own, n_seen, n_rows = part.own, 0, part.n_rows
+            own, _, at, start, n_rows, *_ = part
+            n_seen, state = 0, own.module_state
             if own.is_asked:
                 n_seen, own.is_asked = self._learn(part), False
             else:
                 n_read += n_rows
-            if own.module_state is not None and self.modules is not None:
+            if state is not None and self.modules is not None:
                 if states is None:
                     states = self.modules.trunk_states(call.n_rows)
-                seen = part.start + min(n_seen, n_rows)
-                own.module_state.keep(part.start, seen, states[part.at : part.at + n_rows])
+                state.keep(start, start + min(n_seen, n_rows), states[at : at + n_rows])
         if self._learns:
             self._learn_cost(call)
             self._learns = False
@@ -259,8 +265,8 @@ class Drafter:
         if not call.is_measure:
             return
         # Calls without drafts are alike, and come all the time.
-        if call.n_drafts or planner.is_trial or planner.n_calls < PLAN_EVERY or not planner.n_calls % _SAMPLE:
-            if planner.measures and not self._is_settling():
+        if call.n_drafts or planner.is_trial or planner.n_calls < _NEW or not planner.n_calls % _SAMPLE:
+            if planner.measures and not self._is_mapping():
                 self._n_measured += 1
                 if self._n_measured > _COLD:
                     seconds = max(call.seconds - waited, _LEAST_S)
@@ -269,27 +275,26 @@ class Drafter:
 
     def _learn(self, part: Computed) -> int:
         """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""
-        own, at = part.own, part.start + 1
-        n_new, n_right = len(part.ids) - at, 0
-        own.stats.add(own.source, len(part.drafts), part.n_right, min(n_new, part.n_right + 1))
+        own, _, _, start, _, ids, drafts, n_right = part
+        n_new, stats = len(ids) - start - 1, own.stats
         if self._learns:
-            self.chances.saw_tokens(n_new, is_first=own.stats.n_steps == 1)
+            self.chances.saw_tokens(n_new, is_first=not stats.n_steps)
+        stats.add(own.source, len(drafts), n_right, min(n_new, n_right + 1))
         if not own.foreseen:
             return 1
         for k, draft in enumerate(own.foreseen[:n_new]):
-            is_right = draft.token == part.ids[at + k]
+            is_right = draft.token == ids[start + 1 + k]
             if self._learns:
                 self.chances.saw_draft(k, draft.share, is_right)
             if not is_right:
-                break
-            n_right += 1
-        return 1 + n_right
+                return 1 + k
+        return 1 + min(len(own.foreseen), n_new)
 
-    def _is_settling(self) -> bool:
+    def _is_mapping(self) -> bool:
         """Whether the model's pages are still being mapped: what calls take says nothing of later ones."""
-        if self.settling is not None and not self.settling():
-            self.settling = None
-        return self.settling is not None
+        if self.mapping is not None and not self.mapping():
+            self.mapping = None
+        return self.mapping is not None
 
     def _bound(self, parts: Sequence[Computed]) -> None:
         """Modules read prompts at once where they are at work; states that would take too much memory are dropped."""

@@ -142,3 +142,10 @@ def push_all(block, tokens, n, out):
             write_i32(out + 4 * n_foreseen, np.int32(foreseen))
             n_foreseen += 1
     return n_foreseen
+
+
+@kernel
+def push_one(block, token):
+    """`push`; what it returned in the upper 32 bits, and the length of the match that there is now in the lower."""
+    foreseen = np.int64(push(block, token))
+    return (foreseen << 32) + read_i32(block + LENGTH)

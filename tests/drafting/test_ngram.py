@@ -36,7 +36,7 @@ def test_matches_are_true_and_long(n_tokens: int) -> None:
         for token in new[: 600 - len(ids)]:
             guess, length = lookup.guess(1), lookup.length
             found = lookup.push([token])
-            assert found == ([] if not guess else [length] if guess == [token] else [-length])
+            assert list(found) == ([] if not guess else [length] if guess == [token] else [-length])
             n_foreseen += bool(guess) and guess == [token]
             ids.append(token)
             expected = longest_match(ids)
@@ -52,9 +52,9 @@ def test_a_guess_is_what_followed_and_repeats_at_the_end() -> None:
     lookup = PromptLookup(100)
     lookup.follow([9, 1, 2, 3, 4, 5, 1, 2, 3])
     assert lookup.length == 3 and lookup.guess(4) == [4, 5, 1, 2]
-    assert lookup.push([4]) == [3] and lookup.length == 4 and lookup.guess(9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
-    assert lookup.push([7]) == [-4] and lookup.length == 0 and lookup.guess(3) == []
-    assert lookup.push([7]) == []
+    assert list(lookup.push([4])) == [3] and lookup.length == 4 and lookup.guess(9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
+    assert list(lookup.push([7])) == [-4] and lookup.length == 0 and lookup.guess(3) == []
+    assert list(lookup.push([7])) == []
 
 
 def test_the_longest_of_several_places_is_taken() -> None:
@@ -71,8 +71,8 @@ def test_places_that_match_as_well_must_agree() -> None:
     lookup = PromptLookup(100)
     lookup.follow([9, *records[0], *records[1], 1, 2, 3])
     assert lookup.guess(7) == [4] and lookup.length == 4  # 9 1 2 3
-    assert lookup.push([4]) == [4] and lookup.guess(7) == []
-    assert lookup.push([304]) == []  # nothing was foreseen
+    assert list(lookup.push([4])) == [4] and lookup.guess(7) == []
+    assert list(lookup.push([304])) == []  # nothing was foreseen
     lookup.follow([9, *records[0], *records[1], 1, 2, 3, 4, 304, 5, 6, 7])
     assert lookup.guess(7) == [8]
     once = PromptLookup(100)
@@ -94,14 +94,14 @@ def test_sequences_that_are_cut_and_go_on() -> None:
         lookup.follow(ids)
         again = PromptLookup(500)
         again.follow(ids)
-        assert len(lookup) == len(ids) and lookup.guess(10) == again.guess(10)
+        assert lookup.n == len(ids) and lookup.guess(10) == again.guess(10)
         assert bool(lookup.length) == bool(longest_match(ids))
 
 
 def test_a_full_sequence_stays_as_it_is() -> None:
     lookup = PromptLookup(3)
     lookup.follow([1, 2, 3])
-    assert lookup.push([4]) == [] and len(lookup) == 3
+    assert list(lookup.push([4])) == [] and lookup.n == 3
 
 
 def test_long_sequences_with_a_match_everywhere() -> None:
@@ -109,9 +109,9 @@ def test_long_sequences_with_a_match_everywhere() -> None:
     ids = np.random.default_rng(1).integers(0, 2, 1_000_000).tolist()
     lookup = PromptLookup(len(ids) + 7)
     lookup.follow(ids)
-    assert len(lookup) == len(ids) and lookup.length >= GRAM
+    assert lookup.n == len(ids) and lookup.length >= GRAM
     guess = lookup.guess(1)
-    assert lookup.push(guess) in ([], [lookup.length - 1], [MOST_LENGTH])
+    assert list(lookup.push(guess)) in ([], [lookup.length - 1], [MOST_LENGTH])
 
 
 def test_tokens_at_once_are_as_tokens_one_by_one() -> None:
