@@ -240,7 +240,7 @@ class Drafter:
         return [own.wanted[: a + b] for own, a, b in zip(owns, counts, paying, strict=True)]
 
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
-        """A call was computed, and its tokens were drawn; the buffers still hold what it left there."""
+        """A call was computed, its tokens were drawn; the buffers still hold its rows, and timelines their pages."""
         states, n_read = None, 0
         for part in parts:
             own, _, at, start, n_rows, *_ = part

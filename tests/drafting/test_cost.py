@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from m2lite import Model, Sampling
 from m2lite.drafting.cost import CallCost, Sizes
-from m2lite.drafting.kept import load_kept, save_kept
+from m2lite.drafting.kept import kept_path, load_kept, save_kept
 from m2lite.drafting.planner import TRIAL, Planner
+from tests.drafting.harness import Loop, drafter_of
 from tests.drafting.test_planner import M2, Machine, planner_of, table
 
 
@@ -177,3 +179,37 @@ def test_a_process_corrects_what_was_kept_of_a_busy_hour(tmp_path: Path) -> None
         taken.append(machine.run(60) / machine.best)
         save_kept(path, planner)
     assert taken[0] > 1.1 and max(taken[3:]) < 1.08, taken
+
+
+def test_where_it_is_kept(bundled_model: Path, model_files: dict[str, Path]) -> None:
+    """One file for a model, its modules, the threads and the way it is loaded; the drafter begins there and adds."""
+    found = set()
+    for path in (bundled_model, model_files["random"]):
+        with Model.open(path, ctx=64) as model:
+            mtp = None if model.engine.modules is None else model.engine.modules.mtp
+            again = kept_path(model.weights, mtp, 2, "mapped")
+            assert again == kept_path(model.weights, mtp, 2, "mapped") and again.parent.name == "drafts"
+            found |= {again, kept_path(model.weights, mtp, 1, "mapped"), kept_path(model.weights, mtp, 2, "direct")}
+            found.add(kept_path(model.weights, None, 2, "mapped"))
+    assert len(found) == 7  # one model has no modules
+
+
+def test_a_drafter_remembers(bundled_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    with Model.open(bundled_model, ctx=256) as model:
+        known = [0] * 4
+        for n in range(2):
+            drafter = drafter_of(model)
+            drafter.remember(path)
+            assert drafter._planner._known == known
+            drafter.save()
+            assert path.exists() == (n > 0)  # nothing was learnt yet
+            loop = Loop(model, drafter)
+            loop.add([5, 6, 7] * 9, 60, Sampling(0, seed=0), ignore_stop=True)
+            loop.run()
+            loop.close()
+            before = drafter._planner.learnt()
+            drafter.save()
+            assert json.loads(path.read_text()) == {"version": 1, **before}
+            known = before["known"]
+            assert sum(known) > 5
