@@ -16,7 +16,7 @@ from m2lite.quant.config import check_architecture
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.foreign import CONVERTIBLE, FOREIGN_DTYPES, check_config, check_directory, check_tensors, unwrapped
 from m2lite.quant.journal import SourceFile
-from m2lite.quant.safetensors import Shard, SourceTensor
+from m2lite.quant.safetensors import SafetensorsFile, SourceTensor
 from m2lite.quant.texts import load_json
 from m2lite.storage.hub import find_snapshot
 
@@ -54,7 +54,7 @@ SCALE_DTYPES: Mapping[str, Callable[[npt.NDArray[np.uint8]], F32]] = {
 }
 
 
-class Rows(NamedTuple):
+class MatrixRows(NamedTuple):
     """Rows of one matrix of a tensor, as they are in the file, and the block scales of that matrix."""
 
     name: str
@@ -67,12 +67,12 @@ class Rows(NamedTuple):
 class Checkpoint:
     """Open shards of one directory and the table of all their tensors."""
 
-    def __init__(self, path: Path, config: dict[str, Any], shards: list[Shard]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], shards: list[SafetensorsFile]) -> None:
         self.path = path
         self.config = config
         self._shards = shards
         self.notes: list[str] = []  # for the user
-        self._home: dict[str, Shard] = {}
+        self._home: dict[str, SafetensorsFile] = {}
         self._scales: dict[str, F32] = {}
         tensors: dict[str, SourceTensor] = {}
         for shard in shards:
@@ -100,7 +100,7 @@ class Checkpoint:
         count = matrices(self.tensors[name].shape)[1] - first_row if n_rows is None else n_rows
         return self.decode(self.fetch(name, matrix, first_row, count))
 
-    def fetch(self, name: str, matrix: int, first_row: int, n_rows: int) -> Rows:
+    def fetch(self, name: str, matrix: int, first_row: int, n_rows: int) -> MatrixRows:
         """The part of `read` that waits for the disk; the page cache is not left full of it."""
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
@@ -112,7 +112,7 @@ class Checkpoint:
         raw = shard.read(offset, n_bytes)
         shard.advise(offset, n_bytes, "DONTNEED")
         scale = self._scale(name)[matrix] if tensor.dtype == "F8_E4M3" else None
-        return Rows(name, first_row, n_rows, raw, scale)
+        return MatrixRows(name, first_row, n_rows, raw, scale)
 
     def announce(self, name: str, matrix: int, first_row: int, n_rows: int) -> None:
         """These rows will be fetched soon."""
@@ -123,7 +123,7 @@ class Checkpoint:
             scale = self.tensors[scale_name]
             self._home[scale_name].advise(scale.offset, scale.n_bytes, "WILLNEED")
 
-    def decode(self, rows: Rows) -> F32:
+    def decode(self, rows: MatrixRows) -> F32:
         """float32[rows, columns]: W[r, c] = fp8[r, c] * scale[r // 128, c // 128], edges ragged.
 
         Despite the name "inv" the scale is multiplied. A kernel: only on the thread that calls kernels.
@@ -141,7 +141,7 @@ class Checkpoint:
             )
         return values
 
-    def _range(self, name: str, matrix: int, first_row: int, n_rows: int) -> tuple[Shard, int, int]:
+    def _range(self, name: str, matrix: int, first_row: int, n_rows: int) -> tuple[SafetensorsFile, int, int]:
         """Where these rows lie: shard, offset, bytes."""
         tensor = self.tensors[name]
         n_matrices, height, _ = matrices(tensor.shape)
@@ -228,7 +228,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if config.get("model_type") is not None:
         check_architecture(config)  # first: what is said of its files would lead nowhere
     check_config(config)
-    shards: list[Shard] = []
+    shards: list[SafetensorsFile] = []
     try:
         if (directory / INDEX_NAME).exists():
             _open_sharded(directory, shards)
@@ -236,7 +236,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if not (directory / SINGLE_NAME).exists():
                 check_directory(directory)
             _check_only(directory, {SINGLE_NAME})
-            shards.append(Shard(directory / SINGLE_NAME))
+            shards.append(SafetensorsFile(directory / SINGLE_NAME))
         checkpoint = Checkpoint(directory, config, shards)
         _note_links(checkpoint)
         return checkpoint
@@ -246,7 +246,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise
 
 
-def _open_sharded(directory: Path, shards: list[Shard]) -> None:
+def _open_sharded(directory: Path, shards: list[SafetensorsFile]) -> None:
     weight_map = load_json(directory, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise BadModelError(f"{INDEX_NAME} has no weight_map of names.", "Fetch that one file again.")
@@ -256,7 +256,7 @@ def _open_sharded(directory: Path, shards: list[Shard]) -> None:
             raise BadModelError(f"{INDEX_NAME} names the shard {name!r}, not a plain file name.", "Do not use it.")
     _check_only(directory, set(names))
     for name in names:
-        shards.append(Shard(directory / name))
+        shards.append(SafetensorsFile(directory / name))
     for shard in shards:
         for tensor in shard.tensors:
             if tensor not in weight_map:
@@ -293,7 +293,7 @@ def _note_links(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_twice(plain: str, name: str, first: Shard, second: Shard, other: str) -> NoReturn:
+def _refuse_twice(plain: str, name: str, first: SafetensorsFile, second: SafetensorsFile, other: str) -> NoReturn:
     if name != other:
         raise BadModelError(f"Tensors {other!r} and {name!r} would both be {plain!r}.", "Save the model unwrapped.")
     raise BadModelError(

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from m2lite.errors import UsageError
 from m2lite.quant import options as options_module
-from m2lite.quant.checkpoint import Checkpoint, Rows, open_checkpoint
+from m2lite.quant.checkpoint import Checkpoint, MatrixRows, open_checkpoint
 from m2lite.quant.config import SourceConfig, config_warnings, parse_config
 from m2lite.quant.header import Key, Slot, boolean, float32, string, uint32
 from m2lite.quant.imatrix import Importance
-from m2lite.quant.job import Job, Output, Progress, journal_path
-from m2lite.quant.names import Binding, Mtp, bind_tensors, copied_modules
+from m2lite.quant.job import FileJob, Output, Progress, journal_path
+from m2lite.quant.names import Binding, MtpBindings, bind_tensors, copied_modules
 from m2lite.quant.options import (
     Asked,
     Conversion,
@@ -108,7 +108,7 @@ def _plan(checkpoint: Checkpoint, out: Path, options: Options) -> JobPlan:
             *sidecar_keys(config, modules, identity),
         ]
         sidecar = plan_files(sidecar_path(out), ARCHITECTURE, keys, place(modules.bindings), options.alignment)
-    job = Job((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
+    job = FileJob((*sidecar, *model), checkpoint, journal_path(out), model[0].path, options.words("convert"))
     result = describe(model, sidecar, modules.n_modules if modules else 0, warnings)
     return JobPlan(job, options, bound, choices, result)
 
@@ -123,7 +123,7 @@ def _main_keys(checkpoint: Checkpoint, config: SourceConfig, options: Options, w
     ]
 
 
-def sidecar_keys(config: SourceConfig, mtp: Mtp, identity: str) -> list[Key]:
+def sidecar_keys(config: SourceConfig, mtp: MtpBindings, identity: str) -> list[Key]:
     """What a sidecar says of its modules and of the trunk that they belong to."""
     return [
         *architecture_keys(config, config.n_layers + mtp.n_modules),
@@ -220,7 +220,7 @@ class BoundTensor:
                 offset += n_bytes
         assert offset == slot.n_bytes or not self.binding.pieces
 
-    def _encode(self, slot: Slot, matrix: int, fetched: Rows) -> Bytes:
+    def _encode(self, slot: Slot, matrix: int, fetched: MatrixRows) -> Bytes:
         rows = self.checkpoint.decode(fetched)
         if self.binding.swap:
             rows = np.roll(rows, rows.shape[1] // 2, axis=1)

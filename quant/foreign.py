@@ -16,7 +16,7 @@ CONVERTIBLE = "Convert the original checkpoint instead: safetensors in FP8 (bloc
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class Kind(NamedTuple):
+class ForeignKind(NamedTuple):
     """A kind of checkpoint: what it is, how its tensors' names end, and what to do with it."""
 
     what: str
@@ -24,12 +24,12 @@ class Kind(NamedTuple):
     todo: str
 
 
-MLX = Kind(
+MLX = ForeignKind(
     "an MLX checkpoint, quantized for Apple's framework",
     (".scales", ".biases"),
     "Convert the original checkpoint instead, or undo it with `mlx_lm.convert --hf-path DIR --dequantize`.",
 )
-LORA = Kind(
+LORA = ForeignKind(
     "a LoRA adapter, or a model with one that is not merged",
     ("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.default.weight", ".base_layer.weight"),
     "Merge it into its base model first (PEFT: merge_and_unload, save_pretrained), then convert that.",
@@ -37,33 +37,36 @@ LORA = Kind(
 # The most telling first: names of a later kind may be among those of an earlier one.
 KINDS = (
     LORA,
-    Kind("quantized with NVFP4", (".weight_scale_2", ".weight_global_scale"), CONVERTIBLE),
-    Kind("quantized with MXFP4", ("_proj_blocks", "_proj_scales"), CONVERTIBLE),
-    Kind("quantized with bitsandbytes", (".absmax", ".quant_map", ".SCB", "__nf4", "__fp4"), CONVERTIBLE),
-    Kind("quantized with EXL3", (".trellis", ".suh", ".svh"), CONVERTIBLE),
-    Kind("quantized with EXL2", (".q_weight", ".q_scale"), CONVERTIBLE),
-    Kind("quantized with GPTQ", (".qweight", ".g_idx"), CONVERTIBLE),
-    Kind("quantized with AWQ (or GPTQ)", (".qweight", ".qzeros"), CONVERTIBLE),
-    Kind("packed by compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point"), CONVERTIBLE),
+    ForeignKind("quantized with NVFP4", (".weight_scale_2", ".weight_global_scale"), CONVERTIBLE),
+    ForeignKind("quantized with MXFP4", ("_proj_blocks", "_proj_scales"), CONVERTIBLE),
+    ForeignKind("quantized with bitsandbytes", (".absmax", ".quant_map", ".SCB", "__nf4", "__fp4"), CONVERTIBLE),
+    ForeignKind("quantized with EXL3", (".trellis", ".suh", ".svh"), CONVERTIBLE),
+    ForeignKind("quantized with EXL2", (".q_weight", ".q_scale"), CONVERTIBLE),
+    ForeignKind("quantized with GPTQ", (".qweight", ".g_idx"), CONVERTIBLE),
+    ForeignKind("quantized with AWQ (or GPTQ)", (".qweight", ".qzeros"), CONVERTIBLE),
+    ForeignKind("packed by compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point"), CONVERTIBLE),
     MLX,
-    Kind(
+    ForeignKind(
         "quantized with one scale for each tensor or row (compressed-tensors, ModelOpt, Quark)",
         (".weight_scale", ".input_scale"),
         CONVERTIBLE,
     ),
-    Kind(
+    ForeignKind(
         "an MLX checkpoint",
         (".switch_mlp.gate_proj.weight", ".switch_mlp.up_proj.weight", ".switch_mlp.down_proj.weight"),
         "Convert the original checkpoint instead.",
     ),
-    Kind(
+    ForeignKind(
         "a checkpoint in Mistral's own layout",
         (".attention.wq.weight", ".feed_forward.w1.weight"),
         "Convert the same model as Hugging Face has it.",
     ),
-    Kind("another architecture", (".mlp.gate_proj.weight", ".mlp.shared_expert.gate_proj.weight", ".attn.c_attn.weight",
-                                  ".linear_attn.in_proj_qkvz.weight", ".mixer.in_proj.weight"),
-         "m2lite converts MiniMax-M2 only."),
+    ForeignKind(
+        "another architecture",
+        (".mlp.gate_proj.weight", ".mlp.shared_expert.gate_proj.weight", ".attn.c_attn.weight",
+         ".linear_attn.in_proj_qkvz.weight", ".mixer.in_proj.weight"),
+        "m2lite converts MiniMax-M2 only.",
+    ),
 )  # fmt: skip
 # quantization_config.quant_method, in words.
 METHODS = {
@@ -93,7 +96,7 @@ def unwrapped(name: str) -> str:
     return plain if plain.startswith(_OF_M2) else name
 
 
-def name_tensors(names: Iterable[str], dtypes: Sequence[str]) -> Kind | None:
+def name_tensors(names: Iterable[str], dtypes: Sequence[str]) -> ForeignKind | None:
     """What these tensors are of, `dtypes` one for each; None for those of no known kind."""
     found = list(names)
     for kind in KINDS:
@@ -102,7 +105,7 @@ def name_tensors(names: Iterable[str], dtypes: Sequence[str]) -> Kind | None:
         if len(seen) >= (2 if kind is MLX else 1):
             return kind
     dtype = next((d for d in FOREIGN_DTYPES if dtypes.count(d) * 10 > len(dtypes)), None)  # more than a stray buffer
-    return None if dtype is None else Kind(f"stored as {dtype} ({FOREIGN_DTYPES[dtype]})", (), CONVERTIBLE)
+    return None if dtype is None else ForeignKind(f"stored as {dtype} ({FOREIGN_DTYPES[dtype]})", (), CONVERTIBLE)
 
 
 def check_tensors(names: Iterable[str], dtypes: Sequence[str]) -> None:

@@ -75,7 +75,7 @@ class Slot(NamedTuple):
     n_bytes: int
 
 
-class Header(NamedTuple):
+class BuiltHeader(NamedTuple):
     """`data` is magic to the last tensor info, without the padding behind it; its hashes are zeros."""
 
     data: bytes
@@ -118,7 +118,7 @@ def build_header(
     alignment: int | None = None,
     *,
     hashed: bool = False,
-) -> Header:
+) -> BuiltHeader:
     """Header bytes and offsets; the same arguments give the same bytes. `hashed` leaves room for the hashes.
 
     No architecture: a later part of a split, which says nothing of its own.
@@ -146,7 +146,9 @@ def build_header(
         slots.append(Slot(name, shape, block_format, offset, size))
         offset += size + -size % alignment
     hashes_at = ends[KEY_TENSOR_HASHES] - 8 * len(sizes) if hashed else 0
-    return Header(bytes(data), tuple(slots), offset, alignment, hashes_at, ends[KEY_HEADER_HASH] - 8 if hashed else 0)
+    return BuiltHeader(
+        bytes(data), tuple(slots), offset, alignment, hashes_at, ends[KEY_HEADER_HASH] - 8 if hashed else 0
+    )
 
 
 def pack_start(n_tensors: int, n_keys: int) -> bytes:

@@ -31,7 +31,7 @@ KEY_DATASETS, KEY_CHUNKS, KEY_CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_co
 _AGAIN = "Make the importance matrix again, with `m2lite imatrix` or llama-imatrix."
 
 
-class Target(Protocol):
+class Quantizable(Protocol):
     """A tensor that is to be quantized: its GGUF name and row-major shape [experts,] out, in."""
 
     @property
@@ -75,7 +75,7 @@ class Importance:
         smallest = max(float(mean.mean(dtype=np.float64)) * 1e-6, float(np.finfo(np.float32).tiny))
         return np.where(mean > 0, mean, np.float32(smallest))
 
-    def check(self, tensors: Iterable[Target]) -> None:
+    def check(self, tensors: Iterable[Quantizable]) -> None:
         """Raises UsageError unless every tensor that is here has the size of the model's, and at least one is here."""
         found = False
         for tensor in tensors:

@@ -17,8 +17,8 @@ import xxhash
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 from m2lite.kernels import jit
-from m2lite.quant.header import MAGIC, Header, Slot
-from m2lite.quant.journal import Entry, Journal, SourceChanged, SourceFile, Ticket, hash_plan
+from m2lite.quant.header import MAGIC, BuiltHeader, Slot
+from m2lite.quant.journal import Journal, SourceChanged, SourceFile, Ticket, WrittenTensor, hash_plan
 from m2lite.quant.stream import Bytes, Chunk, stream
 from m2lite.storage.durable import free_bytes
 from m2lite.storage.part_file import PartFile, part_path
@@ -62,12 +62,12 @@ class Output:
     """One file: its header with every slot, and the source of each slot's tensor."""
 
     path: Path
-    header: Header
+    header: BuiltHeader
     tensors: tuple[TensorSource, ...]
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     """Files that belong together: their names appear when all are complete, that of the `last` after the others."""
 
     outputs: tuple[Output, ...]
@@ -92,7 +92,7 @@ def journal_path(out: Path) -> Path:
 
 
 def run_job(
-    job: Job,
+    job: FileJob,
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -119,7 +119,7 @@ def run_job(
     return found_bytes
 
 
-def _check_outputs(job: Job) -> None:
+def _check_outputs(job: FileJob) -> None:
     """No file that will be written is an input under another name, nor anything but a file."""
     places = Places().reads(*job.source.paths())
     places.approve("The journal", job.journal_path, kind="continued")
@@ -134,13 +134,13 @@ class _File:
     output: Output
     part: PartFile | None = None
 
-    def hashes(self, entries: Mapping[str, Entry]) -> list[int] | None:
+    def hashes(self, entries: Mapping[str, WrittenTensor]) -> list[int] | None:
         """Of all tensors, or None while one is missing."""
         slots = self.output.header.slots
         found = [entries[slot.name].xxh64 for slot in slots if slot.name in entries]
         return found if len(found) == len(slots) else None
 
-    def is_published(self, entries: Mapping[str, Entry]) -> bool:
+    def is_published(self, entries: Mapping[str, WrittenTensor]) -> bool:
         """The final name holds exactly this: its header with all hashes."""
         hashes, path = self.hashes(entries), self.output.path
         if hashes is None or part_path(path).exists() or not path.is_file():
@@ -157,7 +157,7 @@ Place = tuple[_File, Slot]
 class _Run:
     """One attempt at a job, under the lock of its journal."""
 
-    job: Job
+    job: FileJob
     journal: Journal
     progress: Progress | None
     files: list[_File] = field(default_factory=list)
@@ -290,7 +290,7 @@ class _Run:
                 part.close()
 
 
-def _say_kept(error: BaseException, job: Job) -> None:
+def _say_kept(error: BaseException, job: FileJob) -> None:
     words = (
         f"What is done is kept in {job.last.name}.part: run the same command again to go on, or remove the .part "
         f"files and {job.journal_path.name}."
@@ -306,7 +306,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise UsageError(f"The output {path} exists already.", "Choose another name, or allow to overwrite it.")
 
 
-def _check_disk(job: Job) -> None:
+def _check_disk(job: FileJob) -> None:
     directory = job.journal_path.parent
     free = free_bytes(directory)
     if free < job.total_bytes:
@@ -324,7 +324,7 @@ class _Writer:
         self._ends = {file.output.path: slot.name for file, slot in places}  # the last tensor of each file
         self._digest = xxhash.xxh64()
         self._n_bytes = 0  # of the tensor at hand
-        self._finished: list[tuple[_File, Entry]] = []
+        self._finished: list[tuple[_File, WrittenTensor]] = []
         self._is_broken = False
 
     def write(self, place: Place, chunk: Chunk, data: Bytes) -> None:
@@ -347,7 +347,7 @@ class _Writer:
         self._n_bytes += chunk.n_bytes
         if self._n_bytes < slot.n_bytes:
             return
-        self._finished.append((file, Entry(slot.name, slot.offset, slot.n_bytes, self._digest.intdigest())))
+        self._finished.append((file, WrittenTensor(slot.name, slot.offset, slot.n_bytes, self._digest.intdigest())))
         self._digest, self._n_bytes = xxhash.xxh64(), 0
         if self._ends[file.output.path] == slot.name or sum(e.n_bytes for _, e in self._finished) >= BATCH_BYTES:
             self.commit()

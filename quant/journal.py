@@ -37,7 +37,7 @@ class SourceFile(NamedTuple):
     sha_of_header: str
 
 
-class Entry(NamedTuple):
+class WrittenTensor(NamedTuple):
     """A tensor that is on disk."""
 
     tensor: str
@@ -84,7 +84,7 @@ class Journal:
         self.path = path
         _check_ours(path)
         self._log = LineLog(path)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, WrittenTensor] = {}
 
     def files_before(self) -> list[str]:
         """The outputs that the journal's own job writes; plain names only."""
@@ -118,7 +118,7 @@ class Journal:
         self.entries = {}
         self._log.append([ticket.line()])
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, entries: Sequence[WrittenTensor]) -> None:
         """These tensors are on disk; from now on that is known."""
         lines = [
             json.dumps({"tensor": e.tensor, "off": e.offset, "nbytes": e.n_bytes, "xxh64": f"{e.xxh64:016x}"})
@@ -172,13 +172,13 @@ def _check_ours(path: Path) -> None:
         )
 
 
-def _parse_entry(line: bytes) -> Entry | None:
+def _parse_entry(line: bytes) -> WrittenTensor | None:
     """A line that cannot be read is no tensor: it is done again."""
     found = _parse_line(line)
     entry = found.get("tensor"), found.get("off"), found.get("nbytes"), found.get("xxh64")
     if tuple(map(type, entry)) != (str, int, int, str) or not re.fullmatch("[0-9a-f]{16}", found["xxh64"]):
         return None
-    return Entry(found["tensor"], found["off"], found["nbytes"], int(found["xxh64"], 16))
+    return WrittenTensor(found["tensor"], found["off"], found["nbytes"], int(found["xxh64"], 16))
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

@@ -119,7 +119,7 @@ MTP_TENSORS = {"eh_proj": "mtp_projection", "enorm": "norm", "hnorm": "norm", "s
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
-class Piece(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of one source matrix; the pieces of a tensor, in order, are its rows."""
 
     source: str
@@ -135,14 +135,14 @@ class Binding:
     name: str
     shape: tuple[int, ...]
     role: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowRange, ...]
     swap: bool = False  # exchange the two halves of every row
     mtp: bool = False
     fill: str = "zeros"  # or ones, or halves: half the identity, twice side by side
 
 
 @dataclass(frozen=True)
-class Mtp:
+class MtpBindings:
     """The prediction modules of a checkpoint: their tensors, under blk.{n_layers + i}, and how they are meant."""
 
     n_modules: int
@@ -154,7 +154,7 @@ class Mtp:
 
 class Bindings(NamedTuple):
     trunk: tuple[Binding, ...]
-    mtp: Mtp | None
+    mtp: MtpBindings | None
 
 
 def bind_tensors(checkpoint: Checkpoint, config: SourceConfig) -> Bindings:
@@ -196,7 +196,7 @@ def _missing(checkpoint: Checkpoint, wanted: str, more: str = "") -> BadModelErr
     return BadModelError(f"Tensor {wanted!r} is missing{more}, and no file is: {found}.", todo)
 
 
-def _pieces(checkpoint: Checkpoint, name: str, spelling: Spelling, shape: tuple[int, ...]) -> Iterator[Piece]:
+def _pieces(checkpoint: Checkpoint, name: str, spelling: Spelling, shape: tuple[int, ...]) -> Iterator[RowRange]:
     n_matrices, n_rows, _ = matrices(shape)
     separate = "{e}" in name
     for index in range(n_matrices):
@@ -206,7 +206,7 @@ def _pieces(checkpoint: Checkpoint, name: str, spelling: Spelling, shape: tuple[
         )
         if index == 0 or separate:
             _check_shape(checkpoint, source, expected)
-        yield Piece(source, 0 if separate else index, spelling.part * n_rows, n_rows)
+        yield RowRange(source, 0 if separate else index, spelling.part * n_rows, n_rows)
 
 
 def _check_shape(checkpoint: Checkpoint, source: str, expected: tuple[int, ...]) -> None:
@@ -221,7 +221,7 @@ def _check_shape(checkpoint: Checkpoint, source: str, expected: tuple[int, ...])
         )
 
 
-def _bind_mtp(checkpoint: Checkpoint, config: SourceConfig) -> tuple[Mtp | None, list[str]]:
+def _bind_mtp(checkpoint: Checkpoint, config: SourceConfig) -> tuple[MtpBindings | None, list[str]]:
     """Prediction modules are found by their tensors: config.json promises them where there are none."""
     for layout in MTP_LAYOUTS:
         prefixes: list[str] = []
@@ -241,10 +241,10 @@ def _bind_mtp(checkpoint: Checkpoint, config: SourceConfig) -> tuple[Mtp | None,
                 copies.append(prefix + name)
     hidden = config.mtp_hidden or layout.hidden
     zero_at_0 = layout.zero_at_0 if config.mtp_zero_at_0 is None else config.mtp_zero_at_0
-    return Mtp(len(prefixes), tuple(bindings), hidden, zero_at_0, layout.norm is None), copies
+    return MtpBindings(len(prefixes), tuple(bindings), hidden, zero_at_0, layout.norm is None), copies
 
 
-def copied_modules(config: SourceConfig, trunk: Sequence[Binding], n_modules: int) -> Mtp:
+def copied_modules(config: SourceConfig, trunk: Sequence[Binding], n_modules: int) -> MtpBindings:
     """Modules to begin training with: each the trunk's last layer, on the mean of embedding and hidden state.
 
     So the paper began. As they are they foresee little: models/m2-tiny/README.md has figures.
@@ -258,7 +258,7 @@ def copied_modules(config: SourceConfig, trunk: Sequence[Binding], n_modules: in
             shape = (config.n_embd, 2 * config.n_embd) if fill == "halves" else (config.n_embd,)
             full_name = f"{prefix}nextn.{name}.weight"
             found.append(Binding(full_name, shape, MTP_TENSORS[name], (), mtp=True, fill=fill))
-    return Mtp(n_modules, tuple(found), config.mtp_hidden or "pre_norm", True, shared_norm=True)
+    return MtpBindings(n_modules, tuple(found), config.mtp_hidden or "pre_norm", True, shared_norm=True)
 
 
 def _module_prefix(layout: MtpLayout, config: SourceConfig, index: int) -> str:

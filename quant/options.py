@@ -21,9 +21,9 @@ from m2lite.errors import UsageError
 from m2lite.quant.encode import can_encode, encode_rows, uses_importance
 from m2lite.quant.header import Key, Slot, build_header, choose_alignment, string, tensor_bytes, uint32
 from m2lite.quant.imatrix import Importance, read_imatrix
-from m2lite.quant.job import Job, Output, Progress, journal_path, run_job
+from m2lite.quant.job import FileJob, Output, Progress, journal_path, run_job
+from m2lite.quant.recipes import Candidate as Wanted
 from m2lite.quant.recipes import Choice, Recipe, choose_formats, find_recipe
-from m2lite.quant.recipes import Planned as Wanted
 from m2lite.quant.stream import Bytes
 from m2lite.storage.part_file import part_path
 from m2lite.storage.sidecar import model_files, sidecar_path
@@ -101,7 +101,7 @@ class Conversion:
 class JobPlan:
     """A job and what it is about, before a byte is written."""
 
-    job: Job
+    job: FileJob
     options: Options
     tensors: tuple[Wanted, ...]  # of all files
     choices: dict[str, Choice]

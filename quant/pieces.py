@@ -29,7 +29,7 @@ NORMALIZER_NAME, CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 1, 2, 3,
 
 
 @dataclass
-class Pieces:
+class PieceVocabulary:
     """A vocabulary by id. `special` holds what the model itself says of bos, eos, unknown and padding."""
 
     tokens: list[str]
@@ -39,7 +39,7 @@ class Pieces:
     space_prefix: bool = True
 
 
-def load_pieces(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> Pieces:
+def load_pieces(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> PieceVocabulary:
     """The model's pieces, then added_tokens.json, then added_tokens_decoder of tokenizer_config.json."""
     data = read_small(directory / MODEL_NAME, MAX_BYTES)
     if data is None:
@@ -61,7 +61,7 @@ def load_pieces(directory: Path, settings: Mapping[str, Any], n_vocab: int) -> P
     return pieces
 
 
-def parse_model(data: bytes, n_vocab: int) -> Pieces:
+def parse_model(data: bytes, n_vocab: int) -> PieceVocabulary:
     """The pieces of a serialized ModelProto, filled up to `n_vocab`; refused where our tokenizer would differ."""
     found: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
@@ -79,7 +79,7 @@ def parse_model(data: bytes, n_vocab: int) -> Pieces:
             normalizer |= dict(_fields(value))
     _check_kind(found, trainer, normalizer, n_vocab)
     n_unused = n_vocab - len(found)
-    pieces = Pieces(
+    pieces = PieceVocabulary(
         [text for text, _, _ in found] + [f"[PAD{i}]" for i in range(len(found), n_vocab)],
         [score for _, score, _ in found] + [UNUSED_SCORE] * n_unused,
         [kind for _, _, kind in found] + [UNUSED] * n_unused,
@@ -129,7 +129,7 @@ def _parse_piece(data: bytes, index: int) -> tuple[str, float, int]:
         raise _bad(f"piece {index} is not UTF-8") from None
 
 
-def _add(pieces: Pieces, file: str, token_id: Any, text: Any, kind: int) -> None:
+def _add(pieces: PieceVocabulary, file: str, token_id: Any, text: Any, kind: int) -> None:
     if type(token_id) is not int or not 0 <= token_id < len(pieces.tokens):
         raise _bad_added(file, f"token {text!r} has id {token_id!r}, beyond the {len(pieces.tokens)} of vocab_size")
     if not isinstance(text, str) or not text:

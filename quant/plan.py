@@ -87,7 +87,7 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JobSeconds:
     """Extrapolated from a few MB. Reading and encoding overlap, so the slower one counts; then all is read back."""
 
     read_seconds: float
@@ -108,7 +108,7 @@ class Plan:
     disk_needed_bytes: int
     disk_free_bytes: int
     memory_bytes: int  # at most, at any moment of the job
-    estimate: Estimate | None
+    estimate: JobSeconds | None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -183,7 +183,7 @@ def make_plan(
     *,
     memory_bytes: int,
     found_bytes: int = 0,
-    estimate: Estimate | None = None,
+    estimate: JobSeconds | None = None,
     warnings: tuple[str, ...] = (),
 ) -> Plan:
     """`found_bytes` of the targets are on disk already, from an interrupted run."""
@@ -236,7 +236,7 @@ def estimate_time(
     sample: Callable[[Item], Chunk],
     budget_seconds: float = BUDGET_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
-) -> Estimate:
+) -> JobSeconds:
     """Times one chunk of the largest tensor per pair of types; a first run, in which kernels compile, is not counted.
 
     The source is read as it is now: what the page cache holds is read faster than the disk could.
@@ -256,7 +256,7 @@ def estimate_time(
         best = _best_of(chunk, raw, budget_seconds / len(groups), clock)
         encode_seconds += best * share * _ratio(own, largest, "n_weights")
     source_bytes, n_bytes = sum(item.source_bytes for item in items), sum(item.n_bytes for item in items)
-    return Estimate(read_seconds, encode_seconds, read_seconds * n_bytes / max(1, source_bytes))
+    return JobSeconds(read_seconds, encode_seconds, read_seconds * n_bytes / max(1, source_bytes))
 
 
 def _ratio(own: Sequence[Item], largest: Item, what: str) -> float:
@@ -307,7 +307,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _format_estimate(plan: Plan, estimate: Estimate) -> str:
+def _format_estimate(plan: Plan, estimate: JobSeconds) -> str:
     def rate(seconds: float) -> str:
         return format_speed(plan.source_bytes / max(seconds, 1e-9))
 

@@ -17,7 +17,7 @@ from m2lite.quant import options as options_module
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.header import Key, Slot, raw, string, uint32
 from m2lite.quant.imatrix import Importance
-from m2lite.quant.job import Job, Output, Progress, journal_path
+from m2lite.quant.job import FileJob, Output, Progress, journal_path
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.names import role_of
 from m2lite.quant.options import (
@@ -121,7 +121,7 @@ def _plan(files: Sequence[GGUFFile], out: Path, options: Options) -> JobPlan:
         tensors = place(files[1], tables[1])
         sidecar = plan_files(sidecar_path(out), _architecture(files[1]), keys, tensors, options.alignment)
     source = StoredFiles(tuple(files))
-    job = Job((*sidecar, *model), source, journal_path(out), model[0].path, options.words("quantize"))
+    job = FileJob((*sidecar, *model), source, journal_path(out), model[0].path, options.words("quantize"))
     result = describe(model, sidecar, _n_modules(files[-1]), warnings)
     return JobPlan(job, options, tuple(everything), choices, result)
 

@@ -14,7 +14,7 @@ from m2lite.storage.blocks import FORMATS, BlockFormat
 from m2lite.system.byte_units import format_bytes
 
 
-class Planned(Protocol):
+class Candidate(Protocol):
     """What a choice depends on; names.Binding is one."""
 
     @property
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
     wanted: str
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor lies, as far as rules ask. Prediction modules lie behind the last layer, all in one place."""
 
     layer: int
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
     kinds: tuple[str, ...]
     type: str
-    where: Callable[[Place], bool] = lambda place: True
+    where: Callable[[TensorPlace], bool] = lambda place: True
 
 
 @dataclass(frozen=True)
@@ -64,41 +64,41 @@ class Recipe:
     has_ladder: bool = False  # may be fitted to a size
 
 
-def _more_bits(place: Place) -> bool:
+def _more_bits(place: TensorPlace) -> bool:
     eighth = place.n_layers // 8
     return _on_edge(place) or (place.layer - eighth) % 3 == 2
 
 
-def _on_edge(place: Place) -> bool:
+def _on_edge(place: TensorPlace) -> bool:
     """The first and the last eighth of the layers: 0-6 and 54-61 of M2's 62."""
     return _in_first_eighth(place) or place.layer >= 7 * place.n_layers // 8
 
 
-def _in_first_eighth(place: Place) -> bool:
+def _in_first_eighth(place: TensorPlace) -> bool:
     return place.layer < place.n_layers // 8
 
 
-def _first_eighth_unweighted(place: Place) -> bool:
+def _first_eighth_unweighted(place: TensorPlace) -> bool:
     return _in_first_eighth(place) and not place.has_importance
 
 
-def _first_eighth_weighted(place: Place) -> bool:
+def _first_eighth_weighted(place: TensorPlace) -> bool:
     return _in_first_eighth(place) and place.has_importance
 
 
-def _first_four(place: Place) -> bool:
+def _first_four(place: TensorPlace) -> bool:
     return place.layer < 4
 
 
-def _last(place: Place) -> bool:
+def _last(place: TensorPlace) -> bool:
     return place.layer == place.n_layers - 1
 
 
-def _shared_heads(place: Place) -> bool:
+def _shared_heads(place: TensorPlace) -> bool:
     return place.n_gqa >= 4
 
 
-def _eight_experts(place: Place) -> bool:
+def _eight_experts(place: TensorPlace) -> bool:
     return place.n_experts == 8
 
 
@@ -233,7 +233,7 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
 
 def choose_formats(
     recipe: Recipe,
-    tensors: Sequence[Planned],
+    tensors: Sequence[Candidate],
     overrides: Sequence[tuple[re.Pattern[str], str]] = (),
     has_importance: bool = False,
     target_bytes: int | None = None,
@@ -278,7 +278,7 @@ def split_name(name: str) -> tuple[int | None, str]:
     return (int(match[1]) if match[1] else None), match[2]
 
 
-def _places(tensors: Sequence[Planned], has_importance: bool) -> dict[str, Place]:
+def _places(tensors: Sequence[Candidate], has_importance: bool) -> dict[str, TensorPlace]:
     """Layers, heads and experts are read off the names and shapes themselves."""
     layers = {t.name: split_name(t.name)[0] for t in tensors}
     n_layers = 1 + max((layers[t.name] or 0 for t in tensors if not t.mtp), default=0)
@@ -286,9 +286,9 @@ def _places(tensors: Sequence[Planned], has_importance: bool) -> dict[str, Place
     n_experts = shapes.get("ffn_gate_inp", shapes.get("ffn_down_exps", (0,)))[0]
     n_gqa = _heads_per_kv_head(shapes)
 
-    def place(tensor: Planned) -> Place:
+    def place(tensor: Candidate) -> TensorPlace:
         layer = n_layers if tensor.mtp else layers[tensor.name] or 0
-        return Place(layer, n_layers, n_gqa, n_experts, has_importance)
+        return TensorPlace(layer, n_layers, n_gqa, n_experts, has_importance)
 
     return {t.name: place(t) for t in tensors}
 
@@ -302,7 +302,7 @@ def _heads_per_kv_head(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return 1
 
 
-def _wanted(recipe: Recipe, tensor: Planned, place: Place) -> str:
+def _wanted(recipe: Recipe, tensor: Candidate, place: TensorPlace) -> str:
     if tensor.role in EXACT_ROLES:
         return "F32"
     if tensor.mtp and recipe.mtp_dense and tensor.role != "experts":
@@ -310,12 +310,12 @@ def _wanted(recipe: Recipe, tensor: Planned, place: Place) -> str:
     return _last_rule(recipe.rules, tensor, place) or recipe.base
 
 
-def _last_rule(rules: Sequence[Rule], tensor: Planned, place: Place) -> str | None:
+def _last_rule(rules: Sequence[Rule], tensor: Candidate, place: TensorPlace) -> str | None:
     kind = split_name(tensor.name)[1]
     return next((rule.type for rule in reversed(rules) if kind in rule.kinds and rule.where(place)), None)
 
 
-def _find_overrides(overrides: Sequence[tuple[re.Pattern[str], str]], tensors: Sequence[Planned]) -> dict[str, str]:
+def _find_overrides(overrides: Sequence[tuple[re.Pattern[str], str]], tensors: Sequence[Candidate]) -> dict[str, str]:
     """Tensor -> type. Norms, router and bias stay F32 under any regex; one that finds nothing else is refused."""
     found: dict[str, str] = {}
     for pattern, type_name in overrides:
@@ -335,16 +335,16 @@ def _find_overrides(overrides: Sequence[tuple[re.Pattern[str], str]], tensors: S
 
 def _climb(
     wanted: dict[str, str],
-    tensors: Sequence[Planned],
-    free: Sequence[Planned],
-    places: Mapping[str, Place],
+    tensors: Sequence[Candidate],
+    free: Sequence[Candidate],
+    places: Mapping[str, TensorPlace],
     target_bytes: int,
     alignment: int,
     header_bytes: int,
 ) -> None:
     """Puts `free` on the floor, then raises one after another as long as the main file stays within its target."""
 
-    def size(tensor: Planned, type_name: str) -> int:
+    def size(tensor: Candidate, type_name: str) -> int:
         return body_bytes(fit_width(type_name, tensor.shape[-1]), tensor.shape, alignment)
 
     for tensor in free:
@@ -366,10 +366,10 @@ def _climb(
             left -= more
 
 
-def _steps(free: Sequence[Planned], places: Mapping[str, Place]) -> Iterator[tuple[Planned, str]]:
+def _steps(free: Sequence[Candidate], places: Mapping[str, TensorPlace]) -> Iterator[tuple[Candidate, str]]:
     """The ladder, tensor by tensor; within a step the outermost layers first, the last before the first."""
 
-    def depth(tensor: Planned) -> tuple[int, int, str]:
+    def depth(tensor: Candidate) -> tuple[int, int, str]:
         place = places[tensor.name]
         return min(place.layer, place.n_layers - 1 - place.layer), -place.layer, tensor.name
 

@@ -63,7 +63,7 @@ class SourceTensor:
     n_bytes: int
 
 
-class Shard:
+class SafetensorsFile:
     """An open safetensors file: a descriptor and the table of its tensors."""
 
     def __init__(self, path: Path) -> None:

@@ -50,7 +50,7 @@ def stream(
 
     with ThreadPoolExecutor(1, "m2lite-read") as reader, ThreadPoolExecutor(1, "m2lite-write") as writer:
 
-        def settle(n_left: int) -> None:
+        def finish_writes(n_left: int) -> None:
             while len(writes) > n_left:
                 place, chunk, future = writes.popleft()
                 future.result()
@@ -60,14 +60,14 @@ def stream(
             while len(reads) > n_left:
                 place, chunk, future = reads.popleft()
                 writes.append((place, chunk, writer.submit(write, place, chunk, chunk.encode(future.result()))))
-                settle(READ_AHEAD)
+                finish_writes(READ_AHEAD)
 
         try:
             for place, chunk, ahead in _with_next(chunks, ANNOUNCE_AHEAD):
                 reads.append((place, chunk, reader.submit(_fetch, chunk, ahead)))
                 encode(READ_AHEAD)
             encode(0)
-            settle(0)
+            finish_writes(0)
         except BaseException:
             for executor in (reader, writer):
                 executor.shutdown(wait=True, cancel_futures=True)

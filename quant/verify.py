@@ -58,7 +58,7 @@ class Report:
         return not self.problems
 
 
-class Source(NamedTuple):
+class Original(NamedTuple):
     """What a file is compared with."""
 
     tensors: Mapping[str, Reference]
@@ -170,12 +170,12 @@ def _check_tensor(gguf: GGUFFile, info: TensorInfo, expected: int | None, proble
         )
 
 
-def _open_source(stack: ExitStack, against: Path, importance: Importance | None, made: GGUFFile) -> Source:
+def _open_source(stack: ExitStack, against: Path, importance: Importance | None, made: GGUFFile) -> Original:
     """Every tensor and key that the source gives, by its name in GGUF."""
     if not against.is_dir():
         gguf = stack.enter_context(open_gguf(against))
         table = {n: Reference(StoredTensor(gguf, info, importance), info.shape) for n, info in gguf.tensors.items()}
-        return Source(table, gguf.metadata, "the source")
+        return Original(table, gguf.metadata, "the source")
     checkpoint = stack.enter_context(open_checkpoint(against))
     config = parse_config(checkpoint.config)
     bindings = bind_tensors(checkpoint, config)
@@ -186,7 +186,7 @@ def _open_source(stack: ExitStack, against: Path, importance: Importance | None,
     if "m2lite.mtp.trunk" not in made.metadata and any((checkpoint.path / n).exists() for n in (JSON_NAME, MODEL_NAME)):
         keys += vocabulary_keys(checkpoint.path, config.n_vocab, checkpoint.config)
     doubts = (*config_warnings(checkpoint.config), *checkpoint.notes)
-    return Source(table, {key.name: _as_stored(key) for key in keys}, "config.json", doubts)
+    return Original(table, {key.name: _as_stored(key) for key in keys}, "config.json", doubts)
 
 
 def _as_stored(key: Key) -> Any:
@@ -200,7 +200,7 @@ def _plain(value: Any) -> Any:
     return [item.encode() if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
-def _compare_keys(gguf: GGUFFile, source: Source, problems: list[str], notes: list[str]) -> None:
+def _compare_keys(gguf: GGUFFile, source: Original, problems: list[str], notes: list[str]) -> None:
     """What decides the arithmetic must be the source's; a tokenizer may have been mended, so that is only told."""
     made, wanted = _deciding(gguf.metadata), _deciding(source.keys)
     for key in sorted(made.keys() | wanted.keys()):

@@ -50,7 +50,7 @@ UNSAID: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 
 
-class Vocabulary(NamedTuple):
+class BpeVocabulary(NamedTuple):
     tokens: list[str]
     types: list[int]
     merges: list[str]
@@ -128,7 +128,7 @@ def sampling_keys(directory: Path, warnings: list[str]) -> list[Key]:
     return keys
 
 
-def parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+def parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> BpeVocabulary:
     """Tokens by id, their types and the merges; BadModelError where tokenizer.json is not M2's kind."""
     try:
         return _parse_vocabulary(tokenizer, n_vocab)
@@ -136,7 +136,7 @@ def parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
         raise _bad(f"a part of it has another form than expected ({error!r})") from None
 
 
-def _parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+def _parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> BpeVocabulary:
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise _bad("model is not byte-level BPE")
@@ -161,7 +161,7 @@ def _parse_vocabulary(tokenizer: Mapping[str, Any], n_vocab: int) -> Vocabulary:
             types[token_id] = UNUSED
     order = range(n_vocab)
     merges = _parse_merges(model.get("merges"), set(tokens.values()))
-    return Vocabulary([tokens[i] for i in order], [types[i] for i in order], merges)
+    return BpeVocabulary([tokens[i] for i in order], [types[i] for i in order], merges)
 
 
 def _bad(what: str) -> BadModelError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from m2lite.quant.header import Slot, string
-from m2lite.quant.job import Job, journal_path
+from m2lite.quant.job import FileJob, journal_path
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
@@ -55,7 +55,7 @@ def _same(data: Bytes) -> Bytes:
     return data
 
 
-def memory_job(folder: Path, source: MemorySource | None = None, seed: int = 0, parts: bool = True) -> Job:
+def memory_job(folder: Path, source: MemorySource | None = None, seed: int = 0, parts: bool = True) -> FileJob:
     """A sidecar of one tensor and a model of four, in two or three parts."""
     made: dict[str, int] = {}
 
@@ -70,10 +70,10 @@ def memory_job(folder: Path, source: MemorySource | None = None, seed: int = 0, 
     sidecar = plan_files(folder / "mtp-x.gguf", "minimax-m2", keys, tensors("m", 3), 32)
     model = plan_files(out, "minimax-m2", keys, tensors("abcd", 4), 32, 1300 if parts else None)
     options = {"command": "test", "type": "f32", "seed": seed}
-    return Job((*sidecar, *model), source or MemorySource(), journal_path(out), model[0].path, options)
+    return FileJob((*sidecar, *model), source or MemorySource(), journal_path(out), model[0].path, options)
 
 
-def made(job: Job) -> dict[str, int]:
+def made(job: FileJob) -> dict[str, int]:
     """How often each tensor was made."""
     tensor = job.outputs[0].tensors[0]
     assert isinstance(tensor, MemoryTensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2lite.decode.locate import locate_model
+from m2lite.engine.locate import locate_model
 from m2lite.errors import UsageError
 from m2lite.quant.convert import convert
 from m2lite.storage.gguf_reader import open_gguf

@@ -11,7 +11,7 @@ import pytest
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
 from m2lite.quant import job as job_module
-from m2lite.quant.job import Job, run_job
+from m2lite.quant.job import FileJob, run_job
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.verify import verify
 from m2lite.storage.gguf_reader import open_gguf
@@ -154,7 +154,7 @@ def test_another_job_or_a_changed_input_is_refused_in_words(tmp_path: Path) -> N
     kill_at_byte(tmp_path, 700)
     before = files_in(tmp_path)
 
-    def words(job: Job) -> str:
+    def words(job: FileJob) -> str:
         with pytest.raises(UsageError) as caught:
             run_job(job)
         assert files_in(tmp_path) == before

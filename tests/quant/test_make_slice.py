@@ -81,7 +81,7 @@ def test_a_slice_runs_and_its_tokens_choose_different_experts(tmp_path: Path) ->
     assert make(path, "--experts", "32", "--vocab", "900", "--layers", "2").returncode == 0
     with Model.open(path, ctx=64) as model:
         assert np.isfinite(model.logits(range(300, 364))).all()
-        experts = model.engine.buffers.array("ids")[:64]  # of the last layer
+        experts = model.runner.buffers.array("ids")[:64]  # of the last layer
         assert len(np.unique(experts)) > 24 and np.bincount(experts.ravel()).max() < 48
 
 

@@ -13,8 +13,8 @@ import pytest
 from m2lite.quant.convert import convert, plan_convert
 from m2lite.quant.encode import encode_rows
 from m2lite.quant.plan import (
-    Estimate,
     Item,
+    JobSeconds,
     Target,
     as_dict,
     estimate_time,
@@ -94,7 +94,7 @@ def test_the_sidecar_is_a_table_of_its_own(tmp_path: Path) -> None:
 
 def test_the_plan_is_plain_data(tmp_path: Path) -> None:
     items = items_of(trunk({**M2, "layers": 1}), "q4_0")
-    plan = make_plan(items, [Target(tmp_path / "x.gguf", GB)], memory_bytes=GB, estimate=Estimate(2.0, 3.0, 1.0))
+    plan = make_plan(items, [Target(tmp_path / "x.gguf", GB)], memory_bytes=GB, estimate=JobSeconds(2.0, 3.0, 1.0))
     found = json.loads(json.dumps(as_dict(plan)))
     assert found["estimate"]["seconds"] == 4.0 and found["files"][0]["bits_per_weight"] == 4.7633
     assert found["rows"][0]["kind"] == "token_embd" and found["rows"][0]["types"] == {"Q4_0": 1}

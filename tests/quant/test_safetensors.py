@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from m2lite.errors import BadModelError, M2liteError
-from m2lite.quant.safetensors import Shard
+from m2lite.quant.safetensors import SafetensorsFile
 from tests.golden.models import write_safetensors
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -41,14 +41,14 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def refusal(path: Path) -> str:
     with pytest.raises(BadModelError) as caught:
-        Shard(path)
+        SafetensorsFile(path)
     return str(caught.value)
 
 
 def test_reads_what_the_safetensors_library_writes(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"a": A, "b": B}, path, metadata={"format": "np"})
-    shard = Shard(path)
+    shard = SafetensorsFile(path)
     assert {name: (t.dtype, t.shape) for name, t in shard.tensors.items()} == {"a": ("F32", (2, 3)), "b": ("F16", (4,))}
     tensor = shard.tensors["a"]
     assert (shard.read(tensor.offset, tensor.n_bytes).view(np.float32) == A.reshape(-1)).all()
@@ -130,7 +130,7 @@ def test_no_flipped_byte_of_the_header_is_a_crash(good: Path) -> None:
         for bit in (1, 4, 128):
             good.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
             try:
-                shard = Shard(good)
+                shard = SafetensorsFile(good)
             except M2liteError:
                 continue
             for tensor in shard.tensors.values():
@@ -146,7 +146,7 @@ def test_special_files_are_refused_and_never_block(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_or_changes_is_noticed(good: Path) -> None:
-    shard = Shard(good)
+    shard = SafetensorsFile(good)
     shard.check_unchanged()
     os.truncate(good, good.stat().st_size - 4)
     with pytest.raises(BadModelError, match="4 bytes early"):
@@ -160,7 +160,7 @@ def test_an_error_of_the_disk_names_file_and_byte(good: Path, monkeypatch: pytes
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    shard = Shard(good)
+    shard = SafetensorsFile(good)
     offset = shard.tensors["b"].offset
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(BadModelError, match=rf"model\.safetensors cannot be read at byte {offset}: Input/output error"):
@@ -173,6 +173,6 @@ def test_a_header_length_that_reads_like_another_format(tmp_path: Path) -> None:
     text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(640)
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    shard = Shard(path)
+    shard = SafetensorsFile(path)
     assert path.read_bytes()[:2] == b"\x80\x02" and list(shard.tensors) == ["a"]
     shard.close()

@@ -11,7 +11,7 @@ import pytest
 
 from m2lite.errors import BadModelError
 from m2lite.quant.journal import Journal, Ticket
-from m2lite.quant.safetensors import Shard
+from m2lite.quant.safetensors import SafetensorsFile
 from m2lite.quant.texts import BOUNDS, SETTINGS, load_json
 from m2lite.quant.vocabulary import vocabulary_keys
 
@@ -68,12 +68,12 @@ def test_a_safetensors_header_is_bounded_and_its_duplicates_are_found_at_once(tm
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(BadModelError, match="the key 't99999' is given twice"):
-        Shard(path)
+        SafetensorsFile(path)
     text = b'{"a":[' + b"[]," * 3_000_000 + b"1]}"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    assert peak_bytes(lambda: Shard(path)) < 8 * len(text)
+    assert peak_bytes(lambda: SafetensorsFile(path)) < 8 * len(text)
     with pytest.raises(BadModelError, match="more than 4,194,304 items"):
-        Shard(path)
+        SafetensorsFile(path)
 
 
 def test_what_json_can_spell_and_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
