@@ -49,7 +49,7 @@ def main() -> None:
     if lost is not None and code == 0:
         streams.note(f"m2lite: {lost}")
         code = 1
-    compute = sys.modules.get("m2lite.decode.compute")
+    compute = sys.modules.get("m2lite.engine.thread")
     if compute is not None and compute.is_busy():
         leave_now(code)
     sys.exit(code)

@@ -6,16 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m2lite.decode.sampling import Sampling
-    from m2lite.decode.session import Model, Session
+    from m2lite.api import Model
+    from m2lite.engine.batch import Batch
+    from m2lite.engine.request import Request
+    from m2lite.engine.session import Session
     from m2lite.errors import BadModelError, ContextError, M2liteError, ResourceError, UsageError
+    from m2lite.sampling.draw import Sampling
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Model": "m2lite.decode.session",
-    "Session": "m2lite.decode.session",
-    "Sampling": "m2lite.decode.sampling",
+    "Model": "m2lite.api",
+    "Batch": "m2lite.engine.batch",
+    "Request": "m2lite.engine.request",
+    "Session": "m2lite.engine.session",
+    "Sampling": "m2lite.sampling.draw",
     "M2liteError": "m2lite.errors",
     "UsageError": "m2lite.errors",
     "BadModelError": "m2lite.errors",
@@ -25,9 +30,11 @@ _HOME = {
 
 __all__ = [
     "BadModelError",
+    "Batch",
     "ContextError",
     "M2liteError",
     "Model",
+    "Request",
     "ResourceError",
     "Sampling",
     "Session",

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite import __version__, machine
-from m2lite.decode.compute import compute_thread
-from m2lite.decode.engine import Stop
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model, Session
+from m2lite.engine.model import Engine
+from m2lite.engine.runner import Stop
+from m2lite.engine.session import Session
+from m2lite.engine.thread import compute_thread
 from m2lite.model.cache import PAGE
 from m2lite.model.stream import Traffic
+from m2lite.sampling.draw import Sampling
 from m2lite.shown import shown
 from m2lite.storage.reads import Range, measure_disk
 from m2lite.system.byte_units import format_bytes, format_speed
@@ -58,7 +59,7 @@ def plan_tests(prompts: Sequence[int], decodes: Sequence[int], depths: Sequence[
 
 
 def run_bench(
-    model: Model,
+    model: Engine,
     tests: Sequence[Test],
     repeats: int,
     *,
@@ -81,7 +82,7 @@ def run_bench(
     results = []
     for depth in dict.fromkeys(test.depth for test in tests):
         with model.session() as session:
-            fill(session, depth)
+            session.set_tokens(fill(model, depth))
             for test in (test for test in tests if test.depth == depth):
                 with _logged(model) as log:
                     samples, traffic = _run(session, test, repeats, how, note, stop)
@@ -98,7 +99,7 @@ def run_bench(
         **_read_speeds(model),
         "kv": model.kv,
         "threads": model.n_threads,
-        "layer": model.engine.layer,
+        "layer": model.runner.layer,
         "processor": machine.processor_name(),
         "cores": machine.n_usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -106,33 +107,20 @@ def run_bench(
     }
 
 
-def random_ids(model: Model, n: int, seed: int = 0) -> list[int]:
+def random_ids(model: Engine, n: int, seed: int = 0) -> list[int]:
     """Any ids of the vocabulary."""
     return [int(i) for i in np.random.default_rng(seed).integers(0, model.config.n_vocab, n)]
 
 
-def fill(session: Session, depth: int) -> None:
-    """Put `depth` positions into the session's KV cache: FILLED says how.
+def fill(model: Engine, depth: int) -> list[int]:
+    """Ids of which `depth` positions are in the prefix cache: FILLED says how.
 
     Copies, not shared pages: attention has to read as many distinct bytes as in a real context of that length.
     """
-    session.tokens, session.n_cached = random_ids(session.model, depth, seed=1), 0
-    engine, timeline, computed = session.model.engine, session._timeline, session.tokens[:_N_COMPUTED]
-
-    def copy() -> None:
-        n_true = len(timeline.pages)
-        timeline.make_room(depth - timeline.length)
-        for i, page in enumerate(timeline.pages[n_true:]):
-            engine.pool.copy_page(timeline.pages[i % n_true], page)
-        timeline.length = depth
-
-    n_rows = session.model.n_rows
-    for start in range(0, len(computed), n_rows):
-        chunk = computed[start : start + n_rows]
-        compute_thread().run(partial(engine.evaluate, timeline, start, chunk))
-    if depth > len(computed):
-        compute_thread().run(copy)
-    session.n_cached = depth
+    ids = random_ids(model, depth, seed=1)
+    if depth:
+        compute_thread().run(partial(model.loop.fill, ids, _N_COMPUTED))
+    return ids
 
 
 @dataclass(frozen=True)
@@ -160,24 +148,24 @@ def _run(
     return samples, traffic
 
 
-def _drop(model: Model) -> None:
-    if model.engine.stream is not None:
-        model.engine.stream.drop()
+def _drop(model: Engine) -> None:
+    if model.runner.stream is not None:
+        model.runner.stream.drop()
     model.gguf.drop_cache()
 
 
 @contextmanager
-def _logged(model: Model) -> Iterator[list[Range]]:
+def _logged(model: Engine) -> Iterator[list[Range]]:
     """What a streamed model reads of its experts meanwhile."""
     log: list[Range] = []
-    if model.engine.stream is not None:
-        model.engine.stream.log = log
+    if model.runner.stream is not None:
+        model.runner.stream.log = log
     yield log
-    if model.engine.stream is not None:
-        model.engine.stream.log = None
+    if model.runner.stream is not None:
+        model.runner.stream.log = None
 
 
-def _traffic(model: Model, traffic: list[Traffic], test: Test, log: list[Range]) -> dict[str, Any]:
+def _traffic(model: Engine, traffic: list[Traffic], test: Test, log: list[Range]) -> dict[str, Any]:
     """Of all runs, what a streamed model read for a token, for how long that was waited for, and what the disk can do.
 
     The disk is measured with the same ranges in the same order, past the page cache.
@@ -199,7 +187,8 @@ def _measure(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop)
     session.rewind(test.depth)
     is_prefill = test.kind == "prefill"
     ids, n_answer = random_ids(session.model, test.n if is_prefill else 1, ids_seed), 1 if is_prefill else test.n + 1
-    for _ in session.generate(ids, max_tokens=n_answer, sampling=Sampling(seed=seed), stop=stop, ignore_stop=True):
+    options: Any = {"max_tokens": n_answer, "sampling": Sampling(seed=seed), "stop": stop}
+    for _ in session.generate(ids, **options, ignore_stop=True, keep=False):
         pass
     stats = session.stats
     if stats.n_generated < n_answer:
@@ -207,7 +196,7 @@ def _measure(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop)
     return stats.prompt_s if is_prefill else stats.decode_s
 
 
-def _result(model: Model, test: Test, samples: list[float]) -> dict[str, Any]:
+def _result(model: Engine, test: Test, samples: list[float]) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": test.kind, "n": test.n, "depth": test.depth}
     found |= {"tokens_per_s": summarise(samples), "samples": samples}
     if test.kind == "decode" and samples:
@@ -217,16 +206,16 @@ def _result(model: Model, test: Test, samples: list[float]) -> dict[str, Any]:
     return found
 
 
-def bytes_per_token(model: Model) -> int:
+def bytes_per_token(model: Engine) -> int:
     """Weight bytes that one decoded token reads: everything dense, and the routed experts of every layer."""
     weights = model.weights
     experts = model.config.n_experts_used * model.config.n_layers * weights.expert_bytes
     return int(weights.dense_bytes + experts)
 
 
-def _read_speeds(model: Model) -> dict[str, float]:
+def _read_speeds(model: Engine) -> dict[str, float]:
     """Of plain memory and of the mapped file; of a streamed model, which is let go first, of memory only."""
-    stream = model.engine.stream
+    stream = model.runner.stream
     if stream is None:
         return {"read_bytes_per_s": read_bandwidth(model.n_threads), **read_mapped(model)}
     compute_thread().run(stream.drop)
@@ -241,7 +230,7 @@ def read_bandwidth(n_threads: int) -> float:
     return compute_thread().run(lambda: _read_speed(parts, sums))
 
 
-def read_mapped(model: Model) -> dict[str, float]:
+def read_mapped(model: Engine) -> dict[str, float]:
     """The same of the mapped file: its largest tensors, up to 2 GB of them, which are in memory after a first pass."""
     parts, left, sums = [], _MAPPED_BYTES, np.zeros(model.n_threads, np.float32)
     for tensor in sorted(model.gguf.tensors.values(), key=lambda t: t.n_bytes, reverse=True):

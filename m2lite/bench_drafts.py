@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from m2lite import __version__, machine
-from m2lite.decode.drafts import Drafted
-from m2lite.decode.engine import Stop
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Model
+from m2lite.api import Model
+from m2lite.drafting.drafted import Drafted
+from m2lite.engine.runner import Stop
 from m2lite.errors import UsageError
+from m2lite.sampling.draw import Sampling
 from m2lite.shown import shown
 from m2lite.text.template import encode_chat
 from m2lite.workloads import WORKLOADS, Workload
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 def settings_of(model: Model) -> list[Setting]:
     """off, prompt lookup and as many modules as there are, with 1 to 3 drafts each, and auto."""
     lookup = [Setting("ngram", k) for k in (1, 2, 3)]
-    modules = [Setting("mtp", k) for k in range(1, min(3, model.engine.drafting.n_modules) + 1)]
+    modules = [Setting("mtp", k) for k in range(1, min(3, model.runner.drafting.n_modules) + 1)]
     return [Setting("off"), *lookup, *modules, Setting("auto")]
 
 
@@ -63,7 +63,7 @@ def bench_drafts(
     Each question is answered in all settings in turn before the next one is, so that a slow minute meets all of them; a
     first run is not counted. The answers are compared: they must be the same.
     """
-    if model.engine.drafting.mode != "auto":
+    if model.runner.drafting.mode != "auto":
         raise UsageError("bench --draft compares all sources of drafts.", "Leave --draft off.")
     settings = settings_of(model)
     found: list[dict[str, Any]] = []
@@ -96,16 +96,16 @@ def _run(
     """Every question in every setting."""
     found = {s: Run(0, 0.0, Drafted()) for s in settings}
     for i, question in enumerate(workload.questions):
-        row = encode_chat(model.tokenizer, model.template, [{"role": "user", "content": question}])
+        prompt = encode_chat(model.tokenizer, model.template, [{"role": "user", "content": question}])
         script = model.tokenizer.encode(workload.replies[i]) if workload.replies else None
         answers: list[list[int]] = []
         # By lot: who always follows the same setting would find what that one left in the caches.
         for setting in random.Random(1000 * n + i).sample(settings, len(settings)):
+            # Without `keep` each setting reads the prompt itself, and so do its modules.
+            options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "script": script, "keep": False}
             sampling = Sampling(temperature=workload.temperature, seed=1000 * n + i)
             with model.session(*setting) as session:
-                answers.append(
-                    list(session.generate(row, max_tokens=max_tokens, sampling=sampling, stop=stop, script=script))
-                )
+                answers.append(list(session.generate(prompt, sampling=sampling, **options)))
                 if session.finish_reason == "interrupted":
                     return None
                 stats = session.stats

@@ -19,7 +19,7 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
     """(name, value) lines."""
     from llvmlite import binding
 
-    from m2lite.decode.locate import locate_model
+    from m2lite.engine.locate import locate_model
     from m2lite.kernels import jit
 
     yield "m2lite", f"{__version__}, Python {platform.python_version()}"
@@ -36,10 +36,10 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "model", str(locate_model(settings.model))
     except M2liteError as error:
         yield "model", f"none: {error}"
-    for name in OPTIONS:
-        value = getattr(settings, name)
-        if value is not None and OPTIONS[name].metavar == "SIZE":
-            value = format_bytes(value)
+    for name, option in OPTIONS.items():
+        value = settings[name]
+        if value is not None:
+            value = format_bytes(value) if option.metavar == "SIZE" else option.text(value)
         yield f"  {name}", f"{'automatic' if value is None else value} ({settings.origins[name]})"
 
 

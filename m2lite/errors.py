@@ -29,7 +29,7 @@ class M2liteError(Exception):
             return "\n".join([self.what, *self.details, self.todo]).strip()
         return f"{self.what} {self.todo}".strip()
 
-    def told_of(self, where: str) -> Self:
+    def located(self, where: str) -> Self:
         """The same error, with `where` named before what is wrong."""
         error = copy.copy(self)
         error.what = shown(f"{where}: {self.what}")

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from m2lite.decode.compute import compute_thread
-from m2lite.decode.session import Model
+from m2lite.api import Model
+from m2lite.engine.thread import compute_thread
 from m2lite.model.stream import slices, stacks_of
 from m2lite.shown import shown
 from m2lite.storage.reads import measure_disk
@@ -98,7 +98,7 @@ def make_plan(model: Model, disk: float | None = None) -> dict[str, Any]:
     costs = measure(model, disk)
     low, high = costs.share, trained_hit_rate(costs.share)
     rows = [_row(costs, rate) for rate in sorted({*HIT_RATES, round(low, 3), round(high, 3)})]
-    stream, residency = model.engine.stream, model.engine.residency
+    stream, residency = model.runner.stream, model.runner.residency
     return {
         "model": str(model.path),
         "size_bytes": model.gguf.size_bytes,
@@ -129,7 +129,7 @@ def _row(costs: Costs, hit_rate: float) -> dict[str, Any]:
 
 def measure(model: Model, disk: float | None = None) -> Costs:
     """The costs, with probes of about three seconds; a streamed model's dense weights of one layer are read."""
-    c, weights, stream = model.config, model.weights, model.engine.stream
+    c, weights, stream = model.config, model.weights, model.runner.stream
     streamed, macs = compute_thread().run(lambda: _measure_kernels(model))
     attention = 2 * c.n_embd * (c.n_q + c.n_kv) + c.n_embd * c.n_experts
     return Costs(
@@ -159,20 +159,15 @@ def _measure_disk(model: Model) -> float:
 
 def _measure_kernels(model: Model) -> tuple[float, float]:
     """(bytes of the head's weights a second for one row, multiply-adds a second for a prompt's rows of an expert)."""
-    from m2lite.model.forward import multiply
-
-    c, b, layer, stream = model.config, model.engine.buffers, model.weights.layers[0], model.engine.stream
+    c, runner, experts = model.config, model.runner, model.weights.layers[0].ffn_gate_exps
+    stream, head = runner.stream, model.weights.output
     if stream is not None:
         stream.enter(0, 1, is_last=True)
         stream.begin([0], [0], 0)
         list(stream.arrive(0, 1))
         stream.enter(c.n_layers, 1, is_last=True)
     n = max(1, min(model.n_rows, 512 * c.n_experts_used // c.n_experts))
-    x, head, out = b.x, model.weights.output, np.empty(max(n * c.n_ff, c.n_vocab), np.float32)
-    b.array("x")[:] = 1
-    address = int(out.ctypes.data)
-    one = _best(lambda: multiply(b, address, head, x, 1))
-    many = _best(lambda: multiply(b, address, layer.ffn_gate_exps, x, n))
+    one, many = _best(runner.product(head, 1)), _best(runner.product(experts, n))
     return head.n_out * head.row_bytes / one, n * c.n_embd * c.n_ff / many
 
 

@@ -1,7 +1,7 @@
-"""The options: one table with flag, environment variable, config key, default and parser. Knows no command.
+"""The options: a row has name, type, flags, parser, default, help and panel. Knows no command.
 
-A value comes from the flag, else the environment (M2LITE_<NAME>), else the user's config.toml, else the default;
-`Settings.origins` says which.
+A row is all that an option takes; one of `ModelOptions` is a keyword of `Model.open`, too. A value comes from the flag,
+else the environment (M2LITE_<NAME>), else the user's config.toml, else the default; `Settings.origins` says which.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, Unpack, cast, get_type_hints
 
 from m2lite.errors import UsageError
 from m2lite.system.byte_units import parse_bytes, parse_positive_bytes
@@ -21,52 +21,29 @@ from m2lite.system.paths import user_dir
 
 _MOST_DIGITS = 19  # of a count
 _MOST_BYTES = 1 << 20  # of config.toml
+_ENGINE, _DRAFTS, _SAMPLING, _THINKING = "Engine", "Drafts", "Sampling", "Thinking"  # panels of the help
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One row of the table; `name` is the config key and, in capitals after M2LITE_, the environment variable."""
+    """One row of the table. Its name is the config key and, in capitals after M2LITE_, the environment variable."""
 
-    name: str
     flags: tuple[str, ...]
     metavar: str
     parse: Callable[[str], Any]
     default: Any
     help: str
+    panel: str | None = None  # of the help
+    name: str = ""  # the field's
 
     @property
     def env(self) -> str:
         return "M2LITE_" + self.name.upper()
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The value of every option, and where each came from."""
-
-    model: str | None
-    threads: int | None
-    ctx: int | None
-    kv: str
-    load: str
-    ram: int | None
-    heat: str
-    kv_disk: int | None
-    draft: str
-    draft_tokens: int | None
-    mtp: str | None
-    temp: float
-    top_k: int
-    top_p: float
-    min_p: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int | None
-    max_tokens: int | None
-    think: str
-    think_budget: int | None
-    template: str
-    origins: Mapping[str, str]
+    def text(self, value: Any) -> str:
+        """A value as one would type it."""
+        return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 
 def parse_count(text: str) -> int:
@@ -109,68 +86,171 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_switch(text: str) -> bool:
+    return parse_choice("on", "off")(text) == "on"
+
+
 def parse_seed(text: str) -> int:
     if not re.fullmatch(r"0*[0-9]{1,20}", text) or int(text.lstrip("0") or "0") >= 2**64:
         raise ValueError("expected a whole number from 0 to 2**64 - 1")
     return int(text)
 
 
-OPTIONS: dict[str, Option] = {
-    option.name: option
-    for option in [
-        Option("model", (), "MODEL", str, None, "GGUF file, first part of a split, or directory with one model"),
-        Option("threads", ("--threads", "-t"), "N", parse_positive, None, "Threads [default: one per core]"),
-        Option("ctx", ("--ctx",), "N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]"),
-        Option("kv", ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half"),
+class ModelOptions(TypedDict, total=False):
+    """How a model is opened: the keywords of `Model.open`, and options of every command that opens one."""
+
+    threads: Annotated[
+        int | None, Option(("--threads", "-t"), "N", parse_positive, None, "Threads [default: one per core]", _ENGINE)
+    ]
+    ctx: Annotated[
+        int | None,
+        Option(("--ctx",), "N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]", _ENGINE),
+    ]
+    kv: Annotated[
+        str,
         Option(
-            "load", ("--load",), "auto|mmap|direct", parse_choice("auto", "mmap", "direct"), "auto", "Where weights lie"
+            ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half", _ENGINE
         ),
+    ]
+    load: Annotated[
+        str,
         Option(
-            "ram",
-            ("--ram",),
-            "SIZE",
-            parse_positive_bytes,
-            None,
-            "Memory to use, e.g. 12g (GiB) [default: all free]",
+            ("--load",),
+            "auto|mmap|direct",
+            parse_choice("auto", "mmap", "direct"),
+            "auto",
+            "Where weights lie",
+            _ENGINE,
         ),
-        Option("heat", ("--heat",), "on|off", parse_choice("on", "off"), "on", "Remember what a streamed model uses"),
-        Option("kv_disk", ("--kv-disk",), "SIZE", parse_bytes, None, "Disk for rows of chats, 0: none [default: 16g]"),
+    ]
+    ram: Annotated[
+        int | None,
         Option(
-            "draft",
+            ("--ram",), "SIZE", parse_positive_bytes, None, "Memory to use, e.g. 12g (GiB) [default: all free]", _ENGINE
+        ),
+    ]
+    heat: Annotated[
+        bool, Option(("--heat",), "on|off", parse_switch, True, "Remember what a streamed model uses", _ENGINE)
+    ]
+    draft: Annotated[
+        str,
+        Option(
             ("--draft",),
             "auto|mtp|ngram|off",
             parse_choice("auto", "mtp", "ngram", "off"),
             "auto",
             "Tokens drafted for the model to verify: by prediction modules, by prompt lookup, or by what pays",
+            _DRAFTS,
         ),
+    ]
+    draft_tokens: Annotated[
+        int | None,
+        Option(("--draft-tokens",), "K", parse_positive, None, "Most drafts a step [default: what pays]", _DRAFTS),
+    ]
+    mtp: Annotated[
+        str | os.PathLike[str] | None,
+        Option(("--mtp",), "FILE", str, None, "Prediction modules [default: mtp-MODEL.gguf beside the model]", _DRAFTS),
+    ]
+    template: Annotated[
+        str, Option(("--template",), "file|builtin", parse_choice("file", "builtin"), "file", "Chat template")
+    ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The value of every option, and where each came from."""
+
+    model: Annotated[
+        str | None, Option((), "MODEL", str, None, "GGUF file, first part of a split, or directory with one model")
+    ]
+    opening: ModelOptions  # all of them
+    kv_disk: Annotated[
+        int | None,
+        Option(("--kv-disk",), "SIZE", parse_bytes, None, "Disk for computed prompts, 0: none [default: 16g]", _ENGINE),
+    ]
+    temp: Annotated[float, Option(("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy", _SAMPLING)]
+    top_k: Annotated[
+        int, Option(("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off", _SAMPLING)
+    ]
+    top_p: Annotated[
+        float,
+        Option(("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability", _SAMPLING),
+    ]
+    min_p: Annotated[
+        float, Option(("--min-p",), "X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest", _SAMPLING)
+    ]
+    presence_penalty: Annotated[
+        float,
+        Option(("--presence-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said once", _SAMPLING),
+    ]
+    frequency_penalty: Annotated[
+        float,
+        Option(("--frequency-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said often", _SAMPLING),
+    ]
+    seed: Annotated[
+        int | None, Option(("--seed",), "N", parse_seed, None, "Random seed [default: drawn and printed]", _SAMPLING)
+    ]
+    max_tokens: Annotated[
+        int | None,
+        Option(("--max-tokens", "-n"), "N", parse_positive, None, "Stop an answer after N tokens", _SAMPLING),
+    ]
+    think: Annotated[
+        str,
         Option(
-            "draft_tokens", ("--draft-tokens",), "K", parse_positive, None, "Most drafts a step [default: what pays]"
-        ),
-        Option("mtp", ("--mtp",), "FILE", str, None, "Prediction modules [default: mtp-MODEL.gguf beside the model]"),
-        Option("temp", ("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy"),
-        Option("top_k", ("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off"),
-        Option("top_p", ("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability"),
-        Option("min_p", ("--min-p",), "X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest"),
-        Option(
-            "presence_penalty", ("--presence-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said once"
-        ),
-        Option(
-            "frequency_penalty", ("--frequency-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said often"
-        ),
-        Option("seed", ("--seed",), "N", parse_seed, None, "Random seed [default: drawn and printed]"),
-        Option("max_tokens", ("--max-tokens", "-n"), "N", parse_positive, None, "Stop an answer after N tokens"),
-        Option(
-            "think",
             ("--think",),
             "show|hide|off",
             parse_choice("show", "hide", "off"),
             "show",
             "The model's thinking: shown, folded, or none",
+            _THINKING,
         ),
-        Option("think_budget", ("--think-budget",), "N", parse_count, None, "Close the thinking after N tokens"),
-        Option("template", ("--template",), "file|builtin", parse_choice("file", "builtin"), "file", "Chat template"),
     ]
-}
+    think_budget: Annotated[
+        int | None,
+        Option(("--think-budget",), "N", parse_count, None, "Close the thinking after N tokens", _THINKING),
+    ]
+    origins: Mapping[str, str]
+
+    def opened(self, **options: Unpack[ModelOptions]) -> Settings:
+        """The same with other options of the model."""
+        return replace(self, opening=cast(ModelOptions, {**self.opening, **options}))
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of the option of this name."""
+        return self.opening[name] if name in self.opening else getattr(self, name)  # type: ignore[literal-required]
+
+
+def _rows(table: type) -> dict[str, Option]:
+    """The rows of a class whose fields are options, by their names."""
+    hints = get_type_hints(table, include_extras=True).items()
+    return {name: replace(row, name=name) for name, hint in hints for row in getattr(hint, "__metadata__", ())}
+
+
+MODEL_OPTIONS = _rows(ModelOptions)
+_OTHERS = _rows(Settings)
+OPTIONS = {"model": _OTHERS["model"], **MODEL_OPTIONS, **_OTHERS}
+
+
+def panel(title: str, table: Mapping[str, Option] = OPTIONS) -> tuple[str, ...]:
+    """The names of a panel's options."""
+    return tuple(name for name, option in table.items() if option.panel == title)
+
+
+def with_defaults(options: ModelOptions) -> ModelOptions:
+    """All of them. TypeError for a name that is none, as for a keyword of a function; UsageError for some values.
+
+    The others are checked where the model is known.
+    """
+    unknown = sorted(set(options) - set(MODEL_OPTIONS))
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option of a model; known are {', '.join(MODEL_OPTIONS)}")
+    defaults = {name: option.default for name, option in MODEL_OPTIONS.items()}
+    whole = cast(ModelOptions, {**defaults, **options})
+    if whole["threads"] is not None and whole["threads"] < 1:
+        raise UsageError(f"{whole['threads']} threads were asked for.", "Use 1 or more.")
+    if whole["template"] not in ("file", "builtin"):
+        raise UsageError(f"Template {whole['template']!r} does not exist.", "Use file or builtin.")
+    return whole
 
 
 def config_path() -> Path:
@@ -225,7 +305,8 @@ def resolve_settings(
         value, origin = next(((v, o) for v, o in sources if v is not None), (None, "default"))
         values[option.name] = option.default if value is None else _parse(option, str(value), origin)
         origins[option.name] = origin
-    return Settings(**values, origins=origins)
+    opening = cast(ModelOptions, {name: values.pop(name) for name in MODEL_OPTIONS})
+    return Settings(**values, opening=opening, origins=origins)
 
 
 def _parse(option: Option, text: str, origin: str) -> Any:
@@ -233,6 +314,3 @@ def _parse(option: Option, text: str, origin: str) -> Any:
         return option.parse(text)
     except ValueError as error:
         raise UsageError(f"{origin} is {text!r}: {error}.", "Correct it or leave it out.") from error
-
-
-assert set(OPTIONS) == {f.name for f in fields(Settings)} - {"origins"}

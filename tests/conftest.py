@@ -23,6 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which drafts paid in earlier runs, and where a test opens a model, is not known, nor kept for the user."""
+    from m2lite.drafting import kept
+
+    folder = tmp_path_factory.mktemp("drafts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "user_dir", lambda _: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models by name: `random`, and the scripts of `tinymodel`."""
@@ -35,7 +46,7 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def bundled_model() -> Path:
     """The trained model that travels with m2lite."""
-    from m2lite.decode.locate import locate_model
+    from m2lite.engine.locate import locate_model
 
     return locate_model(None)
 
@@ -56,6 +67,7 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "XDG_STATE_HOME": str(home / "state"),
         "XDG_DATA_HOME": str(home / "data"),
         "M2LITE_HEAT": "off",
+        "M2LITE_KV_DISK": "0",
         "TERM": "xterm-256color",
         "COLUMNS": "80",
     }
@@ -114,7 +126,7 @@ def run_inline(command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.fixture(scope="session")
 def opened(model_files: dict[str, Path]) -> Iterator[Callable[[str], object]]:
-    """Opened models by name, kept for the whole session."""
+    """Opened models by name, kept for the whole session; what earlier tests computed is forgotten."""
     from m2lite import Model
 
     models: dict[str, Model] = {}
@@ -122,6 +134,8 @@ def opened(model_files: dict[str, Path]) -> Iterator[Callable[[str], object]]:
     def get(name: str) -> Model:
         if name not in models:
             models[name] = Model.open(model_files[name], ctx=2048)
+        models[name].loop.forget()
+        models[name].loop.prefix_cache.disk = None
         return models[name]
 
     yield get

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ FLOORS = [
     ["storage", "machine", "signals", "settings"],
     ["kernels"],
     ["model", "text"],
-    ["decode", "describe"],
+    ["sampling", "describe"],
     ["drafting"],
+    ["engine"],
+    ["dialogue"],
+    ["api"],
     ["workloads"],
     ["chat", "batch", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
     ["commands"],
@@ -45,9 +49,9 @@ def python_files() -> list[Path]:
     return [p for p in found if "__pycache__" not in p.parts]
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module below m2lite) of every import of m2lite in the file."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+def imports(path: Path, nodes: Iterable[ast.AST] | None = None) -> Iterator[tuple[int, str]]:
+    """(line, module below m2lite) of every import of m2lite in the file, or among these nodes of it."""
+    for node in ast.walk(tree_of(path)) if nodes is None else nodes:
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -57,6 +61,41 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         for name in names:
             if name.startswith("m2lite."):
                 yield node.lineno, name.removeprefix("m2lite.")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def run_at_import(nodes: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported: none of functions, none that only a type checker sees."""
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        yield node
+        is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for field in ("orelse",) if is_for_types else ("body", "orelse", "handlers", "finalbody"):
+            yield from run_at_import(getattr(node, field, []))
+
+
+def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; [] if there are none."""
+    done, path = set[str](), list[str]()
+
+    def visit(name: str) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        path.append(name)
+        for other in graph.get(name, ()):
+            if found := visit(other):
+                return found
+        done.add(path.pop())
+        return []
+
+    return next((found for name in graph if (found := visit(name))), [])
 
 
 def part_of(path: Path) -> str:
@@ -74,6 +113,41 @@ def test_arrows(path: Path) -> None:
         assert FLOOR[target] < FLOOR[part], f"{path}:{line}: {part} must not import {target}"
         if part == "quant":
             assert name.startswith(QUANT_MAY), f"{path}:{line}: quant may import {', '.join(QUANT_MAY)} only"
+
+
+def test_no_circles() -> None:
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in python_files()}
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {
+        module: [
+            target
+            for _, name in imports(path, run_at_import(tree_of(path).body))
+            for target in (name, name.rpartition(".")[0])  # `from m2lite.a import b`: b is a module of it, or a name
+            if target in modules and target != module
+        ]
+        for module, path in modules.items()
+    }
+    assert sum(map(len, graph.values())) > 500, "the imports were not found"
+    assert find_circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert find_circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+    assert find_circle({"a": ["b"], "b": ["c", "d"], "d": ["e"], "e": ["b"]}) == ["b", "d", "e"]
+    lines = "def f():", " import a", "if TYPE_CHECKING:", " import b", "else:", " import c", "try:", " import d"
+    code = "\n".join([*lines, "finally:", " pass"])
+    found = [node.names[0].name for node in run_at_import(ast.parse(code).body) if isinstance(node, ast.Import)]
+    assert found == ["c", "d"]
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    homes = dict[str, list[str]]()
+    for path in python_files():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert len(homes) > 200, "the classes were not found"
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
 
 
 def test_every_part_is_a_package() -> None:

@@ -18,9 +18,9 @@ from typing import Any
 from m2lite import __version__
 from m2lite.batch.lines import Line
 from m2lite.batch.runner import Runner, Tally, Write, facts
-from m2lite.decode.batch_rows import Counts
-from m2lite.decode.compute import Stopped
-from m2lite.decode.engine import Stop
+from m2lite.engine.runner import Stop
+from m2lite.engine.scheduler import Counts
+from m2lite.engine.thread import Stopped
 from m2lite.errors import M2liteError, UsageError
 
 _WAIT_S = 0.5  # for a result, before an engine says that there is none
@@ -29,12 +29,12 @@ _MOST_LOSSES = 3  # engines in a row that are lost before any of them has answer
 _AHEAD = 2  # lines that an engine has at hand, for each that it answers at once
 
 
-class Engine:
+class RayEngine:
     """What runs in an actor: a model, and a thread that answers the lines that come."""
 
     def __init__(self, options: dict[str, Any], n_inflight: int) -> None:
         """`options`: of Model.open."""
-        from m2lite.decode.session import Model
+        from m2lite.api import Model
 
         self._lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Mapping[str, Any], int]] = queue.SimpleQueue()
@@ -193,7 +193,7 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actor = (
-            self._ray.remote(Engine)
+            self._ray.remote(RayEngine)
             .options(num_cpus=1, max_concurrency=2, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True))
             .remote(self._options, self._n_inflight)
         )
@@ -218,9 +218,9 @@ class Cluster:
             answered, _ = self._ray.wait(list(calls), timeout=_WAIT_S)
             for call in answered:
                 self._take(calls[call], call, supply, write, tally)
-            n_most = tally.counts.n_most
+            n_most = tally.counts.n_most_running
             tally.counts = _sum([*self._lost, *(place.counts for place in self._places)])
-            tally.counts.n_most = max(n_most, tally.counts.n_most)
+            tally.counts.n_most_running = max(n_most, tally.counts.n_most_running)
             show(tally)
 
     def _feed(self, place: _Place, supply: _Supply) -> None:
@@ -285,7 +285,7 @@ class Cluster:
         """An engine is lost: its lines go to others now, and to the one that takes its place once that has started."""
         lost, place.lines, place.waits = place.lines, {}, None
         supply.give_back(line for key, line in lost.items() if not any(key in each.lines for each in self._places))
-        place.counts.n_now = place.counts.n_most = 0
+        place.counts.n_running = place.counts.n_most_running = 0
         self._lost.append(place.counts)
         place.counts, place.n_lost = Counts(), place.n_lost + 1
         if place.n_lost <= _MOST_LOSSES:
@@ -326,7 +326,7 @@ def _failed(place: _Place, how: str, cause: Exception) -> M2liteError:
     error = (
         cause if isinstance(cause, M2liteError) else M2liteError(f"{type(cause).__name__}: {cause}.", "See Ray's log.")
     )
-    return error.told_of(f"The engine on {place.address} {how}")
+    return error.located(f"The engine on {place.address} {how}")
 
 
 _REMEDIES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from m2lite.decode.request import FIELDS, Request, parse_request
+from m2lite.dialogue.chat_request import FIELDS, ChatRequest, parse_request
 from m2lite.errors import UsageError
 from m2lite.system.inputs import TextInput
 from m2lite.system.json_text import JsonError, parse_json
@@ -32,7 +32,7 @@ class Line:
 
     number: int
     custom_id: str
-    request: Request | None
+    request: ChatRequest | None
     error: str | None = None
 
     @property
@@ -63,7 +63,7 @@ def line_stream(custom_id: str) -> int:
 class Input:
     """Lines of a file, a pipe or stdin, which may be packed. What `check` has read is what all later readings give."""
 
-    def __init__(self, source: str, defaults: Request) -> None:
+    def __init__(self, source: str, defaults: ChatRequest) -> None:
         self._defaults, self.name = defaults, source
         self.is_text = source.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
         self._text = TextInput(source)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from m2lite.decode.batch import Batch
-from m2lite.decode.compute import Stopped
-from m2lite.decode.conversation import Options
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.writer import Wish
+from m2lite.engine.batch import Batch
+from m2lite.engine.request import Request
+from m2lite.engine.thread import Stopped
+from m2lite.sampling.draw import Sampling
 
 if TYPE_CHECKING:  # this imports Numba
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
 
 
 class Speeds(NamedTuple):
@@ -36,9 +36,10 @@ def measure_speeds(model: Model, at_once: int, n_prompt: int = 64, n_tokens: int
     n_steps = n_tokens + 2 + 2 * at_once * n_prompt // model.n_rows  # the first go on until the last prompt is read
     n_prompt = min(n_prompt, max(1, model.ctx - n_steps))
     ids = np.random.default_rng(seed).integers(0, model.config.n_vocab, (at_once, n_prompt)).tolist()
-    options: Options = {"sampling": Sampling(0, seed=0), "max_tokens": min(n_steps, model.ctx - n_prompt)}
-    wishes = [Wish(str(i), row, i, options, ends=False) for i, row in enumerate(ids)]
-    n_together, stream = 0, model.engine.stream
+    n_most = min(n_steps, model.ctx - n_prompt)
+    asked = Request(prompt=[0], sampling=Sampling(0, seed=0), max_tokens=n_most, ignore_stop=True, keep="nothing")
+    requests = [replace(asked, prompt=row, rng_stream=i) for i, row in enumerate(ids)]
+    n_together, stream = 0, model.runner.stream
     batch = Batch(model, at_once, lambda: n_together >= n_tokens)
     times = [(0.0, 0, 0, 0)]
     began = time.perf_counter()
@@ -51,7 +52,7 @@ def measure_speeds(model: Model, at_once: int, n_prompt: int = 64, n_tokens: int
         n_together += _draws_all(times, len(times) - 1, at_once)
 
     with suppress(Stopped):
-        for _ in batch.run(wishes, after_step):
+        for _ in batch.run(requests, after_step):
             pass
     together = [i for i in range(1, len(times)) if _draws_all(times, i, at_once)]
     if len(together) > 1:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
 from m2lite.storage.durable import atomic_write
+from m2lite.system.byte_units import format_bytes
 from m2lite.system.streams import STDERR
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Show:
             self._note(describe(tally))
 
     def _add_point(self, tally: Tally) -> None:
-        self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_now))
+        self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_running))
 
     def end(self, tally: Tally) -> None:
         """The last point of the plot; the terminal is as it was."""
@@ -60,7 +61,7 @@ def describe(tally: Tally) -> str:
     """`12 done, 1 failed of 500 · 31.2 tok/s · 16 at once · 3.1 experts a token · 12:40 left, until 04:31`."""
     failed = f", {tally.n_failed:,} failed" if tally.n_failed else ""
     parts = [f"{tally.n_done:,} done{failed} of {tally.n_total:,}", f"{tally.tokens_per_s:.1f} tok/s"]
-    parts.append(f"{tally.counts.n_now} at once")
+    parts.append(f"{tally.counts.n_running} at once")
     if tally.experts_per_token is not None:
         parts.append(f"{tally.experts_per_token:.1f} experts a token")
     if tally.left_s is not None:
@@ -80,13 +81,18 @@ def summary(tally: Tally) -> str:
     lines = [
         done + (f"; {tally.n_before:,} of all these earlier" if tally.n_before else ""),
         f"this run: {here:,} lines in {_clock(tally.seconds)}, {tally.n_tokens:,} tokens of answers, "
-        f"{tally.tokens_per_s:.1f} tok/s, up to {counts.n_most} at once",
-        f"prompts: {counts.n_read:,} tokens computed, {counts.n_shared:,} shared with another line"
-        + (f"; {counts.n_again:,} tokens computed again for want of room" if counts.n_again else ""),
+        f"{tally.tokens_per_s:.1f} tok/s, up to {counts.n_most_running} at once",
+        f"prompts: {counts.n_prompt:,} tokens computed, {counts.n_cached:,} in the prefix cache",
     ]
+    if counts.n_preempted:
+        again = f"{counts.n_recomputed:,} tokens computed again"
+        lines.append(f"{counts.n_preempted:,} answers preempted for want of room, {again}")
+    if any(tally.kv_bytes):
+        n_written, n_read = map(format_bytes, tally.kv_bytes)
+        lines.append(f"prompts on disk (--kv-disk): {n_written} written, {n_read} read")
     if counts.n_drafts:
         lines.append(
-            f"drafts: {counts.n_drafts:,} verified, {counts.n_right / counts.n_drafts:.0%} right; "
+            f"drafts: {counts.n_drafts:,} verified, {counts.n_accepted / counts.n_drafts:.0%} right; "
             f"{counts.n_steps:,} calls of the model"
         )
     if tally.experts_per_token is not None:

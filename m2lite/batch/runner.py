@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from m2lite import __version__
 from m2lite.batch.lines import Input, Line, line_key, line_stream
 from m2lite.batch.results import Results, result_line
-from m2lite.decode.batch import Batch
-from m2lite.decode.batch_rows import Counts, Done
-from m2lite.decode.request import Request, check_whole, response_body
-from m2lite.decode.writer import Wish
+from m2lite.dialogue.chat_request import ChatRequest, check_whole, response_body
+from m2lite.engine.batch import Batch, Done
+from m2lite.engine.request import Request
+from m2lite.engine.scheduler import Counts
 from m2lite.errors import M2liteError, UsageError
 from m2lite.text.template import encode_chat
 
 if TYPE_CHECKING:  # this imports Numba
-    from m2lite.decode.engine import Stop
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
+    from m2lite.engine.runner import Stop
 
 Write = Callable[[Mapping[str, Any], int], None]  # a result and its name's hash
 
@@ -52,12 +52,26 @@ class Worker(Protocol):
 class Here:
     """This process."""
 
-    def __init__(self, model: Model, n_inflight: int) -> None:
-        self._model, self._n_inflight = model, n_inflight
+    def __init__(self, model: Model, n_inflight: int, kv_disk: int | None = 0) -> None:
+        """`kv_disk`: bytes on disk for prompts that were computed, of all models; None: for what lines share, only."""
+        self._model, self._n_inflight, self._saves_all = model, n_inflight, bool(kv_disk)
         self.facts, self.n_layers = facts(model), model.config.n_layers
+        if kv_disk != 0:
+            model.use_disk(kv_disk)
 
     def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
-        Runner(self._model, self._n_inflight, write, tally, stop).run(lines, show)
+        loop = self._model.loop
+
+        def keep(request: Request) -> None:
+            if self._saves_all:
+                loop.save(request.prompt, stop)
+
+        try:
+            Runner(self._model, self._n_inflight, write, tally, stop).run(lines, show, keep)
+        finally:
+            loop.save_shared(stop)
+            disk = loop.prefix_cache.disk
+            tally.kv_bytes = (0, 0) if disk is None else (disk.n_written, disk.n_read)
 
     def close(self) -> None:
         self._model.close()
@@ -90,6 +104,7 @@ class Tally:
     n_tokens: int = 0  # of answers
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
+    kv_bytes: tuple[int, int] = (0, 0)  # of prompts' KV, written to disk and read from there
 
     def begin(self, n_done: int, n_failed: int) -> None:
         """Of earlier runs."""
@@ -151,21 +166,26 @@ class Runner:
         self._model, self._write, self.tally = model, write, tally
         self._batch = Batch(model, n_inflight, stop)
         tally.counts = self._batch.counts
-        self._requests = dict[str, Request]()  # of answers under way
+        self._requests = dict[str, ChatRequest]()  # of answers under way
 
-    def run(self, lines: Iterator[Line | None], show: Callable[[Tally], None]) -> None:
+    def run(
+        self,
+        lines: Iterator[Line | None],
+        show: Callable[[Tally], None],
+        keep: Callable[[Request], None] = lambda _: None,
+    ) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done.
 
-        A line that is None says that there is none just now.
+        A line that is None says that there is none just now. `keep` hears of each request that was answered.
         """
         self.tally.began = time.monotonic()
-        wishes = self._wishes(lines)
-        with closing(self._batch.run(wishes, lambda: show(self.tally))) as ends:
+        with closing(self._batch.run(self._submitted(lines), lambda: show(self.tally))) as ends:
             for end in ends:
                 self._keep(end)
+                keep(end.request)
                 show(self.tally)
 
-    def _wishes(self, lines: Iterator[Line | None]) -> Iterator[Wish | None]:
+    def _submitted(self, lines: Iterator[Line | None]) -> Iterator[Request | None]:
         model = self._model
         for line in lines:
             if line is None:
@@ -179,10 +199,10 @@ class Runner:
                 self._add(line.custom_id, None, error, line.key)
                 continue
             self._requests[line.custom_id] = line.request
-            yield Wish(line.custom_id, row, line_stream(line.custom_id), line.request.options(), line.request.tools)
+            yield line.request.to_engine(row, line_stream(line.custom_id), line.custom_id)
 
     def _keep(self, end: Done) -> None:
-        custom_id, answer, error, body = end.wish.key, end.answer, end.error, None
+        custom_id, answer, error, body = end.request.key, end.completion, end.error, None
         request = self._requests.pop(custom_id)
         if answer is not None:
             self.tally.n_tokens += len(answer.tokens)

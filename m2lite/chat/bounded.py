@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from m2lite.decode.engine import Stop
+from m2lite.engine.runner import Stop
 
 _POLL_S = 0.1  # between two looks at whether to stop
 _GRACE_S = 2.0  # for the thread to end by itself once it is to stop

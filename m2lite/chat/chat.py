@@ -10,10 +10,10 @@ from typing import Any
 
 from m2lite.chat.store import Message, Saved, SavedChat
 from m2lite.chat.tools import Tools
-from m2lite.decode.constrain import Schema
-from m2lite.decode.conversation import Answer, Conversation, Options, Pieces
-from m2lite.decode.sampling import Sampling
+from m2lite.dialogue.conversation import AnswerOptions, Conversation, Pieces, Turn
 from m2lite.errors import UsageError
+from m2lite.sampling.draw import Sampling
+from m2lite.sampling.json_schema import Schema
 from m2lite.system.inputs import read_input
 from m2lite.system.outputs import Places
 from m2lite.text.reply import KINDS, Piece, Reply
@@ -22,7 +22,7 @@ _MOST_FILE_BYTES = 4 << 20
 PART_S = 5.0  # after which the text of an unfinished answer goes to disk
 
 # How an answer is begun: by `Conversation.ask` and its like, with the options filled in by whoever shows it.
-Begin = Callable[[Options], Pieces]
+Begin = Callable[[AnswerOptions], Pieces]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Chat:
     places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
 
-    def options(self) -> Options:
+    def options(self) -> AnswerOptions:
         """For an answer; without who stops it and who hears of its progress."""
         return {
             "sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens,
@@ -71,7 +71,7 @@ class Chat:
         if saved is None or not (conversation.n_turns or saved.saved.messages):
             return
         is_answered = bool(conversation.messages) and conversation.messages[-1]["role"] == "assistant"
-        saved.save(conversation.messages, told_of(conversation.said) if is_answered else None)
+        saved.save(conversation.messages, saved_answer(conversation.said) if is_answered else None)
 
     def keeper(self) -> Keeper:
         """For the answer that was just asked for."""
@@ -112,20 +112,20 @@ class Keeper:
             self._at = time.monotonic()
 
 
-def told_of(said: Answer) -> dict[str, Any]:
+def saved_answer(said: Turn) -> dict[str, Any]:
     """An answer as a saved chat tells it, beside its message."""
     return {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
 
 
-def said_of(saved: Saved) -> Answer:
+def said_of(saved: Saved) -> Turn:
     """The answer at the end of a saved chat."""
-    told: Mapping[str, Any] = saved.answer or {"finish_reason": "stop"}
+    found: Mapping[str, Any] = saved.answer or {"finish_reason": "stop"}
     message = saved.messages[-1] if saved.messages else {}
-    return Answer(
-        tokens=list(told.get("tokens", [])),
+    return Turn(
+        tokens=list(found.get("tokens", [])),
         reply=Reply(str(message.get("reasoning_content") or ""), str(message.get("content", ""))),
-        finish_reason=str(told.get("finish_reason")),
-        attempt=told.get("attempt", 0),
+        finish_reason=str(found.get("finish_reason")),
+        attempt=found.get("attempt", 0),
     )
 
 

@@ -19,7 +19,7 @@ from m2lite.chat.store import (
     read_session,
     session_path,
 )
-from m2lite.decode.conversation import Options, Pieces
+from m2lite.dialogue.conversation import AnswerOptions, Pieces
 from m2lite.errors import UsageError
 from m2lite.settings import OPTIONS, parse_count
 from m2lite.shown import shown
@@ -40,7 +40,7 @@ _SET = (
 _SAMPLING = {"temp": "temperature"}  # the fields of Sampling that are named otherwise
 
 
-class Leave(Exception):
+class ChatEnds(Exception):
     """The user wants to go."""
 
 
@@ -94,7 +94,7 @@ def _clear(chat: Chat, rest: str) -> str:
 
 
 def _exit(chat: Chat, rest: str) -> str:
-    raise Leave
+    raise ChatEnds
 
 
 def _system(chat: Chat, rest: str) -> str:
@@ -110,14 +110,14 @@ def _stats(chat: Chat, rest: str) -> str:
 
 
 def _regenerate(chat: Chat, rest: str) -> Begin:
-    def begin(options: Options) -> Pieces:
+    def begin(options: AnswerOptions) -> Pieces:
         return chat.conversation.regenerate(**options)
 
     return begin
 
 
 def _continue(chat: Chat, rest: str) -> Begin:
-    def begin(options: Options) -> Pieces:
+    def begin(options: AnswerOptions) -> Pieces:
         return chat.conversation.resume(**options)
 
     return begin
@@ -138,11 +138,11 @@ def _edit(chat: Chat, rest: str) -> Begin:
     return partial(_ask_instead if is_again else _ask, chat, edited.rstrip("\n"))
 
 
-def _ask(chat: Chat, text: str, options: Options) -> Pieces:
+def _ask(chat: Chat, text: str, options: AnswerOptions) -> Pieces:
     return chat.conversation.ask(text, **options)
 
 
-def _ask_instead(chat: Chat, text: str, options: Options) -> Pieces:
+def _ask_instead(chat: Chat, text: str, options: AnswerOptions) -> Pieces:
     """Another question in place of the last; if it cannot be asked, nothing changes."""
     conversation = chat.conversation
     before = conversation.messages, conversation.said
@@ -169,7 +169,7 @@ def _forget(chat: Chat, rest: str) -> str:
 def _compact(chat: Chat, rest: str) -> Begin:
     n_kept = _number(f"/compact {rest}", rest or "1", "the number of turns that stay as they are")
 
-    def begin(options: Options) -> Pieces:
+    def begin(options: AnswerOptions) -> Pieces:
         return chat.conversation.summarise(n_kept, **options)
 
     return begin

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from m2lite.chat import keys
 from m2lite.chat.commands import COMMANDS
 from m2lite.chat.store import list_sessions
-from m2lite.decode.engine import Stop
+from m2lite.engine.runner import Stop
 from m2lite.shown import shown
 from m2lite.signals import is_heeded, leave_afterwards
 from m2lite.system.paths import user_dir

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from m2lite.chat.chat import Begin, Chat
-from m2lite.chat.commands import Leave, last_exchange, run_command
+from m2lite.chat.commands import ChatEnds, last_exchange, run_command
 from m2lite.chat.keys import kept, without_echo
 from m2lite.chat.lines import ask_line, piped_lines, typed_lines
 from m2lite.chat.markdown import Markdown
@@ -16,7 +16,7 @@ from m2lite.chat.progress import PromptProgress
 from m2lite.chat.render import Renderer
 from m2lite.chat.status import status_line
 from m2lite.chat.tools import Tools, describe_call, run_tool
-from m2lite.decode.conversation import Conversation, Options, Pieces
+from m2lite.dialogue.conversation import AnswerOptions, Conversation, Pieces
 from m2lite.errors import M2liteError
 from m2lite.shown import shown
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
@@ -43,7 +43,7 @@ def run_chat(chat: Chat) -> int:
                     continue
                 if code:
                     return code
-    except Leave:
+    except ChatEnds:
         pass
     finally:
         chat.close()
@@ -70,7 +70,7 @@ class _Talk:
             elif line.strip():
                 text = chat.message(line[1:] if line.startswith("//") else line)
                 return self._answer(lambda options: chat.conversation.ask(text, **options), is_question=True)
-        except (Leave, OutputError, ReaderGone):
+        except (ChatEnds, OutputError, ReaderGone):
             raise
         except M2liteError as error:
             tell(f"error: {error}")
@@ -108,8 +108,8 @@ class _Talk:
             if n_same == most and not reply.content.strip():
                 conversation.add_results(results)
                 self._save()
-                told = f"— stopped: the same call gave the same result in {n_same} rounds."
-                tell(f"{told} /continue goes on, /undo drops the turn.")
+                why = f"— stopped: the same call gave the same result in {n_same} rounds."
+                tell(f"{why} /continue goes on, /undo drops the turn.")
                 break
             code = self._show(partial(_tell_results, conversation, results))
         return code
@@ -154,7 +154,7 @@ class _Talk:
         renderer = Renderer(STDERR.is_styled, chat.show_thinking, markdown)
         with stop_on_signals() as stop, without_echo():
             progress = PromptProgress()
-            options: Options = chat.options() | {"stop": stop, "progress": progress}
+            options: AnswerOptions = chat.options() | {"stop": stop, "progress": progress}
             pieces = begin(options)
             keeper = chat.keeper()
             if is_question:
@@ -212,5 +212,5 @@ class _Talk:
         tell(status_line(conversation), dim=True)
 
 
-def _tell_results(conversation: Conversation, results: list[str], options: Options) -> Pieces:
+def _tell_results(conversation: Conversation, results: list[str], options: AnswerOptions) -> Pieces:
     return conversation.tell_results(results, **options)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from m2lite.decode.conversation import Conversation
-from m2lite.decode.stats import Stats
+from m2lite.dialogue.conversation import Conversation
+from m2lite.engine.stats import Stats
 from m2lite.system.byte_units import format_bytes
 
 
@@ -13,12 +13,15 @@ def describe(conversation: Conversation) -> str:
     model = session.model
     lines = [
         f"model {model.path}",
-        f"threads {model.n_threads} ({model.engine.layer})",
+        f"threads {model.n_threads} ({model.runner.layer})",
         f"context {len(session.tokens):,} of {model.ctx:,} tokens, "
         f"KV {model.kv} {format_bytes(model.kv_bytes)} when full",
-        model.engine.drafting.describe(),
+        model.runner.drafting.describe(),
         f"turns {conversation.n_turns}",
     ]
+    disk = model.loop.prefix_cache.disk
+    if disk is not None:
+        lines.append(f"prompts on disk: {format_bytes(disk.n_written)} written, {format_bytes(disk.n_read)} read")
     if conversation.answer.tokens:
         lines.append("last answer: " + status_line(conversation))
     return "\n".join(lines)
@@ -36,6 +39,8 @@ def status_line(conversation: Conversation) -> str:
         parts.append(f"prompt {stats.prompt_tokens_per_s:,.0f} tok/s ({stats.n_prompt - stats.n_reused} tok)")
     if stats.drafted is not None and stats.drafted.n_proposed:
         parts.append(_drafts(stats))
+    if stats.drafted is not None and stats.drafted.n_modules_off:
+        parts.append(f"{stats.drafted.n_modules_off} MTP modules off: the prompt was cached without them")
     if stats.traffic is not None and stats.traffic.hit_rate is not None:
         traffic = stats.traffic
         parts.append(f"experts {traffic.hit_rate:.0%} in memory, {format_bytes(traffic.read_bytes)} read")

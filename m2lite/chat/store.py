@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m2lite.decode.drafts import n_common
+from m2lite.engine.prefix_cache import n_common
 from m2lite.errors import M2liteError, UsageError
 from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
@@ -222,12 +222,12 @@ class SavedChat:
         n_same = n_common(known, messages)
         events: list[dict[str, Any]] = [] if n_same == len(known) else [{"cut": n_same}]
         events += [{"add": message} for message in messages[n_same:]]
-        told = None if answer is None else dict(answer)
-        if told is not None and (events or told != self.saved.answer):
-            events.append({"answer": told})
+        saved = None if answer is None else dict(answer)
+        if saved is not None and (events or saved != self.saved.answer):
+            events.append({"answer": saved})
         if events:
             self._append(events)
-            self.saved.messages, self.saved.answer, self.saved.is_partial = list(messages), told, False
+            self.saved.messages, self.saved.answer, self.saved.is_partial = list(messages), saved, False
 
     def save_part(self, texts: Mapping[str, str]) -> None:
         """More text of the answer that is being written, by kind; the whole message takes its place."""

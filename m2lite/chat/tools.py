@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from m2lite.chat.bounded import TooLong, aside, run_command
-from m2lite.decode.engine import Stop
-from m2lite.decode.request import MOST_REQUEST_BYTES
+from m2lite.dialogue.chat_request import MOST_REQUEST_BYTES
+from m2lite.engine.runner import Stop
 from m2lite.errors import M2liteError, UsageError
 from m2lite.shown import shown
 from m2lite.storage.durable import atomic_write
@@ -148,7 +148,7 @@ def _load_file(source: str) -> list[dict[str, Any]]:
     try:
         return check_tools(value) or []
     except UsageError as error:
-        raise error.told_of(source) from None
+        raise error.located(source) from None
 
 
 def run_tool(call: Tool, limits: Limits, stop: Stop) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, model_options, open_model
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, open_model
 from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
@@ -22,11 +22,11 @@ from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, r
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
+    from m2lite.api import Model
     from m2lite.batch.lines import Checked, Input, Line
     from m2lite.batch.results import Manifest
     from m2lite.batch.runner import Shard, Tally, Worker, Write
-    from m2lite.decode.request import Request
-    from m2lite.decode.session import Model
+    from m2lite.dialogue.chat_request import ChatRequest
 
 EXIT_SOME_FAILED = 3
 DEFAULT_INFLIGHT = 32
@@ -48,7 +48,15 @@ app = typer.Typer(
 )
 
 
-@command(*(name for name in MODEL if name != "model"), "template", "think_budget", *DRAFT, *SAMPLING, has_result=False)
+@command(
+    *(name for name in MODEL if name != "model"),
+    "kv_disk",
+    "template",
+    "think_budget",
+    *DRAFT,
+    *SAMPLING,
+    has_result=False,
+)
 def run(
     settings: Settings,
     *,
@@ -84,7 +92,7 @@ def run(
     from m2lite.batch.lines import Input
     from m2lite.batch.progress import check_plot
     from m2lite.batch.results import approve_output
-    from m2lite.decode.request import Request
+    from m2lite.dialogue.chat_request import ChatRequest
 
     if on_bad_line not in ("fail", "record"):
         raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
@@ -93,7 +101,7 @@ def run(
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
     settings = replace(settings, model=settings.model if model is None else model)
-    places = places_beside(source, json_schema, models=[settings.model, settings.mtp])
+    places = places_beside(source, json_schema, models=[settings.model, settings.opening["mtp"]])
     approve_output(places, output)
     if output == "-":
         require_stdout()
@@ -101,7 +109,7 @@ def run(
         places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
     schema = None if json_schema is None else read_schema(json_schema)
-    defaults = Request(
+    defaults = ChatRequest(
         [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
         check_stop_texts(stop_text or []), schema,
     )  # fmt: skip
@@ -150,7 +158,7 @@ class _Job:
 
     settings: Settings
     n_inflight: int
-    defaults: Request
+    defaults: ChatRequest
     shard: Shard
     limit: int | None
     is_in_order: bool  # results as the input has their lines
@@ -161,10 +169,10 @@ class _Job:
         if self.ray is None:
             from m2lite.batch.runner import Here
 
-            return Here(self._open(), self.n_inflight)
+            return Here(self._open(), self.n_inflight, self.settings.kv_disk)
         from m2lite.batch.cluster import Cluster
 
-        options = model_options(self.settings) | {"sequences": self.n_inflight}
+        options: dict[str, Any] = {"path": self.settings.model, **self.settings.opening, "sequences": self.n_inflight}
         cluster = Cluster(self.ray, options, self.n_inflight, self.n_actors, _tell)
         note(f"{cluster.n_engines} engines on Ray's nodes · {cluster.facts['model']}")
         return cluster
@@ -180,7 +188,7 @@ class _Job:
         from m2lite.batch.progress import plot as draw_plot
         from m2lite.batch.results import Results
         from m2lite.batch.runner import Tally, count_ended, lines_left
-        from m2lite.decode.compute import Stopped
+        from m2lite.engine.thread import Stopped
         from m2lite.signals import stop_on_signals
 
         path = None if output == "-" else Path(output)
@@ -345,14 +353,14 @@ def merge(
     """Join outputs into one file. A line that failed in one and not in another counts as done."""
     from m2lite.batch.lines import Input
     from m2lite.batch.results import merge as merge_outputs
-    from m2lite.decode.request import Request
-    from m2lite.decode.sampling import Sampling
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
 
     places_beside(source, *outputs).approve("--output", target)
     with ExitStack() as stack:
         order = None
         if source is not None:
-            lines = Input(source, Request([], Sampling(seed=0)))
+            lines = Input(source, ChatRequest([], Sampling(seed=0)))
             stack.callback(lines.close)
             order = (line.custom_id for line in lines)
         n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)

@@ -56,8 +56,7 @@ def chat(
     from m2lite.chat.loop import run_chat
     from m2lite.chat.store import SavedChat, latest_session, new_name
     from m2lite.chat.tools import Limits, load_tools
-    from m2lite.decode.conversation import Conversation
-    from m2lite.decode.snapshots import Snapshots
+    from m2lite.dialogue.conversation import Conversation
 
     if (continue_ and session is not None) or (no_save and (continue_ or session is not None)):
         raise UsageError("--continue, --session and --no-save exclude each other.", "Use one of them.")
@@ -71,7 +70,7 @@ def chat(
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
     files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
-    places = places_beside(json_schema, *files, models=[settings.model, settings.mtp])
+    places = places_beside(json_schema, *files, models=[settings.model, settings.opening["mtp"]])
     box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
     saved = None
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
@@ -98,7 +97,8 @@ def chat(
         if saved is not None:
             saved.model = str(model.path)
             talk.open(saved)
-            if settings.kv_disk != 0:
-                conversation.snapshots = Snapshots(model, settings.kv_disk)
+        if settings.kv_disk if saved is None else settings.kv_disk != 0:
+            model.use_disk(settings.kv_disk)
+            conversation.is_kept_on_disk = True
         code = run_chat(talk)
     raise typer.Exit(code)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import Progress, announce_compiling, command, open_model
+from m2lite.commands.frame import ProgressBar, announce_compiling, command, open_model
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
@@ -97,7 +97,7 @@ def convert(
         asked["init_mtp"] = init_mtp
     asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_convert(hf_dir, out, type_name, **asked)
-    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.opening["threads"]}
     _carry_out(plan, out, run, dry_run, as_json)
 
 
@@ -126,7 +126,7 @@ def quantize(
     as_json: _Json = False,
 ) -> None:
     """GGUF to GGUF of another type. Interrupted, it goes on when it is run again."""
-    from m2lite.decode.locate import locate_model
+    from m2lite.engine.locate import locate_model
     from m2lite.quant import quantize as job
 
     announce_compiling()
@@ -134,7 +134,7 @@ def quantize(
     asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
     asked["allow_partial_imatrix"] = allow_partial_imatrix
     plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
-    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.threads}
+    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.opening["threads"]}
     _carry_out(plan, out, run, dry_run, as_json)
 
 
@@ -181,7 +181,7 @@ def _carry_out(
         return
     if not run["overwrite"]:
         check_taken(out)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         made = carry_out(opened, **run, progress=progress, warn=_warn)
     _show_made(made, as_json)
 
@@ -245,10 +245,10 @@ def imatrix(
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists already.", "Choose another name, or give --overwrite.")
     with (
-        open_model(replace(settings, model=model, ctx=n_ctx, kv="f16", draft="off", mtp=None)) as opened,
+        open_model(replace(settings, model=model).opened(ctx=n_ctx, kv="f16", draft="off", mtp=None)) as opened,
         stop_on_signals() as stop,
     ):
-        with Progress("chunks") as progress:
+        with ProgressBar("chunks") as progress:
             tokens = read_tokens(opened, text)
             found = collect_importance(
                 opened, tokens, n_ctx, n_chunks=n_chunks, stop=stop,
@@ -277,12 +277,14 @@ def verify(
     as_json: _Json = False,
 ) -> None:
     """Is a file what was written? Hashes of header and tensors, samples made again, one prompt."""
-    from m2lite.decode.locate import locate_model
+    from m2lite.engine.locate import locate_model
     from m2lite.quant.verify import verify as run_verify
 
     path = locate_model(file)
-    with Progress() as progress:
-        report = run_verify(path, against, n_samples, imatrix=imatrix, threads=settings.threads, progress=progress)
+    with ProgressBar() as progress:
+        report = run_verify(
+            path, against, n_samples, imatrix=imatrix, threads=settings.opening["threads"], progress=progress
+        )
     answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
     if as_json:
         say_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
@@ -310,9 +312,9 @@ def _show_report(report: Report) -> None:
 
 def _answer_once(settings: Settings, path: Path) -> dict[str, Any]:
     """A few greedy tokens: the model loads, and its numbers are finite."""
-    from m2lite.decode.sampling import Sampling
+    from m2lite.sampling.draw import Sampling
 
-    with open_model(replace(settings, model=str(path), ctx=256, kv="f16", draft="off", mtp=None)) as model:
+    with open_model(replace(settings, model=str(path)).opened(ctx=256, kv="f16", draft="off", mtp=None)) as model:
         tokens = list(model.session().generate("Once upon a time", max_tokens=8, sampling=Sampling(temperature=0.0)))
         return {"n_tokens": len(tokens), "text": model.tokenizer.decode(tokens)}
 
@@ -327,8 +329,8 @@ def inspect_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Header, types, tokenizer and template of a file. Touches no weights."""
-    from m2lite.decode.locate import locate_model
     from m2lite.describe import describe_file
+    from m2lite.engine.locate import locate_model
 
     if png is not None:
         places_beside(models=[file]).approve("--png", png, kind="replaced", begins=PNG)

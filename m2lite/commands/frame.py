@@ -13,7 +13,7 @@ import typer
 
 from m2lite import machine
 from m2lite.errors import M2liteError, UsageError
-from m2lite.settings import OPTIONS, Settings, resolve_settings
+from m2lite.settings import MODEL_OPTIONS, OPTIONS, Settings, panel, resolve_settings
 from m2lite.shown import shown
 from m2lite.signals import EXIT_INTERRUPTED
 from m2lite.system.byte_units import format_bytes, format_speed
@@ -21,20 +21,12 @@ from m2lite.system.panics import is_panic
 from m2lite.system.streams import STDERR, STDOUT, OutputError, ReaderGone, console, note, require_stdout
 
 if TYPE_CHECKING:
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
 
-MODEL = ("model", "threads", "ctx", "kv", "load", "ram", "heat")
-DRAFT = ("draft", "draft_tokens", "mtp")
-SAMPLING = ("temp", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens")
-THINKING = ("think", "think_budget")
-_PANELS = {
-    "model": None,
-    **dict.fromkeys(THINKING, "Thinking"),
-    **dict.fromkeys(MODEL[1:], "Engine"),
-    "kv_disk": "Engine",
-    **dict.fromkeys(DRAFT, "Drafts"),
-    **dict.fromkeys(SAMPLING, "Sampling"),
-}
+MODEL = ("model", *panel("Engine", MODEL_OPTIONS))
+DRAFT = panel("Drafts")
+SAMPLING = panel("Sampling")
+THINKING = panel("Thinking")
 
 
 def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -90,10 +82,10 @@ def _check_texts(arguments: Mapping[str, Any], hints: Mapping[str, Any]) -> None
 def _parameter(name: str) -> inspect.Parameter:
     """A row of the settings table as typer wants it; the text is parsed by the table, not by typer."""
     option = OPTIONS[name]
-    text = option.help + ("" if option.default is None else f" [default: {option.default}]")
+    text = option.help + ("" if option.default is None else f" [default: {option.text(option.default)}]")
     text = text.replace("[", "\\[")
     if option.flags:
-        info = typer.Option(*option.flags, metavar=option.metavar, help=text, rich_help_panel=_PANELS.get(name))
+        info = typer.Option(*option.flags, metavar=option.metavar, help=text, rich_help_panel=option.panel)
     else:
         info = typer.Argument(metavar=option.metavar, help=text, show_default=False)
     annotation = Annotated[str | None, info]
@@ -152,51 +144,34 @@ def say_compiling() -> None:
     note("compiling kernels for this processor, once (up to a minute)...")
 
 
-def model_options(settings: Settings) -> dict[str, Any]:
-    """What `Model.open` takes of the settings."""
-    return {
-        "path": settings.model,
-        "threads": settings.threads,
-        "ctx": settings.ctx,
-        "kv": settings.kv,
-        "template": settings.template,
-        "load": settings.load,
-        "ram": settings.ram,
-        "heat": settings.heat == "on",
-        "draft": settings.draft,
-        "draft_tokens": settings.draft_tokens,
-        "mtp": settings.mtp,
-    }
-
-
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
     from m2lite.describe import format_mix, type_mix
 
     free = machine.free_memory_bytes()
-    model = Model.open(**model_options(settings), sequences=sequences, on_compile=say_compiling)
+    model = Model.open(settings.model, sequences=sequences, on_compile=say_compiling, **settings.opening)
     parts = [
         model.path.name,
         format_mix(type_mix(model.gguf)),
         format_bytes(model.gguf.size_bytes),
         f"{format_bytes(free)} of memory free",
-        f"{model.n_threads} threads ({model.engine.layer})",
+        f"{model.n_threads} threads ({model.runner.layer})",
         f"ctx {model.ctx:,}",
         f"KV {model.kv} {format_bytes(model.kv_bytes)}",
-        model.engine.drafting.describe(),
+        model.runner.drafting.describe(),
         f"loaded in {model.load_s:.1f} s",
     ]
     note(" · ".join(parts))
-    residency = model.engine.residency
+    residency = model.runner.residency
     if residency is not None:
         note(f"streamed: {residency.describe()}")
-    if model.engine.drafting.warning:
-        note(f"warning: {model.engine.drafting.warning}")
-    for warning in model.engine.warnings:
+    if model.runner.drafting.warning:
+        note(f"warning: {model.runner.drafting.warning}")
+    for warning in model.runner.warnings:
         note(f"warning: {warning}")
     kind = machine.network_file_system(model.path)
-    if kind is not None and settings.load != "direct":
+    if kind is not None and settings.opening["load"] != "direct":
         note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
     for warning in model.tokenizer.warnings:
         note(f"warning: {warning}")
@@ -205,7 +180,7 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     return model
 
 
-class Progress:
+class ProgressBar:
     """How far, how fast, how long yet, and what is at hand: a bar on a terminal, elsewhere a line now and then."""
 
     EVERY_S = 30.0
@@ -250,7 +225,7 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,10 +25,11 @@ from m2lite.system.streams import STDERR, STDOUT, note, say_json, stdin_is_termi
 from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
-    from m2lite.decode.conversation import Answer, Options, Pieces
-    from m2lite.decode.request import Request
-    from m2lite.decode.rules import Logprob
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.dialogue.conversation import AnswerOptions, Pieces
+    from m2lite.engine.answer import Completion
+    from m2lite.sampling.rules import Logprob
 
 
 @command(*MODEL, *DRAFT, "template", *THINKING, *SAMPLING)
@@ -58,8 +59,8 @@ def generate(
 ) -> None:
     """Answer one question: the answer on stdout, everything else on stderr."""
     from m2lite.chat.progress import PromptProgress
-    from m2lite.decode.conversation import Conversation
-    from m2lite.decode.request import Request, check_whole
+    from m2lite.dialogue.chat_request import ChatRequest, check_whole
+    from m2lite.dialogue.conversation import Conversation
     from m2lite.signals import stop_on_signals
 
     if no_template and system is not None:
@@ -72,7 +73,7 @@ def generate(
         raise UsageError("--request was given with -p, -f, -s or --no-template.", "Put all of it into the request.")
     schema = None if json_schema is None else read_schema(json_schema)
     text = None if request is not None else _question(prompt, file or [])
-    wanted = Request(
+    wanted = ChatRequest(
         [], make_sampling(settings), None, settings.max_tokens, think_tokens(settings),
         check_stop_texts(stop_text or []), schema, logprobs,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def generate(
     with open_model(settings) as model, stop_on_signals() as stop:
         conversation = Conversation(model.session(), system, wanted.tools)
         progress = PromptProgress()
-        options: Options = wanted.options() | {"stop": stop, "progress": progress}
+        options: AnswerOptions = wanted.options() | {"stop": stop, "progress": progress}
         if text is None:
             pieces = conversation.reply_to(wanted.messages, **options)
         else:
@@ -117,11 +118,13 @@ def _show(pieces: Pieces, is_held: bool, show_thinking: bool, plain: bool) -> No
     renderer.end()
 
 
-def _print(model: Model, answer: Answer, wanted: Request, is_request: bool, extract: bool, as_json: bool) -> None:
+def _print(
+    model: Model, answer: Completion, wanted: ChatRequest, is_request: bool, extract: bool, as_json: bool
+) -> None:
     """What was held back."""
     import time
 
-    from m2lite.decode.request import response_body
+    from m2lite.dialogue.chat_request import response_body
 
     if extract:
         _print_code(answer)
@@ -134,7 +137,7 @@ def _print(model: Model, answer: Answer, wanted: Request, is_request: bool, extr
         STDOUT.write(f"{answer.reply.content}\n")
 
 
-def _print_code(answer: Answer) -> None:
+def _print_code(answer: Completion) -> None:
     from m2lite.chat.markdown import first_code_block
 
     code = first_code_block(answer.reply.content)
@@ -143,9 +146,9 @@ def _print_code(answer: Answer) -> None:
     STDOUT.write(code)
 
 
-def _read_request(source: str, defaults: Request) -> Request:
+def _read_request(source: str, defaults: ChatRequest) -> ChatRequest:
     """The request in a file; - is stdin."""
-    from m2lite.decode.request import MOST_REQUEST_BYTES, parse_request
+    from m2lite.dialogue.chat_request import MOST_REQUEST_BYTES, parse_request
 
     try:
         body = parse_json(read_input(source, MOST_REQUEST_BYTES))
@@ -156,7 +159,7 @@ def _read_request(source: str, defaults: Request) -> Request:
     try:
         return parse_request(body, defaults)
     except UsageError as error:
-        raise error.told_of(source) from None
+        raise error.located(source) from None
 
 
 def _question(prompt: str | None, files: list[str]) -> str:
@@ -182,7 +185,7 @@ def _read_stdin() -> str:
         ) from None
 
 
-def _as_object(model: Model, answer: Answer, seed: int) -> dict[str, Any]:
+def _as_object(model: Model, answer: Completion, seed: int) -> dict[str, Any]:
     reply, stats = answer.reply, answer.stats
     n_out = len(answer.tokens)
     return {

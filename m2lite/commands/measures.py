@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import MODEL, Progress, command, open_model
+from m2lite.commands.frame import MODEL, ProgressBar, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
 from m2lite.system.byte_units import parse_speed
@@ -37,9 +37,9 @@ def bench(
     from m2lite.bench import format_result, plan_tests, run_bench
 
     if draft:
-        _bench_drafts(replace(settings, draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
+        _bench_drafts(settings.opened(draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
         return
-    settings = replace(settings, draft="off", mtp=None)
+    settings = settings.opened(draft="off", mtp=None)
     tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
@@ -89,7 +89,7 @@ def plan(
     from m2lite.plan import format_plan, make_plan
 
     speed = _speed(disk)
-    with open_model(replace(settings, draft="off", mtp=None)) as model:
+    with open_model(settings.opened(draft="off", mtp=None)) as model:
         found = make_plan(model, speed)
         if as_json:
             say_json(found)
@@ -136,12 +136,12 @@ def perplexity(
     from m2lite.signals import stop_on_signals
 
     with ExitStack() as stack:
-        settings = replace(settings, ctx=n_ctx, draft="off", mtp=None)
+        settings = settings.opened(ctx=n_ctx, draft="off", mtp=None)
         opened = stack.enter_context(open_model(replace(settings, model=model)))
-        truth = replace(settings, model=against, kv="f16")
+        truth = replace(settings, model=against).opened(kv="f16")
         other = stack.enter_context(open_model(truth)) if against else None
         stop = stack.enter_context(stop_on_signals())
-        with Progress("chunks") as progress:
+        with ProgressBar("chunks") as progress:
             found = run_perplexity(
                 opened, read_tokens(opened, text), n_ctx, against=other, n_chunks=n_chunks, stop=stop,
                 progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),

@@ -12,8 +12,8 @@ from m2lite.system.inputs import read_input
 from m2lite.system.streams import note
 
 if TYPE_CHECKING:
-    from m2lite.decode.constrain import Schema
-    from m2lite.decode.sampling import Sampling
+    from m2lite.sampling.draw import Sampling
+    from m2lite.sampling.json_schema import Schema
 
 
 MOST_BYTES = 64 << 20  # of a schema or a request: as of a batch's line
@@ -26,7 +26,7 @@ SchemaOption = Annotated[
 
 def make_sampling(settings: Settings, default_seed: int | None = None) -> Sampling:
     """The sampling options; without a seed, and none by default, one is drawn. `say_seed` when it is used."""
-    from m2lite.decode.sampling import Sampling, new_seed
+    from m2lite.sampling.draw import Sampling, new_seed
 
     seed = default_seed if settings.seed is None else settings.seed
     if seed is None:
@@ -50,7 +50,7 @@ def think_tokens(settings: Settings) -> int | None:
 
 def read_schema(source: str) -> Schema:
     """The JSON schema in a file, checked: before anything is loaded."""
-    from m2lite.decode.constrain import load_schema
+    from m2lite.sampling.json_schema import load_schema
 
     try:
         return load_schema(read_input(source, MOST_BYTES), source)

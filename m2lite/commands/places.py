@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from m2lite.system.outputs import Places
 PNG = b"\x89PNG\r\n\x1a\n"  # a picture replaces a picture, and nothing else
 
 
-def places_beside(*files: str | Path | None, models: Iterable[str | Path | None] = ()) -> Places:
+def places_beside(*files: str | Path | None, models: Iterable[str | os.PathLike[str] | None] = ()) -> Places:
     """The places of a command that reads these files and models, each model with all that belongs to it."""
     places = Places().reads(config_path(), *files)
     for model in models:
@@ -20,8 +21,8 @@ def places_beside(*files: str | Path | None, models: Iterable[str | Path | None]
     return places
 
 
-def _files_of(model: str | Path | None) -> list[Path]:
-    from m2lite.decode.locate import locate_model
+def _files_of(model: str | os.PathLike[str] | None) -> list[Path]:
+    from m2lite.engine.locate import locate_model
     from m2lite.storage.hub import find_snapshot
     from m2lite.storage.sidecar import model_files
 

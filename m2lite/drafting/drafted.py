@@ -18,6 +18,7 @@ class Drafted:
     reached: list[int] = field(default_factory=list)  # drafts j whose predecessors were right
     accepted: list[int] = field(default_factory=list)  # of these, right
     sources: dict[str, int] = field(default_factory=dict)  # steps whose drafts came from there
+    n_modules_off: int = 0  # prediction modules that lack K and V of what was read from a cache
 
     @property
     def n_accepted(self) -> int:
@@ -54,6 +55,7 @@ class Drafted:
         self.n_proposed += other.n_proposed
         self.reached = _sums(self.reached, other.reached)
         self.accepted = _sums(self.accepted, other.accepted)
+        self.n_modules_off = max(self.n_modules_off, other.n_modules_off)
         for source, n in other.sources.items():
             self.sources[source] = self.sources.get(source, 0) + n
 
@@ -66,6 +68,7 @@ class Drafted:
             "tokens_per_step": self.tokens_per_step,
             "acceptance": self.acceptance,
             "sources": self.sources,
+            "modules_off": self.n_modules_off,
         }
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from weakref import WeakSet
 
-from m2lite.decode.sampling import Sampling
 from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.kept import load_kept, save_kept
@@ -29,6 +28,7 @@ from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import Buffers, Leave
 from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
+from m2lite.sampling.draw import Sampling
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _LEAST_S = 1e-6  # of a call

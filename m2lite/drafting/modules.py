@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.decode.sampling import Sampling, foresee
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import Buffers, head_of
 from m2lite.model.mtp import ModuleScratch, Mtp, run_module, trunk_states
+from m2lite.sampling.draw import Sampling, foresee
 
 F32 = npt.NDArray[np.float32]
 _FEW = 8  # rows of a level's states for which there is always room
@@ -87,15 +87,23 @@ class ModuleState:
         self.tops = [0] * n_modules  # positions whose K and V module k has written; from some on for drafts
         self.states = [LevelStates(n_embd) for _ in range(n_modules)]  # level k, for module k
         self.n_usable = n_modules  # the modules from this on have a gap
+        self._n_there = 0  # positions that had all modules' K and V from the start
 
     def begin(self, n_cached: int, followed: Sequence[int]) -> None:
-        """The sequence begins with n_cached positions that are there; followed[k] of them have module k's K and V."""
+        """The sequence begins with n_cached positions that are there; up to followed[k] there are module k's K and V.
+
+        Module k needs the state before its first row, which comes of a row of module k - 1 (of the trunk): so where
+        followed[k] lies n_modules positions behind n_cached, each goes on as if it had computed all.
+        """
         n_modules = len(self.tops)
         followed = [*followed, *[0] * (n_modules - len(followed))]
         self.n_usable = next((k for k in range(n_modules) if followed[k] < n_cached), n_modules)
-        self.tops = [n_cached if k < self.n_usable else followed[k] for k in range(n_modules)]
-        for states in self.states:
-            states.begin(n_cached)
+        self._n_there = min(followed[: self.n_usable], default=0)
+        first = n_cached
+        for k, states in enumerate(self.states):
+            states.begin(first)
+            first = min(followed[k], first + 1)
+            self.tops[k] = first
 
     @property
     def n_computed(self) -> int:
@@ -112,7 +120,7 @@ class ModuleState:
 
     def keep(self, start: int, seen: int, new: F32) -> None:
         """The trunk's states of rows from `start` on, which stand. Modules have seen what stands up to `seen`."""
-        trunk = self.states[0]
+        trunk, seen = self.states[0], max(seen, self._n_there)
         if start == trunk.end and max(self.tops) <= seen and self.n_usable:  # as nearly always
             trunk.append(new)
             return

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from m2lite.decode.sampling import Sampling
 from m2lite.drafting.drafted import Drafted
-from m2lite.drafting.modules import Draft, ModuleState
-from m2lite.drafting.ngram import PromptLookup
-from m2lite.model.cache import Timeline
+
+if TYPE_CHECKING:  # these import Numba
+    from m2lite.drafting.modules import Draft, ModuleState
+    from m2lite.drafting.ngram import PromptLookup
+    from m2lite.model.cache import Timeline
+    from m2lite.sampling.draw import Sampling
 
 
 class SequenceDrafts:
@@ -23,17 +25,18 @@ class SequenceDrafts:
         self.is_asked = False
         self.wanted, self.source = list[int](), ""  # drafts that there are, and where they come from
         self.chances: Sequence[float] = ()  # that each is right if those before it are
-        self.foreseen = list[Draft]()  # what the modules expect, whether it is verified or not
+        self.foreseen: list[Draft] = []  # what the modules expect, whether it is verified or not
 
     def begin(self, ids: Sequence[int], n_cached: int = 0, n_followed: Sequence[int] = ()) -> None:
         """The sequence is `ids` from now on; the first n_cached positions are computed.
 
-        n_followed[k]: how many of them have the K and V of module k; what is not said has none.
+        n_followed[k]: up to where they and what follows them have the K and V of module k; what is not said has none.
         """
         if self.lookup is not None:
             self.lookup.follow(ids)
         if self.module_state is not None:
             self.module_state.begin(n_cached, n_followed)
+            self.stats.n_modules_off = len(self.module_state.tops) - self.n_usable
         self.is_asked = False
 
     @property

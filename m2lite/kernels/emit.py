@@ -167,7 +167,7 @@ def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowAddresses:
     """Where 16 or 8 rows are: the addresses of every fourth, and the bytes from row to row."""
 
     fours: list[ir.Value]
@@ -182,7 +182,7 @@ class Rows:
         return builder.add(four, builder.mul(self.stride, I64(row % 4))) if row % 4 else four
 
 
-def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int = LANES) -> Rows:
+def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int = LANES) -> RowAddresses:
     """n rows from `address` on.
 
     Pinned, since LLVM would keep a pointer to each through the loop, for which it lacks registers.
@@ -190,10 +190,10 @@ def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int =
     fours = [pinned(builder, address)]
     while 4 * len(fours) < n:
         fours.append(pinned(builder, builder.add(fours[-1], builder.mul(stride, I64(4)))))
-    return Rows(fours, stride)
+    return RowAddresses(fours, stride)
 
 
-def gather(builder: ir.IRBuilder, rows: Rows, offset: int, kind: ir.IntType) -> ir.Value:
+def gather(builder: ir.IRBuilder, rows: RowAddresses, offset: int, kind: ir.IntType) -> ir.Value:
     """The integer at `offset` in each row."""
     out = ir.Constant(ir.VectorType(kind, rows.n), ir.Undefined)
     for row in range(rows.n):
@@ -201,7 +201,7 @@ def gather(builder: ir.IRBuilder, rows: Rows, offset: int, kind: ir.IntType) -> 
     return out
 
 
-def load_tile(builder: ir.IRBuilder, rows: Rows, offset: int) -> list[ir.Value]:
+def load_tile(builder: ir.IRBuilder, rows: RowAddresses, offset: int) -> list[ir.Value]:
     """16 bytes at `offset` in each row -> 4 vectors; lane i of vector d: bytes 4d..4d+3 of row i."""
     quad, n_fours = ir.VectorType(I32, 4), len(rows.fours)
     groups = [

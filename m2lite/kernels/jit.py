@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from m2lite.system.numba_environment import LAYERS, TOLD
+from m2lite.system.numba_environment import LAYERS, WARNINGS
 
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # Spinning pays within a token (regions follow in microseconds) and must end soon after: other programs run too.
@@ -89,7 +89,7 @@ def _choose_layer() -> str:
     found = next(layer for layer in (wanted, *LAYERS) if layer and _has(layer))
     if wanted and wanted != found:
         del os.environ["NUMBA_THREADING_LAYER"]
-        TOLD.append(f"NUMBA_THREADING_LAYER={wanted} cannot be had here: {found} is used")
+        WARNINGS.append(f"NUMBA_THREADING_LAYER={wanted} cannot be had here: {found} is used")
     return found
 
 
@@ -99,7 +99,7 @@ numba_config.THREADING_LAYER = LAYER
 
 def warnings() -> list[str]:
     """What the user should know of the environment: a sentence each, and nothing where all is well."""
-    return TOLD if LAYER != "workqueue" else [*TOLD, SLOW_LAYER]
+    return WARNINGS if LAYER != "workqueue" else [*WARNINGS, SLOW_LAYER]
 
 
 SLOW_LAYER = (

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
-from m2lite.kernels.emit import I8, I32, Rows, load, look_up_bytes
+from m2lite.kernels.emit import I8, I32, RowAddresses, load, look_up_bytes
 from m2lite.kernels.tiles import IQ4_BYTES, MXFP4_BYTES, bits, nibbles
 
 _SIXTEEN, _BYTES, _EIGHT = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I32, 8)
@@ -168,7 +168,9 @@ class _Adder:
         return (a, b) if fits else (self.widened(a), self.widened(b))
 
 
-def row_dots(builder: ir.IRBuilder, kind: Integers, form: RowForm, rows: Rows, step: int, x: ir.Value) -> Vectors:
+def row_dots(
+    builder: ir.IRBuilder, kind: Integers, form: RowForm, rows: RowAddresses, step: int, x: ir.Value
+) -> Vectors:
     """Per group of weights: 8 lanes of int32, the dots of one step of 8 rows with the activations at x."""
     adder, at = _Adder(builder, kind), [rows.at(builder, row) for row in range(8)]
 

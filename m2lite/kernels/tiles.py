@@ -18,7 +18,7 @@ from llvmlite import ir
 
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors
-from m2lite.kernels.emit import I8, I16, I32, Rows, const, gather, half_to_f32, load_tile
+from m2lite.kernels.emit import I8, I16, I32, RowAddresses, const, gather, half_to_f32, load_tile
 from m2lite.storage.blocks import E2M1_DOUBLED, FORMATS
 from m2lite.storage.iquants import IQ4_VALUES
 
@@ -27,7 +27,7 @@ class Step(Protocol):
     def __call__(self, weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None: ...
 
 
-Reader = Callable[[ir.IRBuilder, Rows, Step], None]
+Reader = Callable[[ir.IRBuilder, RowAddresses, Step], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _high_half(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return _low_half(builder, builder.lshr(v, _const(v, 16)))
 
 
-def _scale_at(builder: ir.IRBuilder, rows: Rows, offset: int = 0) -> ir.Value:
+def _scale_at(builder: ir.IRBuilder, rows: RowAddresses, offset: int = 0) -> ir.Value:
     return half_to_f32(builder, gather(builder, rows, offset, I16))
 
 
@@ -113,11 +113,11 @@ def _negative(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
 # --- blocks of 32 ----------------------------------------------------------------------------------------------------
 
 
-def _q4_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q4_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     step(nibbles(builder, load_tile(builder, rows, 2)), [_scale_at(builder, rows)])
 
 
-def _q4_1(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q4_1(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     both = gather(builder, rows, 0, I32)
     minimum = _negative(builder, _high_half(builder, both))
     step(nibbles(builder, load_tile(builder, rows, 4)), [_low_half(builder, both)], minimum)
@@ -133,30 +133,30 @@ def _with_fifth(builder: ir.IRBuilder, low: Vectors, fifth: ir.Value) -> Vectors
     return out
 
 
-def _q5_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q5_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     fifth = gather(builder, rows, 2, I32)
     low = nibbles(builder, load_tile(builder, rows, 6))
     step(_with_fifth(builder, low, fifth), [_scale_at(builder, rows)])
 
 
-def _q5_1(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q5_1(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     both, fifth = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
     low = nibbles(builder, load_tile(builder, rows, 8))
     minimum = _negative(builder, _high_half(builder, both))
     step(_with_fifth(builder, low, fifth), [_low_half(builder, both)], minimum)
 
 
-def _q8_0(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q8_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     raw = load_tile(builder, rows, 2) + load_tile(builder, rows, 18)
     step(raw, [_scale_at(builder, rows)])
 
 
-def _iq4_nl(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _iq4_nl(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     codes = nibbles(builder, load_tile(builder, rows, 2))
     step([emit.look_up_bytes(builder, v, IQ4_BYTES) for v in codes], [_scale_at(builder, rows)])
 
 
-def _mxfp4(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _mxfp4(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     """The scale is half of 2**(e - 127), since the values are doubled; e below 2 makes it a denormal.
 
     (e - 1) 2**23 are its bits from e = 2 on, (e + 1) 2**21 below, and the larger number is the right one.
@@ -173,7 +173,7 @@ def _mxfp4(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
 # --- super-blocks of 256 ---------------------------------------------------------------------------------------------
 
 
-def _scales_and_minima(builder: ir.IRBuilder, rows: Rows) -> Callable[[int], tuple[Vectors, ir.Value]]:
+def _scales_and_minima(builder: ir.IRBuilder, rows: RowAddresses) -> Callable[[int], tuple[Vectors, ir.Value]]:
     """Gives d s and dmin m of a group of Q4_K and Q5_K; the first 16 bytes hold d, dmin and 12 of 6-bit numbers.
 
     They are made when they are asked for: all at once would not fit into registers.
@@ -192,7 +192,7 @@ def _scales_and_minima(builder: ir.IRBuilder, rows: Rows) -> Callable[[int], tup
     return group
 
 
-def _q4_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q4_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     scales_of = _scales_and_minima(builder, rows)
     for pair in range(4):  # the low halves of 32 bytes, then their high halves
         raw = load_tile(builder, rows, 16 + 32 * pair) + load_tile(builder, rows, 32 + 32 * pair)
@@ -201,7 +201,7 @@ def _q4_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
             step([bits(builder, v, 4 * half, 15) for v in raw], *scales_of(g))
 
 
-def _q5_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q5_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     scales_of = _scales_and_minima(builder, rows)
     fifth = load_tile(builder, rows, 16) + load_tile(builder, rows, 32)
     for pair in range(4):
@@ -214,7 +214,7 @@ def _q5_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
             step(weights, *scales_of(g))
 
 
-def _q6_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _q6_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     """128 low nibbles in 64 bytes and their high pairs in 32, twice; then 16 int8 scales and d."""
     packed = load_tile(builder, rows, 192)
     d = _scale_at(builder, rows, 208)
@@ -236,7 +236,7 @@ def _q6_k(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
             step(weights, [scale(first), scale(first + 1)])
 
 
-def _iq4_xs(builder: ir.IRBuilder, rows: Rows, step: Step) -> None:
+def _iq4_xs(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     """d, 8 high pairs of scales, 8 low nibbles, then 8 x 16 bytes as in IQ4_NL; scales count from -32."""
     start, low = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
     d, high = _low_half(builder, start), builder.lshr(start, _const(low, 16))

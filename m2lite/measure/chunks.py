@@ -17,8 +17,9 @@ from m2lite.errors import UsageError
 from m2lite.system.inputs import read_input
 
 if TYPE_CHECKING:
-    from m2lite.decode.engine import Stop
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
+    from m2lite.engine.runner import Stop
+    from m2lite.model.observer import Observer
 
 MIN_CTX = 8
 MOST_BYTES = 1 << 30  # of a text, unpacked
@@ -78,20 +79,26 @@ def _check_ctx(model: Model, n_ctx: int) -> None:
         )
 
 
-def feed_chunk(models: Sequence[Model], chunk: Ids, visit: Visit | None = None, stop: Stop | None = None) -> None:
+def feed_chunk(
+    models: Sequence[Model],
+    chunk: Ids,
+    visit: Visit | None = None,
+    stop: Stop | None = None,
+    observer: Observer | None = None,
+) -> None:
     """A chunk through each of the models, some rows a call; a job of the compute thread.
 
-    After each call `visit` is told of its rows, whose hidden states are then in every model's buffers. Raises Stopped
-    as soon as `stop` says so.
+    After each call `visit` is told of its rows, whose logits every model's runner can then say. Raises Stopped as soon
+    as `stop` says so.
     """
-    engines = [model.engine for model in models]
+    runners = [model.runner for model in models]
     n_rows = min(model.n_rows for model in models)
-    timelines = [engine.pool.timeline() for engine in engines]
+    timelines = [runner.pool.timeline() for runner in runners]
     try:
         for first in range(0, len(chunk), n_rows):
             part = chunk[first : first + n_rows]
-            for engine, timeline in zip(engines, timelines, strict=True):
-                engine.evaluate(timeline, first, part.tolist(), stop=stop)
+            for runner, timeline in zip(runners, timelines, strict=True):
+                runner.evaluate(timeline, first, part.tolist(), stop=stop, observer=observer)
             if visit is not None:
                 visit(first, len(part))
     finally:

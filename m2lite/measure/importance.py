@@ -1,4 +1,4 @@
-"""Sums of squares of what every matrix is multiplied with, over a text: the only user of forward's taps. Knows no file.
+"""Sums of squares of what every matrix is multiplied with, over a text: an observer of the model. Knows no file.
 
 In llama-imatrix's convention: per column of the matrix sum(x**2), for stacked matrices per expert over the tokens that
 were routed to it, and how many rows went in. Matrices of layers only: the head is left out, as there. The sums are
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.decode.compute import Stopped, compute_thread
+from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit
-from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
-from m2lite.model.weights import Matrix
+from m2lite.measure.chunks import cut_chunks, feed_chunk
+from m2lite.model.observer import Observer
+from m2lite.model.weights import Matrix, load_kernels
 
 if TYPE_CHECKING:
-    from m2lite.decode.engine import Stop
-    from m2lite.decode.session import Model
-    from m2lite.model.forward import Tap
+    from m2lite.api import Model
+    from m2lite.engine.runner import Stop
 
 F32_MAX = float(np.finfo(np.float32).max)
 MAX_NAMED = 16  # experts per line of the report
@@ -65,15 +65,15 @@ class Collected:
         return [(name.removesuffix(end), counts) for name, (_, counts) in self.sums.items() if name.endswith(end)]
 
 
-class SquareSums:
-    """A tap that adds up squares. Matrices that read the same input (q, k, v; gate, up) share one sum."""
+class SquareSums(Observer):
+    """Adds up squares. Matrices that read the same input (q, k, v; gate, up) share one sum."""
 
     def __init__(self, model: Model) -> None:
         gguf = model.gguf
         self.sums: dict[str, tuple[F64, Counts]] = {}
         # Rows of a fused q, k, v are one tensor: k and v lie where no tensor begins, and are left out here.
         self._names = {gguf.address(name): name for name in gguf.tensors if name.startswith("blk.")}
-        self._n_experts, self._b = model.config.n_experts, model.engine.buffers
+        self._n_experts, self._kernels = model.config.n_experts, load_kernels()
         self._one_group, self._all = np.zeros(1, np.int32), np.arange(model.n_rows, dtype=np.int32)
 
     def dense(self, matrices: tuple[Matrix, ...], x: int, n_in: int, n: int) -> None:
@@ -97,7 +97,7 @@ class SquareSums:
             both = np.zeros((n_slices, n_in)), np.zeros(n_slices, np.int64)
             self.sums.update(dict.fromkeys(names, both))
         sums, counts = self.sums[names[0]]
-        self._b.kernels.add_squares(jit.n_parts(int(starts[-1]) * n_in), sums, x, rows, starts, active)
+        self._kernels.add_squares(jit.n_parts(int(starts[-1]) * n_in), sums, x, rows, starts, active)
         counts[active] += np.diff(starts)
         largest = sums[active].max(axis=1)  # NaN if there is one
         bad = active[~(largest <= F32_MAX)]
@@ -129,25 +129,16 @@ def collect_importance(
     When `stop` says so, it ends early with what was added up until then.
     """
     chunks = cut_chunks(model, text, n_ctx, n_chunks)
-    tap, n_done = SquareSums(model), 0
+    squares, n_done = SquareSums(model), 0
     for chunk in chunks:
         try:
-            compute_thread().run(partial(_feed_tapped, model, tap, chunk, stop))
+            compute_thread().run(partial(feed_chunk, [model], chunk, stop=stop, observer=squares))
         except Stopped:
             break
         n_done += 1
         if progress is not None:
             progress(n_done, len(chunks))
-    return Collected(tap.sums, n_ctx, n_done, len(chunks))
-
-
-def _feed_tapped(model: Model, tap: Tap, chunk: Ids, stop: Stop | None) -> None:
-    """On the compute thread: no other job sees the tap."""
-    model.engine.buffers.tap = tap
-    try:
-        feed_chunk([model], chunk, stop=stop)
-    finally:
-        model.engine.buffers.tap = None
+    return Collected(squares.sums, n_ctx, n_done, len(chunks))
 
 
 def format_importance(found: Collected) -> str:

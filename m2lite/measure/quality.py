@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.decode.compute import Stopped, compute_thread
+from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.errors import UsageError
 from m2lite.measure.chunks import Ids, cut_chunks, feed_chunk
-from m2lite.model.forward import head
 from m2lite.shown import shown
 
 if TYPE_CHECKING:
-    from m2lite.decode.engine import Engine, Stop
-    from m2lite.decode.session import Model
+    from m2lite.api import Model
+    from m2lite.engine.runner import Stop
 
 SLICE_ROWS = 64
 PERCENTILES = (50, 90, 95, 99, 99.9)
@@ -163,7 +162,7 @@ def check_same_vocabulary(model: Model, other: Model) -> None:
 
 def _score_chunk(models: Sequence[Model], chunk: Ids, scores: Scores, stop: Stop | None) -> None:
     """All scored rows of a chunk; on the compute thread."""
-    engines, targets = [model.engine for model in models], chunk.tolist()
+    runners, targets = [model.runner for model in models], chunk.tolist()
 
     def visit(first: int, n: int) -> None:
         begin, end = max(first, len(chunk) // 2), min(first + n, len(chunk) - 1)
@@ -172,7 +171,7 @@ def _score_chunk(models: Sequence[Model], chunk: Ids, scores: Scores, stop: Stop
             if stop is not None and stop():
                 raise Stopped
             n_slice = min(SLICE_ROWS, end - start)
-            logits = [_logits_of(engine, start - first, n_slice) for engine in engines]
+            logits = [runner.row_logits(start - first, n_slice) for runner in runners]
             for i in range(n_slice):
                 if len(logits) == 1:
                     scores.add(logits[0][i], targets[start + i + 1])
@@ -180,12 +179,6 @@ def _score_chunk(models: Sequence[Model], chunk: Ids, scores: Scores, stop: Stop
                     scores.compare(logits[0][i], logits[1][i], targets[start + i + 1])
 
     feed_chunk(models, chunk, visit, stop)
-
-
-def _logits_of(engine: Engine, row: int, n: int) -> F32:
-    """float32 [n, n_vocab] of rows row, row + 1, ... of the last forward call, valid until the model's next call."""
-    weights, b = engine.weights, engine.buffers
-    return head(weights, b, b.x + 4 * weights.config.n_embd * row, weights.output_norm, n)
 
 
 def mean_error(values: F64) -> tuple[float, float]:

@@ -101,13 +101,15 @@ class KVPool:
         self.n_positions = n_positions
         self.n_pages = (n_positions + PAGE - 1) // PAGE
         self.layer_bytes = PAGE * kv_layer_bytes(config, kv)
-        self.page_bytes = (config.n_layers + n_extra_layers) * self.layer_bytes
+        self.trunk_bytes = config.n_layers * self.layer_bytes  # of a page: prediction modules' layers stand behind
+        self.page_bytes = self.trunk_bytes + n_extra_layers * self.layer_bytes
         self._memory = mmap.mmap(-1, self.n_pages * self.page_bytes)
         self.memory = np.frombuffer(self._memory, np.uint8)
         self._base = int(self.memory.ctypes.data)
         self._is_touched = bytearray(self.n_pages)
         self._free = list(range(self.n_pages - 1, -1, -1))
         self._users = [0] * self.n_pages
+        self.reclaim: Callable[[], bool] = lambda: False  # frees a page that is only kept, if there is one
         self._n_angles = self.angles_address = 0
         self._angles = np.empty((0, config.rotary_dim), np.float32)
 
@@ -152,7 +154,7 @@ class KVPool:
             return
         counts = [max(0, start + len(ids) - t.length) for t, start, ids in parts]
         needed = sum(part.timeline.pages_needed(n) for part, n in zip(parts, counts, strict=True))
-        if needed > len(self._free):
+        if not self.has_free(needed):
             raise ContextError(
                 f"{sum(counts):,} more tokens need {needed:,} pages of {PAGE} positions; {len(self._free):,} of "
                 f"{self.n_pages:,} are free.",
@@ -248,6 +250,13 @@ class KVPool:
     def page_address(self, page: int) -> int:
         return self._base + page * self.page_bytes
 
+    def has_free(self, n_pages: int) -> bool:
+        """Whether so many pages are free, pages that are only kept being given back for them."""
+        while len(self._free) < n_pages:
+            if not self.reclaim():
+                return False
+        return True
+
     def touch_next(self) -> None:
         """Get the memory of the page that is taken next."""
         self._touch(self._free[-1:])
@@ -259,6 +268,9 @@ class KVPool:
 
     def share_page(self, page: int) -> None:
         self._users[page] += 1
+
+    def n_users(self, page: int) -> int:
+        return self._users[page]
 
     def is_shared(self, page: int) -> bool:
         return self._users[page] > 1
@@ -318,24 +330,17 @@ class Timeline:
             self.pages.append(-1)
             self._set_page(len(self.pages) - 1, self.pool.take_page())
 
-    def fill(self, index: int, read: Callable[[memoryview], bool]) -> bool:
-        """Page `index` as `read` gives it, and then nothing more; all stays as it was if it says False."""
-        pool = self.pool
-        assert index * PAGE <= self.length
-        if not pool.n_free:
-            return False
-        pool.touch_next()
-        page = pool.take_page()
-        view = pool.page_view(page)
-        if not read(view):
-            np.frombuffer(view, np.uint8)[:] = 0  # what came may be no numbers
-            pool.release_page(page)
-            return False
-        self.rewind(index * PAGE)
+    def share(self, page: int) -> None:
+        """`page`, which somebody else holds too, is the next; the caller says how much of it counts."""
+        self.pool.share_page(page)
         self.pages.append(page)
+        self._set_page(len(self.pages) - 1, page)
+
+    def replace(self, index: int, page: int) -> None:
+        """Page `index` is `page`, which holds the same."""
+        self.pool.share_page(page)
+        self.pool.release_page(self.pages[index])
         self._set_page(index, page)
-        self.length = (index + 1) * PAGE
-        return True
 
     def _set_page(self, index: int, page: int) -> None:
         self.pages[index] = page

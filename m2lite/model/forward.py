@@ -29,6 +29,7 @@ from m2lite.kernels import layer as records
 from m2lite.kernels.dot import panel_bytes
 from m2lite.model.cache import PAGE, KVPool, Rows
 from m2lite.model.config import Config
+from m2lite.model.observer import Observer
 from m2lite.model.stream import Stream
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
@@ -42,18 +43,6 @@ _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 def go_on() -> None:
     """The check of callers who do not stop."""
-
-
-class Tap(Protocol):
-    """Sees the input of every product with a matrix, float32 and before it is packed; reads it, changes nothing."""
-
-    def dense(self, matrices: tuple[Matrix, ...], x: int, n_in: int, n: int) -> None:
-        """x [n, n_in] is about to be multiplied with each of the matrices."""
-
-    def experts(
-        self, stacks: tuple[Matrix, ...], x: int, n_in: int, rows: int, active: int, starts: int, n_groups: int
-    ) -> None:
-        """So is x[rows[p]] with expert active[g] of each stack, for the pairs p from starts[g] to starts[g + 1]."""
 
 
 class Rerouting(Protocol):
@@ -92,8 +81,7 @@ class Buffers:
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
         self.kernels = kernels or load_kernels()
-        self.tap: Tap | None = None  # set for the length of one job of the compute thread, by measurements only
-        self.rerouting: Rerouting | None = None  # set by measurements only
+        self.rerouting: Rerouting | None = None  # set by measurements only, for all that the buffers are used for
         self.stream: Stream | None = None  # set where the model is larger than its memory
         self.n_expert_reads: int | None = None  # experts that layers went through, where somebody counts them
         self.n_scores = (c.n_experts + 15) // 16 * 16
@@ -171,6 +159,7 @@ def forward(
     outputs: str | Sequence[int] = "last",
     check: Check = go_on,
     leave: Leave | None = None,
+    observer: Observer | None = None,
 ) -> npt.NDArray[np.float32]:
     """float32 [n_out, n_vocab]: logits of each part's last row ("last"), of its last outputs[part], or of all ("all").
 
@@ -178,14 +167,14 @@ def forward(
     holds the rows' hidden states before the final norm. Raises M2liteError when a layer yields NaN or infinity; the
     timelines are then as before. `check` is called before and within every layer and may raise to stop the call: same
     promise. With `leave`, rows of a single timeline may be left out from a layer on: they have no logits then, and the
-    timeline does not grow by them.
+    timeline does not grow by them. An `observer` makes few rows slower, and nothing different.
     """
     c, b, n = weights.config, buffers, rows.n
     k = b.kernels
     assert n <= b.n_rows, (n, b.n_rows)
     assert jit.n_threads() <= b.n_threads, "the buffers hold scratch for fewer threads"
     embd = weights.token_embd
-    place = Place(pool, rows, k, leave)
+    place = Place(pool, rows, k, leave, observer)
     k.embed_rows(weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.x, 4 * c.n_embd)
     for i, layer in enumerate(weights.layers):
         check()
@@ -197,16 +186,25 @@ def forward(
     if b.stream is not None:
         b.stream.enter(c.n_layers, n, is_last=True)
     logits = _head(weights, b, rows, outputs) if outputs != "all" else head(weights, b, b.x, weights.output_norm, n)
+    if observer is not None:
+        observer.dense((weights.output,), b.h, c.n_embd, len(logits))
     for timeline, length in rows.lengths:
         timeline.length = length - (rows.n - n)
     return logits
 
 
 class Place:
-    """Addresses of where the rows stand, looked up once per call."""
+    """Addresses of where the rows stand, looked up once per call, and who looks at it."""
 
-    def __init__(self, pool: KVPool, rows: Rows, kernels: ModuleType, leave: Leave | None = None) -> None:
-        self.leave = leave
+    def __init__(
+        self,
+        pool: KVPool,
+        rows: Rows,
+        kernels: ModuleType,
+        leave: Leave | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.leave, self.observer = leave, observer
         self.n_positions, self.start, self.layer_bytes = rows.n_positions, rows.start, pool.layer_bytes
         self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
@@ -217,8 +215,6 @@ class Place:
 def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
     """out[n, n_out] = x[n, n_in] @ m.T, for a matrix that belongs to no layer."""
     b.kernels.steps.product(jit.team(), m.record, b.record, out, 4 * m.n_out, x, n)
-    if b.tap is not None:
-        b.tap.dense((m,), x, m.n_in, n)
 
 
 def run_layer(
@@ -238,14 +234,14 @@ def run_layer(
     """
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     macs = n * 2 * c.n_q * place.n_positions
-    is_plain = b.tap is None and b.rerouting is None and stream is None and place.leave is None
+    is_plain = b.rerouting is None and stream is None and place.leave is None and place.observer is None
     if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and is_plain:
         is_bad = int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset))
         if b.n_expert_reads is not None:
             b.n_expert_reads += len(set(b.array("ids")[:n].ravel().tolist()))
         return 0 if is_bad else n
     attention(c, layer, b, place, n, layer_offset, check)
-    n_active, n_bad = choose(layer, b, n, check)
+    n_active, n_bad = choose(layer, b, place, n, check)
     index, ids = layer_offset // place.layer_bytes, b.array("ids")
     if b.rerouting is not None:
         ids[:n] = b.rerouting(index, place.start, n)
@@ -254,7 +250,9 @@ def run_layer(
         n, n_active = n_kept, _group_pairs(c, b, n_kept)
     if b.n_expert_reads is not None:
         b.n_expert_reads += n_active
-    run_experts(c, layer, b, n, n_active, check, stream)
+    if place.observer is not None:
+        place.observer.chosen(index, ids[:n])
+    run_experts(c, layer, b, n, n_active, check, stream, place.observer)
     return 0 if n_bad else n
 
 
@@ -270,8 +268,8 @@ def attention(
     """attended = attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) with h = rms_norm(x)."""
     steps = b.kernels.steps
     steps.project(jit.team(), layer.record, b.record, place.record, n, layer_offset)
-    if b.tap is not None:
-        b.tap.dense((layer.attn_q, layer.attn_k, layer.attn_v), b.h, c.n_embd, n)
+    if place.observer is not None:
+        place.observer.dense((layer.attn_q, layer.attn_k, layer.attn_v), b.h, c.n_embd, n)
     macs = 2 * c.n_q * place.n_positions
     step = max(1, int(MAX_ATTEND_MACS / macs))
     for first in range(0, n, step):
@@ -281,13 +279,13 @@ def attention(
         steps.attend_rows(jit.team(), b.record, place.record, first, size, size * macs, layer_offset)
 
 
-def choose(layer: Layer, b: Buffers, n: int, check: Check = go_on) -> tuple[int, int]:
+def choose(layer: Layer, b: Buffers, place: Place, n: int, check: Check = go_on) -> tuple[int, int]:
     """x += attended Wo; the experts for h = rms_norm(x), sorted: (their number, rows with a NaN or infinite score)."""
     check()
     n_active, n_bad = b.kernels.steps.choose(jit.team(), layer.record, b.record, n)
-    if b.tap is not None:
-        b.tap.dense((layer.attn_output,), b.attended, layer.attn_output.n_in, n)
-        b.tap.dense((layer.ffn_gate_inp,), b.h, layer.ffn_gate_inp.n_in, n)
+    if place.observer is not None:
+        place.observer.dense((layer.attn_output,), b.attended, layer.attn_output.n_in, n)
+        place.observer.dense((layer.ffn_gate_inp,), b.h, layer.ffn_gate_inp.n_in, n)
     return int(n_active), int(n_bad)
 
 
@@ -298,7 +296,14 @@ def _group_pairs(c: Config, b: Buffers, n: int) -> int:
 
 
 def run_experts(
-    c: Config, layer: Layer, b: Buffers, n: int, n_active: int, check: Check = go_on, stream: Stream | None = None
+    c: Config,
+    layer: Layer,
+    b: Buffers,
+    n: int,
+    n_active: int,
+    check: Check = go_on,
+    stream: Stream | None = None,
+    observer: Observer | None = None,
 ) -> None:
     """x += the chosen experts' outputs for h."""
     steps = b.kernels.steps
@@ -309,20 +314,20 @@ def run_experts(
         check()
         if stream is None:
             steps.run_experts(jit.team(), layer.record, b.record, *slab, n)
-            _show_experts(c, layer, b, slab)
+            _show_experts(c, layer, b, slab, observer)
             continue
         for part in _as_they_come(stream, b, slab):
             check()
             steps.experts(jit.team(), layer.record, b.record, *part, part.first - slab.first)
-            _show_experts(c, layer, b, part._replace(active=part.active - b.places + b.active))
+            _show_experts(c, layer, b, part._replace(active=part.active - b.places + b.active), observer)
         steps.add_experts(jit.team(), b.record, slab.first, slab.n_pairs, n)
 
 
-def _show_experts(c: Config, layer: Layer, b: Buffers, slab: Slab) -> None:
-    if b.tap is not None:
+def _show_experts(c: Config, layer: Layer, b: Buffers, slab: Slab, observer: Observer | None) -> None:
+    if observer is not None:
         pairs = slab.active, slab.starts, slab.n_active
-        b.tap.experts((layer.ffn_gate_exps, layer.ffn_up_exps), b.h, c.n_embd, b.pair_rows, *pairs)
-        b.tap.experts((layer.ffn_down_exps,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
+        observer.experts((layer.ffn_gate_exps, layer.ffn_up_exps), b.h, c.n_embd, b.pair_rows, *pairs)
+        observer.experts((layer.ffn_down_exps,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
 
 
 class Slab(NamedTuple):

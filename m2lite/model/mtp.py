@@ -19,7 +19,6 @@ import numpy.typing as npt
 from m2lite.errors import BadModelError, M2liteError
 from m2lite.kernels import jit
 from m2lite.kernels import layer as records
-from m2lite.kernels.lookup import copy_floats
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
 from m2lite.model.forward import Buffers, Place, head, run_layer
@@ -103,57 +102,6 @@ def _check_choice(sidecar: GGUFFile, key: str, *allowed: str) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise BadModelError(f"{key} is {value!r}, expected {' or '.join(allowed)}.", "Convert the modules again.")
     return str(value)
-
-
-class States:
-    """g of one level at consecutive positions, float32 [n_embd] each: those that the next module has not used.
-
-    A row that is not kept, as the one before a rewind or before position 0, is zeros.
-    """
-
-    def __init__(self, n_embd: int) -> None:
-        self._rows = np.empty((256, n_embd), np.float32)  # the prompt and the answer of many a chat
-        self._address, self._row_bytes = int(self._rows.ctypes.data), 4 * n_embd
-        self._first = 0  # position of row 0
-        self.end = 0  # how many positions are known, whether kept or not
-        self.begin(0)
-
-    def append(self, rows: int, n: int) -> None:
-        """g of n positions from `end` on, at that address."""
-        copy_floats(self.reserve(n), rows, n * self._row_bytes // 4)
-        self.end += n
-
-    def reserve(self, n: int) -> int:
-        """Address for g of n positions from `end` on; whoever fills it moves `end`."""
-        at = self.end - self._first
-        if at + n > len(self._rows):
-            grown = np.empty((2 * (at + n), self._rows.shape[1]), np.float32)
-            grown[:at] = self._rows[:at]
-            self._rows, self._address = grown, int(grown.ctypes.data)
-        return self._address + at * self._row_bytes
-
-    def address(self, position: int) -> int:
-        """Of g at `position`, behind which the others follow."""
-        assert self._first <= position < self.end, (self._first, position, self.end)
-        return self._address + (position - self._first) * self._row_bytes
-
-    def forget_before(self, position: int) -> None:
-        """The next module needs none before `position` any more."""
-        n_kept, at = self.end - position, position - self._first
-        if at > 0 and at >= n_kept:  # else what is kept would be copied again and again
-            self._rows[:n_kept] = self._rows[at : at + n_kept]
-            self._first = position
-
-    def rewind(self, length: int) -> None:
-        """Positions from `length` on are to be computed again."""
-        if length - 1 < self._first:
-            self.begin(length)
-        self.end = min(self.end, length)
-
-    def begin(self, position: int) -> None:
-        """Nothing is kept, and `position` is the next."""
-        self._first, self.end = position - 1, position
-        self._rows[0] = 0
 
 
 class ModuleScratch:

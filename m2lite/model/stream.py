@@ -30,7 +30,7 @@ AHEAD_FROM = 0.9  # share of a layer's experts that the rows will choose if they
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Places first to end - 1 among a layer's active experts."""
 
     first: int
@@ -184,7 +184,7 @@ class Stream:
             self._queue.extend(range(first + n, first + 2 * n))
         self.traffic.wanted_bytes += len(active) * self._sizes[layer]
 
-    def arrive(self, first: int, end: int) -> Iterator[Run]:
+    def arrive(self, first: int, end: int) -> Iterator[Stretch]:
         """Runs of active[first:end] as they are in memory: first what is there, then the others in their order.
 
         A run must be computed with before the next is asked for.
@@ -211,7 +211,7 @@ class Stream:
                     ledger.pass_by(units[i])
             self._top_up()
 
-    def _land_some(self, coming: deque[int]) -> Run:
+    def _land_some(self, coming: deque[int]) -> Stretch:
         """Wait for the first of the places, and take with it what is there of those behind it; all are pinned."""
         first = coming.popleft()
         self._land(self._active[first])
@@ -219,7 +219,7 @@ class Stream:
         while coming and coming[0] == end and self._has_landed(self._active[end]):
             self._land(self._active[coming.popleft()])
             end += 1
-        return Run(first, end)
+        return Stretch(first, end)
 
     def _has_landed(self, unit: int) -> bool:
         flight = self._flights.get(unit)
@@ -343,7 +343,7 @@ class Stream:
         """Read a unit that is warmed, on the caller's thread; returns how many bytes were read."""
         return self._experts.fill(unit)
 
-    def places(self, run: Run) -> list[int]:
+    def places(self, run: Stretch) -> list[int]:
         """Where the run's experts lie from their matrices' addresses on, counted in experts."""
         n = self._config.n_experts
         return [self._experts.place(unit, unit % n) for unit in self._active[run.first : run.end]]
@@ -360,12 +360,12 @@ def _has_failed(future: Future[int]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is not None
 
 
-def runs(places: Sequence[int]) -> Iterator[Run]:
+def runs(places: Sequence[int]) -> Iterator[Stretch]:
     """Ascending numbers as runs of neighbours."""
     first = 0
     for i in range(1, len(places) + 1):
         if i == len(places) or places[i] != places[i - 1] + 1:
-            yield Run(places[first], places[i - 1] + 1)
+            yield Stretch(places[first], places[i - 1] + 1)
             first = i
 
 

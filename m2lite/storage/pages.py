@@ -18,17 +18,18 @@ import xxhash
 from m2lite.storage import durable
 from m2lite.storage.durable import advise
 
-_HEADER = struct.Struct("<8s16s8x")  # magic, xxh3_128 of the page
-_MAGIC = b"m2litekv"
+_HEADER = struct.Struct("<8s16s16s")  # magic, xxh3_128 of what follows and the page, what the writer says of the page
+_MAGIC = b"m2litek2"
+_NO_INFO = bytes(16)
 _SUFFIX = ".page"
 _GROWING = ".tmp"
 
 
 class PageStore:
-    """Files of one directory, each a page of `page_bytes`; those that were not used for longest go first."""
+    """Files of one directory, each a page; those that were not used for longest go first."""
 
-    def __init__(self, directory: Path, page_bytes: int, budget_bytes: int) -> None:
-        self.directory, self.page_bytes, self.budget_bytes = directory, page_bytes, budget_bytes
+    def __init__(self, directory: Path, budget_bytes: int) -> None:
+        self.directory, self.budget_bytes = directory, budget_bytes
 
     def path(self, key: str) -> Path:
         return self.directory / (key + _SUFFIX)
@@ -36,48 +37,65 @@ class PageStore:
     def has(self, key: str) -> bool:
         return self.path(key).exists()
 
-    def read(self, key: str, into: memoryview) -> bool:
-        """Fill `into` with the page; False, and anything in `into`, where it is not there as it was written."""
-        assert len(into) == self.page_bytes
+    def info(self, key: str) -> bytes | None:
+        """What the writer of the page said of it; None where there is none."""
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            return False
+            return None
         try:
-            header = bytearray(_HEADER.size)
-            n_read = os.preadv(fd, [header, into], 0)
-            while 0 < n_read < _HEADER.size + self.page_bytes:
-                more = os.preadv(fd, [into[n_read - _HEADER.size :]], n_read)
+            header = os.pread(fd, _HEADER.size, 0)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        is_header = len(header) == _HEADER.size and header.startswith(_MAGIC)
+        return bytes(_HEADER.unpack(header)[2]) if is_header else None
+
+    def read(self, key: str, into: memoryview) -> int | None:
+        """Fill `into` with the page, which may be shorter; its bytes.
+
+        None, and anything in `into`, where it is not there as it was written.
+        """
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            header, extra = bytearray(_HEADER.size), bytearray(1)  # nothing stands behind a page
+            n_bytes = os.fstat(fd).st_size - _HEADER.size
+            if not 0 < n_bytes <= len(into):
+                return None
+            n_read = os.preadv(fd, [header, into[:n_bytes]], 0)
+            while 0 < n_read < _HEADER.size + n_bytes:
+                more = os.preadv(fd, [into[n_read - _HEADER.size : n_bytes], extra], n_read)
                 if not more:
-                    return False
+                    return None
                 n_read += more
-            magic, digest = _HEADER.unpack(header)
-            is_whole = n_read == _HEADER.size + self.page_bytes and magic == _MAGIC
-            if not is_whole or xxhash.xxh3_128_digest(into) != digest:
-                return False
+            magic, digest, info = _HEADER.unpack(header)
+            is_whole = n_read == _HEADER.size + n_bytes and magic == _MAGIC
+            if not is_whole or _digest(info, into[:n_bytes]) != digest:
+                return None
             with contextlib.suppress(OSError):
                 os.utime(fd)  # used now
             advise(fd, 0, 0, "DONTNEED")
-            return True
+            return n_bytes
         except OSError:
-            return False
+            return None
         finally:
             os.close(fd)
 
-    def write(self, key: str, page: memoryview) -> bool:
-        """Keep the page; False where the disk does not take it, which costs time later and nothing else.
+    def write(self, key: str, page: memoryview, info: bytes = _NO_INFO) -> bool:
+        """Keep the page, and 16 bytes on it; False where the disk does not take it, which costs no more than time.
 
         Not forced to the disk: what a crash spoils has another hash.
         """
-        assert len(page) == self.page_bytes
         temporary = self.directory / f".{secrets.token_hex(8)}{_GROWING}"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = durable.fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = self._begin(temporary)
             try:
-                with contextlib.suppress(OSError):  # not every file system has locks
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it has its name: see `trim`
-                rest = memoryview(_HEADER.pack(_MAGIC, xxhash.xxh3_128_digest(page)))
+                rest = memoryview(_HEADER.pack(_MAGIC, _digest(info, page), info))
                 for part in (rest, page):
                     while part:
                         part = part[durable.fsops.write(fd, part) :]
@@ -89,6 +107,16 @@ class PageStore:
                 durable.fsops.unlink(temporary)
             return False
         return True
+
+    def _begin(self, temporary: Path) -> int:
+        """A new file, which `trim` leaves alone, of whichever process, until it is closed."""
+        while True:
+            fd = durable.fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+            durable.fsops.close(fd)  # it was deleted before it had its lock
 
     def trim(self, keeps: Callable[[str], bool] = lambda key: False) -> int:
         """Delete what is over the budget, the longest unused first, in all directories beside this; bytes deleted.
@@ -111,6 +139,12 @@ class PageStore:
                     durable.fsops.unlink(path)
                     n_deleted += size
         return n_deleted
+
+
+def _digest(info: bytes, page: memoryview) -> bytes:
+    digest = xxhash.xxh3_128(info)
+    digest.update(page)
+    return digest.digest()
 
 
 def _remove_unlocked(path: Path) -> None:

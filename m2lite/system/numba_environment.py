@@ -11,14 +11,14 @@ LAYERS = ("omp", "tbb", "workqueue")
 _MOST_THREADS = 1024
 
 
-def settle(environ: MutableMapping[str, str]) -> list[str]:
+def check_environment(environ: MutableMapping[str, str]) -> list[str]:
     """Take out of `environ` what Numba must not see; what the user should know of it, a sentence each.
 
     The target and where compiled code is kept are the user's to say, and so are the threads as long as they make
     sense. All else changes what kernels are compiled to, which only our own options may: NUMBA_DISABLE_JIT makes them
     fail, and NUMBA_ENABLE_AVX=0 kills LLVM.
     """
-    told = []
+    found = []
     for name in sorted(name for name in environ if name.startswith("NUMBA_")):
         value = environ[name]
         if name == "NUMBA_NUM_THREADS":
@@ -32,8 +32,8 @@ def settle(environ: MutableMapping[str, str]) -> list[str]:
             is_sound, wanted = False, ""
         if not is_sound:
             del environ[name]
-            told.append(f"{shown(name)}={shown(value)[:60]} is not used" + (f": expected {wanted}" if wanted else ""))
-    return told
+            found.append(f"{shown(name)}={shown(value)[:60]} is not used" + (f": expected {wanted}" if wanted else ""))
+    return found
 
 
-TOLD = settle(os.environ)  # of this process
+WARNINGS = check_environment(os.environ)  # of this process

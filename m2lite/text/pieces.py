@@ -21,7 +21,7 @@ _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
 _BPE = 2  # TrainerSpec.ModelType
 
 
-class Pieces:
+class SentencePieces:
     """Characters joined by score; what no piece spells becomes byte tokens."""
 
     def __init__(self, gguf: GGUFFile, vocabulary: Vocabulary) -> None:

@@ -11,7 +11,7 @@ from m2lite.text.calls import is_whole_call, parse_tool_calls
 from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
 
-__all__ = ["Piece", "Reply", "ReplyStream", "Said", "opens_thinking", "parse_tool_calls"]
+__all__ = ["Piece", "Reply", "ReplyStream", "Said", "close_thinking", "opens_thinking", "parse_tool_calls"]
 
 Kind = Literal["thinking", "content", "tool_call"]
 KINDS: Final[tuple[Kind, ...]] = ("thinking", "content", "tool_call")
@@ -217,3 +217,10 @@ def opens_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     tags = (tokenizer.think_open_id, tokenizer.think_close_id)
     last = next((index for index in reversed(prompt) if index in tags), None)
     return last is not None and last == tokenizer.think_open_id
+
+
+def close_thinking(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end the thinking, as the template writes it."""
+    if tokenizer.think_close_id is None:
+        return []
+    return [*tokenizer.encode("\n"), tokenizer.think_close_id, *tokenizer.encode("\n\n")]

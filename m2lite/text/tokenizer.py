@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DecodeStream", "Tokenizer", "load_tokenizer"]
 
 
-class Engine(Protocol):
+class TextEncoder(Protocol):
     """Ordinary text and ordinary tokens; never an added token."""
 
     def encode(self, text: str) -> list[int]: ...
@@ -28,7 +28,7 @@ class Engine(Protocol):
 class Tokenizer:
     """The vocabulary of one model file. Added tokens come from `encode(control=True)` only."""
 
-    def __init__(self, vocabulary: Vocabulary, engine: Engine) -> None:
+    def __init__(self, vocabulary: Vocabulary, engine: TextEncoder) -> None:
         self._vocabulary = vocabulary
         self._engine = engine
         self.n_vocab = len(vocabulary.tokens)
@@ -115,9 +115,9 @@ def load_tokenizer(gguf: GGUFFile) -> Tokenizer:
     vocabulary = load_vocabulary(gguf)
     if vocabulary.model == "gpt2":
         return Tokenizer(vocabulary, BytePairs(gguf, vocabulary))
-    from m2lite.text.pieces import Pieces  # rare: M2's own vocabulary is byte-level BPE
+    from m2lite.text.pieces import SentencePieces  # rare: M2's own vocabulary is byte-level BPE
 
-    return Tokenizer(vocabulary, Pieces(gguf, vocabulary))
+    return Tokenizer(vocabulary, SentencePieces(gguf, vocabulary))
 
 
 def check_text(text: str) -> None:

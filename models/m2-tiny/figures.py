@@ -15,8 +15,8 @@ from typing import Any
 
 import rubric
 from m2lite import Model
-from m2lite.decode.drafts import Drafted
-from m2lite.decode.sampling import Sampling
+from m2lite.drafting.drafted import Drafted
+from m2lite.sampling.draw import Sampling
 from m2lite.text.template import encode_chat
 
 HERE = Path(__file__).parent
@@ -43,11 +43,12 @@ def sample_all(model: Model, prompts: list[dict[str, Any]]) -> list[Row]:
 def acceptance(model: Model, prompts: list[dict[str, Any]], temperature: float) -> Drafted:
     """Of all modules' drafts, in answers that are verified step by step."""
     found = Drafted()
+    model.loop.forget()  # what was computed without the modules
     for prompt in prompts:
         ids = encode_chat(model.tokenizer, model.template, prompt["messages"])
         with model.session(draft="mtp") as session:
             sampling = Sampling(temperature=temperature, seed=rubric.SEEDS[0])
-            for _ in session.generate(ids, max_tokens=rubric.MAX_TOKENS, sampling=sampling):
+            for _ in session.generate(ids, max_tokens=rubric.MAX_TOKENS, sampling=sampling, keep=False):
                 pass
             if session.stats.drafted is not None:
                 found.include(session.stats.drafted)

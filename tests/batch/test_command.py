@@ -17,7 +17,7 @@ import pytest
 import tinymodel
 from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
-from m2lite.decode.conversation import Conversation
+from m2lite.dialogue.conversation import Conversation
 from m2lite.storage.line_log import LineLog
 from tests.children import PATIENCE_S, default_signals
 from tests.conftest import Run
@@ -236,7 +236,7 @@ def test_errors_of_single_lines(run_inline: Run, tmp_path: Path, bundled_model: 
     done = run_inline("batch", source, "-o", tmp_path / "out.jsonl", "--model", bundled_model)
     found = results(tmp_path / "out.jsonl")
     assert done.returncode == 3
-    assert "the context is 1,024" in found["long"]["error"]["message"]
+    assert "1,024 are free of 1,024" in found["long"]["error"]["message"]
     assert "cut off after 30 tokens" in found["cut"]["error"]["message"]
     assert found["good"]["error"] is None
 

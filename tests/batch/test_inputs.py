@@ -16,7 +16,7 @@ import pytest
 from m2lite import Sampling
 from m2lite.batch import runner
 from m2lite.batch.lines import Input
-from m2lite.decode.request import Request
+from m2lite.dialogue.chat_request import ChatRequest
 from tests.children import PATIENCE_S
 from tests.conftest import Run
 
@@ -51,7 +51,7 @@ def test_packed_lines_are_the_same_batch(run_inline: Run, tmp_path: Path, model_
     done = run_inline("batch", plain, "-o", out, "--model", model_files["reply"])
     assert done.returncode == 0 and "nothing was left to do" in done.stderr, done.stderr
     (tmp_path / "in.txt.gz").write_bytes(gzip.compress(b"a question\n"))
-    lines = list(Input(str(tmp_path / "in.txt.gz"), Request([], Sampling(seed=0))))
+    lines = list(Input(str(tmp_path / "in.txt.gz"), ChatRequest([], Sampling(seed=0))))
     assert lines[0].request is not None and lines[0].request.messages[0]["content"] == "a question"
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from m2lite import Sampling, UsageError
 from m2lite.batch.lines import Input, line_key, line_stream
-from m2lite.decode.request import Request
+from m2lite.dialogue.chat_request import ChatRequest
 from tests.children import PATIENCE_S
 
-DEFAULTS = Request([], Sampling(seed=0), max_tokens=5)
+DEFAULTS = ChatRequest([], Sampling(seed=0), max_tokens=5)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -147,8 +147,8 @@ FLAT = """
 import resource, sys
 from m2lite import Sampling
 from m2lite.batch.lines import Input
-from m2lite.decode.request import Request
-lines = Input(sys.argv[1], Request([], Sampling(seed=0)))
+from m2lite.dialogue.chat_request import ChatRequest
+lines = Input(sys.argv[1], ChatRequest([], Sampling(seed=0)))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 assert lines.check().n_lines == int(sys.argv[2])

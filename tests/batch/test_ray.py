@@ -45,7 +45,7 @@ def engines(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
-            if "ray::Engine" in " ".join(process.cmdline()):
+            if "ray::RayEngine" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue

@@ -16,9 +16,9 @@ from m2lite.chat.commands import run_command
 from m2lite.chat.store import session_path
 from m2lite.chat.tools import Limits, run_tool
 from m2lite.commands.places import places_beside
-from m2lite.decode.conversation import Conversation
-from m2lite.decode.sampling import Sampling
+from m2lite.dialogue.conversation import Conversation
 from m2lite.errors import UsageError
+from m2lite.sampling.draw import Sampling
 from m2lite.system.outputs import Places
 
 

@@ -15,7 +15,7 @@ from m2lite import Model, Sampling
 from m2lite.chat.chat import Chat
 from m2lite.chat.commands import last_exchange
 from m2lite.chat.store import SavedChat, read_session
-from m2lite.decode.conversation import Conversation
+from m2lite.dialogue.conversation import Conversation
 from tests.chat.conftest import Start
 from tests.chat.terminal import CTRL_C, CTRL_D, ENTER, TAB, Terminal
 

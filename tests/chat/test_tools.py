@@ -13,6 +13,8 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from m2lite.chat.chat import Chat
 from m2lite.chat.lines import ask_line
 from m2lite.chat.loop import _Talk
 from m2lite.chat.tools import NAMES, Limits, describe_call, load_tools, run_tool
-from m2lite.decode.conversation import Conversation
+from m2lite.dialogue.conversation import Conversation
+from m2lite.engine.handle import Handle
+from m2lite.engine.request import Request
 from m2lite.signals import SecondInterrupt
 from m2lite.text.template import encode_chat
 
@@ -230,16 +234,17 @@ def tiny(bundled_model: Path) -> Iterator[Model]:
         yield model
 
 
-def scripted(model: Model, chat: Chat, *replies: str) -> None:
+@contextmanager
+def scripted(model: Model, *replies: str) -> Iterator[None]:
     """The model computes every token of these replies, and says them."""
-    session, left = chat.conversation.session, list(replies)
-    generate, end = session.generate, model.tokenizer.stop_ids
+    submit, left, end = model.submit, list(replies), model.tokenizer.stop_ids
 
-    def say(new: Any = (), **options: Any) -> Iterator[int]:
-        script = [*model.tokenizer.encode(left.pop(0), control=True), *end]
-        return generate(new, script=script, **options)
+    def say(request: Request) -> Handle:
+        return submit(replace(request, script=[*model.tokenizer.encode(left.pop(0), control=True), *end]))
 
-    session.generate = say  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "submit", say)
+        yield
 
 
 TWO_CALLS = """first I look
@@ -262,8 +267,7 @@ def talk(model: Model, limits: Limits, approve: str, *replies: str, max_rounds: 
         Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve,
         max_rounds=max_rounds,
     )  # fmt: skip
-    with chat.conversation.session:
-        scripted(model, chat, *replies)
+    with scripted(model, *replies):
         assert _Talk(chat).handle("What is there?") == 0
     return chat
 
@@ -331,8 +335,7 @@ def test_a_stopped_round_goes_on(tiny: Model, limits: Limits) -> None:
     (limits.directory / "notes").write_text("two")
     tools = load_tools(["read_file"], limits)
     chat = Chat(Conversation(tiny.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve="all")
-    with chat.conversation.session:
-        scripted(tiny, chat, *[reading()] * 3, "so\n</think>\n\nTwo.")
+    with scripted(tiny, *[reading()] * 3, "so\n</think>\n\nTwo."):
         talking = _Talk(chat)
         assert talking.handle("What is there?") == 0
         assert chat.conversation.messages[-1] == {"role": "tool", "content": "two"}

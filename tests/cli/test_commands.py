@@ -382,15 +382,19 @@ def test_bench_at_depths(run_inline: Run, model_files: Models) -> None:
 
 def test_a_depth_is_pages_of_its_own(opened: Callable[[str], Any]) -> None:
     from m2lite.bench import fill
+    from m2lite.engine.thread import compute_thread
 
     model = opened("random")
     with model.session() as session:
-        fill(session, 1000)
-        timeline = session._timeline
-        assert timeline.length == session.n_cached == len(session.tokens) == 1000
+        session.set_tokens(fill(model, 1000))
+        assert session.n_cached == len(session.tokens) == 1000
+        timeline, _ = compute_thread().run(lambda: model.loop.prefix_cache.fork(session.tokens, 1000))
+        assert timeline.length == 1000
         assert len(set(timeline.pages)) == len(timeline.pages) == 16
+        compute_thread().run(timeline.release)
         tokens = list(session.generate([65], max_tokens=3, ignore_stop=True))
         assert len(tokens) == 3 and len(session.tokens) == 1004
+        assert session.stats.n_reused == 1000
 
 
 def test_doctor(run_inline: Run) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from m2lite import Model
 from m2lite.bench_drafts import format_drafts, settings_of
-from m2lite.decode.session import Model
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.sidecar import sidecar_path
 from m2lite.workloads import WORKLOADS
@@ -78,6 +78,9 @@ def test_bench_compares_all_settings(run_inline: Run, bundled_model: Path) -> No
         assert [row["setting"] for row in workload["settings"]] == names
         assert workload["settings"][0]["ratio"] == 1 and all(row["tokens_per_s"] > 0 for row in workload["settings"])
         assert ("note" in workload) == (workload["name"] in ("code edit", "JSON"))
+        for row in workload["settings"]:  # whoever came before has read no prompt for them
+            if row["setting"].startswith("mtp"):
+                assert row["draft"]["proposed"] >= row["draft"]["steps"] / 2, (workload["name"], row)
     shown = format_drafts(found)
     assert "code edit" in shown and "replies of this workload are given" in shown and "mtp 3" in shown
     assert run_inline("bench", bundled_model, "--draft", "--mtp", "x.gguf").returncode == 2

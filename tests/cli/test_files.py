@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from m2lite.quant.safetensors import Shard
+from m2lite.quant.safetensors import SafetensorsFile
 from tests.children import PATIENCE_S, default_signals
 from tests.conftest import Run
 from tests.quant import checkpoints
@@ -112,7 +112,7 @@ def test_a_bad_option_writes_nothing(
     arguments: list[str],
     words: str,
 ) -> None:
-    monkeypatch.setattr(Shard, "read", None)  # headers may be looked at, no tensor
+    monkeypatch.setattr(SafetensorsFile, "read", None)  # headers may be looked at, no tensor
     done = run_inline("convert", checkpoint, "-o", tmp_path / "out.gguf", *arguments)
     assert done.returncode in (2, 4) and words in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from m2lite import Model, Sampling
-from m2lite.decode.compute import Stopped, compute_thread
-from m2lite.decode.sampling import draw
 from m2lite.drafting.drafter import Ask, Call, Computed, Drafter, SequenceDrafts
+from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.model.cache import PAGE, Timeline
+from m2lite.sampling.draw import draw
 
 
 def drafter_of(model: Model, mode: str = "auto", n_tokens: int | None = None) -> Drafter:
     """As the engine makes one."""
-    engine = model.engine
-    mtp = None if engine.modules is None else engine.modules.mtp
-    n_modules = engine.drafting.n_modules
+    engine = model.runner
+    mtp, n_modules = engine.mtp, engine.drafting.n_modules
 
     def make() -> Drafter:
         return Drafter(engine.weights, engine.pool, engine.buffers, mode, n_tokens, mtp, n_modules)
@@ -67,7 +66,7 @@ class Loop:
         own = None if self.drafter is None else self.drafter.open(*setting)
         if own is not None:
             own.begin(prompt)
-        timeline = self.model.engine.pool.timeline()
+        timeline = self.model.runner.pool.timeline()
         made = Sequence_(list(prompt), own, timeline, sampling, rng_stream, len(prompt), len(prompt) + n, script)
         made.stop_ids = frozenset() if ignore_stop else frozenset(self.model.tokenizer.stop_ids)
         self.sequences.append(made)
@@ -82,7 +81,7 @@ class Loop:
             self.step()
 
     def step(self) -> None:
-        engine, drafter, step_began = self.model.engine, self.drafter, time.perf_counter()
+        engine, drafter, step_began = self.model.runner, self.drafter, time.perf_counter()
         active, room = [s for s in self.sequences if not s.is_done], self.model.n_rows
         parts = list[tuple[Sequence_, int, list[int]]]()  # (sequence, start, ids)
         for s in sorted(active, key=lambda s: len(s.ids) - s.timeline.length):

@@ -186,7 +186,7 @@ def test_where_it_is_kept(bundled_model: Path, model_files: dict[str, Path]) -> 
     found = set()
     for path in (bundled_model, model_files["random"]):
         with Model.open(path, ctx=64) as model:
-            mtp = None if model.engine.modules is None else model.engine.modules.mtp
+            mtp = model.runner.mtp
             again = kept_path(model.weights, mtp, 2, "mapped")
             assert again == kept_path(model.weights, mtp, 2, "mapped") and again.parent.name == "drafts"
             found |= {again, kept_path(model.weights, mtp, 1, "mapped"), kept_path(model.weights, mtp, 2, "direct")}

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from m2lite import Model, Sampling
-from m2lite.decode.compute import Stopped, compute_thread
 from m2lite.drafting.cost import Estimate
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.drafter import Drafter
+from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
 from tests.drafting.harness import Loop, Sequence_, drafter_of
@@ -109,7 +109,7 @@ def computed_before(model: Model, loop: Loop, index: int, n: int, n_followed: li
     """A sequence whose first n positions lie in the cache, as somebody else computed them."""
     s = loop.add(chat(model, index), 80, GREEDY, ("mtp", 3))
     assert s.own is not None
-    compute_thread().run(lambda: model.engine.evaluate(s.timeline, 0, s.ids[:n]))
+    compute_thread().run(lambda: model.runner.evaluate(s.timeline, 0, s.ids[:n]))
     s.own.begin(s.ids, n, n_followed)
     return s
 
@@ -196,8 +196,8 @@ def test_calls_that_are_stopped_change_nothing(model: Model, drafter: Drafter, s
 
 def test_kernels_of_modules_are_loaded_before_the_first_answer(model: Model, drafter: Drafter) -> None:
     def call() -> None:
-        timeline = model.engine.pool.timeline()
-        model.engine.evaluate(timeline, 0, [0] * 5)
+        timeline = model.runner.pool.timeline()
+        model.runner.evaluate(timeline, 0, [0] * 5)
         drafter.load_module_kernels(timeline, 5)
         timeline.release()
 
@@ -245,7 +245,7 @@ def test_a_streamed_model_cuts_off_drafts_that_it_would_read_for(bundled_model: 
     """Where experts take long to read, drafts that are as often wrong; the ids are the same."""
     prompt, n_cut = [5, 6, 7] * 20, list[int]()
     with Model.open(bundled_model, load="direct", ctx=256, heat=False) as model:
-        stream = model.engine.stream
+        stream = model.runner.stream
         assert stream is not None
         compute_thread().run(partial(stream.resize, 6 * int(stream.ledger.sizes[0])))
         for bytes_per_s in (1e15, 1.0):

@@ -13,7 +13,7 @@ PAGES = {f"key{n}": bytes([n + 1]) * 900 for n in range(3)}
 
 
 def store_in(folder: Path) -> PageStore:
-    return PageStore(folder / "kv" / "model", 900, 2 * 932)
+    return PageStore(folder / "kv" / "model", 2 * 940)
 
 
 def test_pages_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

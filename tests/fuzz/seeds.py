@@ -20,7 +20,7 @@ from m2lite.drafting.kept import save_kept
 from m2lite.drafting.planner import Planner
 from m2lite.quant.header import Key, array, boolean, build_header, float32, string, uint32
 from m2lite.quant.imatrix import Importance, write_imatrix
-from m2lite.quant.journal import Entry, Journal, Ticket
+from m2lite.quant.journal import Journal, Ticket, WrittenTensor
 from m2lite.storage.blocks import FORMATS
 from m2lite.storage.heat import save_heat
 from m2lite.text.m2_template import SOURCE
@@ -177,13 +177,13 @@ def _journal() -> bytes:
     def write(path: Path) -> None:
         with Journal(path) as journal:
             journal.begin(Ticket("ab", (), 9, {"type": "f32"}, ("x.gguf",)))
-            journal.add([Entry("a.weight", 32, 128, 7), Entry("b.weight", 160, 64, 8)])
+            journal.add([WrittenTensor("a.weight", 32, 128, 7), WrittenTensor("b.weight", 160, 64, 8)])
 
     return _written(write, "x.gguf.journal")
 
 
 def _page() -> bytes:
-    return b"m2litekv" + xxhash.xxh3_128_digest(bytes(64)) + bytes(8) + bytes(64)
+    return b"m2litek2" + xxhash.xxh3_128_digest(bytes(80)) + bytes(80)
 
 
 def _chat() -> bytes:

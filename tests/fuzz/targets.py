@@ -170,9 +170,9 @@ def fuzz_imatrix(data: bytes) -> None:
 
 @target
 def fuzz_safetensors(data: bytes) -> None:
-    from m2lite.quant.safetensors import Shard
+    from m2lite.quant.safetensors import SafetensorsFile
 
-    shard = Shard(put("model.safetensors", data))
+    shard = SafetensorsFile(put("model.safetensors", data))
     try:
         for tensor in shard.tensors.values():
             assert len(shard.read(tensor.offset, tensor.n_bytes)) == tensor.n_bytes <= len(data)
@@ -249,10 +249,11 @@ def fuzz_journal(data: bytes) -> None:
 def fuzz_page(data: bytes) -> None:
     from m2lite.storage.pages import PageStore
 
-    store, into = PageStore(folder(), 64, 1 << 20), memoryview(bytearray(64))
+    store, into = PageStore(folder(), 1 << 20), memoryview(bytearray(64))
     put("key.page", data)
-    if store.read("key", into):
-        assert data[32:96] == into
+    info, n_bytes = store.info("key"), store.read("key", into)
+    if n_bytes is not None:
+        assert data[24:40] == info and data[40:] == into[:n_bytes]
 
 
 @target
@@ -322,7 +323,7 @@ def fuzz_settings(data: bytes) -> None:
 
     settings = resolve_settings({}, {}, put("config.toml", data))
     for name in ("threads", "ctx", "ram", "kv_disk", "top_k", "max_tokens", "seed"):
-        value = getattr(settings, name)
+        value = settings[name]
         assert value is None or 0 <= value < 1 << 64
 
 
@@ -333,11 +334,11 @@ def fuzz_settings(data: bytes) -> None:
 def fuzz_batch(data: bytes) -> None:
     """Lines of requests, as JSON and as questions."""
     from m2lite.batch.lines import Input
-    from m2lite.decode.request import Request
-    from m2lite.decode.sampling import Sampling
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
 
     for name in ("in.jsonl", "in.txt"):
-        lines = Input(str(put(name, data)), Request([], Sampling(seed=0)))
+        lines = Input(str(put(name, data)), ChatRequest([], Sampling(seed=0)))
         try:
             checked = lines.check()
             check_text(checked.errors)
@@ -457,7 +458,7 @@ def _tokenizer() -> Any:
 
 @target
 def fuzz_schema(data: bytes) -> None:
-    from m2lite.decode.constrain import load_schema
+    from m2lite.sampling.json_schema import load_schema
 
     check_text(load_schema(data, "schema.json"))
 
@@ -474,8 +475,8 @@ def fuzz_tools(data: bytes) -> None:
 @target
 def fuzz_request(data: bytes) -> None:
     """A chat completion's body."""
-    from m2lite.decode.request import Request, parse_request
-    from m2lite.decode.sampling import Sampling
+    from m2lite.dialogue.chat_request import ChatRequest, parse_request
+    from m2lite.sampling.draw import Sampling
 
-    request = parse_request(parse_json(data), Request([], Sampling(seed=0)))
+    request = parse_request(parse_json(data), ChatRequest([], Sampling(seed=0)))
     check_text([request.messages, request.tools, request.schema, request.stop_texts])

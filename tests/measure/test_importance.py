@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model
-from m2lite.decode.compute import compute_thread
+from m2lite.engine.thread import compute_thread
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit, reference
 from m2lite.measure import Collected, collect_importance, format_importance
@@ -38,18 +38,18 @@ def assert_same(a: Collected, b: Collected) -> None:
 
 def count_free(model: Model) -> int:
     """Free KV positions, asked behind all jobs that are queued."""
-    return compute_thread().run(lambda: model.engine.pool.n_free)
+    return compute_thread().run(lambda: model.runner.pool.n_free)
 
 
 def test_sums_are_those_of_the_reference_forward(collected: Collected, model_files: dict[str, Path]) -> None:
-    """The same taps on the NumPy twins of all kernels, one call per chunk."""
+    """The same observer of the NumPy twins of all kernels, one call per chunk."""
     engine = Engine(model_files["random"], kernels=reference)
-    model = SimpleNamespace(gguf=engine.gguf, config=engine.config, n_rows=128, engine=engine)
-    tap = engine.buffers.tap = SquareSums(model)  # type: ignore[arg-type]
+    model = SimpleNamespace(gguf=engine.gguf, config=engine.config, n_rows=128)
+    squares = SquareSums(model)  # type: ignore[arg-type]
     for first in (0, N_CTX):
-        engine.logits(TOKENS[first : first + N_CTX])
+        engine.logits(TOKENS[first : first + N_CTX], observer=squares)
     assert (collected.n_ctx, collected.n_chunks, collected.n_chunks_asked) == (N_CTX, 2, 2)
-    assert_same(collected, Collected(tap.sums, N_CTX, 2, 2))
+    assert_same(collected, Collected(squares.sums, N_CTX, 2, 2))
 
 
 def test_sums_of_llama_imatrix(opened: Opened) -> None:
@@ -118,7 +118,7 @@ def test_the_model_answers_as_before(opened: Opened) -> None:
     model = opened("random")
     before, n_free = model.logits(TOKENS[:50]), count_free(model)
     collect_importance(model, TOKENS, N_CTX, n_chunks=1)
-    assert model.engine.buffers.tap is None and count_free(model) == n_free
+    assert count_free(model) == n_free
     assert model.logits(TOKENS[:50]).tobytes() == before.tobytes()
 
 
@@ -195,7 +195,7 @@ def test_sums_beyond_float32_are_refused_with_the_tensor(
     with Model.open(path, ctx=128) as model:
         with pytest.raises(M2liteError, match=message):
             collect_importance(model, TOKENS, N_CTX)
-        assert model.engine.buffers.tap is None and count_free(model) == 128
+        assert count_free(model) == 128
 
 
 def test_stopping_keeps_what_was_read(opened: Opened) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import tinymodel
 from m2lite import Model, UsageError
-from m2lite.decode.compute import compute_thread
+from m2lite.engine.thread import compute_thread
 from m2lite.kernels import jit
 from m2lite.measure import format_perplexity, perplexity
 from m2lite.measure.quality import SLICE_ROWS, mean_error
@@ -143,13 +143,13 @@ def test_threads_and_rows_change_nothing(
         model.n_rows = 100
         assert perplexity(model, TOKENS, N_CTX, against=other) == expected
         # Memory: logits of a slice of rows, never of a chunk.
-        assert len(model.engine.buffers.logits) == SLICE_ROWS
-        assert compute_thread().run(lambda: model.engine.pool.n_free) == 640
+        assert len(model.runner.buffers.logits) == SLICE_ROWS
+        assert compute_thread().run(lambda: model.runner.pool.n_free) == 640
 
 
 def test_stopping_keeps_whole_chunks(opened: Opened) -> None:
     model, heard = opened("random"), []
-    n_free = compute_thread().run(lambda: model.engine.pool.n_free)
+    n_free = compute_thread().run(lambda: model.runner.pool.n_free)
 
     def progress(n: int, n_all: int, ppl: float) -> None:
         heard.append((n, n_all, ppl))
@@ -162,7 +162,7 @@ def test_stopping_keeps_whole_chunks(opened: Opened) -> None:
     assert heard[1][2] == pytest.approx(found.ppl, rel=1e-12)
     assert "in 2 of 9 chunks" in format_perplexity(found)
     assert perplexity(model, TOKENS, 64, stop=lambda: True) is None
-    assert compute_thread().run(lambda: model.engine.pool.n_free) == n_free
+    assert compute_thread().run(lambda: model.runner.pool.n_free) == n_free
 
 
 def test_a_stop_within_a_chunk_leaves_none_of_it(opened: Opened) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from m2lite.kernels import jit
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.config import parse_config
 from m2lite.model.forward import Buffers, forward
+from m2lite.model.observer import Observer
 from m2lite.model.weights import bind_weights
 from m2lite.storage.gguf_reader import open_gguf
 
@@ -43,14 +45,27 @@ class Engine:
         """Append tokens in one call; logits of all of them (or of the last), copied."""
         return self.run_rows([(timeline, tokens)], outputs)
 
-    def run_rows(self, parts: Sequence[tuple[Timeline, Sequence[int]]], outputs: str = "all") -> F32:
+    def run_rows(
+        self,
+        parts: Sequence[tuple[Timeline, Sequence[int]]],
+        outputs: str = "all",
+        observer: Observer | None = None,
+    ) -> F32:
         rows = self.pool.rows([(t, np.asarray(ids)) for t, ids in parts])
-        return forward(self.weights, self.pool, self.buffers, rows, outputs).copy()
+        return forward(self.weights, self.pool, self.buffers, rows, outputs, observer=observer).copy()
 
-    def logits(self, tokens: Sequence[int], first_position: int = 0) -> F32:
+    def logits(self, tokens: Sequence[int], first_position: int = 0, observer: Observer | None = None) -> F32:
         """Logits of a fresh timeline; its pages are given back."""
         timeline = self.pool.timeline(first_position)
         try:
-            return self.run(timeline, tokens)
+            return self.run_rows([(timeline, tokens)], observer=observer)
         finally:
             timeline.release()
+
+
+def states_before(engine: Engine, address: int, n: int) -> F32:
+    """float32 [n + 1, n_embd]: zeros, which stand before position 0, and the n states at that address."""
+    n_embd = engine.config.n_embd
+    states = np.zeros((n + 1, n_embd), np.float32)
+    ctypes.memmove(states.ctypes.data + 4 * n_embd, address, 4 * n_embd * n)
+    return states

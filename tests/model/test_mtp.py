@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from m2lite.errors import BadModelError
-from m2lite.model.mtp import ModuleScratch, Mtp, States, bind_mtp, module_logits, run_module, trunk_states
+from m2lite.model.mtp import ModuleScratch, Mtp, bind_mtp, module_logits, run_module, trunk_states
 from m2lite.storage.gguf_reader import open_gguf
 from tests.golden.compare import Agreement, compare
 from tests.golden.golden import DIRECTORY
-from tests.model.engine import Engine
+from tests.model.engine import Engine, states_before
 from tests.model.test_refused import rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +46,11 @@ def run_all(engine: Engine, mtp: Mtp, tokens: Sequence[int]) -> list[Agreement]:
     every = int(GOLDEN["every"])  # the golden file keeps the logits of every so many positions
     found = [compare(GOLDEN["trunk"], engine.run(timeline, tokens)[::every])]
     scratch, n = ModuleScratch(engine.buffers), len(tokens)
-    states, address = States(engine.config.n_embd), trunk_states(mtp, engine.buffers, n)
+    address = trunk_states(mtp, engine.buffers, n)
     for k in range(3):
-        states.append(address, n)
+        states = states_before(engine, address, n)
         rows = engine.pool.rows_at([(timeline, 0, tokens)])
-        address = run_module(mtp, k, engine.pool, engine.buffers, scratch, rows, states.address(-1))
-        states = States(engine.config.n_embd)
+        address = run_module(mtp, k, engine.pool, engine.buffers, scratch, rows, int(states.ctypes.data))
         found.append(compare(GOLDEN[f"mtp_{k + 1}"], module_logits(mtp, k, engine.buffers, 0, n)[::every]))
     return found
 
@@ -77,14 +76,14 @@ def test_modules_in_chunks_equal_modules_at_once(bundled_model: Path, sidecar: P
     tokens = GOLDEN["tokens"].tolist()
     timeline = engine.pool.timeline()
     engine.run(timeline, tokens)
-    scratch, states = ModuleScratch(engine.buffers), States(engine.config.n_embd)
-    states.append(trunk_states(mtp, engine.buffers, len(tokens)), len(tokens))
+    scratch = ModuleScratch(engine.buffers)
+    states = states_before(engine, trunk_states(mtp, engine.buffers, len(tokens)), len(tokens))
 
     def run(cuts: list[int]) -> bytes:
         parts = []
         for first, last in pairwise([0, *cuts, len(tokens)]):
             rows = engine.pool.rows_at([(timeline, first, tokens[first:last])])
-            run_module(mtp, 0, engine.pool, engine.buffers, scratch, rows, states.address(first - 1))
+            run_module(mtp, 0, engine.pool, engine.buffers, scratch, rows, int(states[first:].ctypes.data))
             parts.append(module_logits(mtp, 0, engine.buffers, 0, rows.n).copy())
         return np.concatenate(parts).tobytes()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ import numpy.typing as npt
 import pytest
 
 from m2lite import Model
-from m2lite.decode.gate import Gate
-from m2lite.decode.leaving import Leaving
-from m2lite.decode.sampling import Sampling
+from m2lite.drafting.drafted import Drafted
+from m2lite.engine.thread import compute_thread
 from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
 from m2lite.model import residency as residency_module
-from m2lite.model.stream import Run, Stream, runs
+from m2lite.model.cache import Timeline
+from m2lite.model.forward import Leave
+from m2lite.model.stream import Stream, Stretch, runs
+from m2lite.sampling.draw import Sampling
 from m2lite.storage import syscalls
 from m2lite.storage.reads import DirectReads
 from tests.budgets import budget_beyond
+
+F32 = npt.NDArray[np.float32]
 
 pytestmark = [
     pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only"),
@@ -55,10 +60,10 @@ def tokens(own_copy: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected(own_copy: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+def expected(own_copy: Path, tokens: list[int]) -> F32:
     """From the whole model in memory: opened before `always_stream` acts."""
     with Model.open(own_copy, ctx=512) as model:
-        assert model.engine.stream is None
+        assert model.runner.stream is None
         return model.logits(tokens)
 
 
@@ -74,13 +79,26 @@ def model(
 
 def stream_of(model: Model, n_units: int | None = None) -> Stream:
     """The model's stream, with room for so many experts."""
-    stream = model.engine.stream
+    stream = model.runner.stream
     assert stream is not None
     if n_units is not None:
         stream.resize(n_units * int(stream.ledger.sizes[0]))
-        assert model.engine.residency is not None
-        model.engine.residency.fit = lambda: None  # type: ignore[method-assign]  # it would give it more
+        assert model.runner.residency is not None
+        model.runner.residency.fit = lambda: None  # type: ignore[method-assign]  # it would give it more
     return stream
+
+
+@contextmanager
+def opened_timeline(model: Model) -> Iterator[Timeline]:
+    timeline = compute_thread().run(model.runner.pool.timeline)
+    yield timeline
+    compute_thread().run(timeline.release)
+
+
+def extend(model: Model, timeline: Timeline, tokens: Sequence[int], leave: Leave | None = None) -> F32:
+    """Logits of all tokens, in one call behind what the timeline holds."""
+    evaluate, at = model.runner.evaluate, timeline.length
+    return compute_thread().run(lambda: evaluate(timeline, at, tokens, "all", leave=leave).copy())
 
 
 def n_pins(stream: Stream) -> int:
@@ -89,16 +107,14 @@ def n_pins(stream: Stream) -> int:
 
 
 @pytest.mark.parametrize("n_units", [2, 9, 40, 1000])
-def test_same_bits(model: Model, tokens: list[int], expected: npt.NDArray[np.float32], n_units: int) -> None:
+def test_same_bits(model: Model, tokens: list[int], expected: F32, n_units: int) -> None:
     """In one prompt, in pieces, token by token; with room for nearly nothing and for all."""
     stream = stream_of(model, n_units)
     assert np.array_equal(model.logits(tokens), expected)
-    got = np.empty_like(expected)
-    with model.session() as session:
+    with opened_timeline(model) as timeline:
         for first, end in ((0, 40), (40, 41), (41, 49), (49, 80), *((i, i + 1) for i in range(80, 100))):
-            session.evaluate(tokens[first:end], into=got[first:end])
+            assert np.array_equal(extend(model, timeline, tokens[first:end]), expected[first:end])
             assert stream.ledger.resident_bytes <= stream.ledger.capacity
-    assert np.array_equal(got[:100], expected[:100])
     assert n_pins(stream) == len(stream._flights)
     assert stream.traffic.hit_rate is not None and 0 <= stream.traffic.hit_rate < 1
 
@@ -122,7 +138,7 @@ def test_generates_the_same_and_tells_the_traffic(model: Model, tokens: list[int
 
 
 def test_an_error_leaves_everything_as_it_was(
-    model: Model, tokens: list[int], expected: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    model: Model, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = stream_of(model, 30)
     reads = stream._experts._reads  # type: ignore[attr-defined]
@@ -136,35 +152,33 @@ def test_an_error_leaves_everything_as_it_was(
             raise BadModelError("the disk is gone")
         return int(real(*args))
 
-    got = np.empty_like(expected)
-    with model.session() as session:
-        session.evaluate(tokens[:20], into=got[:20])
+    with opened_timeline(model) as timeline:
+        extend(model, timeline, tokens[:20])
         monkeypatch.setattr(reads, name, read)
         for n in (1, 60, 120):
             n_left = n
             with pytest.raises(M2liteError, match="the disk is gone"):
-                session.evaluate(tokens[20:], into=got[20:])
-            assert session.n_cached == 20
+                extend(model, timeline, tokens[20:])
+            assert timeline.length == 20
         monkeypatch.undo()
-        session.evaluate(tokens[20:], into=got[20:])
-    assert np.array_equal(got, expected)
+        assert np.array_equal(extend(model, timeline, tokens[20:]), expected[20:])
     assert n_pins(stream) == len(stream._flights)
 
 
-def test_stopped_anywhere(model: Model, tokens: list[int], expected: npt.NDArray[np.float32]) -> None:
+def test_stopped_anywhere(model: Model, tokens: list[int], expected: F32) -> None:
     stream = stream_of(model, 30)
-    got = np.empty_like(expected)
+    reasons = set()
     for n in range(1, 40, 3):
         asked = iter(range(1000))
         with model.session() as session:
-            list(session.generate(tokens, max_tokens=1, stop=lambda a=asked, n=n: next(a) >= n))
-    with model.session() as session:
-        session.evaluate(tokens, into=got)
-    assert np.array_equal(got, expected)
+            list(session.generate(tokens, max_tokens=1, stop=lambda a=asked, n=n: next(a) >= n, keep=False))
+            reasons.add(session.finish_reason)
+    assert "interrupted" in reasons
+    assert np.array_equal(model.logits(tokens), expected)
     assert n_pins(stream) == len(stream._flights)
 
 
-def test_pages_that_left_are_read_again(own_copy: Path, tokens: list[int], expected: npt.NDArray[np.float32]) -> None:
+def test_pages_that_left_are_read_again(own_copy: Path, tokens: list[int], expected: F32) -> None:
     """The system may take pages of the cache behind our back; the ledger finds out, and says what was read."""
     with Model.open(own_copy, ctx=512, heat=False, load="mmap") as model:
         stream = stream_of(model, 1000)
@@ -189,7 +203,7 @@ def test_budget_that_cannot_do(own_copy: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_runs() -> None:
     assert list(runs([])) == []
-    assert list(runs([0, 1, 2, 5, 7, 8])) == [Run(0, 3), Run(5, 6), Run(7, 9)]
+    assert list(runs([0, 1, 2, 5, 7, 8])) == [Stretch(0, 3), Stretch(5, 6), Stretch(7, 9)]
 
 
 def test_reads_ahead_are_dropped_when_not_wanted(model: Model, tokens: list[int]) -> None:
@@ -226,57 +240,53 @@ def test_modules_beside_a_streamed_model(bundled_model: Path) -> None:
     sampling, found = Sampling(seed=2), []
     for draft in ("off", "auto", "mtp"):
         with Model.open(bundled_model, ctx=256, load="direct", heat=False, draft=draft) as model:
-            drafting = model.engine.drafting
+            drafting = model.runner.drafting
             assert drafting.n_modules == (3 if draft == "mtp" else 0)
             assert ("does not fit" in (drafting.warning or "")) == (draft == "auto")
-            assert model.kv_bytes == model.engine.pool.n_bytes
+            assert model.kv_bytes == model.runner.pool.n_bytes
             with model.session() as session:
                 found.append(list(session.generate([5, 6, 7] * 9, max_tokens=30, sampling=sampling)))
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("setting", [("ngram", 7), ("auto", None)])
-def test_drafts_of_a_streamed_model(own_copy: Path, monkeypatch: pytest.MonkeyPatch, setting: tuple[str, int]) -> None:
-    """The same ids, whether rows are left out for lack of their experts or not, and at whichever layer."""
-    row, sampling = [5, 6, 7, 8, 9] * 9, Sampling(temperature=0, seed=1)
-    with Model.open(own_copy, ctx=256, load="direct", heat=False, draft="off") as model, model.session() as session:
-        expected = list(session.generate(row, max_tokens=80, sampling=sampling, ignore_stop=True))
-    with Model.open(own_copy, ctx=256, load="direct", heat=False) as model:
-        asked = []
+@pytest.mark.parametrize("setting", [("off", None), ("ngram", 7), ("mtp", 3), ("auto", None)])
+def test_drafts_of_a_streamed_model(bundled_model: Path, tokens: list[int], setting: tuple[str, int | None]) -> None:
+    """The same ids, and as many right drafts, as of the model in memory."""
+    prompt, sampling = tokens[:60], Sampling(temperature=0, seed=1)
 
-        def leave(self: Leaving, layer: int, ids: npt.NDArray[np.int32]) -> int:
-            asked.append(layer)
-            return max(1, len(ids) - (len(asked) % 3 == 0))
-
-        monkeypatch.setattr(Leaving, "__call__", leave)
-        monkeypatch.setattr(Gate, "lookup_drafts", lambda *_: 7)
+    def answer(model: Model) -> tuple[list[int], Drafted | None]:
         with model.session(*setting) as session:
-            found = list(session.generate(row, max_tokens=80, sampling=sampling, ignore_stop=True))
-            assert found == expected
-            drafted = session.stats.drafted
-            assert drafted is not None and drafted.n_accepted > 5
-            assert bool(asked) == (setting[0] == "auto")
+            ids = list(session.generate(prompt, max_tokens=80, sampling=sampling, ignore_stop=True))
+            return ids, session.stats.drafted
+
+    with Model.open(bundled_model, ctx=256, load="direct", heat=False, draft=setting[0]) as streamed:
+        assert streamed.runner.stream is not None
+        found, drafted = answer(streamed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residency_module, "choose_budget", lambda *_: None)
+        with Model.open(bundled_model, ctx=256, draft=setting[0]) as whole:
+            expected, drafted_whole = answer(whole)
+    assert found == expected
+    if setting[1] is not None:  # what auto does depends on what it costs
+        assert drafted is not None and drafted_whole is not None
+        assert drafted.as_dict() == drafted_whole.as_dict() and drafted.n_accepted > 5
 
 
-def test_rows_are_left_where_reading_for_them_does_not_pay(own_copy: Path) -> None:
-    """Certain rows stay; uncertain ones stay only while their experts are in memory."""
-    with Model.open(own_copy, ctx=256, load="direct", heat=False) as model, model.session("off") as session:
-        list(session.generate([5, 6, 7] * 9, max_tokens=20, sampling=Sampling(seed=1), ignore_stop=True))
-        stream = model.engine.stream
-        assert stream is not None
-        n = model.config.n_experts
-        present = [e for e in range(n) if not stream.absent(0, [e])]
-        lacking = [e for e in range(n) if stream.absent(0, [e])]
-        if len(lacking) < 8:  # all of it fits: let some go
-            for unit in present[:8]:
-                stream._lose(unit)
-            present, lacking = present[8:], present[:8]
-        leaving = Leaving(stream, model.config.n_layers)
-        leaving._compute_s.add(1e-3)
-        leaving._second.add(stream.expert_bytes(0) * 1000)  # an expert takes as long to read as a step to compute
-        rows = np.array([present[:8], present[:8], lacking[:8]], np.int32)
-        for chances, n_kept in (([1.0, 1.0], 3), ([0.9, 0.9], 2), ([0.0, 0.9], 2), ([0.999, 0.999], 3)):
-            leaving._lacking.value, leaving._lacking.n = 0.0, 1e9
-            leaving.begin(chances)
-            assert leaving(model.config.n_layers - 1, rows[:2]) >= 1
-            assert leaving(0, rows) == n_kept, chances
+@pytest.mark.parametrize("at", range(4))
+def test_rows_may_be_left_out_at_any_layer(model: Model, tokens: list[int], expected: F32, at: int) -> None:
+    """Those before them are computed as ever, and the timeline ends before them."""
+    stream, n_experts = stream_of(model, 1000), model.config.n_experts_used
+    seen = list[tuple[int, int]]()
+
+    def leave(layer: int, ids: npt.NDArray[np.int32]) -> int:
+        seen.append((layer, len(ids)))
+        assert ids.shape[1] == n_experts
+        return 3 if layer == at else len(ids)
+
+    with opened_timeline(model) as timeline:
+        extend(model, timeline, tokens[:20])
+        assert np.array_equal(extend(model, timeline, tokens[20:28], leave), expected[20:23])
+        assert timeline.length == 23
+        assert np.array_equal(extend(model, timeline, tokens[23:30]), expected[23:30])
+    assert seen == [(layer, 8 if layer <= at else 3) for layer in range(model.config.n_layers)]
+    assert n_pins(stream) == len(stream._flights)

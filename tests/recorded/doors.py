@@ -9,9 +9,10 @@ from typing import Any
 
 from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
-from m2lite.decode.batch import Batch
-from m2lite.decode.conversation import Answer, Conversation
-from m2lite.decode.writer import Wish
+from m2lite.dialogue.conversation import Conversation, Turn
+from m2lite.engine.answer import Completion
+from m2lite.engine.batch import Batch
+from m2lite.engine.request import Request
 from m2lite.text.template import encode_chat
 from tests.recorded.record import Case, Said, line_of, messages_of, said_in_line, text_of
 
@@ -50,7 +51,7 @@ def _options(given: Mapping[str, Any]) -> Any:
     return {"sampling": Sampling(**{name: given[name] for name in SAMPLING if name in given}), **rest}
 
 
-def _said(answer: Answer, n_most: int | None = None) -> Said:
+def _said(answer: Completion, n_most: int | None = None) -> Said:
     """Of an answer that was interrupted the first `n_most` ids: where exactly it stopped is no promise."""
     if n_most is not None and answer.finish_reason == "interrupted":
         return {"finish": "interrupted", "ids": answer.tokens[:n_most]}
@@ -91,7 +92,7 @@ def _step(conversation: Conversation, step: Mapping[str, Any], options: Any) -> 
         case "undo":
             conversation.undo()
         case "restore":
-            conversation.restore(step["messages"], Answer(finish_reason="stop"))
+            conversation.restore(step["messages"], Turn(finish_reason="stop"))
         case "ask":
             return conversation.ask(text_of(step["prompt"]), **options)
         case "results":
@@ -102,15 +103,16 @@ def _step(conversation: Conversation, step: Mapping[str, Any], options: Any) -> 
 
 
 def _batch(case: Case, model: Model) -> tuple[list[Said], set[str]]:
-    wishes, tools = list[Wish](), case.get("tools")
-    for request in case["requests"]:
-        row = encode_chat(model.tokenizer, model.template, messages_of(request), tools)
-        wishes.append(Wish(request["id"], row, line_stream(request["id"]), _options(request["options"]), tools))
+    requests, tools = list[Request](), case.get("tools")
+    for asked in case["requests"]:
+        ids = encode_chat(model.tokenizer, model.template, messages_of(asked), tools)
+        name, options = asked["id"], _options(asked["options"])
+        requests.append(Request(key=name, prompt=ids, rng_stream=line_stream(name), tools=tools, **options))
     batch = Batch(model, case["inflight"])
-    ends = {end.wish.key: end for end in batch.run(wishes)}
-    assert all(end.answer for end in ends.values()), [end.error for end in ends.values()]
-    said = [_said(ends[wish.key].answer) for wish in wishes]  # type: ignore[arg-type]
-    return said, _happened(case, batch.counts.n_right, batch.counts.n_again)
+    ends = {end.request.key: end for end in batch.run(requests)}
+    assert all(end.completion for end in ends.values()), [end.error for end in ends.values()]
+    said = [_said(ends[request.key].completion) for request in requests]  # type: ignore[arg-type]
+    return said, _happened(case, batch.counts.n_accepted, batch.counts.n_preempted)
 
 
 def _flags(case: Case) -> list[Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from m2lite.model.mtp import ModuleScratch, States, bind_mtp, module_logits, run_module, trunk_states
+from m2lite.model.mtp import ModuleScratch, bind_mtp, module_logits, run_module, trunk_states
 from m2lite.storage.gguf_reader import open_gguf
-from tests.model.engine import Engine
+from tests.model.engine import Engine, states_before
 from tests.recorded.models import MODULES
 
 N_IDS, CHUNK = 200, 128  # four pages, the last of them not full
@@ -40,10 +40,9 @@ def hash_modules(path: Path, kv: str) -> Iterator[str]:
     engine.run(timeline, ids)
     scratch, address = ModuleScratch(engine.buffers), trunk_states(mtp, engine.buffers, N_IDS)
     for k in range(len(mtp.modules)):
-        states = States(engine.config.n_embd)
-        states.append(address, N_IDS)
+        states = states_before(engine, address, N_IDS)
         rows = engine.pool.rows_at([(timeline, 0, ids)])
-        address = run_module(mtp, k, engine.pool, engine.buffers, scratch, rows, states.address(-1))
+        address = run_module(mtp, k, engine.pool, engine.buffers, scratch, rows, int(states.ctypes.data))
         logits = module_logits(mtp, k, engine.buffers, 0, N_IDS)
         yield xxhash.xxh3_128_hexdigest(np.ascontiguousarray(logits, "<f4").tobytes())
 

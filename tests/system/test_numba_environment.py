@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from m2lite.system.numba_environment import settle
+from m2lite.system.numba_environment import check_environment
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,6 @@ from m2lite.system.numba_environment import settle
 )
 def test_settle(name: str, value: str, told: str) -> None:
     environ = {f"NUMBA_{name}": value, "PATH": "/bin"}
-    found = settle(environ)
+    found = check_environment(environ)
     assert len(found) == len(told[:1]) and all(told in each for each in found)
     assert environ == {"PATH": "/bin"} | ({} if told else {f"NUMBA_{name}": value})

@@ -114,12 +114,12 @@ def test_running_text_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_names_in_progress(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
-    from m2lite.commands.frame import Progress
+    from m2lite.commands.frame import ProgressBar
 
     monkeypatch.setattr(sys, "stderr", stream := Terminal() if is_terminal else io.StringIO())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
-    with Progress() as progress:
+    monkeypatch.setattr(ProgressBar, "EVERY_S", 0.0)
+    with ProgressBar() as progress:
         progress("model.\x1b]0;owned\x07\nforged [red]", 1, 2)
     assert r"model.\x1b]0;owned\x07\nforged [red]" in stream.getvalue().replace("\n", "")
     assert "\x1b]" not in stream.getvalue() and "\x07" not in stream.getvalue()

@@ -1,1 +1,0 @@
-"""From prompt to tokens: sampling, sessions, conversations."""

@@ -1,0 +1,221 @@
+"""What computes: weights, KV pool and scratch buffers of one model. Knows timelines, not sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from m2lite import machine
+from m2lite.drafting.options import DraftOptions
+from m2lite.engine.context import Allocation
+from m2lite.engine.thread import Stopped, compute_thread
+from m2lite.model.cache import PAGE
+from m2lite.model.config import Config
+from m2lite.sampling.draw import Sampling, draw
+from m2lite.settings import ModelOptions
+from m2lite.storage.gguf_reader import GGUFFile
+
+if TYPE_CHECKING:  # these import Numba
+    from m2lite.drafting.drafter import Drafter
+    from m2lite.model.cache import KVPool, Timeline
+    from m2lite.model.forward import Buffers, Leave, Rerouting
+    from m2lite.model.mtp import Mtp
+    from m2lite.model.observer import Observer
+    from m2lite.model.residency import Residency
+    from m2lite.model.stream import Stream
+    from m2lite.model.weights import Matrix, Weights
+
+Stop = Callable[[], bool]
+
+
+def ask(stop: Stop | None) -> None:
+    """Raises Stopped if `stop` says so."""
+    if stop is not None and stop():
+        raise Stopped
+
+
+class ModelRunner:
+    """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
+
+    def __init__(
+        self, gguf: GGUFFile, config: Config, options: ModelOptions, sizes: Allocation, drafting: DraftOptions
+    ) -> None:
+        """Weights, KV pool and buffers of these sizes; weights that do not fit come and go.
+
+        Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
+        since the memory that they take is missed more.
+        """
+        from m2lite.kernels import jit
+
+        self.layer = jit.start(options["threads"] or machine.n_usable_cores())
+        self.warnings = jit.warnings()
+        self.n_threads = jit.n_threads()
+
+        from m2lite.drafting.drafter import Drafter
+        from m2lite.drafting.kept import kept_path
+        from m2lite.model.cache import KVPool
+        from m2lite.model.forward import Buffers, forward, head, multiply
+        from m2lite.model.mtp import bind_mtp
+        from m2lite.model.weights import bind_weights
+
+        self._jit, self._forward, self._head, self._multiply = jit, forward, head, multiply
+        self.drafting = drafting
+        self.pool: KVPool = KVPool(config, sizes.n_pool, options["kv"], drafting.n_modules)
+        self.buffers: Buffers = Buffers(config, sizes.n_rows, n_positions=sizes.n_positions)
+        self.residency = self._stream_weights(gguf, config, options)
+        address = None if self.residency is None else self.residency.address
+        self.weights: Weights = bind_weights(gguf, config, address=address)
+        self.mtp: Mtp | None = None if drafting.sidecar is None else bind_mtp(drafting.sidecar, self.weights)
+        self.drafter: Drafter = Drafter(
+            self.weights, self.pool, self.buffers, drafting.mode, drafting.n_tokens, self.mtp, drafting.n_modules
+        )
+        for n in sorted({min(sizes.n_rows, sizes.n_positions, PAGE), 1}):
+            self._load_kernels(n)
+        draw(np.zeros(config.n_vocab, np.float32), Sampling(seed=0))
+        if self.stream is not None:
+            self.stream.ledger.warm(np.zeros(len(self.stream.ledger.sizes)))  # those tokens were nobody's
+        if options["heat"] and drafting.mode == "auto":
+            self.drafter.remember(kept_path(self.weights, self.mtp, self.n_threads, options["load"]))
+        self.fit()
+
+    def _stream_weights(self, gguf: GGUFFile, config: Config, options: ModelOptions) -> Residency | None:
+        """What lets weights come and go, if they do not fit or that is asked for."""
+        from m2lite.model.cache import KVPool
+        from m2lite.model.residency import Residency, choose_budget
+
+        drafting, memory = self.drafting, [self.pool.memory, *self.buffers.memory]
+        n_beside = 0 if drafting.sidecar is None else drafting.sidecar.size_bytes
+        budget = choose_budget(gguf, options["load"], options["ram"], memory, n_beside)
+        if budget is None:
+            return None
+        if drafting.sidecar is not None and drafting.mode == "auto":
+            drafting.drop_modules("the model does not fit into memory; --draft mtp uses them")
+            self.pool = KVPool(config, self.pool.n_positions, options["kv"])
+            memory[0], budget = self.pool.memory, replace(budget, beside=0)
+        residency = Residency(gguf, config, options["load"], budget, memory)
+        self.buffers.stream = residency.stream
+        return residency
+
+    @property
+    def stream(self) -> Stream | None:
+        """What brings the weights of a model that is larger than its memory."""
+        return self.buffers.stream
+
+    def fit(self) -> None:
+        """Keep weights that come and go within their budget, whatever else has grown."""
+        if self.residency is not None:
+            self.residency.fit()
+
+    def check_files(self) -> None:
+        """BadModelError where a file that is mapped has changed, or cannot be read."""
+        self.weights.gguf.check_unchanged()
+        if self.drafting.sidecar is not None:
+            self.drafting.sidecar.check_unchanged()
+
+    def close(self) -> None:
+        """Before the file is closed."""
+        if self.residency is not None:
+            self.residency.close()
+
+    def _load_kernels(self, n_rows: int) -> None:
+        """Compile, or load from the cache, what `n_rows` need: here, where Ctrl-C can end it, and before any clock.
+
+        One layer is enough for that, and reads little of a model that is larger than memory.
+        """
+        timeline = self.pool.timeline()
+        rows = self.pool.rows([(timeline, np.zeros(n_rows, np.int64))])
+        one_layer = replace(self.weights, layers=self.weights.layers[:1])
+        self._forward(one_layer, self.pool, self.buffers, rows)
+        self.drafter.load_module_kernels(timeline, n_rows)
+        timeline.release()
+
+    def evaluate(
+        self,
+        timeline: Timeline,
+        start: int,
+        tokens: Sequence[int],
+        outputs: str = "last",
+        stop: Stop | None = None,
+        leave: Leave | None = None,
+        observer: Observer | None = None,
+    ) -> Any:
+        """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
+
+        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before. `leave` may
+        leave out rows at the end; `observer` sees what is computed with.
+        """
+
+        if timeline.length > start:
+            timeline.rewind(start)
+        assert timeline.length == start, (timeline.length, start)
+        return self._compute([(timeline, tokens)], outputs, stop, leave, observer)
+
+    def evaluate_rows(
+        self,
+        parts: Sequence[tuple[Timeline, Sequence[int]]],
+        outputs: Sequence[int],
+        stop: Stop | None = None,
+        leave: Leave | None = None,
+    ) -> Any:
+        """float32 [sum(outputs), vocab] = logits after each part's last tokens, so many as `outputs` says.
+
+        The tokens stand behind the part's timeline. As `evaluate`, and counts what it goes through in `n_expert_reads`.
+        With `leave`, of a single part whose logits are all wanted, there may be fewer.
+        """
+        self.buffers.n_expert_reads = 0
+        return self._compute(parts, outputs if leave is None else "all", stop, leave)
+
+    @property
+    def n_expert_reads(self) -> int:
+        """Experts that the last `evaluate_rows` went through, of all layers."""
+        return self.buffers.n_expert_reads or 0
+
+    def _compute(
+        self,
+        parts: Sequence[tuple[Timeline, Sequence[int]]],
+        outputs: str | Sequence[int],
+        stop: Stop | None,
+        leave: Leave | None,
+        observer: Observer | None = None,
+    ) -> Any:
+        def check() -> None:
+            compute_thread().check()
+            ask(stop)
+
+        self.check_files()
+        if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
+            self._jit.start(self.n_threads)
+        rows = self.pool.rows(parts)
+        try:
+            return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave, observer)
+        finally:
+            self.check_files()  # of one that was cut meanwhile, zeros were seen
+
+    # For measurements
+
+    def row_logits(self, first: int, n: int) -> Any:
+        """float32 [n, vocab] = logits after rows first, first + 1, ... of the last call, valid until the next call."""
+        x = self.buffers.x + 4 * self.weights.config.n_embd * first
+        return self._head(self.weights, self.buffers, x, self.weights.output_norm, n)
+
+    def product(self, matrix: Matrix, n: int) -> Callable[[], None]:
+        """A call that multiplies n rows of ones with the matrix (of stacked ones, the first) and drops what comes."""
+        self.buffers.array("x")[:] = 1
+        out = np.empty(n * matrix.n_out, np.float32)
+        return lambda: self._multiply(self.buffers, int(out.ctypes.data), matrix, self.buffers.x, n)
+
+    @property
+    def kernels(self) -> Any:
+        """The kernels that calls are made of; others of the same names, timed ones say, may take their place."""
+        return self.buffers.kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Any) -> None:
+        self.buffers.kernels = kernels
+
+    def reroute(self, rerouting: Rerouting | None) -> None:
+        """Experts are chosen by it from now on, those of prediction modules too."""
+        self.buffers.rerouting = rerouting
