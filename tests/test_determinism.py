@@ -2,7 +2,7 @@
 
 Each case takes one value of every factor and must give the ids of the plainest run. One case for every value of every
 factor, and cases drawn at random from all values together. Logits bit for bit, also of other vector forms, are held in
-tests/model/test_bits.py; what follows from a rewind, a fork or a mate in tests/model and tests/decode.
+tests/model/test_bits.py; what follows from a rewind, a fork or a mate in tests/model and tests/engine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import pytest
 import tinymodel
 from m2lite import Model, Sampling
 from m2lite.batch.lines import line_stream
-from m2lite.decode.batch import Batch
-from m2lite.decode.conversation import Conversation
-from m2lite.decode.snapshots import Snapshots
-from m2lite.decode.writer import Wish
+from m2lite.dialogue.conversation import Conversation
+from m2lite.engine.batch import Batch
+from m2lite.engine.request import Request
 from m2lite.kernels import jit
 from m2lite.model import residency
 from m2lite.storage import syscalls
@@ -37,13 +36,13 @@ KV = ("f16", "q8_0")
 SAMPLINGS = {"greedy": Sampling(0, seed=5), "drawn": Sampling(1.0, seed=5)}
 # The first value of each is the plainest.
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "door": ("session", "conversation", "generate", "batch 1", "batch 4", "batch 8", "batch command"),
+    "door": ("session", "conversation", "python", "generate", "batch 1", "batch 4", "batch 8", "batch command"),
     "threads": (1, 2, 4),
     "regions": ("as they pay", "everywhere"),  # of threads: models as small as these would do without
     "chunk": (512, 1, 7, 64),
     "draft": (("off", None), ("ngram", 3), ("mtp", 1), ("mtp", 3), ("auto", None)),
     "load": ("mapped", "direct", "paged"),  # the latter two with room for few experts
-    "prefix": ("computed", "from disk"),
+    "prefix": ("computed", "in memory", "from disk"),
 }
 # Values that act on the same code at once.
 TOGETHER: list[tuple[str, dict[str, Any]]] = [
@@ -84,7 +83,7 @@ class Case:
         return (
             (self.draft[0] != "mtp" or self.model == "m2-tiny")
             and (not is_command or (self.chunk == 512 and self.load != "paged"))
-            and (self.prefix == "computed" or self.door in ("session", "conversation"))
+            and (self.prefix == "computed" or self.door in ("session", "conversation", "python"))
             and (self.load == "mapped" or syscalls.AVAILABLE)
         )
 
@@ -211,22 +210,31 @@ def test_the_same_ids(
 def in_process(case: Case, path: Path, sampling: Sampling) -> Said:
     if case.prefix == "from disk":
         with open_model(case, path) as model, model.session() as session:
+            model.use_disk()
             session.set_tokens(encode_chat(model.tokenizer, model.template, messages(0)))
             list(session.generate((), max_tokens=1, sampling=sampling))
-            Snapshots(model).save(session)
+            model.loop.save(session.tokens)
     with open_model(case, path) as model:
         if case.door.startswith("batch"):
             return by_batch(model, int(case.door.split()[1]), sampling)
+        if case.prefix == "in memory":  # of another answer to the same prompt
+            _reply(model.session(), 0, Sampling(1.0, seed=99), 1)
         with model.session() as session:
             row = encode_chat(model.tokenizer, model.template, messages(0))
             if case.prefix == "from disk":
+                model.use_disk()
+            if case.door == "python":
+                done = model.generate(row, max_tokens=N_TOKENS, sampling=sampling, rng_stream=line_stream(name_of(0)))
+                session.stats = done.stats
+                found = [(done.tokens, "")]
+            elif case.door == "conversation":
+                found = [_reply(session, 0, sampling, line_stream(name_of(0)))]
+            else:
                 session.set_tokens(row)
-                assert Snapshots(model).restore(session) >= 64
-            if case.door == "conversation":
-                return [_reply(session, 0, sampling, line_stream(name_of(0)))]
-            session.set_tokens(row)
-            options: Any = {"max_tokens": N_TOKENS, "sampling": sampling, "stream": line_stream(name_of(0))}
-            return [(list(session.generate((), **options)), "")]
+                options: Any = {"max_tokens": N_TOKENS, "sampling": sampling, "rng_stream": line_stream(name_of(0))}
+                found = [(list(session.generate((), **options)), "")]
+            assert case.prefix == "computed" or session.stats.n_reused >= 48
+            return found
 
 
 def open_model(case: Case, path: Path) -> Model:
@@ -237,22 +245,24 @@ def open_model(case: Case, path: Path) -> Model:
         heat=False,
     )  # fmt: skip
     model.n_rows = min(model.n_rows, case.chunk)
-    stream = model.engine.stream
+    stream = model.runner.stream
     assert (stream is not None) == (case.load != "mapped")
     if stream is not None:
         stream.resize(6 * int(stream.ledger.sizes[0]))
-        assert model.engine.residency is not None
-        model.engine.residency.fit = lambda: None  # type: ignore[method-assign]  # it would give it more
+        assert model.runner.residency is not None
+        model.runner.residency.fit = lambda: None  # type: ignore[method-assign]  # it would give it more
     return model
 
 
 def by_batch(model: Model, n_inflight: int, sampling: Sampling) -> Said:
-    options: Any = {"sampling": sampling, "max_tokens": N_TOKENS}
-    wishes = [
-        Wish(name_of(n), encode_chat(model.tokenizer, model.template, messages(n)), line_stream(name_of(n)), options)
+    requests = [
+        Request(
+            key=name_of(n), prompt=encode_chat(model.tokenizer, model.template, messages(n)),
+            rng_stream=line_stream(name_of(n)), sampling=sampling, max_tokens=N_TOKENS,
+        )
         for n in range(len(QUESTIONS))
-    ]
-    done = {end.wish.key: end.answer for end in Batch(model, n_inflight).run(wishes)}
+    ]  # fmt: skip
+    done = {end.request.key: end.completion for end in Batch(model, n_inflight).run(requests)}
     found: Said = []
     for n in range(len(QUESTIONS)):
         answer = done[name_of(n)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 ROW = re.compile(r"^\| (\d*) \| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
 NOT_YET = {46}  # a server
 
@@ -35,7 +36,26 @@ def test_what_is_not_held_is_said() -> None:
         assert ("Not yet held" in what) == (number.isdigit() and int(number) in NOT_YET)
 
 
+def test_names_in_the_architecture_exist() -> None:
+    """`path` below m2lite, and behind :: what is defined there."""
+    found = re.findall(r"`([a-z_][\w/]*(?:\.py|/))(?:::([\w.]+))?`", ARCHITECTURE)
+    assert len(found) > 40, "the names were not found"
+    for path, name in found:
+        file = ROOT / path if path.startswith("tests/") else ROOT / "m2lite" / path
+        assert file.exists(), path
+        body: list[ast.stmt] = ast.parse(file.read_text()).body if name else []
+        for part in name.split(".") if name else ():
+            [node] = [each for each in body if part in defined_by(each)]
+            body = getattr(node, "body", [])
+
+
+def defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+
+
 def test_files_that_are_named_exist() -> None:
-    for text in (RELIABILITY, (ROOT / "SECURITY.md").read_text()):
+    for text in (RELIABILITY, ARCHITECTURE, (ROOT / "SECURITY.md").read_text()):
         for name in re.findall(r"`((?:docs|tests|benchmarks)/[\w./]+)`", text):
             assert (ROOT / name).exists(), name

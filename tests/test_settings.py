@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from m2lite.errors import UsageError
-from m2lite.settings import OPTIONS, parse_count, resolve_settings
+from m2lite.settings import (
+    MODEL_OPTIONS,
+    OPTIONS,
+    ModelOptions,
+    Settings,
+    panel,
+    parse_count,
+    resolve_settings,
+    with_defaults,
+)
 
 NOWHERE = Path("/nonexistent/config.toml")
 
@@ -31,7 +41,7 @@ def test_order_of_sources(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text('ctx = 1024\ntop_k = 7\ntemp = 0.25\nthink = "hide"\n')
     settings = resolve_settings({"ctx": "4k", "temp": None}, {"M2LITE_CTX": "2k", "M2LITE_TOP_K": "9"}, config)
-    assert (settings.ctx, settings.top_k, settings.temp, settings.think) == (4096, 9, 0.25, "hide")
+    assert (settings.opening["ctx"], settings.top_k, settings.temp, settings.think) == (4096, 9, 0.25, "hide")
     assert settings.origins["ctx"] == "--ctx"
     assert settings.origins["top_k"] == "environment variable M2LITE_TOP_K"
     assert settings.origins["temp"] == f"key temp in {config}"
@@ -46,7 +56,7 @@ def test_defaults() -> None:
 
 
 def test_an_empty_variable_is_none() -> None:
-    assert resolve_settings({}, {"M2LITE_CTX": ""}, NOWHERE).ctx is None
+    assert resolve_settings({}, {"M2LITE_CTX": ""}, NOWHERE).opening["ctx"] is None
 
 
 BAD_VALUES = [
@@ -78,6 +88,29 @@ def test_bad_files(tmp_path: Path, content: bytes) -> None:
         resolve_settings({}, {}, config)
     with pytest.raises(UsageError, match="cannot be read"):
         resolve_settings({}, {}, tmp_path)
+
+
+def test_a_row_is_a_keyword_of_open_and_an_option_of_each_command() -> None:
+    """Whoever adds an option writes its row, and reads it where it is used."""
+    settings = resolve_settings({"heat": "off", "threads": "2", "mtp": "a.gguf"}, {}, NOWHERE)
+    assert set(settings.opening) == set(ModelOptions.__annotations__) == set(MODEL_OPTIONS)
+    assert settings.opening == with_defaults({"heat": False, "threads": 2, "mtp": "a.gguf"})
+    assert [settings[name] for name in ("heat", "temp")] == [False, 1.0]
+    assert {field.name for field in fields(Settings)} == set(OPTIONS) - set(MODEL_OPTIONS) | {"opening", "origins"}
+    assert {*panel("Engine", MODEL_OPTIONS), *panel("Drafts"), "template"} == set(MODEL_OPTIONS)
+    assert settings.opened(kv="q8_0", heat=True).opening == {**settings.opening, "kv": "q8_0", "heat": True}
+    with pytest.raises(TypeError, match="'contex' is no option of a model"):
+        with_defaults({"contex": 9})  # type: ignore[typeddict-unknown-key]
+    with pytest.raises(UsageError, match="'own' does not exist"):
+        with_defaults({"template": "own"})
+    with pytest.raises(UsageError, match="0 threads were asked for"):
+        with_defaults({"threads": 0})
+
+
+def test_defaults_are_of_the_type_that_is_parsed() -> None:
+    for name, option in OPTIONS.items():
+        if option.default is not None:
+            assert option.parse(option.text(option.default)) == option.default, name
 
 
 def test_names_are_spelled_alike() -> None:

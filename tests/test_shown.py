@@ -47,4 +47,4 @@ def test_examples() -> None:
 def test_an_error_is_one_line_whatever_it_quotes() -> None:
     error = UsageError("no \x1b[2J\nm2lite: done", "try \r\n", details=["  a: 'x\n' there"])
     assert str(error).split("\n") == ["no \\x1b[2J\\nm2lite: done", "  a: 'x\\n' there", "try \\r\\n"]
-    assert "\n" not in str(M2liteError("a\nb").told_of("line\n1"))
+    assert "\n" not in str(M2liteError("a\nb").located("line\n1"))
