@@ -1,4 +1,4 @@
-"""Tokens a second of answers in lock-step, by their number: m2lite's batch beside llama-batched-bench on one file.
+"""Tokens a second of answers side by side, by their number: m2lite's batch beside llama-batched-bench on one file.
 
     python benchmarks/batch_decode.py SLICE [--llama llama-batched-bench] [-b 1,4,8,16,32,64] [-p 64] [-n 32] [-r 3]
         [--ram 5400m] [--output benchmarks/batch.jsonl] [--since "2026-11-28"] [--plot benchmarks/batch.png]
@@ -31,7 +31,7 @@ Results = dict[str, dict[int, list[dict[str, float]]]]  # by program and answers
 
 
 def ours(model: Model, n_at_once: int, n_prompt: int, n_tokens: int, seed: int) -> dict[str, float]:
-    memory = 0.0 if model.engine.stream is not None else read_mapped(model)["read_mapped_bytes_per_s"]
+    memory = 0.0 if model.runner.stream is not None else read_mapped(model)["read_mapped_bytes_per_s"]
     speeds = measure_speeds(model, n_at_once, n_prompt, n_tokens, seed)
     return {
         "tg": speeds.drawing, "pp": speeds.reading, "experts": speeds.experts, "read": speeds.read_bytes,

@@ -1,4 +1,4 @@
-"""What drafts bring in a batch: tokens a second with prompt lookup, with a module, and as the gate chooses, in turn.
+"""What drafts bring in a batch: tokens a second with prompt lookup, with modules, and as `auto` chooses, in turn.
 
     python benchmarks/batch_drafts.py MODEL [-b 4,16,32] [-p 96] [-n 64] [-r 3] [--every 12] [--right 0.8]
         [--output benchmarks/batch_drafts.jsonl]
@@ -20,64 +20,57 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from m2lite import Model
-from m2lite.decode.batch import Batch
-from m2lite.decode.batch_modules import BatchModule, Settled
-from m2lite.decode.batch_rows import Counts
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.writer import Wish
+from m2lite import Model, Sampling
+from m2lite.drafting.sequence import Ask
+from m2lite.engine.batch import Batch
+from m2lite.engine.request import Request
+from m2lite.engine.scheduler import Counts
 
 
-def wishes_of(n_vocab: int, kind: str, n: int, n_prompt: int, n_tokens: int, every: int) -> list[Wish]:
+def requests_of(n_vocab: int, kind: str, n: int, n_prompt: int, n_tokens: int, every: int) -> list[Request]:
     """n answers of n_tokens each, to prompts of random ids of which no two are alike."""
     made = []
     for i in range(n):
         lot = random.Random(i)
         prompt = lot.choices(range(n_vocab), k=n_prompt)
-        said = lot.choices(range(n_vocab), k=n_tokens)
+        script = lot.choices(range(n_vocab), k=n_tokens)
         if kind == "copy":
-            said = [said[j] if j % every == 0 else prompt[j % n_prompt] for j in range(n_tokens)]
-        options: Any = {"sampling": Sampling(0, seed=0), "max_tokens": n_tokens}
-        made.append(Wish(str(i), prompt, i, options, ends=False, script=prompt + said))
+            script = [script[j] if j % every == 0 else prompt[j % n_prompt] for j in range(n_tokens)]
+        made.append(Request(
+            prompt=prompt, script=script, rng_stream=i, sampling=Sampling(0, seed=0), max_tokens=n_tokens,
+            ignore_stop=True, keep="nothing",
+        ))  # fmt: skip
     return made
 
 
 class Oracle:
-    """Sets what the module says: the script's next token, or another, by lot."""
+    """What a module says: the script's next token, or another, by lot."""
 
-    def __init__(self, module: BatchModule, wishes: Sequence[Wish], right: float) -> None:
-        self._follow, self._right = module.follow, right
-        self._scripts = [wish.script or () for wish in wishes]
+    def __init__(self, requests: Sequence[Request], right: float) -> None:
+        self._scripts = {each.rng_stream: [*each.prompt, *(each.script or ())] for each in requests}
+        self._right = right
 
-    def __call__(self, n_computed: int, rows: Sequence[Settled]) -> None:
-        self._follow(n_computed, rows)
-        for row in rows:
-            if row.followed.token < 0 or row.draws is None:
-                continue
-            at, script = row.followed.top, self._scripts[row.draws[1]]
-            if at < len(script):
-                is_right = random.Random(f"{row.draws[1]} {at}").random() < self._right
-                row.followed.token, row.followed.share = script[at] if is_right else 0, 0.9
+    def __call__(self, ask: Ask, k: int) -> tuple[int, float]:
+        at, ids = len(ask.ids) + k, self._scripts[ask.rng_stream]
+        is_right = at < len(ids) and random.Random(f"{ask.rng_stream} {k} {at}").random() < self._right
+        return (ids[at] if is_right else 0), 0.9
 
 
-def run(model: Model, mode: str, wishes: Sequence[Wish], right: float) -> tuple[float, Counts]:
+def run(model: Model, mode: str, requests: Sequence[Request], right: float) -> tuple[float, Counts]:
     """Tokens a second, and what was done."""
-    model.engine.drafting.mode = mode
-    batch, times = Batch(model, len(wishes)), list[tuple[float, int]]()
-    module = getattr(batch._drafts, "_module", None)
-    if module is not None:
-        module.follow = Oracle(module, wishes, right)
-    n_prompts = sum(len(wish.row) for wish in wishes)
+    batch, times = Batch(model, len(requests)), list[tuple[float, int]]()
+    model.runner.drafter.oracle = Oracle(requests, right)
+    n_prompts = sum(len(each.prompt) for each in requests)
 
     def after_step() -> None:
         counts = batch.counts
-        if counts.n_read + counts.n_shared == n_prompts and counts.n_now == len(wishes):
+        if counts.n_prompt + counts.n_cached == n_prompts and counts.n_running == len(requests):
             times.append((time.perf_counter(), counts.n_drawn))
 
-    list(batch.run(wishes, after_step))
+    list(batch.run([replace(each, draft=mode) for each in requests], after_step))
     (began, a), (ended, b) = times[0], times[-1]
     return (b - a) / (ended - began), batch.counts
 
@@ -94,18 +87,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     sizes, ctx = [int(n) for n in options.b.split(",")], options.p + options.n + 64
-    with Model.open(options.model, draft="auto", ctx=ctx, sequences=max(sizes)) as model:
+    with Model.open(options.model, draft="auto", ctx=ctx, sequences=max(sizes), heat=False) as model:
         model.wait_mapped()
-        modes = ["off", "ngram", *(["mtp"] if model.engine.modules else []), "auto"]
+        modes = ["off", "ngram", *(["mtp"] if model.runner.drafting.n_modules else []), "auto"]
         print(f"| work | at once | off, tok/s | {' | '.join(modes[1:])} | auto's drafts a step | right |")
         print("|---|---|---|" + "---|" * (len(modes) + 1))
         for kind in ("copy", "new"):
             for n in sizes:
-                wishes = wishes_of(model.config.n_vocab, kind, n, options.p, options.n, options.every)
+                requests = requests_of(model.config.n_vocab, kind, n, options.p, options.n, options.every)
                 done: dict[str, list[tuple[float, Counts]]] = {mode: [] for mode in modes}
                 for _ in range(options.r):
                     for mode in modes:  # one after the other, since the machine drifts
-                        done[mode].append(run(model, mode, wishes, options.right))
+                        done[mode].append(run(model, mode, requests, options.right))
                 report(kind, n, done, options.output)
 
 
@@ -113,7 +106,7 @@ def report(kind: str, n: int, done: dict[str, list[tuple[float, Counts]]], outpu
     off = [speed for speed, _ in done["off"]]
     ratios = {m: statistics.median(s / o for (s, _), o in zip(rows, off, strict=True)) for m, rows in done.items()}
     auto = [counts for _, counts in done["auto"]]
-    n_drafts, n_right, n_steps = (sum(getattr(c, name) for c in auto) for name in ("n_drafts", "n_right", "n_steps"))
+    n_drafts, n_right, n_steps = (sum(getattr(c, name) for c in auto) for name in ("n_drafts", "n_accepted", "n_steps"))
     cells = [kind, str(n), f"{statistics.median(off):.1f}", *(f"{ratios[m]:.2f}" for m in done if m != "off")]
     cells += [f"{n_drafts / n_steps:.1f}", f"{n_right / max(1, n_drafts):.0%}"]
     print(f"| {' | '.join(cells)} |", flush=True)

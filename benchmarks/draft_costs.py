@@ -1,4 +1,4 @@
-"""What drafts cost at MiniMax-M2's widths, and whether the gate finds what pays: a slice with random weights.
+"""What drafts cost at MiniMax-M2's widths, and whether `auto` finds what pays: a slice with random weights.
 
     python benchmarks/draft_costs.py SLICE.gguf [--overlap 0,0.25,0.4] [-d 0,8192] [--right 1,0.75] [-n 48] [-r 3]
     python benchmarks/draft_costs.py SLICE.gguf --ram 5400m [--draft auto|mtp] [--overlap 0.25] [-n 48] [-r 3]
@@ -33,17 +33,16 @@ import numpy.typing as npt
 from m2lite import Model
 from m2lite.bench import fill, random_ids
 from m2lite.bench_drafts import Setting
-from m2lite.decode.compute import compute_thread
-from m2lite.decode.drafts import Drafted
-from m2lite.decode.gate import Gate
-from m2lite.decode.sampling import Sampling
-from m2lite.decode.session import Session
+from m2lite.drafting.drafted import Drafted
+from m2lite.drafting.sequence import Ask, Call, Computed
+from m2lite.engine.thread import compute_thread
+from m2lite.sampling.draw import Sampling
 from m2lite.settings import parse_count
 from m2lite.text.template import encode_chat
 from m2lite.workloads import WORKLOADS
 
 PERIOD = 1024  # positions after which the lots repeat
-WARM_TOKENS = 320  # in which the gate learns, before anything is counted
+WARM_TOKENS = 320  # in which `auto` learns, before anything is counted
 SET = "tokens given; drafts right by m2-tiny's trace; experts by lot"
 
 Trace = list[list[tuple[float, bool]]]  # of each token: (share, is right) of every module's draft behind it
@@ -63,22 +62,19 @@ def record_trace(model: Model, n_modules: int = 3) -> Trace:
 
 
 def _trace_of(model: Model, prompt: list[int], answer: list[int], sampling: Sampling, n_modules: int) -> Trace:
-    engine, found = model.engine, Trace()
-    timeline = engine.pool.timeline()
-    drafter = engine.drafter(timeline, "mtp", n_modules)
-    assert drafter is not None and drafter._replay is not None
-    replay, row = drafter._replay, [*prompt, *answer]
-    engine.evaluate(timeline, 0, prompt)
-    replay.keep(0, len(prompt), 0)
-    for n in range(len(prompt), len(row) - n_modules):
-        drafts, said = list[int](), list[tuple[float, bool]]()
-        for k in range(n_modules):
-            token, share, _ = replay.draft(k, row[: n + 1], drafts, sampling, 0)
-            drafts.append(token)
-            said.append((share, token == row[n + 1 + k]))
-        found.append(said)
-        engine.evaluate(timeline, n, [row[n]])
-        replay.keep(n, 1, 1)
+    """Tokens are computed one by one, as if no draft were verified: the modules follow, and say what they expect."""
+    runner, found, ids = model.runner, Trace(), [*prompt, *answer]
+    timeline, own = runner.pool.timeline(), runner.drafter.open("mtp", n_modules)
+    assert own is not None
+    own.begin(prompt)
+    start = 0
+    for end in range(len(prompt), len(ids) - n_modules):
+        runner.evaluate(timeline, start, ids[start:end])
+        part = Computed(own, timeline, 0, start, end - start, ids[: end + 1])
+        runner.drafter.computed([part], Call(end - start, 0, 0, 0.0, is_measure=False))
+        runner.drafter.propose([Ask(own, timeline, ids[: end + 1], n_modules, sampling, 0)], 1)
+        found.append([(d.share, d.token == ids[end + 1 + k]) for k, d in enumerate(own.foreseen)])
+        start = end
     timeline.release()
     return found
 
@@ -113,21 +109,31 @@ class Lots:
 
 @dataclass
 class Point:
-    """One context, overlap and trace, and the settings on it."""
+    """One context, overlap and trace, on which settings are tried."""
 
-    session: dict[Setting, Session]
-    depth: int
+    model: Model
+    context: list[int]
     script: list[int]
+    trace: Trace
     shift: int = 0  # of the trace
 
     def run(self, setting: Setting, n: int, seed: int) -> tuple[float, Drafted | None]:
         """Seconds a token, of n tokens behind the context."""
-        session, self.shift = self.session[setting], 131 * seed
-        session.rewind(self.depth)
-        first, *script = self.script[: n + 2]
-        for _ in session.generate([first], sampling=Sampling(seed=seed), ignore_stop=True, script=script):
-            pass
-        return session.stats.decode_s / (session.stats.n_generated - 1), session.stats.drafted
+        self.shift, [first, *script] = 131 * seed, self.script[: n + 2]
+        options: Any = {"sampling": Sampling(seed=seed), "ignore_stop": True, "script": script, "keep": False}
+        with self.model.session(*setting) as session:
+            for _ in session.generate([*self.context, first], **options):
+                pass
+            assert session.stats.n_reused == len(self.context)
+            return session.stats.decode_s / (session.stats.n_generated - 1), session.stats.drafted
+
+    def oracle(self, ask: Ask, k: int) -> tuple[int, float]:
+        """What module k shall have said behind so many ids, and how sure it is."""
+        n = len(ask.ids)
+        share, is_right = self.trace[(n + self.shift) % len(self.trace)][k]
+        at = n + k - len(self.context)
+        said = self.script[at] if at < len(self.script) else 0
+        return said if is_right else (said + 1) % self.model.config.n_vocab, share
 
 
 def quoting(ids: Sequence[int], n: int) -> list[int]:
@@ -150,34 +156,21 @@ def measure_point(
     repeats: int,
     script: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    model.engine.gate = Gate(model.engine.drafting.n_modules)
+    """Every setting's speeds and drafts. `auto` has learnt WARM_TOKENS more than it had when the model came."""
     script = list(script or random_ids(model, max(n, WARM_TOKENS) + 2, seed=3))
-    point = Point({}, depth, script)
-
-    def oracle(length: int, k: int) -> tuple[int, float]:
-        share, is_right = trace[(length + point.shift) % len(trace)][k]
-        said = script[length + k - depth] if length + k - depth < len(script) else 0
-        return said if is_right else (said + 1) % model.config.n_vocab, share
-
-    for setting in settings:
-        session = point.session[setting] = model.session(*setting)
-        if depth:
-            fill(session, depth)
-        if session._drafter is not None:
-            session._drafter.oracle = oracle
-    auto = Setting("auto")
-    if auto in settings:
-        point.run(auto, WARM_TOKENS, 0)
+    point, auto = Point(model, fill(model, depth), script, trace), Setting("auto")
     seconds: dict[Setting, list[float]] = {s: [] for s in settings}
     drafted = {s: Drafted() for s in settings}
+    model.runner.drafter.oracle = point.oracle
+    if auto in settings:
+        point.run(auto, WARM_TOKENS, 0)
     for r in range(repeats):
         for setting in settings:
             found, drafts = point.run(setting, n, r)
             seconds[setting].append(found)
             if drafts is not None:
                 drafted[setting].include(drafts)
-    for session in point.session.values():
-        session.close()
+    model.runner.drafter.oracle = None
     return _summary(seconds, drafted)
 
 
@@ -228,7 +221,7 @@ def main() -> None:
     depths = [int(d) for d in args.depth.split(",")]
     print(f"{args.slice.name}: {SET}", flush=True)
     overlaps, rights = [float(x) for x in args.overlap.split(",")], [float(x) for x in args.right.split(",")]
-    ctx = (max(depths) + WARM_TOKENS + args.n + 128) * len(settings)
+    ctx = max(depths) + WARM_TOKENS + args.n + 128
     if args.ram:
         points = streamed(args, whole, overlaps)
     else:
@@ -250,9 +243,9 @@ def in_memory(
     settings: Sequence[Setting],
     ctx: int,
 ) -> Iterator[dict[str, Any]]:
-    with Model.open(args.slice, ctx=ctx) as model:
-        model.wait_mapped()
-        for overlap, depth, right in product(overlaps, depths, rights):
+    for overlap, depth, right in product(overlaps, depths, rights):
+        with Model.open(args.slice, ctx=ctx, heat=False) as model:  # anew: `auto` has learnt nothing of other points
+            model.wait_mapped()
             measured = set_lots(model, overlap)
             rows = measure_point(model, depth, thinned(trace, right), settings, args.n, args.repeats)
             point = {"overlap": overlap, "overlap_measured": measured, "depth": depth, "right": right}
@@ -264,8 +257,9 @@ def streamed(args: argparse.Namespace, trace: Trace, overlaps: Sequence[float]) 
         "auto": [Setting("off"), Setting("ngram", 3), Setting("ngram", 7), Setting("auto")],
         "mtp": [Setting("off"), Setting("mtp", 1), Setting("mtp", 3)],
     }[args.draft]
-    with Model.open(args.slice, ctx=4096, ram=parse_count(args.ram), draft=args.draft, heat=False) as model:
-        for overlap in overlaps:
+    ram = parse_count(args.ram)
+    for overlap in overlaps:
+        with Model.open(args.slice, ctx=4096, ram=ram, draft=args.draft, heat=False) as model:
             measured = set_lots(model, overlap)
             script = quoting(random_ids(model, 4096, seed=3), max(args.n, WARM_TOKENS) + 2)
             rows = measure_point(model, 0, trace, settings, args.n, args.repeats, script)
@@ -277,7 +271,7 @@ def set_lots(model: Model, overlap: float) -> float:
     """Experts by lot from now on; the overlap that the lots have."""
     c = model.config
     lots = Lots(c.n_layers + 3, c.n_experts, c.n_experts_used, overlap)
-    model.engine.buffers.rerouting = lots
+    model.runner.reroute(lots)
     return lots.measured_overlap()
 
 

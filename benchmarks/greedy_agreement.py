@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from m2lite import Model
-from m2lite.decode.sampling import Sampling
+from m2lite.sampling.draw import Sampling
 from m2lite.text.template import encode_chat
 
 NEAR_TIE = 0.05  # nats: less than this between two logits is a tie that rounding decides

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m2lite.decode.lookup import Lookup
-from m2lite.decode.sampling import Sampling, draw
+from m2lite.drafting.ngram import PromptLookup
+from m2lite.sampling.draw import Sampling, draw
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "m2lite"]
@@ -76,9 +76,9 @@ def draw_seconds() -> float:
 
 
 def prompt_lookup_seconds() -> float:
-    """Prompt lookup reads a row of 100,000 tokens."""
+    """Prompt lookup reads a prompt of 100,000 tokens."""
     tokens = np.random.default_rng(1).integers(0, 5000, 100_000).tolist()
-    lookup = Lookup(110_000)
+    lookup = PromptLookup(110_000)
     began = time.perf_counter()
     lookup.follow(tokens)
     return time.perf_counter() - began
@@ -86,7 +86,7 @@ def prompt_lookup_seconds() -> float:
 
 def lookup_step_seconds() -> float:
     """A token and its guesses, where tokens often repeat."""
-    lookup, tokens = Lookup(6000), np.random.default_rng(1).integers(0, 40, 5000).tolist()
+    lookup, tokens = PromptLookup(6000), np.random.default_rng(1).integers(0, 40, 5000).tolist()
     began = time.perf_counter()
     for token in tokens:
         lookup.push([token])

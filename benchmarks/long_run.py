@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from m2lite import Model, Sampling
-from m2lite.decode.conversation import Conversation
+from m2lite.dialogue.conversation import Conversation
 
 GREEDY = Sampling(0, seed=0)
 

@@ -27,7 +27,7 @@ from m2lite.errors import M2liteError
 from m2lite.quant.config import SourceConfig
 from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys, sidecar_keys
 from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
-from m2lite.quant.names import LAYER, MTP_TENSORS, TRUNK, Entry, Mtp
+from m2lite.quant.names import LAYER, MTP_TENSORS, TRUNK, Entry, MtpBindings
 from m2lite.quant.recipes import choose_formats, find_recipe, parse_overrides
 from m2lite.storage.blocks import E2M1_DOUBLED
 from m2lite.storage.gguf_reader import open_gguf
@@ -241,7 +241,7 @@ def write_slice(out: Path, config: SourceConfig, type_name: str, skew: float = S
     size_bytes = _write(out, type_name, name, plan, keys, skew)
     if n_modules:
         with open_gguf(out) as trunk:
-            mtp = Mtp(n_modules, (), "pre_norm", True, shared_norm=False)
+            mtp = MtpBindings(n_modules, (), "pre_norm", True, shared_norm=False)
             keys = sidecar_keys(config, mtp, trunk_identity(trunk))
         _write(sidecar_path(out), type_name, f"{name}, MTP", module_plan(config, n_modules), keys, skew)
     return size_bytes

@@ -24,12 +24,12 @@ import numpy as np
 
 from m2lite import Model
 from m2lite.bench import fill, random_ids
-from m2lite.decode.compute import compute_thread
-from m2lite.decode.context import kv_bytes_per_position
-from m2lite.decode.sampling import Sampling, draw
-from m2lite.decode.session import Session
+from m2lite.engine.context import kv_bytes_per_position
+from m2lite.engine.thread import compute_thread
 from m2lite.kernels.layer import interpreted
+from m2lite.model.observer import Observer
 from m2lite.model.weights import Matrix
+from m2lite.sampling.draw import Sampling, draw
 
 REST = "between kernels"
 
@@ -91,40 +91,55 @@ def matrices_of(model: Model) -> dict[int, tuple[str, Matrix]]:
     return found
 
 
+class Chosen(Observer):
+    """Remembers the experts of the layer that is being computed."""
+
+    ids = np.empty((0, 0), np.int32)
+
+    def chosen(self, layer: int, ids: Any) -> None:
+        self.ids = ids
+
+
 class Profiler:
     """Runs forward calls of a model behind `depth` positions and takes them apart."""
 
-    def __init__(self, model: Model, session: Session, depth: int) -> None:
-        self.model, self.session, self.depth = model, session, depth
-        self.plain = model.engine.buffers.kernels
+    def __init__(self, model: Model, depth: int) -> None:
+        self.model, self.depth = model, depth
+        self.plain = model.runner.kernels
         self.timed = TimedKernels(self.plain)
         self.matrices = matrices_of(model)
         self.stacks = {
             m.address for la in model.weights.layers for m in (la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps)
         }
+        self.chosen = Chosen()
         model.wait_mapped()
-        fill(session, depth)
+        ids = fill(model, depth)
+        self.timeline, _ = compute_thread().run(lambda: model.loop.prefix_cache.fork(ids, depth))
+
+    def close(self) -> None:
+        """Its pages are the model's again."""
+        compute_thread().run(self.timeline.release)
 
     def run(self, ids: Sequence[int], start: int, *, timed: bool, counted: bool = False) -> Pass:
         """`ids` from position `start` on, in as many calls as the engine makes of them, and one draw."""
-        engine, timeline, n_rows = self.model.engine, self.session._timeline, self.model.n_rows
+        runner, n_rows = self.model.runner, self.model.n_rows
         chunks = [list(ids[i : i + n_rows]) for i in range(0, len(ids), n_rows)]
         done = Pass()
         self.timed.calls = []
 
         def call() -> tuple[float, float]:
-            engine.buffers.kernels = self.timed if timed else self.plain
+            runner.kernels = self.timed if timed else self.plain
             logits: Any = None
             at, took = start, 0.0
             try:
                 for chunk in chunks:
                     self.timed.after = self._counter(done, len(chunk)) if counted else None
                     started = time.perf_counter()
-                    logits = engine.evaluate(timeline, at, chunk)
+                    logits = runner.evaluate(self.timeline, at, chunk, observer=self.chosen if counted else None)
                     took += time.perf_counter() - started
                     at += len(chunk)
             finally:
-                engine.buffers.kernels = self.plain
+                runner.kernels = self.plain
             started = time.perf_counter()
             draw(logits[-1], Sampling(seed=0), 0, at)
             return took, time.perf_counter() - started
@@ -152,13 +167,13 @@ class Profiler:
 
     def _counter(self, done: Pass, n: int) -> Callable[[str, tuple[Any, ...]], None]:
         """Adds up weights and products of a call with n rows; of a stack, the experts that the rows chose."""
-        model, ids = self.model, self.model.engine.buffers.array("ids")
+        model = self.model
 
         def count(kernel: str, args: tuple[Any, ...]) -> None:
             line = done.lines[self._name(kernel, args)]
             for _, matrix in self._found(args):
                 is_stack = matrix.address in self.stacks
-                n_read = len(np.unique(ids[:n])) if is_stack else 1
+                n_read = len(np.unique(self.chosen.ids)) if is_stack else 1
                 n_products = n * model.config.n_experts_used if is_stack else n
                 if matrix is model.weights.output:
                     n_products = 1  # only the last row's logits are asked for
@@ -245,12 +260,12 @@ def main() -> None:
     wanted = [(1, args.n, 1)] * (args.n > 0) + [(args.p, args.prompts, args.p)] * (args.p > 0)
     found = []
     with Model.open(args.model, threads=args.t, ctx=args.d + max(args.n, args.p) + 64, draft="off") as model:
-        with model.session() as session:
-            profiler = Profiler(model, session, args.d)
-            for n, n_passes, n_ids in wanted:
-                found.append(profile(profiler, n, n_passes, n_ids))
-                if not args.json:
-                    print(format_profile(found[-1]), end="\n\n", flush=True)
+        profiler = Profiler(model, args.d)
+        for n, n_passes, n_ids in wanted:
+            found.append(profile(profiler, n, n_passes, n_ids))
+            if not args.json:
+                print(format_profile(found[-1]), end="\n\n", flush=True)
+        profiler.close()
     if args.json:
         print(json.dumps(found))
 

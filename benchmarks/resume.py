@@ -1,4 +1,4 @@
-"""What it takes to compute a row, to keep its KV cache on disk, and to read it back in a new session.
+"""What it takes to compute a prompt, to keep its KV cache on disk, and to read it back once it is out of memory.
 
     python benchmarks/resume.py MODEL.gguf [-n 8192]
 
@@ -14,11 +14,11 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from m2lite import Model, Sampling
-from m2lite.decode.session import Session
-from m2lite.decode.snapshots import Snapshots
+from m2lite.engine.stats import Stats
 
 
 def main() -> None:
@@ -34,32 +34,29 @@ def main() -> None:
 
 def measure(model: Model, n: int) -> None:
     dice = random.Random(1)
-    row = [dice.randrange(model.config.n_vocab // 2) for _ in range(n)]
-    snapshots = Snapshots(model)
-    with model.session() as session:
-        session.set_tokens(row)
-        computed, seconds = answer(session)
-        print(f"computed in {seconds:.1f} s")
-        began = time.perf_counter()
-        n_bytes = snapshots.save(session) * snapshots.store.page_bytes
-        print(f"kept {n_bytes / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s")
+    prompt = [dice.randrange(model.config.n_vocab // 2) for _ in range(n)]
+    model.use_disk(1 << 40)
+    computed, stats = answer(model, prompt)
+    print(f"computed in {stats.prompt_s:.1f} s")
+    began = time.perf_counter()
+    n_bytes = model.loop.save(prompt) * model.runner.pool.page_bytes
+    print(f"kept {n_bytes / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s")
     os.sync()
     with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("1")
-    with model.session() as session:
-        session.set_tokens(row)
-        began = time.perf_counter()
-        n_read = snapshots.restore(session)
-        print(f"{n_read:,} of {n:,} tokens read in {time.perf_counter() - began:.2f} s")
-        read, seconds = answer(session)
-        print(f"the rest computed in {seconds:.1f} s; the same tokens: {read == computed}")
-
-
-def answer(session: Session) -> tuple[list[int], float]:
-    """Four tokens behind the row, and the seconds that they took."""
+    model.loop.forget()
     began = time.perf_counter()
-    tokens = list(session.generate((), max_tokens=4, sampling=Sampling(seed=1), ignore_stop=True))
-    return tokens, time.perf_counter() - began
+    read, stats = answer(model, prompt)
+    seconds, rest = time.perf_counter() - began, stats.prompt_s + stats.decode_s
+    print(f"{stats.n_reused:,} of {n:,} tokens read in {seconds - rest:.2f} s")
+    print(f"the rest computed in {rest:.1f} s; the same tokens: {read == computed}")
+
+
+def answer(model: Model, prompt: Sequence[int]) -> tuple[list[int], Stats]:
+    """Four tokens behind the prompt."""
+    with model.session() as session:
+        tokens = list(session.generate(prompt, max_tokens=4, sampling=Sampling(seed=1), ignore_stop=True))
+        return tokens, session.stats
 
 
 if __name__ == "__main__":

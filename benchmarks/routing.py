@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import numpy.typing as npt
 
 from m2lite import Model
 from m2lite.bench import random_ids
-from m2lite.decode.compute import compute_thread
+from m2lite.engine.thread import compute_thread
 from m2lite.errors import M2liteError
+from m2lite.model.observer import Observer
 from m2lite.storage.ledger import Ledger
 
 Trace = npt.NDArray[np.int32]  # [n_tokens, n_layers, n_used]
@@ -34,36 +36,32 @@ WARM_SHARE = 0.2
 CHUNK = 256
 
 
+class Recorder(Observer):
+    """Keeps the experts of the rows of each layer."""
+
+    def __init__(self) -> None:
+        self.found: list[npt.NDArray[np.int32]] = []
+
+    def chosen(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+        self.found.append(ids.copy())
+
+
 def record(model: Model, tokens: Sequence[int]) -> Trace:
     """The experts of every token, from one pass in chunks: they do not depend on how the text is cut."""
-    buffers, c = model.engine.buffers, model.config
-    steps, choose = buffers.kernels.steps, buffers.kernels.steps.choose
-    found: list[Trace] = []
+    windows = [tokens[at : at + model.ctx] for at in range(0, len(tokens), model.ctx)]  # a longer text begins anew
+    return np.concatenate([compute_thread().run(partial(_record_window, model, window)) for window in windows])
 
-    def watched(team: Any, layer: Any, scratch: Any, n: int) -> Any:
-        result = choose(team, layer, scratch, n)
-        found.append(buffers.array("ids")[:n].copy())
-        return result
 
-    trace = np.empty((len(tokens), c.n_layers, c.n_experts_used), np.int32)
-    steps.choose = watched
+def _record_window(model: Model, tokens: Sequence[int]) -> Trace:
+    timeline, found = model.runner.pool.timeline(), list[Trace]()
     try:
-        step = min(CHUNK, model.ctx)
-        for window in range(0, len(tokens), model.ctx):  # a longer text begins anew
-            with model.session() as session:
-                inside = tokens[window : window + model.ctx]
-                for at in range(0, len(inside), step):
-                    chunk = inside[at : at + step]
-                    found.clear()
-                    start = session.n_cached
-                    engine, timeline = model.engine, session._timeline
-                    compute_thread().run(lambda c=chunk, s=start, t=timeline, e=engine: e.evaluate(t, s, c, "all"))
-                    session.tokens += chunk
-                    session.n_cached += len(chunk)
-                    trace[window + at : window + at + len(chunk)] = np.stack(found, axis=1)
+        for at in range(0, len(tokens), CHUNK):
+            recorder = Recorder()
+            model.runner.evaluate(timeline, at, tokens[at : at + CHUNK], observer=recorder)
+            found.append(np.stack(recorder.found, axis=1))
     finally:
-        steps.choose = choose
-    return trace
+        timeline.release()
+    return np.concatenate(found)
 
 
 def hit_rate(trace: Trace, n_experts: int, size: float, half_life: float) -> float:

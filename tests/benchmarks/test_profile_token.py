@@ -15,10 +15,12 @@ pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or s
 @pytest.mark.parametrize(("depth", "n_ids"), [(0, 1), (300, 1), (300, 70)])
 def test_a_call_is_taken_apart(opened: Callable[[str], Model], depth: int, n_ids: int) -> None:
     model = opened("random")
-    weights, before = model.weights, model.engine.buffers.kernels
-    with model.session() as session:
-        found = profile(Profiler(model, session, depth), n_ids, 3, n_ids)
-    assert model.engine.buffers.kernels is before
+    weights, before = model.weights, model.runner.kernels
+    profiler = Profiler(model, depth)
+    assert profiler.timeline.length == depth
+    found = profile(profiler, n_ids, 3, n_ids)
+    profiler.close()
+    assert model.runner.kernels is before
     assert (found["what"], found["depth"], found["passes"]) == ("decode" if n_ids == 1 else "prefill", depth, 3)
     lines = {line["name"]: line for line in found["lines"]}
     assert sum(line["ms"] for line in lines.values()) == pytest.approx(found["ms"], rel=0.5)
