@@ -124,7 +124,7 @@ class Point:
         with self.model.session(*setting) as session:
             for _ in session.generate([*self.context, first], **options):
                 pass
-            assert session.stats.n_reused == len(self.context)
+            assert session.stats.n_reused >= len(self.context) - 8  # some again, for the modules
             return session.stats.decode_s / (session.stats.n_generated - 1), session.stats.drafted
 
     def oracle(self, ask: Ask, k: int) -> tuple[int, float]:
