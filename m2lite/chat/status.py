@@ -22,6 +22,9 @@ def describe(conversation: Conversation) -> str:
     disk = model.loop.prefix_cache.disk
     if disk is not None:
         lines.append(f"prompts on disk: {format_bytes(disk.n_written)} written, {format_bytes(disk.n_read)} read")
+    drafted = conversation.answer.stats.drafted
+    if drafted is not None and drafted.n_modules_off:
+        lines.append(f"{drafted.n_modules_off} MTP modules do not draft: the prompt was cached without their K and V")
     if conversation.answer.tokens:
         lines.append("last answer: " + status_line(conversation))
     return "\n".join(lines)
@@ -39,8 +42,6 @@ def status_line(conversation: Conversation) -> str:
         parts.append(f"prompt {stats.prompt_tokens_per_s:,.0f} tok/s ({stats.n_prompt - stats.n_reused} tok)")
     if stats.drafted is not None and stats.drafted.n_proposed:
         parts.append(_drafts(stats))
-    if stats.drafted is not None and stats.drafted.n_modules_off:
-        parts.append(f"{stats.drafted.n_modules_off} MTP modules off: the prompt was cached without them")
     if stats.traffic is not None and stats.traffic.hit_rate is not None:
         traffic = stats.traffic
         parts.append(f"experts {traffic.hit_rate:.0%} in memory, {format_bytes(traffic.read_bytes)} read")

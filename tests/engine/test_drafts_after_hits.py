@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from m2lite import Model
+from m2lite.chat.status import describe
+from m2lite.dialogue.conversation import Conversation
 from m2lite.engine.request import Request
 from m2lite.engine.thread import compute_thread
 from m2lite.kernels import jit
@@ -138,3 +140,19 @@ def test_modules_that_pages_lack_are_said_to_be_off(bundled_model: Path, tiny: M
             model.loop.prefix_cache.disk = None
             drafted = model.submit(request).result().stats.drafted
             assert drafted is not None and drafted.n_modules_off == 0
+
+
+def test_stats_say_which_modules_are_off(bundled_model: Path) -> None:
+    """In a chat whose beginning a process without modules computed."""
+    with Model.open(bundled_model, draft="mtp", ctx=1024) as model:
+        with model.session("off") as session:
+            list(Conversation(session, SYSTEM).ask("Hello", sampling=GREEDY, max_tokens=5))
+        with model.session() as session:
+            conversation = Conversation(session, SYSTEM)
+            list(conversation.ask("Hello", sampling=GREEDY, max_tokens=5))
+            assert "3 MTP modules do not draft: the prompt was cached without their K and V" in describe(conversation)
+        model.loop.forget()
+        with model.session() as session:
+            conversation = Conversation(session, SYSTEM)
+            list(conversation.ask("Hello", sampling=GREEDY, max_tokens=5))
+            assert "do not draft" not in describe(conversation)
