@@ -26,6 +26,7 @@ _FAR_OFF, _OFF = 3.0, 1.5  # times what is expected: more of one call counts as 
 _FOLLOW = 0.1  # of a change in speed, with each call
 _EACH = 16  # rows up to which each number has its own ratio
 _ALIKE = 0.2  # numbers of rows whose logarithms (base 2) differ by less are the same kind of call
+_LEAST_S = 1e-6  # of a call
 _FEW = 8  # times as many rows without drafts as drafts: from there on the drafts' share of experts is not measured
 _CATCH_UP = 16  # rows from which on a module's call is one that catches up
 _MANY = 0.2  # expected: what a row costs among many, of what it does alone
@@ -151,7 +152,7 @@ class CallCost:
         """A module's call of n_rows, n_heads of which drafted."""
         if not self.level:
             return
-        cost = seconds / self.level
+        cost = max(seconds, _LEAST_S) / self.level
         if n_rows >= _CATCH_UP * max(n_heads, 1):
             self._catch_up.add(min(cost / n_rows, _OFF * self._catch_up.value))
             return
@@ -252,6 +253,10 @@ class CallCost:
 
     def estimates(self) -> list[Estimate]:
         return [self._draft_ratio, self._catch_up, self._sharing, self._drafts_sharing]
+
+    def divisors(self, estimates: Sequence[Sequence[float]]) -> list[float]:
+        """The values of such `estimates` that are divided by."""
+        return [value for value, _ in estimates[:3]]
 
     def kinds(self) -> list[list[float]]:
         """[rows, cost, measurements, experts gone through] of each kind."""

@@ -20,6 +20,7 @@ PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is ex
 PROBE_AFTER = 64  # calls for which something was not tried, at least
 PLAIN_AFTER = 256  # calls without one in which no module was at work, at most
 TRIAL, TRIAL_COLD = 6, 2  # calls of a trial; of these not measured: what was not used before is not in the caches
+_LEAST = 1e-6  # of an estimate that is divided by
 _MARGIN = 0.01  # of a call: what drafts must promise at least, since what looks best among estimates rarely is as good
 _WELL_KNOWN = 16  # calls with so many modules at work; what has had fewer is tried sooner
 _EXPECTED = 4  # such calls, for which what is expected counts
@@ -221,7 +222,7 @@ class Planner:
         mine = (*self.cost.estimates(), *self.chances.estimates())
         estimates = _table(kept.get("estimates"), len(mine), [(0, 1e4), (0, 1e9)])
         n_costs = len(self.cost.estimates())
-        if any(value > 1 for value, _ in estimates[n_costs:]):
+        if any(value > 1 for value, _ in estimates[n_costs:]) or min(self.cost.divisors(estimates)) < _LEAST:
             raise ValueError
         kinds = _table(kept.get("kinds"), None, [(1, 4096), (1e-3, 1e3), (1, 1e9), (0, 1e6)])
         ((n_tokens, n_answers),) = _table([kept.get("answers")], 1, [(0, 1e9), (1, 1e9)])

@@ -58,6 +58,7 @@ def drafts_of(model: Model, requests: Sequence[Request], meanwhile: Callable[[An
 
 
 @pytest.mark.parametrize("n_drafts", [1, 3])
+@pytest.mark.slow
 def test_drafts_are_as_often_right_after_a_hit(bundled_model: Path, tiny: Model, n_drafts: int) -> None:
     """From memory and from the disk exactly as after computing, and nearly so after preemption, which parts steps."""
     requests = requests_of(tiny, 100, SYSTEM)
