@@ -115,6 +115,7 @@ class CallCost:
 
     def saw(self, n_rows: int, n_drafts: int, n_expert_reads: int, seconds: float) -> None:
         """A call of n_rows, drafts among them, went through so many experts, of all layers, and took so long."""
+        seconds = max(seconds, _LEAST_S)
         if n_rows > 1:
             self._saw_reads(n_rows, n_drafts, n_expert_reads)
         key = _key(n_rows)

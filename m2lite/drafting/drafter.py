@@ -31,7 +31,6 @@ from m2lite.model.weights import Weights
 from m2lite.sampling.draw import Sampling
 
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
-_LEAST_S = 1e-6  # of a call
 _SAMPLE, _NEW = 4, 8  # one in so many calls without drafts is measured, but for the first ones of a process
 _COLD = 2  # calls that are not measured: they find cold caches
 _LOOK = 64  # calls between two looks at how much memory the states take
@@ -93,15 +92,19 @@ class Drafter:
             followed.keep(0, 0, self.modules.trunk_states(n_rows)[:n_rows])
             self.modules.run(0, [Todo(followed, timeline, 0, [0] * n_rows, (Sampling(0.0, seed=0), 0))])
 
-    def open(self, mode: str | None = None, n_tokens: int | None = None) -> SequenceDrafts | None:
-        """For one sequence, by default as the model was opened; None where nothing drafts. UsageError as check_draft,
-        and for modules that were not opened."""
+    def check(self, mode: str | None, n_tokens: int | None) -> tuple[str, int | None]:
+        """The two, by default as the model was opened. UsageError as check_draft, and for modules that are not open."""
         mode, n_tokens = mode or self._mode, n_tokens or self._n_tokens
         check_draft(mode, n_tokens)
-        if mode == "off":
-            return None
         if mode == "mtp" and self.modules is None:
             raise UsageError("The model was opened without prediction modules.", "Open it with draft='mtp'.")
+        return mode, n_tokens
+
+    def open(self, mode: str | None = None, n_tokens: int | None = None) -> SequenceDrafts | None:
+        """For one sequence; None where nothing drafts. UsageError as `check`."""
+        mode, n_tokens = self.check(mode, n_tokens)
+        if mode == "off":
+            return None
         followed = None if self.modules is None or mode == "ngram" else self.modules.new(n_tokens or MOST_DRAFTS)
         lookup = None if mode == "mtp" else PromptLookup(self._buffers.n_positions + 1)
         own = SequenceDrafts(mode, n_tokens or MOST_DRAFTS, lookup, followed)
@@ -269,8 +272,7 @@ class Drafter:
             if planner.measures and not self._is_mapping():
                 self._n_measured += 1
                 if self._n_measured > _COLD:
-                    seconds = max(call.seconds - waited, _LEAST_S)
-                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, seconds)
+                    self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, call.seconds - waited)
         planner.saw_call(self._n_levels, call.n_drafts)
 
     def _learn(self, part: Computed) -> int:

@@ -73,10 +73,10 @@ class KVDisk:
         """(whether `into` holds the page, whether that includes the K and V of the modules in use)."""
         if not kv_dir().is_dir():
             return False, False
-        name = self.name(key)
-        info, n_bytes = self.store.info(name), self.store.read(name, into)
-        if n_bytes is None or n_bytes < self.trunk_bytes:
+        found = self.store.read(self.name(key), into)
+        if found is None or found[0] < self.trunk_bytes:
             return False, False
+        n_bytes, info = found
         self.n_read += n_bytes
         has_drafts = info == self._modules and n_bytes == self.page_bytes
         if not has_drafts:

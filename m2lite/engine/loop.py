@@ -23,7 +23,7 @@ from m2lite.engine.prefix_cache import PrefixCache, page_keys
 from m2lite.engine.request import Request
 from m2lite.engine.runner import ModelRunner, Stop, ask
 from m2lite.engine.scheduler import Counts, Scheduler
-from m2lite.engine.sequence import Finished, Prompt, Sequence, Slice
+from m2lite.engine.sequence import Prompt, Sequence, Slice
 from m2lite.engine.thread import Abandoned, Stopped, compute_thread, is_forked
 from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
 from m2lite.sampling.draw import Logits
@@ -100,10 +100,14 @@ class Loop:
                 disk.trim(keys)
         return n_written
 
-    def submit(self, request: Request) -> Handle:
-        """Raises UsageError or ContextError for a request that can never be answered."""
+    def check_open(self) -> None:
+        """Raises UsageError once the model was closed."""
         if self.is_closed:
             raise UsageError("The model is closed.", "Open it again.")
+
+    def submit(self, request: Request) -> Handle:
+        """Raises UsageError or ContextError for a request that can never be answered."""
+        self.check_open()
         compute_thread()  # for its error in a forked process
         request.check(self._runner.pool.config.n_vocab)
         limit = min(self.n_positions, self._runner.pool.n_positions)
@@ -111,9 +115,7 @@ class Loop:
         sequence = Sequence(request, Answer(request, self._tokenizer, self._masks, limit))
         sequence.drafts = self._drafter.open(request.draft, request.draft_tokens)
         if sequence.answer.is_finished:
-            sequence.deliver()
-            sequence.is_over = True
-            sequence.events.append(Finished(sequence.answer.completion, sequence.answer.last_pieces))
+            sequence.end()
         else:
             self._inbox.append(sequence)
         return Handle(self, sequence)
@@ -264,12 +266,11 @@ class Loop:
     def _commit(self, slice: Slice, logits: Logits) -> bool:
         """The sequence goes on with what its logits say, right drafts included. Whether there is something to see."""
         sequence, counts, start, end = slice.sequence, self.counts, slice.start, slice.end
-        answer, timeline, n_accepted = sequence.answer, sequence.timeline, 0
-        assert timeline is not None
+        answer, timeline, n_accepted = sequence.answer, slice.timeline, 0
         n_prompt, n_drawn = len(sequence.request.prompt), len(answer.completion.tokens)
         counts.n_recomputed += max(0, min(end, sequence.n_counted) - start)
         counts.n_prompt += max(0, min(end, n_prompt) - max(start, sequence.n_counted))
-        drafts = slice.ids[len(slice.ids) - slice.n_drafts :]
+        drafts = slice.drafts
         try:
             for row in logits:
                 at = len(answer.ids)
@@ -289,7 +290,7 @@ class Loop:
         counts.n_rows += end - start + n_accepted
         sequence.n_counted = max(sequence.n_counted, end + n_accepted)
         sequence.n_accepted = n_accepted
-        if len(slice.ids) - slice.n_drafts > 1:
+        if slice.n_own > 1:
             total = len(sequence.request.prompt) + len(sequence.request.given)
             stats = answer.completion.stats
             sequence.events.append(Prompt(min(end, total), total, stats.n_reused))
@@ -316,13 +317,11 @@ class Loop:
         """The drafter hears what became of its drafts, and what the call cost."""
         parts, at, n_drafts, is_measure = list[Computed](), 0, 0, True
         for slice, _ in computed:
-            sequence, n_own = slice.sequence, len(slice.ids) - slice.n_drafts
-            if sequence.drafts is not None:
+            sequence, own, n_own = slice.sequence, slice.sequence.drafts, slice.n_own
+            if own is not None:
                 n_right = sequence.n_accepted
-                parts.append(Computed(
-                    sequence.drafts, slice.timeline, at, slice.start, n_own + n_right, sequence.ids, slice.ids[n_own:],
-                    n_right,
-                ))  # fmt: skip
+                ids, n_rows = sequence.ids, n_own + n_right
+                parts.append(Computed(own, slice.timeline, at, slice.start, n_rows, ids, slice.drafts, n_right))
             at, n_drafts, is_measure = at + len(slice.ids), n_drafts + slice.n_drafts, is_measure and n_own == 1
         if parts:
             self._drafter.computed(parts, Call(at, n_drafts, self._runner.n_expert_reads, seconds, is_measure))
@@ -338,13 +337,7 @@ class Loop:
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
         """The sequence leaves, finished, cancelled or with an error."""
         self.scheduler.remove(sequence)
-        sequence.error = error
-        if error is None and not sequence.answer.is_finished:
-            sequence.answer.end("interrupted")
-        sequence.deliver()
-        if error is None and sequence.answer.is_finished:
-            sequence.events.append(Finished(sequence.answer.completion, sequence.answer.last_pieces))
-        sequence.drafts, sequence.is_over = None, True
+        sequence.end(error)
         self.counts.n_running = len(self.scheduler.running)
 
     def _take_inbox(self) -> None:

@@ -180,7 +180,7 @@ class Engine:
         return compute_thread().run(partial(self._logits, list(tokens), start))
 
     def _logits(self, tokens: list[int], start: int) -> npt.NDArray[np.float32]:
-        self.check_open()  # here: nobody closes it meanwhile
+        self.loop.check_open()  # here: nobody closes it meanwhile
         if not 0 <= start < len(tokens):
             raise UsageError(f"Logits of {len(tokens):,} tokens from {start:,} on cannot be had.", "Change the range.")
         out = np.empty((len(tokens) - start, self.config.n_vocab), np.float32)
@@ -194,11 +194,6 @@ class Engine:
         finally:
             timeline.release()
         return out
-
-    def check_open(self) -> None:
-        """Raises UsageError once the model was closed."""
-        if self.loop.is_closed:
-            raise UsageError("The model is closed.", "Open it again.")
 
     def use_disk(self, budget_bytes: int | None = None) -> None:
         """Prompts that were computed once and saved are read from the cache directory; see `Loop.save`.

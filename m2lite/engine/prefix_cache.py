@@ -95,8 +95,7 @@ class PrefixCache:
 
     def length(self, ids: Sequence[int]) -> int:
         """How many of `ids` are here, from the first on."""
-        path, n_rest = self._find(ids, page_keys(ids), len(ids))
-        return max(0, len(path) - (n_rest > 0)) * PAGE + n_rest
+        return self._find(ids, page_keys(ids), len(ids))[1]
 
     def fork(self, ids: Sequence[int], n_most: int, keys: Sequence[bytes] | None = None) -> tuple[Timeline, int]:
         """A timeline that holds as much of `ids` as is here or on disk, up to n_most positions.
@@ -107,18 +106,18 @@ class PrefixCache:
         keys = page_keys(ids) if keys is None else keys
         if self.disk is not None:
             self._load(ids, keys[: n_most // PAGE])
-        path, n_rest = self._find(ids, keys, n_most)
+        path, n = self._find(ids, keys, n_most)
         timeline = self._pool.timeline()
         for each in path:
             timeline.share(each.page)
-        timeline.length = max(0, len(path) - (n_rest > 0)) * PAGE + n_rest
-        self._use(path, is_part=n_rest > 0)
+        timeline.length = n
+        self._use(path, is_part=n % PAGE > 0)
         n_whole = next((n for n, each in enumerate(path) if each.n_followed < PAGE), len(path))
         n_followed = n_whole * PAGE + (path[n_whole].n_followed if n_whole < len(path) else 0)
         return timeline, min(n_followed, timeline.length)
 
     def _find(self, ids: Sequence[int], keys: Sequence[bytes], n_most: int) -> tuple[list[CachedPage], int]:
-        """The pages that `ids` begin with, up to n_most positions; how many of the last count, 0 if all of it does."""
+        """The pages that `ids` begin with, up to n_most positions, and how many of their positions count."""
         path = [self._whole[key] for key in keys[: min(self.depth(keys), n_most // PAGE)]]
         start = len(path) * PAGE
         siblings, rest = path[-1].children if path else self._first, tuple(ids[start : min(start + PAGE, n_most)])
@@ -126,7 +125,7 @@ class PrefixCache:
         n_rest = 0 if best is None else n_common(best.ids, rest)
         if best is not None and n_rest:
             path.append(best)
-        return path, n_rest
+        return path, start + n_rest
 
     def _load(self, ids: Sequence[int], keys: Sequence[bytes]) -> None:
         """Pages that are on disk and not here, as long as there is room."""

@@ -98,6 +98,16 @@ class Sequence:
         self.events += self.answer.new
         self.answer.new.clear()
 
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing more happens: it is finished, cancelled or has failed."""
+        self.error = error
+        if error is None and not self.answer.is_finished:
+            self.answer.end("interrupted")
+        self.deliver()
+        if error is None and self.answer.is_finished:
+            self.events.append(Finished(self.answer.completion, self.answer.last_pieces))
+        self.drafts, self.is_over = None, True
+
 
 class Slice(NamedTuple):
     """What a sequence adds to a call: `ids` stand behind its timeline, and the last of them are drafts."""
@@ -114,6 +124,15 @@ class Slice(NamedTuple):
         return self.sequence.timeline
 
     @property
+    def n_own(self) -> int:
+        """Tokens that are no drafts."""
+        return len(self.ids) - self.n_drafts
+
+    @property
+    def drafts(self) -> Ids[int]:
+        return self.ids[self.n_own :]
+
+    @property
     def n_outputs(self) -> int:
         """Rows, the last ones, that a token is drawn from."""
         return self.is_end + self.n_drafts
@@ -121,7 +140,7 @@ class Slice(NamedTuple):
     @property
     def end(self) -> int:
         """The position behind what is no draft."""
-        return self.start + len(self.ids) - self.n_drafts
+        return self.start + self.n_own
 
     @property
     def n_most_drafts(self) -> int:

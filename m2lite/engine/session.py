@@ -32,7 +32,7 @@ class Session:
 
     def __init__(self, model: Engine, draft: str | None = None, draft_tokens: int | None = None) -> None:
         """`draft`, `draft_tokens`: as `Model.open` has them, by default as the model was opened."""
-        model.runner.drafter.open(draft, draft_tokens)  # for its errors
+        model.runner.drafter.check(draft, draft_tokens)
         self.model, self.draft, self.draft_tokens = model, draft, draft_tokens
         self.tokens: list[int] = []
         self.stats = Stats()

@@ -52,8 +52,8 @@ class PageStore:
         is_header = len(header) == _HEADER.size and header.startswith(_MAGIC)
         return bytes(_HEADER.unpack(header)[2]) if is_header else None
 
-    def read(self, key: str, into: memoryview) -> int | None:
-        """Fill `into` with the page, which may be shorter; its bytes.
+    def read(self, key: str, into: memoryview) -> tuple[int, bytes] | None:
+        """Fill `into` with the page, which may be shorter: its bytes, and what its writer said of it.
 
         None, and anything in `into`, where it is not there as it was written.
         """
@@ -79,7 +79,7 @@ class PageStore:
             with contextlib.suppress(OSError):
                 os.utime(fd)  # used now
             advise(fd, 0, 0, "DONTNEED")
-            return n_bytes
+            return n_bytes, bytes(info)
         except OSError:
             return None
         finally:

@@ -24,16 +24,12 @@ from m2lite.model.cache import PAGE
 from m2lite.storage import durable
 from m2lite.storage.pages import PageStore
 from tests.children import PATIENCE_S
-from tests.engine.asked import GREEDY, QUESTIONS, SYSTEM, chat_ids
+from tests.engine.asked import GREEDY, IDS, QUESTIONS, SYSTEM, chat_ids
 
 Opened = Callable[[str], Model]
-IDS = [(7 * i * i + 3 * i) % 250 for i in range(5 * PAGE + 10)]
 
 
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +265,11 @@ for step in range(400):
     if step % 3 == 0:
         store.trim()
     other = chooser.randrange(30)
-    n = store.read(f"k{other}", into)
-    if n is not None:
+    found = store.read(f"k{other}", into)
+    if found is not None:
         n_read += 1
+        n, info = found
+        assert info == bytes([other]) * 16
         assert into[:n] == hashlib.sha256(str(other).encode()).digest() * (20 + other)
     assert store.info(f"k{other}") in (None, bytes([other]) * 16)
 sys.stdout.write(str(n_read))
@@ -310,4 +308,4 @@ def test_a_page_that_is_trimmed_before_it_has_its_lock(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(durable.fsops, "open", open_and_lose)
     assert store.write("k", memoryview(b"x" * 100)) and len(opened) == 2
-    assert store.read("k", memoryview(bytearray(100))) == 100
+    assert store.read("k", memoryview(bytearray(100))) == (100, bytes(16))

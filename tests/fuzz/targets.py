@@ -251,9 +251,10 @@ def fuzz_page(data: bytes) -> None:
 
     store, into = PageStore(folder(), 1 << 20), memoryview(bytearray(64))
     put("key.page", data)
-    info, n_bytes = store.info("key"), store.read("key", into)
-    if n_bytes is not None:
-        assert data[24:40] == info and data[40:] == into[:n_bytes]
+    info, found = store.info("key"), store.read("key", into)
+    if found is not None:
+        n_bytes, read_info = found
+        assert data[24:40] == info == read_info and data[40:] == into[:n_bytes]
 
 
 @target
