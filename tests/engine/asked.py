@@ -16,6 +16,7 @@ from m2lite.text.template import encode_chat
 
 CTX = 256  # positions of a sequence
 GREEDY = Sampling(0, seed=0)
+IDS = [(7 * i * i + 3 * i) % 250 for i in range(5 * PAGE + 10)]  # of five whole pages and a part
 STORY = "A fox and a bear went to the sea, and there they met a king who had lost his golden ring. "
 SYSTEM = "Answer as if you were talking to a child of six years. " * 12
 QUESTIONS = [

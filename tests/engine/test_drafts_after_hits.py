@@ -14,15 +14,10 @@ from m2lite.chat.status import describe
 from m2lite.dialogue.conversation import Conversation
 from m2lite.engine.request import Request
 from m2lite.engine.thread import compute_thread
-from m2lite.kernels import jit
 from m2lite.model.cache import PAGE
 from tests.engine.asked import GREEDY, SYSTEM, requests_of
 
-
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert jit.CACHE_DIR  # compiled kernels stay where they are
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 @pytest.fixture(scope="module")

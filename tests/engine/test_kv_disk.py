@@ -16,15 +16,12 @@ from m2lite.engine.prefix_cache import page_keys
 from m2lite.engine.thread import compute_thread
 from m2lite.model.cache import PAGE
 from m2lite.storage.pages import PageStore
+from tests.engine.asked import IDS
 
 Opened = Callable[[str], Model]
-IDS = [(7 * i * i + 3 * i) % 250 for i in range(5 * PAGE + 10)]
 
 
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def answer(model: Model, ids: list[int], n: int = 8) -> tuple[list[int], int]:
