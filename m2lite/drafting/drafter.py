@@ -33,6 +33,7 @@ from m2lite.sampling.draw import Sampling
 _MOST_KEPT = 128 << 20  # bytes of states that modules have not used, of all sequences
 _SAMPLE, _NEW = 4, 8  # one in so many calls without drafts is measured, but for the first ones of a process
 _COLD = 2  # calls that are not measured: they find cold caches
+_MOST_REST, _REST_SHARE = 16, 4  # calls for which nobody looks for drafts, at most, and of those since a match
 _LOOK = 64  # calls between two looks at how much memory the states take
 _AT_ONCE = 8  # rows of a part from which on its states are not kept for later where modules draft
 
@@ -65,7 +66,7 @@ class Drafter:
         self._missing = None if stream is None else MissingExperts(stream, n_layers, self.cost)
         self._kept: Path | None = None
         self._n_levels, self._learns = 0, False  # of the call under way: modules that drafted; whether all are auto
-        self._n_measured = 0
+        self._n_measured = self._n_rested = self._next_look = 0  # calls; that sequences rested in, not yet counted
         self.mapping: Callable[[], bool] | None = None  # whether the model's pages are still being mapped
         self.oracle: Oracle | None = None  # set by measurements only
         load_kernels()
@@ -129,6 +130,9 @@ class Drafter:
             missing.begin()
             planner.missing = missing.cost
         if not matches and not planner.depth and n_auto == len(asks):  # as nearly always where nothing pays
+            if len(asks) == n_rows == 1 and missing is None:
+                own = asks[0].own
+                own.rest = min(own.n_unmatched // _REST_SHARE, _MOST_REST)
             return [[] for _ in asks]
         for ask in matches:
             n_wanted += self._look_up(ask, n_rows)
@@ -153,7 +157,10 @@ class Drafter:
     def _begin(self, ask: Ask) -> bool:
         """The sequence takes part, and its lookup knows all of its ids; whether their end stood before."""
         own, _, ids, *_ = ask
-        lookup = own.lookup
+        lookup, own.n_unmatched, own.rest = own.lookup, own.n_unmatched + 1, 0
+        if own.n_rested:
+            self.chances.saw_tokens(own.n_rested, is_first=False)
+            self._n_rested, own.n_rested = self._n_rested + own.n_rested, 0
         if own.is_asked and own.module_state is not None:  # the last call was stopped
             own.module_state.forget_drafts()
         own.is_asked = True
@@ -165,6 +172,8 @@ class Drafter:
             for length in lookup.push(ids[n:]):
                 if own.is_auto:
                     self.chances.saw_match(length)
+        if lookup.length:
+            own.n_unmatched = 0
         return lookup.length > 0
 
     def _plan(self, followed: Sequence[ModuleState], n_auto: int) -> None:
@@ -242,6 +251,15 @@ class Drafter:
         paying = self._planner.choose(chances, n_rows + n_fixed, n_free - n_fixed)
         return [own.wanted[: a + b] for own, a, b in zip(owns, counts, paying, strict=True)]
 
+    def rested(self, own: SequenceDrafts, start: int, n_new: int) -> None:
+        """Instead of `propose` and `computed`, where a call has one row and its sequence `rests`."""
+        own.rest -= 1
+        own.n_rested += 1
+        own.stats.n_steps += 1
+        own.stats.n_tokens += n_new
+        if own.module_state is not None and self.modules is not None:
+            own.module_state.keep(start, start + 1, self.modules.trunk_states(1)[:1])
+
     def computed(self, parts: Sequence[Computed], call: Call) -> None:
         """A call was computed, its tokens were drawn; the buffers still hold its rows, and timelines their pages."""
         states, n_read = None, 0
@@ -259,7 +277,8 @@ class Drafter:
         if self._learns:
             self._learn_cost(call)
             self._learns = False
-        if states is not None and (n_read or not self._planner.n_calls % _LOOK):
+        if states is not None and (n_read or self._planner.n_calls >= self._next_look):
+            self._next_look = self._planner.n_calls + _LOOK
             self._bound(parts)
 
     def _learn_cost(self, call: Call) -> None:
@@ -273,7 +292,8 @@ class Drafter:
                 self._n_measured += 1
                 if self._n_measured > _COLD:
                     self.cost.saw(call.n_rows, call.n_drafts, call.n_expert_reads, call.seconds - waited)
-        planner.saw_call(self._n_levels, call.n_drafts)
+        planner.saw_call(self._n_levels, call.n_drafts, self._n_rested)
+        self._n_rested = 0
 
     def _learn(self, part: Computed) -> int:
         """What became of the sequence's drafts; how many of its rows the modules have seen as they stand."""

@@ -59,9 +59,9 @@ class Planner:
         """Whether what is seen now is what it will cost later."""
         return self.n_calls >= self._measure_from
 
-    def saw_call(self, n_levels: int, n_drafts: int) -> None:
-        """One more, in which so many modules drafted, and so many drafts were verified."""
-        n = self.n_calls = self.n_calls + 1
+    def saw_call(self, n_levels: int, n_drafts: int, n_before: int = 0) -> None:
+        """One more, in which so many modules drafted, and so many drafts were verified; n_before it without any."""
+        n = self.n_calls = self.n_calls + n_before + 1
         self.n_drafts += n_drafts
         self._tried[n_levels] = n
         if n >= self._measure_from:

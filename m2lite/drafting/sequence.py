@@ -21,6 +21,8 @@ class SequenceDrafts:
         self.is_auto, self.n_most = mode == "auto", n_most  # of a call, at most
         self.lookup, self.module_state = lookup, followed
         self.stats = Drafted()
+        self.rest = 0  # calls for which nobody looks for drafts: nothing matched lately, and modules do not pay
+        self.n_rested = self.n_unmatched = 0  # calls since somebody looked; looks since a match
         # Of the call under way, in which it decodes:
         self.is_asked = False
         self.wanted, self.source = list[int](), ""  # drafts that there are, and where they come from
@@ -38,6 +40,11 @@ class SequenceDrafts:
             self.module_state.begin(n_cached, n_followed)
             self.stats.n_modules_off = len(self.module_state.tops) - self.n_usable
         self.is_asked = False
+
+    @property
+    def rests(self) -> bool:
+        """Whether the next call goes on without a look at drafts, if it is of one row."""
+        return self.rest > 0 and not self.is_asked
 
     @property
     def followed(self) -> list[int]:

@@ -208,6 +208,8 @@ class Loop:
 
     def _with_drafts(self, slices: list[Slice]) -> list[Slice]:
         """The slices, with drafts behind those of decoding sequences."""
+        if len(slices) == 1 and _rests(slices[0]):
+            return slices
         n_rows = sum(len(each.ids) for each in slices)
         n_left, asked, asks = self.n_rows - n_rows, list[int](), list[Ask]()
         for i, each in enumerate(slices):
@@ -315,6 +317,10 @@ class Loop:
 
     def _learn(self, computed: list[tuple[Slice, Logits]], seconds: float) -> None:
         """The drafter hears what became of its drafts, and what the call cost."""
+        if len(computed) == 1 and _rests(slice := computed[0][0]):
+            assert slice.sequence.drafts is not None
+            self._drafter.rested(slice.sequence.drafts, slice.start, len(slice.sequence.ids) > slice.end)
+            return
         parts, at, n_drafts, is_measure = list[Computed](), 0, 0, True
         for slice, _ in computed:
             sequence, own, n_own = slice.sequence, slice.sequence.drafts, slice.n_own
@@ -357,3 +363,9 @@ class Loop:
     def _all(self) -> list[Sequence]:
         scheduler = self.scheduler
         return [*scheduler.running, *scheduler.preempted, *scheduler.waiting]
+
+
+def _rests(slice: Slice) -> bool:
+    """Whether its sequence decodes and goes on without a look at drafts."""
+    own = slice.sequence.drafts
+    return own is not None and own.rests and len(slice.ids) == 1
