@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from m2lite.drafting.sequence import Ask, Call, Computed
 from m2lite.engine.answer import Answer
 from m2lite.engine.context import check_room
 from m2lite.engine.handle import Handle
+from m2lite.engine.pace import MOST_ROWS, Pace
 from m2lite.engine.prefix_cache import PrefixCache, page_keys
 from m2lite.engine.request import Request
 from m2lite.engine.runner import ModelRunner, Stop, ask
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from m2lite.text.tokenizer import Tokenizer
 
 _OF_ALL = BadModelError, ResourceError  # errors that are no sequence's own
+_SHORT = 256  # tokens of a prompt that is computed between the layers of a longer one
 BURST_S = 0.004  # for which one job goes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 
 
@@ -51,6 +53,8 @@ class Loop:
         self.prefix_cache = PrefixCache(runner.pool)
         self.scheduler = Scheduler(runner.pool, self.prefix_cache, n_rows)
         self._inbox, self.is_closed = deque[Sequence](), False
+        self._pace, self._others_from = Pace(), 0.0  # when others may have their turn between two layers
+        self.on_news: Callable[[], None] = lambda: None  # called where a long call let others go on
 
     @property
     def counts(self) -> Counts:
@@ -99,6 +103,14 @@ class Loop:
             if pinned:
                 disk.trim(keys)
         return n_written
+
+    def share_time(self) -> None:
+        """From now on nobody waits for a long prompt, or little: others go on between two of its layers.
+
+        It takes memory, and experts that a prompt and an answer share are gone through twice. Not for a model that
+        comes and goes: each call would sweep its experts.
+        """
+        compute_thread().run(self._runner.make_room_aside)
 
     def check_open(self) -> None:
         """Raises UsageError once the model was closed."""
@@ -180,8 +192,52 @@ class Loop:
     def step(self, stop: Stop | None = None) -> bool:
         """One call of the model, and a token for each sequence whose end it reached; whether there is news to show."""
         picked = self._pick()
+        if self._runner.has_room_aside:
+            long = [each for each in picked if each.n_own > MOST_ROWS]
+            if long:
+                return self._advance_aside(long, stop)
+            picked = self._paced(picked)
         began = time.perf_counter()
         return self._advance(self._with_drafts(picked), began, stop)
+
+    def _advance_aside(self, slices: list[Slice], stop: Stop | None) -> bool:
+        """Chunks of long prompts, which let others go on between their layers."""
+        self.scheduler.in_flight = [each.sequence for each in slices]
+        try:
+            return self._advance(slices, time.perf_counter(), stop)
+        finally:
+            self.scheduler.in_flight = []
+
+    def _let_others_go_on(self, stop: Stop | None) -> None:
+        """A step of all but those in flight, to whom the next as much time belongs."""
+        began = time.perf_counter()
+        if began < self._others_from:
+            return
+        in_flight = self.scheduler.in_flight
+        self._drop_cancelled()
+        slices = self._paced(self._pick(_SHORT))
+        if slices:
+            self.scheduler.in_flight = []  # what is computed now is what has no other call
+            try:
+                self._advance(self._with_drafts(slices), time.perf_counter(), stop)
+            finally:
+                self.scheduler.in_flight = in_flight
+            self.on_news()
+        now = time.perf_counter()
+        self._others_from = 2 * now - began
+
+    def _paced(self, slices: list[Slice]) -> list[Slice]:
+        """The slices, with no more of prompts than what keeps answers waiting for a moment."""
+        n_decoding = sum(each.n_own == 1 for each in slices)
+        n_left, found = self._pace.rows(n_decoding), list[Slice]()
+        if len(slices) == 1 and not self.scheduler.in_flight:
+            return slices
+        for each in slices:
+            n = 1 if each.n_own == 1 else min(each.n_own, n_left)
+            if n:
+                found.append(each if n == each.n_own else each._replace(ids=each.ids[:n], is_end=False))
+            n_left -= n if each.n_own > 1 else 0
+        return found
 
     def _advance(self, slices: list[Slice], began: float, stop: Stop | None) -> bool:
         """Compute, draw and accept; `began`: the time at which drafts were asked for."""
@@ -192,15 +248,18 @@ class Loop:
             return any(news)
         news = [self._commit(slice, logits) for slice, logits in computed]
         self._learn(computed, time.perf_counter() - called)
+        if self._runner.has_room_aside and not self.scheduler.in_flight:
+            n_prompt = sum(each.n_own for each in slices if each.n_own > 1)
+            self._pace.saw(sum(each.n_own == 1 for each in slices), n_prompt, time.perf_counter() - called)
         seconds = time.perf_counter() - began  # what modules take is in it
         for slice, _ in computed:
             self._account(slice, seconds)
             self._conclude(slice.sequence)
         return any(news) or not computed
 
-    def _pick(self) -> list[Slice]:
+    def _pick(self, n_longest: int | None = None) -> list[Slice]:
         n_before = len(self.scheduler.running)
-        slices = self.scheduler.pick()
+        slices = self.scheduler.pick(n_longest)
         self.counts.n_running = len(self.scheduler.running)
         if len(self.scheduler.running) > n_before:
             self._runner.fit()  # our own memory grows with them
@@ -234,16 +293,19 @@ class Loop:
         if not slices:
             return []
 
+        is_aside = bool(self.scheduler.in_flight)
+
         def is_stopped() -> bool:
             if all(each.sequence.is_cancelled for each in slices):
                 raise _Cancelled  # which stops nobody else who drives the loop
+            if is_aside:
+                self._let_others_go_on(stop)
             return stop is not None and stop()
 
         leave = self._drafter.cut_off() if len(slices) == 1 and slices[0].n_drafts else None
         try:
-            logits = self._runner.evaluate_rows(
-                [(each.timeline, each.ids) for each in slices], [each.n_outputs for each in slices], is_stopped, leave
-            )
+            parts, outputs = [(each.timeline, each.ids) for each in slices], [each.n_outputs for each in slices]
+            logits = self._runner.evaluate_rows(parts, outputs, is_stopped, leave, is_aside)
         except (Stopped, Abandoned):
             raise
         except _Cancelled:
@@ -357,7 +419,7 @@ class Loop:
     def _drop_cancelled(self) -> None:
         self._take_inbox()
         for sequence in self._all():
-            if sequence.is_cancelled:
+            if sequence.is_cancelled and sequence not in self.scheduler.in_flight:
                 self._end(sequence)
 
     def _all(self) -> list[Sequence]:

@@ -79,6 +79,7 @@ class ModelRunner:
             self.stream.ledger.warm(np.zeros(len(self.stream.ledger.sizes)))  # those tokens were nobody's
         if options["heat"] and drafting.mode == "auto":
             self.drafter.remember(kept_path(self.weights, self.mtp, self.n_threads, options["load"]))
+        self._aside: Buffers | None = None
         self.fit()
 
     def _stream_weights(self, gguf: GGUFFile, config: Config, options: ModelOptions) -> Residency | None:
@@ -159,14 +160,34 @@ class ModelRunner:
         outputs: Sequence[int],
         stop: Stop | None = None,
         leave: Leave | None = None,
+        is_aside: bool = False,
     ) -> Any:
         """float32 [sum(outputs), vocab] = logits after each part's last tokens, so many as `outputs` says.
 
         The tokens stand behind the part's timeline. As `evaluate`, and counts what it goes through in `n_expert_reads`.
-        With `leave`, of a single part whose logits are all wanted, there may be fewer.
+        With `leave`, of a single part whose logits are all wanted, there may be fewer. One call that `is_aside` has
+        buffers of its own (see `make_room_aside`): `stop` may make other calls.
         """
-        self.buffers.n_expert_reads = 0
-        return self._compute(parts, outputs if leave is None else "all", stop, leave)
+        buffers = self.buffers if not is_aside else self._aside
+        assert buffers is not None
+        buffers.n_expert_reads = 0
+        logits = self._compute(parts, outputs if leave is None else "all", stop, leave, buffers=buffers)
+        if is_aside:
+            n = sum(len(ids) for _, ids in parts)
+            self.buffers.array("x")[:n] = buffers.array("x")[:n]  # where prediction modules find the trunk's states
+            self.buffers.n_expert_reads = buffers.n_expert_reads
+        return logits
+
+    def make_room_aside(self) -> None:
+        """Buffers for calls between whose layers others are made, if the model is in memory. On the compute thread."""
+        if self._aside is None and self.stream is None:
+            from m2lite.model.forward import Buffers
+
+            self._aside = Buffers(self.weights.config, self.buffers.n_rows, n_positions=self.buffers.n_positions)
+
+    @property
+    def has_room_aside(self) -> bool:
+        return self._aside is not None
 
     @property
     def n_expert_reads(self) -> int:
@@ -180,7 +201,10 @@ class ModelRunner:
         stop: Stop | None,
         leave: Leave | None,
         observer: Observer | None = None,
+        buffers: Buffers | None = None,
     ) -> Any:
+        buffers = buffers or self.buffers
+
         def check() -> None:
             compute_thread().check()
             ask(stop)
@@ -189,7 +213,7 @@ class ModelRunner:
             self._jit.start(self.n_threads)
         rows = self.pool.rows(parts)
         try:
-            return self._forward(self.weights, self.pool, self.buffers, rows, outputs, check, leave, observer)
+            return self._forward(self.weights, self.pool, buffers, rows, outputs, check, leave, observer)
         finally:
             self.check_files()  # of one that was cut meanwhile, zeros were seen
 
@@ -217,4 +241,6 @@ class ModelRunner:
 
     def reroute(self, rerouting: Rerouting | None) -> None:
         """Experts are chosen by it from now on, those of prediction modules too."""
-        self.buffers.rerouting = rerouting
+        for buffers in (self.buffers, self._aside):
+            if buffers is not None:
+                buffers.rerouting = rerouting

@@ -48,6 +48,7 @@ class Scheduler:
         self.waiting = deque[Sequence]()
         self.preempted = deque[Sequence]()
         self.running = list[Sequence]()
+        self.in_flight = list[Sequence]()  # of these, in a call that waits for others between its layers
         self.counts = Counts()
         self._beginning = dict[bytes, list[Sequence]]()  # by a page's key, running sequences whose prompts have it
         self._usual = _USUAL
@@ -56,8 +57,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not (self.running or self.waiting or self.preempted)
 
-    def pick(self) -> list[Slice]:
-        """What the next call computes: a token of each decoding sequence, and of prompts what there is room for."""
+    def pick(self, n_longest: int | None = None) -> list[Slice]:
+        """What the next call computes: a token of each decoding sequence, and of prompts what there is room for.
+
+        Of prompts only those of which at most n_longest tokens are missing, where that is given.
+        """
         self._admit()
         for sequence in self.running:
             if sequence.timeline is None:
@@ -68,7 +72,9 @@ class Scheduler:
         slices, n_pages, n_left = list[Slice](), 0, self.n_rows
         for sequence in sorted(self.running, key=lambda s: s.is_prefill):  # decoding ones first, then who came first
             timeline, n = sequence.timeline, min(n_left, sequence.n_todo)
-            if sequence.awaits is not None or timeline is None or n < 1:
+            if sequence.awaits is not None or timeline is None or n < 1 or sequence in self.in_flight:
+                continue
+            if n_longest is not None and sequence.n_todo > n_longest:
                 continue
             n_more = self._reserve(timeline, n, n_pages)
             if n_more is None:
@@ -77,7 +83,7 @@ class Scheduler:
             slices.append(Slice(sequence, at, sequence.ids[at : at + n], n == sequence.n_todo))
             n_left -= n
         if not slices and self.running and self._preempt():
-            return self.pick()
+            return self.pick(n_longest)
         return slices
 
     def remove(self, sequence: Sequence) -> None:
@@ -129,7 +135,10 @@ class Scheduler:
         if len(self.running) == 1:
             self.cache.clear()
             return False
-        sequence = self.running[-1]
+        others = [each for each in self.running if each not in self.in_flight]
+        if self.in_flight and len(others) < 2:
+            return False
+        sequence = others[-1]
         self.publish(sequence)
         self._stop(sequence)
         self.preempted.appendleft(sequence)
@@ -142,7 +151,8 @@ class Scheduler:
         """Whether each decoding sequence can take one more token."""
         n_pages: int | None = 0
         for sequence in self.running:
-            if n_pages is not None and sequence.n_todo == 1 and sequence.timeline is not None:
+            is_decoding = sequence.n_todo == 1 and sequence not in self.in_flight
+            if n_pages is not None and is_decoding and sequence.timeline is not None:
                 n_pages = self._reserve(sequence.timeline, 1, n_pages)
         return n_pages is not None
 

@@ -208,6 +208,7 @@ class Place:
         self.n_positions, self.start, self.layer_bytes = rows.n_positions, rows.start, pool.layer_bytes
         self.tokens, *addresses = rows.addresses()
         cache = (pool.kv == "q8_0", kernels.attend_address(pool.kv), pool.layer_bytes // pool.config.n_kv_heads)
+        self.angles = pool.angles  # which may grow into another place while a call waits for others
         packed = _PLACES.pack(pool.angles_address, *addresses, *cache)
         self.record = np.frombuffer(bytearray(packed), records.PLACES)  # in half the time of filling a record
 
