@@ -248,8 +248,8 @@ def test_decoding_goes_on_while_prompts_are_read(bundled_model: Path, tiny: Mode
     steps = list[list[Slice]]()
 
     class Noting(Scheduler):
-        def pick(self) -> list[Slice]:
-            slices = super().pick()
+        def pick(self, n_longest: int | None = None) -> list[Slice]:
+            slices = super().pick(n_longest)
             decodes = [s for s in self.running if s.timeline is not None and s.n_todo == 1]
             assert {id(s) for s in decodes} <= {id(each.sequence) for each in slices}
             assert sum(len(each.ids) for each in slices) <= self.n_rows
