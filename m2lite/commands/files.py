@@ -237,7 +237,8 @@ def imatrix(
     overwrite: _Overwrite = False,
 ) -> None:
     """Which inputs of each matrix matter on a text: makes 4-bit files better. Names experts that it never reached."""
-    from m2lite.measure import collect_importance, format_importance, read_tokens
+    from m2lite.measure.chunks import read_tokens
+    from m2lite.measure.importance import collect_importance, format_importance
     from m2lite.quant.imatrix import Importance, write_imatrix
     from m2lite.signals import stop_on_signals
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,8 +131,9 @@ def perplexity(
     """How well a model foresees a text, and how far it is from another. Scored as llama-perplexity does it."""
     from contextlib import ExitStack
 
-    from m2lite.measure import format_perplexity, read_tokens
-    from m2lite.measure import perplexity as run_perplexity
+    from m2lite.measure.chunks import read_tokens
+    from m2lite.measure.quality import format_perplexity
+    from m2lite.measure.quality import perplexity as run_perplexity
     from m2lite.signals import stop_on_signals
 
     with ExitStack() as stack:
@@ -147,7 +148,7 @@ def perplexity(
                 progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),
             )  # fmt: skip
         if found is not None and as_json:
-            say_json(found.as_dict())
+            say_json(asdict(found))
         elif found is not None:
             say(*format_perplexity(found).split("\n"))
     if stop():
