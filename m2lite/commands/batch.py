@@ -14,12 +14,11 @@ import typer
 from typer.core import TyperGroup
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, open_model
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
+from m2lite.commands.options import SchemaOption, StopOption, answer_defaults
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, require_stdout, say, say_json
-from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
     from m2lite.api import Model
@@ -92,7 +91,6 @@ def run(
     from m2lite.batch.lines import Input
     from m2lite.batch.progress import check_plot
     from m2lite.batch.results import approve_output
-    from m2lite.dialogue.chat_request import ChatRequest
 
     if on_bad_line not in ("fail", "record"):
         raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
@@ -100,7 +98,7 @@ def run(
         raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
-    settings = replace(settings, model=settings.model if model is None else model)
+    settings = replace(settings, model=settings.model if model is None else model, think="show")  # no option here
     places = places_beside(source, json_schema, models=[settings.model, settings.opening["mtp"]])
     approve_output(places, output)
     if output == "-":
@@ -108,11 +106,7 @@ def run(
     if plot is not None:
         places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
-    schema = None if json_schema is None else read_schema(json_schema)
-    defaults = ChatRequest(
-        [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
-        check_stop_texts(stop_text or []), schema,
-    )  # fmt: skip
+    defaults = answer_defaults(settings, stop_text, json_schema, default_seed=0)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
     with ExitStack() as stack:
         lines = Input(source, defaults)

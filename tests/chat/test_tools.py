@@ -264,8 +264,8 @@ I will look.
 def talk(model: Model, limits: Limits, approve: str, *replies: str, max_rounds: int = 3) -> Chat:
     tools = load_tools(["shell,read_file"], limits)
     chat = Chat(
-        Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve,
-        max_rounds=max_rounds,
+        Conversation(model.session(), None, tools.schemas), {"sampling": Sampling(seed=1)}, tools=tools,
+        approve=approve, max_rounds=max_rounds,
     )  # fmt: skip
     with scripted(model, *replies):
         assert _Talk(chat).handle("What is there?") == 0
@@ -334,7 +334,9 @@ def test_the_same_call_again_and_again(tiny: Model, limits: Limits, capsys: pyte
 def test_a_stopped_round_goes_on(tiny: Model, limits: Limits) -> None:
     (limits.directory / "notes").write_text("two")
     tools = load_tools(["read_file"], limits)
-    chat = Chat(Conversation(tiny.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve="all")
+    chat = Chat(
+        Conversation(tiny.session(), None, tools.schemas), {"sampling": Sampling(seed=1)}, tools=tools, approve="all"
+    )
     with scripted(tiny, *[reading()] * 3, "so\n</think>\n\nTwo."):
         talking = _Talk(chat)
         assert talking.handle("What is there?") == 0
