@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from m2lite import __version__
 from m2lite.batch.lines import Input, Line, line_key, line_stream
@@ -34,47 +35,6 @@ class Shard:
 
     def __contains__(self, line: Line) -> bool:
         return line.key % self.n == self.index - 1
-
-
-class Worker(Protocol):
-    """Who answers lines: this process, or a cluster."""
-
-    facts: dict[str, Any]
-    n_layers: int
-
-    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
-        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Here:
-    """This process."""
-
-    def __init__(self, model: Model, n_inflight: int, kv_disk: int | None = 0) -> None:
-        """`kv_disk`: bytes on disk for prompts that were computed, of all models; None: for what lines share, only."""
-        self._model, self._n_inflight, self._saves_all = model, n_inflight, bool(kv_disk)
-        self.facts, self.n_layers = facts(model), model.config.n_layers
-        if kv_disk != 0:
-            model.use_disk(kv_disk)
-
-    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
-        loop = self._model.loop
-
-        def keep(request: Request) -> None:
-            if self._saves_all:
-                loop.save(request.prompt, stop)
-
-        try:
-            Runner(self._model, self._n_inflight, write, tally, stop).run(lines, show, keep)
-        finally:
-            loop.save_shared(stop)
-            disk = loop.prefix_cache.disk
-            tally.kv_bytes = (0, 0) if disk is None else (disk.n_written, disk.n_read)
-
-    def close(self) -> None:
-        self._model.close()
 
 
 def facts(model: Model) -> dict[str, Any]:
@@ -140,50 +100,58 @@ class Tally:
 
 def count_ended(source: Input, results: Results, shard: Shard) -> tuple[int, int]:
     """How many lines of this input are done and failed already: an output may hold those of others, too."""
-    n_done = n_failed = 0
-    for line in source if len(results.ended) else ():
-        if line in shard:
-            n_done += line.key in results.ended.done
-            n_failed += line.key in results.ended.failed
-    return n_done, n_failed
+    if not results.ended:
+        return 0, 0
+    ends = [results.ended[line.key] for line in source if line in shard and line.key in results.ended]
+    return len(ends) - sum(ends), sum(ends)
 
 
 def lines_left(source: Input, results: Results | None, shard: Shard, limit: int | None) -> Iterator[Line]:
     """What is still to be answered, at most `limit` lines."""
-    n = 0
-    for line in source:
-        if limit is not None and n >= limit:
-            return
-        if line in shard and (results is None or line not in results.ended):
-            n += 1
-            yield line
+    left = (line for line in source if line in shard and (results is None or line.key not in results.ended))
+    return islice(left, limit)
 
 
 class Runner:
-    """Answers lines with a model."""
+    """Answers lines with a model, in this process."""
 
-    def __init__(self, model: Model, n_inflight: int, write: Write, tally: Tally, stop: Stop | None = None) -> None:
-        self._model, self._write, self.tally = model, write, tally
-        self._batch = Batch(model, n_inflight, stop)
-        tally.counts = self._batch.counts
+    def __init__(self, model: Model, n_inflight: int, kv_disk: int | None = 0) -> None:
+        """`kv_disk`: bytes on disk for prompts that were computed, of all models; None: for what lines share, only."""
+        self._model, self._n_inflight, self._saves_all = model, n_inflight, bool(kv_disk)
+        self.facts, self.n_layers = facts(model), model.config.n_layers
         self._requests = dict[str, ChatRequest]()  # of answers under way
+        if kv_disk != 0:
+            model.use_disk(kv_disk)
 
     def run(
         self,
         lines: Iterator[Line | None],
+        write: Write,
+        tally: Tally,
         show: Callable[[Tally], None],
-        keep: Callable[[Request], None] = lambda _: None,
+        stop: Stop | None = None,
     ) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done.
 
-        A line that is None says that there is none just now. `keep` hears of each request that was answered.
+        A line that is None says that there is none just now.
         """
-        self.tally.began = time.monotonic()
-        with closing(self._batch.run(self._submitted(lines), lambda: show(self.tally))) as ends:
-            for end in ends:
-                self._keep(end)
-                keep(end.request)
-                show(self.tally)
+        self._write, self._tally = write, tally
+        batch, loop = Batch(self._model, self._n_inflight, stop), self._model.loop
+        tally.counts, tally.began = batch.counts, time.monotonic()
+        try:
+            with closing(batch.run(self._submitted(lines), lambda: show(tally))) as ends:
+                for end in ends:
+                    self._keep(end)
+                    if self._saves_all:
+                        loop.save(end.request.prompt, stop)
+                    show(tally)
+        finally:
+            loop.save_shared(stop)
+            disk = loop.prefix_cache.disk
+            tally.kv_bytes = (0, 0) if disk is None else (disk.n_written, disk.n_read)
+
+    def close(self) -> None:
+        self._model.close()
 
     def _submitted(self, lines: Iterator[Line | None]) -> Iterator[Request | None]:
         model = self._model
@@ -205,7 +173,7 @@ class Runner:
         custom_id, answer, error, body = end.request.key, end.completion, end.error, None
         request = self._requests.pop(custom_id)
         if answer is not None:
-            self.tally.n_tokens += len(answer.tokens)
+            self._tally.n_tokens += len(answer.tokens)
             try:
                 check_whole(request.schema, answer)
                 line = result_line(custom_id, None, None)
@@ -217,4 +185,4 @@ class Runner:
 
     def _add(self, custom_id: str, body: dict[str, Any] | None, error: M2liteError | None, key: int) -> None:
         self._write(result_line(custom_id, body, error), key)
-        self.tally.add(error is not None)
+        self._tally.add(error is not None)

@@ -22,9 +22,10 @@ from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, r
 
 if TYPE_CHECKING:
     from m2lite.api import Model
+    from m2lite.batch.cluster import Cluster
     from m2lite.batch.lines import Checked, Input, Line
     from m2lite.batch.results import Manifest
-    from m2lite.batch.runner import Shard, Tally, Worker, Write
+    from m2lite.batch.runner import Runner, Shard, Tally, Write
     from m2lite.dialogue.chat_request import ChatRequest
 
 EXIT_SOME_FAILED = 3
@@ -159,11 +160,11 @@ class _Job:
     ray: str | None
     n_actors: int | None
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> Runner | Cluster:
         if self.ray is None:
-            from m2lite.batch.runner import Here
+            from m2lite.batch.runner import Runner
 
-            return Here(self._open(), self.n_inflight, self.settings.kv_disk)
+            return Runner(self._open(), self.n_inflight, self.settings.kv_disk)
         from m2lite.batch.cluster import Cluster
 
         options: dict[str, Any] = {"path": self.settings.model, **self.settings.opening, "sequences": self.n_inflight}
@@ -263,13 +264,12 @@ class _Job:
 
     def estimate(self, lines: Input, output: Path | None) -> None:
         """How much there is to do, and how long that may take."""
-        from m2lite.batch.lines import line_key
-        from m2lite.batch.results import read_ends, read_manifest
+        from m2lite.batch.results import read_manifest, read_results
         from m2lite.text.template import encode_chat
 
         done = set[int]()
         if output is not None and read_manifest(output) is not None:
-            done = {line_key(name) for name, _ in read_ends(output)}
+            done = {found.key for found in read_results(output)}
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
             for line in lines:

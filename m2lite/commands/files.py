@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,7 +172,7 @@ def _show_plan(opened: AbstractContextManager[JobPlan], as_json: bool) -> None:
 
 def _show_made(made: Conversion, as_json: bool) -> None:
     if as_json:
-        say_json(_plain(made))
+        say_json(_plain(asdict(made)))
         return
     if made.resumed_bytes:
         note(f"went on from {format_bytes(made.resumed_bytes)} that an earlier run had done")
@@ -184,10 +183,13 @@ def _show_made(made: Conversion, as_json: bool) -> None:
         say(f"{made.mtp_path}: {format_bytes(made.mtp_size_bytes)}, {made.n_mtp_modules} prediction modules")
 
 
-def _plain(made: Conversion | Report) -> dict[str, Any]:
-    """As JSON has it: paths are text."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(made), default=str))
-    return plain
+def _plain(value: Any) -> Any:
+    """As JSON has it: paths are text, tuples (named ones too) lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 @command("threads")
@@ -253,7 +255,7 @@ def verify(
         )
     answer = _answer_once(settings, path) if run and report.ok and not path.name.startswith("mtp-") else None
     if as_json:
-        say_json(_plain(report) | {"ok": report.ok, "answer": answer})
+        say_json(_plain(asdict(report)) | {"ok": report.ok, "answer": answer})
     else:
         _show_report(report)
         if answer is not None:
