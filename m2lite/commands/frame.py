@@ -176,17 +176,14 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     residency = model.runner.residency
     if residency is not None:
         note(f"streamed: {residency.describe()}")
-    if model.runner.drafting.warning:
-        note(f"warning: {model.runner.drafting.warning}")
-    for warning in model.runner.warnings:
-        note(f"warning: {warning}")
+    warnings = [model.runner.drafting.warning, *model.runner.warnings]
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.opening["load"] != "direct":
-        note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
-    for warning in model.tokenizer.warnings:
+        warnings.append(
+            f"{model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct."
+        )
+    for warning in filter(None, [*warnings, *model.tokenizer.warnings, model.template.warning]):
         note(f"warning: {warning}")
-    if model.template.warning:
-        note(f"warning: {model.template.warning}")
     return model
 
 

@@ -112,10 +112,14 @@ def _print(
     """What was held back."""
     import time
 
+    from m2lite.chat.markdown import first_code_block
     from m2lite.dialogue.chat_request import response_body
 
     if extract:
-        _print_code(answer)
+        code = first_code_block(answer.reply.content)
+        if code is None:
+            raise M2liteError("The answer has no block of code.", "Leave --extract out to see it.")
+        STDOUT.write(code)
     elif as_json and is_request:
         name = f"chatcmpl-{wanted.sampling.seed}"
         say_json(response_body(answer, model.tokenizer, name, model.path.name, int(time.time())))
@@ -123,15 +127,6 @@ def _print(
         say_json(_as_object(model, answer, wanted.sampling.seed))
     elif wanted.schema is not None and not STDOUT.is_terminal and answer.finish_reason == "stop":
         STDOUT.write(f"{answer.reply.content}\n")
-
-
-def _print_code(answer: Completion) -> None:
-    from m2lite.chat.markdown import first_code_block
-
-    code = first_code_block(answer.reply.content)
-    if code is None:
-        raise M2liteError("The answer has no block of code.", "Leave --extract out to see it.")
-    STDOUT.write(code)
 
 
 def _read_request(source: str, defaults: ChatRequest) -> ChatRequest:
