@@ -41,7 +41,6 @@ _ArgumentError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind._
 
 
 def main() -> None:
-    """Entry point of the console script."""
     streams.claim()
     exit_on_terminate()
     code = run(sys.argv[1:])

@@ -107,7 +107,6 @@ def run_bench(
 
 
 def random_ids(model: Engine, n: int, seed: int = 0) -> list[int]:
-    """Any ids of the vocabulary."""
     return [int(i) for i in np.random.default_rng(seed).integers(0, model.config.n_vocab, n)]
 
 
@@ -256,7 +255,6 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """For people; the JSON object holds the same numbers."""
     lines = [f"{shown(result['model'])}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
     lines += [_format_test(test) for test in result["tests"]]

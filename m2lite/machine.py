@@ -113,7 +113,6 @@ def n_usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """As the system calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):

@@ -176,7 +176,6 @@ class Settings:
         return replace(self, opening=cast(ModelOptions, {**self.opening, **options}))
 
     def __getitem__(self, name: str) -> Any:
-        """The value of the option of this name."""
         return self.opening[name] if name in self.opening else getattr(self, name)  # type: ignore[literal-required]
 
 
@@ -192,7 +191,6 @@ OPTIONS = {"model": _OTHERS["model"], **MODEL_OPTIONS, **_OTHERS}
 
 
 def panel(title: str, table: Mapping[str, Option] = OPTIONS) -> tuple[str, ...]:
-    """The names of a panel's options."""
     return tuple(name for name, option in table.items() if option.panel == title)
 
 

@@ -42,8 +42,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a whole input is."""
-
     n_lines: int
     sha256: str
     errors: list[str]  # the first of them, with line numbers
@@ -123,9 +121,6 @@ class Input:
             return Line(number, name, None, f"no JSON ({error}).")
         except UsageError as error:
             return Line(number, name, None, str(error))
-
-    def close(self) -> None:
-        self._text.close()
 
 
 def _name_and_body(value: object, name: str) -> tuple[str, Mapping[str, Any]]:

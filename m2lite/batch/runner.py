@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -106,10 +106,9 @@ def count_ended(source: Input, results: Results, shard: Shard) -> tuple[int, int
     return len(ends) - sum(ends), sum(ends)
 
 
-def lines_left(source: Input, results: Results | None, shard: Shard, limit: int | None) -> Iterator[Line]:
-    """What is still to be answered, at most `limit` lines."""
-    left = (line for line in source if line in shard and (results is None or line.key not in results.ended))
-    return islice(left, limit)
+def lines_left(source: Input, ended: Container[int], shard: Shard, limit: int | None) -> Iterator[Line]:
+    """What is still to be answered, at most `limit` lines; `ended` are the keys of the others."""
+    return islice((line for line in source if line in shard and line.key not in ended), limit)
 
 
 class Runner:

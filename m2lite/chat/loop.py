@@ -129,7 +129,7 @@ class _Talk:
         name = call["function"]["name"]
         if name not in {tool["function"]["name"] for tool in tools.schemas}:
             result = f"error: there is no tool {name}"
-        elif not tools.runs(call):
+        elif name not in tools.here:
             result = ask_line(f"what does {name} return? ", stop) or "error: nobody could run it"
         elif not self._is_approved(stop):
             result = "error: the user did not want this to run"

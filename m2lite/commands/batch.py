@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -109,15 +110,12 @@ def run(
         check_plot(Path(plot))
     defaults = answer_defaults(settings, stop_text, json_schema, default_seed=0)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
-    with ExitStack() as stack:
-        lines = Input(source, defaults)
-        stack.callback(lines.close)
-        checked = _check(lines, on_bad_line)
-        if dry_run:
-            job.estimate(lines, None if output == "-" else Path(output))
-            return
-        code = job.run(lines, checked, output, force=force, retry_failed=retry_failed, plot=plot)
-    raise typer.Exit(code)
+    lines = Input(source, defaults)
+    checked = _check(lines, on_bad_line)
+    if dry_run:
+        job.estimate(lines, None if output == "-" else Path(output))
+        return
+    raise typer.Exit(job.run(lines, checked, output, force=force, retry_failed=retry_failed, plot=plot))
 
 
 def _check(lines: Input, on_bad_line: str) -> Checked:
@@ -193,7 +191,7 @@ class _Job:
             out = STDOUT if self.ray is None else stack.enter_context(others_to_stderr())
             worker = self._worker()
             stack.callback(worker.close)
-            results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
+            results, tally, show = None, Tally(n_total, worker.n_layers), Show()
             if path is not None:
                 results = Results(path, self._manifest(worker.facts, checked, n_total), force, retry_failed)
                 stack.callback(results.close)
@@ -202,7 +200,7 @@ class _Job:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
                 if n_others := len(results.ended) - tally.n_before:
                     note(f"{n_others:,} results in {output} are of lines that {lines.name} does not have")
-            left = lines_left(lines, results, self.shard, self.limit)
+            left = lines_left(lines, {} if results is None else results.ended, self.shard, self.limit)
             left, write = self._in_turn(stack, left, out) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
@@ -221,7 +219,8 @@ class _Job:
             draw_plot(show.points, Path(plot))
         if stop():
             if path is not None:
-                note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {_again()}")
+                again = shlex.join(["m2lite", *sys.argv[1:]])
+                note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {again}")
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
@@ -265,6 +264,7 @@ class _Job:
     def estimate(self, lines: Input, output: Path | None) -> None:
         """How much there is to do, and how long that may take."""
         from m2lite.batch.results import read_manifest, read_results
+        from m2lite.batch.runner import lines_left
         from m2lite.text.template import encode_chat
 
         done = set[int]()
@@ -272,11 +272,9 @@ class _Job:
             done = {found.key for found in read_results(output)}
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
-            for line in lines:
-                if line.request is None or line not in self.shard or line.key in done:
+            for line in lines_left(lines, done, self.shard, self.limit):
+                if line.request is None:
                     continue
-                if self.limit is not None and n >= self.limit:
-                    break
                 row = encode_chat(model.tokenizer, model.template, line.request.messages, line.request.tools)
                 n, n_prompt, n_most = n + 1, n_prompt + len(row), max(n_most, len(row))
                 n_long += len(row) > model.ctx
@@ -305,12 +303,6 @@ def _tell(text: str) -> None:
     """A line while progress is shown."""
     STDERR.rewrite()
     note(text)
-
-
-def _again() -> str:
-    import shlex
-
-    return shlex.join(["m2lite", *sys.argv[1:]])
 
 
 @command()
@@ -351,13 +343,9 @@ def merge(
     from m2lite.sampling.draw import Sampling
 
     places_beside(source, *outputs).approve("--output", target)
-    with ExitStack() as stack:
-        order = None
-        if source is not None:
-            lines = Input(source, ChatRequest([], Sampling(seed=0)))
-            stack.callback(lines.close)
-            order = (line.custom_id for line in lines)
-        n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
+    lines = None if source is None else Input(source, ChatRequest([], Sampling(seed=0)))
+    order = None if lines is None else (line.custom_id for line in lines)
+    n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
     note(f"{n:,} results in {target}, {n_failed:,} of them failed")
     raise typer.Exit(EXIT_SOME_FAILED if n_failed else 0)
 

@@ -208,7 +208,6 @@ def _diverge(path: str, ppl: float, nll: F64, other_nll: F64, kl: F64, is_same: 
 
 
 def format_perplexity(found: Perplexity) -> str:
-    """For people."""
     of = "" if found.n_chunks == found.n_chunks_asked else f" of {found.n_chunks_asked:,}"
     lines = [
         shown(found.model),

@@ -340,15 +340,12 @@ def fuzz_batch(data: bytes) -> None:
 
     for name in ("in.jsonl", "in.txt"):
         lines = Input(str(put(name, data)), ChatRequest([], Sampling(seed=0)))
-        try:
-            checked = lines.check()
-            check_text(checked.errors)
-            for line in lines:
-                check_text(line.custom_id)
-                if line.request is not None:
-                    check_text([line.request.messages, line.request.tools, line.request.schema])
-        finally:
-            lines.close()
+        checked = lines.check()
+        check_text(checked.errors)
+        for line in lines:
+            check_text(line.custom_id)
+            if line.request is not None:
+                check_text([line.request.messages, line.request.tools, line.request.schema])
 
 
 @target
