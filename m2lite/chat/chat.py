@@ -38,10 +38,6 @@ class Chat:
     places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
 
-    def message(self, text: str) -> str:
-        """The user's text behind the files that go with it."""
-        return with_files(text, self.attached)
-
     def open(self, saved: SavedChat) -> None:
         """Go on with a saved chat; a system message that there is now takes the place of its own."""
         if self.saved is not None:
@@ -57,8 +53,10 @@ class Chat:
         conversation, saved = self.conversation, self.saved
         if saved is None or not (conversation.n_turns or saved.saved.messages):
             return
-        is_answered = bool(conversation.messages) and conversation.messages[-1]["role"] == "assistant"
-        saved.save(conversation.messages, saved_answer(conversation.said) if is_answered else None)
+        said, answer = conversation.said, None
+        if conversation.messages and conversation.messages[-1]["role"] == "assistant":
+            answer = {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
+        saved.save(conversation.messages, answer)
 
     def keeper(self) -> Keeper:
         """For the answer that was just asked for."""
@@ -97,11 +95,6 @@ class Keeper:
             self._saved.save_part({kind: text for kind, text in self._new.items() if text})
             self._new = dict.fromkeys(KINDS, "")
             self._at = time.monotonic()
-
-
-def saved_answer(said: Turn) -> dict[str, Any]:
-    """An answer as a saved chat tells it, beside its message."""
-    return {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
 
 
 def said_of(saved: Saved) -> Turn:

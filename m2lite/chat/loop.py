@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
-from m2lite.chat.chat import Begin, Chat
+from m2lite.chat.chat import Begin, Chat, with_files
 from m2lite.chat.commands import ChatEnds, last_exchange, run_command
 from m2lite.chat.keys import kept, without_echo
 from m2lite.chat.lines import ask_line, piped_lines, typed_lines
@@ -67,7 +67,7 @@ class _Talk:
                 tell(found)
                 self._save()
             elif line.strip():
-                text = chat.message(line[1:] if line.startswith("//") else line)
+                text = with_files(line[1:] if line.startswith("//") else line, chat.attached)
                 return self._answer(partial(chat.conversation.ask, text), is_question=True)
         except (ChatEnds, OutputError, ReaderGone):
             raise

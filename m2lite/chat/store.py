@@ -65,15 +65,11 @@ def sessions_dir() -> Path:
     return user_dir("data") / "chats"
 
 
-def check_name(name: str) -> str:
-    """Raises UsageError for what cannot be the name of a file everywhere."""
+def session_path(name: str) -> Path:
+    """UsageError for what cannot be the name of a file everywhere."""
     if not _NAME.fullmatch(name) or name != name.strip() or name.endswith("."):
         raise UsageError(f"{name!r} cannot be the name of a chat.", "Use letters, digits, spaces, and . + - _ within.")
-    return name
-
-
-def session_path(name: str) -> Path:
-    return sessions_dir() / (check_name(name) + _SUFFIX)
+    return sessions_dir() / (name + _SUFFIX)
 
 
 def new_name() -> str:
