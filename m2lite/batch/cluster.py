@@ -280,8 +280,7 @@ class Cluster:
             for each in self._places:
                 each.lines.pop(key, None)
             write(result, key)
-            tally.n_tokens += _n_tokens(result)
-            tally.add(result["error"] is not None)
+            tally.add(result)
 
     def _replace(self, place: _Place, supply: _Supply, why: str) -> None:
         """An engine is lost: its lines go to others now, and to the one that takes its place once that has started."""
@@ -358,11 +357,6 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, int(port)), _CONNECT_S).close()
     except (OSError, ValueError) as error:
         raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
-
-
-def _n_tokens(result: Mapping[str, Any]) -> int:
-    response = result["response"]
-    return int(response["body"]["usage"]["completion_tokens"]) if response else 0
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:

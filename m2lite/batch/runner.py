@@ -61,19 +61,17 @@ class Tally:
     n_done: int = 0
     n_failed: int = 0
     n_before: int = 0  # results that earlier runs left
-    n_tokens: int = 0  # of answers
+    n_tokens: int = 0  # of answers in this run's results
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
     kv_bytes: tuple[int, int] = (0, 0)  # of prompts' KV, written to disk and read from there
 
-    def begin(self, n_done: int, n_failed: int) -> None:
-        """Of earlier runs."""
-        self.n_done, self.n_failed, self.n_before = n_done, n_failed, n_done + n_failed
-
-    def add(self, is_failed: bool) -> None:
+    def add(self, result: Mapping[str, Any]) -> None:
         """Another line has its result."""
-        self.n_done += not is_failed
-        self.n_failed += is_failed
+        self.n_done += result["error"] is None
+        self.n_failed += result["error"] is not None
+        if result["response"] is not None:
+            self.n_tokens += result["response"]["body"]["usage"]["completion_tokens"]
 
     @property
     def seconds(self) -> float:
@@ -172,7 +170,6 @@ class Runner:
         custom_id, answer, error, body = end.request.key, end.completion, end.error, None
         request = self._requests.pop(custom_id)
         if answer is not None:
-            self._tally.n_tokens += len(answer.tokens)
             try:
                 check_whole(request.schema, answer)
                 line = result_line(custom_id, None, None)
@@ -183,5 +180,6 @@ class Runner:
         self._add(custom_id, body, error, line_key(custom_id))
 
     def _add(self, custom_id: str, body: dict[str, Any] | None, error: M2liteError | None, key: int) -> None:
-        self._write(result_line(custom_id, body, error), key)
-        self._tally.add(error is not None)
+        result = result_line(custom_id, body, error)
+        self._write(result, key)
+        self._tally.add(result)

@@ -79,14 +79,12 @@ class Keeper:
         self._new = dict.fromkeys(KINDS, "")
         if before is not None:
             self._new |= {"thinking": before.thinking, "content": before.content}
-        self._is_begun = False
         self._at = time.monotonic()
 
     def begin(self) -> None:
-        """What is answered goes to disk."""
-        if self._saved is not None and not self._is_begun:
+        """What is answered goes to disk, where it is not there yet."""
+        if self._saved is not None:
             self._saved.save(self._messages)
-        self._is_begun = True
 
     def add(self, piece: Piece) -> None:
         self._new[piece.kind] += piece.text

@@ -106,18 +106,6 @@ def _system(chat: Chat, rest: str) -> str:
     return "the template's own system message is used" if current is None else current
 
 
-def _stats(chat: Chat, rest: str) -> str:
-    return describe(chat.conversation)
-
-
-def _regenerate(chat: Chat, rest: str) -> Begin:
-    return chat.conversation.regenerate
-
-
-def _continue(chat: Chat, rest: str) -> Begin:
-    return chat.conversation.resume
-
-
 def _undo(chat: Chat, rest: str) -> str:
     return f"forgot: {one_line(chat.conversation.undo(), 60)}"
 
@@ -318,8 +306,8 @@ def _delete(chat: Chat, rest: str) -> str:
 
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "[COMMAND]", "this list"),
-    "continue": Command(_continue, "", "go on with an answer that was stopped"),
-    "regen": Command(_regenerate, "", "answer the last question anew"),
+    "continue": Command(lambda chat, _: chat.conversation.resume, "", "go on with an answer that was stopped"),
+    "regen": Command(lambda chat, _: chat.conversation.regenerate, "", "answer the last question anew"),
     "edit": Command(_edit, "", "the last question in $EDITOR; it is asked instead"),
     "undo": Command(_undo, "", "forget the last question and its answer"),
     "forget": Command(_forget, "[N]", "forget the oldest N turns"),
@@ -330,7 +318,7 @@ COMMANDS: dict[str, Command] = {
     "think": Command(_think, "[show|hide|on|off|N]", "the model's thinking: shown, folded, none, or at most N tokens"),
     "set": Command(_set, "[NAME VALUE]", f"show or set {', '.join(_SET)}"),
     "context": Command(_context, "", "what each turn takes of the context"),
-    "stats": Command(_stats, "", "model, context use, speed of the last answer"),
+    "stats": Command(lambda chat, _: describe(chat.conversation), "", "model, context use, speed of the last answer"),
     "sessions": Command(_sessions, "", "saved chats, the latest first"),
     "load": Command(_load, "NAME", "go on with a saved chat", "chat"),
     "save": Command(_save, "[NAME]", "save this chat, which is else done by itself, under a name"),

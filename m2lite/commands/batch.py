@@ -195,7 +195,8 @@ class _Job:
             if path is not None:
                 results = Results(path, self._manifest(worker.facts, checked, n_total), force, retry_failed)
                 stack.callback(results.close)
-                tally.begin(*count_ended(lines, results, self.shard))
+                tally.n_done, tally.n_failed = count_ended(lines, results, self.shard)
+                tally.n_before = tally.n_done + tally.n_failed
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
                 if n_others := len(results.ended) - tally.n_before:
