@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import MOST_BYTES, SchemaOption, StopOption, answer_defaults, say_seed
+from m2lite.commands.options import MOST_BYTES, SchemaOption, StopOption, answer_defaults, read_given, say_seed
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.system.inputs import read_input
@@ -131,12 +131,10 @@ def _print(
 
 def _read_request(source: str, defaults: ChatRequest) -> ChatRequest:
     """The request in a file; - is stdin."""
-    from m2lite.dialogue.chat_request import MOST_REQUEST_BYTES, parse_request
+    from m2lite.dialogue.chat_request import parse_request
 
     try:
-        body = parse_json(read_input(source, MOST_REQUEST_BYTES))
-    except OSError as error:
-        raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
+        body = parse_json(read_given(source))
     except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:

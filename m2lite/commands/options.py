@@ -14,7 +14,6 @@ from m2lite.system.streams import note
 if TYPE_CHECKING:
     from m2lite.dialogue.chat_request import ChatRequest
     from m2lite.sampling.draw import Sampling
-    from m2lite.sampling.json_schema import Schema
 
 
 MOST_BYTES = 64 << 20  # of a schema or a request: as of a batch's line
@@ -34,9 +33,11 @@ def answer_defaults(
     """
     from m2lite.dialogue.chat_request import ChatRequest
     from m2lite.sampling.draw import Sampling, new_seed
+    from m2lite.sampling.json_schema import load_schema
     from m2lite.text.stop_text import check_stop_texts
 
-    schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
+    schema = None if json_schema is None else load_schema(read_given(json_schema), json_schema)
+    stop_texts = check_stop_texts(stop_text or [])
     seed = default_seed if settings.seed is None else settings.seed
     sampling = Sampling(
         settings.temp, settings.top_k, settings.top_p, settings.min_p, new_seed() if seed is None else seed,
@@ -52,11 +53,9 @@ def say_seed(sampling: Sampling, settings: Settings) -> None:
         note(f"seed {sampling.seed}")
 
 
-def read_schema(source: str) -> Schema:
-    """The JSON schema in a file, checked: before anything is loaded."""
-    from m2lite.sampling.json_schema import load_schema
-
+def read_given(source: str) -> bytes:
+    """A schema or a request that an option names; - is stdin."""
     try:
-        return load_schema(read_input(source, MOST_BYTES), source)
+        return read_input(source, MOST_BYTES)
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
