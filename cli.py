@@ -41,7 +41,6 @@ _ArgumentError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind._
 
 
 def main() -> None:
-    """Entry point of the console script."""
     streams.claim()
     exit_on_terminate()
     code = run(sys.argv[1:])
@@ -58,23 +57,19 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     code: Any = 0
-
-    def parse_and_run() -> None:
-        nonlocal code
-        try:
-            code = app(list(arguments), prog_name="m2lite", standalone_mode=False)
-        except _ArgumentError as error:
-            from typer import rich_utils
-
-            text = shown(error.format_message())  # it quotes the arguments
-            error.format_message = lambda: text
-            rich_utils.rich_format_error(error)
-            code = error.exit_code
-        except typer.Abort:
-            code = 1
-
     try:
-        guard(parse_and_run)
+        with guard():
+            try:
+                code = app(list(arguments), prog_name="m2lite", standalone_mode=False)
+            except _ArgumentError as error:
+                from typer import rich_utils
+
+                text = shown(error.format_message())  # it quotes the arguments
+                error.format_message = lambda: text
+                rich_utils.rich_format_error(error)
+                code = error.exit_code
+            except typer.Abort:
+                code = 1
     except typer.Exit as left:
         code = left.exit_code
     except SystemExit as left:

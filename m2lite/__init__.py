@@ -6,12 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m2lite.api import Model
-    from m2lite.engine.batch import Batch
-    from m2lite.engine.request import Request
-    from m2lite.engine.session import Session
-    from m2lite.errors import BadModelError, ContextError, M2liteError, ResourceError, UsageError
-    from m2lite.sampling.draw import Sampling
+    from m2lite.api import Model as Model
+    from m2lite.engine.batch import Batch as Batch
+    from m2lite.engine.request import Request as Request
+    from m2lite.engine.session import Session as Session
+    from m2lite.errors import BadModelError as BadModelError
+    from m2lite.errors import ContextError as ContextError
+    from m2lite.errors import M2liteError as M2liteError
+    from m2lite.errors import ResourceError as ResourceError
+    from m2lite.errors import UsageError as UsageError
+    from m2lite.sampling.draw import Sampling as Sampling
 
 __version__ = "0.1.0"
 
@@ -28,19 +32,7 @@ _HOME = {
     "ContextError": "m2lite.errors",
 }
 
-__all__ = [
-    "BadModelError",
-    "Batch",
-    "ContextError",
-    "M2liteError",
-    "Model",
-    "Request",
-    "ResourceError",
-    "Sampling",
-    "Session",
-    "UsageError",
-    "__version__",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -52,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOME, "__version__"])

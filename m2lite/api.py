@@ -26,8 +26,8 @@ from m2lite.text.template import encode_chat
 Prompt = str | Sequence[int]  # text, or token ids
 
 
-class SamplingKeywords(TypedDict, total=False):
-    """The fields of `Sampling`; one that is given goes before that of `sampling`."""
+class AnswerKeywords(TypedDict, total=False):
+    """How `generate` and `chat` answer. The fields of `Sampling` stand first, and go before those of `sampling`."""
 
     temperature: float
     top_k: int
@@ -36,10 +36,6 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int
     presence_penalty: float
     frequency_penalty: float
-
-
-class AnswerKeywords(SamplingKeywords, total=False):
-    """How `generate` and `chat` answer."""
 
     sampling: Sampling
     max_tokens: int | None  # of the answer, its thinking included

@@ -7,12 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from m2lite import __version__, machine
 from m2lite.engine.model import Engine
@@ -76,7 +75,6 @@ def run_bench(
     `rotating` gives every run other tokens, so that a model larger than its memory meets other experts.
     """
     model.wait_mapped(stop)
-    how = _How(cold, rotating)
     with model.session() as session:
         session.check_room(max(test.n_positions for test in tests))
     results = []
@@ -85,7 +83,7 @@ def run_bench(
             session.set_tokens(fill(model, depth))
             for test in (test for test in tests if test.depth == depth):
                 with _logged(model) as log:
-                    samples, traffic = _run(session, test, repeats, how, note, stop)
+                    samples, traffic = _run(session, test, repeats, cold, rotating, note, stop)
                 results.append(_result(model, test, samples) | _traffic(model, traffic, test, log))
     return {
         "model": str(model.path),
@@ -93,7 +91,8 @@ def run_bench(
         "repeats": repeats,
         "tests": results,
         "filled": FILLED,
-        **asdict(how),
+        "cold": cold,
+        "rotating": rotating,
         "weight_bytes_per_token": bytes_per_token(model),
         "kv_bytes_per_position": model.kv_bytes_per_position,
         **_read_speeds(model),
@@ -108,7 +107,6 @@ def run_bench(
 
 
 def random_ids(model: Engine, n: int, seed: int = 0) -> list[int]:
-    """Any ids of the vocabulary."""
     return [int(i) for i in np.random.default_rng(seed).integers(0, model.config.n_vocab, n)]
 
 
@@ -123,23 +121,17 @@ def fill(model: Engine, depth: int) -> list[int]:
     return ids
 
 
-@dataclass(frozen=True)
-class _How:
-    cold: bool
-    rotating: bool
-
-
 def _run(
-    session: Session, test: Test, repeats: int, how: _How, note: Callable[[str], None], stop: Stop
+    session: Session, test: Test, repeats: int, cold: bool, rotating: bool, note: Callable[[str], None], stop: Stop
 ) -> tuple[list[float], list[Traffic]]:
     """Tokens a second, and what was read, of every timed run."""
     warm, samples, traffic = min(test.n, _WARM_ROWS) if test.kind == "prefill" else 1, list[float](), list[Traffic]()
     _measure(session, Test(test.kind, warm, test.depth), 0, 0, stop)
     for n in range(repeats):
         note(f"{test.kind} of {test.n:,} at depth {test.depth:,}: run {n + 1} of {repeats}")
-        if how.cold:
+        if cold:
             compute_thread().run(partial(_drop, session.model))
-        seconds = _measure(session, test, n, n + 1 if how.rotating else 0, stop)
+        seconds = _measure(session, test, n, n + 1 if rotating else 0, stop)
         if seconds is None:
             break
         samples.append(test.n / seconds)
@@ -216,45 +208,43 @@ def bytes_per_token(model: Engine) -> int:
 def _read_speeds(model: Engine) -> dict[str, float]:
     """Of plain memory and of the mapped file; of a streamed model, which is let go first, of memory only."""
     stream = model.runner.stream
-    if stream is None:
-        return {"read_bytes_per_s": read_bandwidth(model.n_threads), **read_mapped(model)}
-    compute_thread().run(stream.drop)
-    return {"read_bytes_per_s": read_bandwidth(model.n_threads)}
-
-
-def read_bandwidth(n_threads: int) -> float:
-    """Bytes a second of loading plain memory with that many threads and the widest vectors, the best of five."""
-    memory, sums = np.ones(_READ_BYTES // 8, np.uint64), np.zeros(n_threads, np.float32)
-
-    parts = [(memory.ctypes.data, _READ_BYTES)]
-    return compute_thread().run(lambda: _read_speed(parts, sums))
+    if stream is not None:
+        compute_thread().run(stream.drop)
+    memory = np.ones(_READ_BYTES // 8, np.uint64)
+    plain = {"read_bytes_per_s": _read_speed([(memory.ctypes.data, _READ_BYTES)], model.n_threads)}
+    return plain if stream is not None else plain | read_mapped(model)
 
 
 def read_mapped(model: Engine) -> dict[str, float]:
-    """The same of the mapped file: its largest tensors, up to 2 GB of them, which are in memory after a first pass."""
-    parts, left, sums = [], _MAPPED_BYTES, np.zeros(model.n_threads, np.float32)
+    """Of the mapped file: its largest tensors, up to 2 GB of them, which are in memory after a first pass."""
+    parts, left = [], _MAPPED_BYTES
     for tensor in sorted(model.gguf.tensors.values(), key=lambda t: t.n_bytes, reverse=True):
         n_bytes = min(left, tensor.n_bytes)
         parts.append((model.gguf.address(tensor.name), n_bytes))
         left -= n_bytes
         if not left:
             break
-    speed = compute_thread().run(lambda: _read_speed(parts, sums))
+    speed = _read_speed(parts, model.n_threads)
     return {"read_mapped_bytes_per_s": speed, "read_mapped_bytes": _MAPPED_BYTES - left}
 
 
-def _read_speed(parts: Sequence[tuple[int, int]], sums: npt.NDArray[np.float32]) -> float:
-    """Bytes a second of loading (address, bytes) after (address, bytes), the best of five."""
-    from m2lite.kernels import jit
-    from m2lite.kernels.elementwise import read_memory
+def _read_speed(parts: Sequence[tuple[int, int]], n_threads: int) -> float:
+    """Bytes a second of loading (address, bytes) after (address, bytes) with the widest vectors, the best of five."""
+    sums = np.zeros(n_threads, np.float32)
 
-    best = float("inf")
-    for _ in range(6):  # the first one compiles or loads the kernel and takes the page faults
-        started = time.perf_counter()
-        for address, n_bytes in parts:
-            read_memory(jit.n_parts(n_bytes), address, n_bytes, sums.ctypes.data)
-        best = min(best, time.perf_counter() - started)
-    return sum(n_bytes for _, n_bytes in parts) / best
+    def measure() -> float:
+        from m2lite.kernels import jit
+        from m2lite.kernels.elementwise import read_memory
+
+        best = float("inf")
+        for _ in range(6):  # the first one compiles or loads the kernel and takes the page faults
+            started = time.perf_counter()
+            for address, n_bytes in parts:
+                read_memory(jit.n_parts(n_bytes), address, n_bytes, sums.ctypes.data)
+            best = min(best, time.perf_counter() - started)
+        return sum(n_bytes for _, n_bytes in parts) / best
+
+    return compute_thread().run(measure)
 
 
 def summarise(values: list[float]) -> dict[str, float]:
@@ -265,7 +255,6 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """For people; the JSON object holds the same numbers."""
     lines = [f"{shown(result['model'])}  {format_bytes(result['size_bytes'])}"]
     lines.append(f"{result['processor']}, {result['threads']} threads ({result['layer']})")
     lines += [_format_test(test) for test in result["tests"]]

@@ -139,7 +139,6 @@ def _result(workload: Workload, runs: dict[Setting, list[Run]]) -> dict[str, Any
 
 
 def format_drafts(result: dict[str, Any]) -> str:
-    """For people; the JSON object holds the same numbers."""
     lines = [
         f"{shown(result['model'])}, {result['threads']} threads, {result['repeats']} runs; medians of the ratios to off"
     ]

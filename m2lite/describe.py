@@ -12,20 +12,11 @@ if TYPE_CHECKING:
     from m2lite.text.tokenizer import Tokenizer
 
 
-def type_mix(gguf: GGUFFile) -> dict[str, float]:
-    """Block format -> share of the tensor bytes, the largest first."""
-    n_bytes: Counter[str] = Counter()
-    for tensor in gguf.tensors.values():
-        n_bytes[tensor.format.name] += tensor.n_bytes
-    total = sum(n_bytes.values()) or 1
-    return {name: n / total for name, n in n_bytes.most_common()}
-
-
 def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
     """Per block format, the largest first: tensors, bytes, and whether it runs "fast" (as integers) or "generic"."""
-    n_tensors = Counter(tensor.format.name for tensor in gguf.tensors.values())
-    n_bytes = dict.fromkeys(n_tensors, 0)
+    n_tensors, n_bytes = Counter[str](), Counter[str]()
     for tensor in gguf.tensors.values():
+        n_tensors[tensor.format.name] += 1
         n_bytes[tensor.format.name] += tensor.n_bytes
     return [
         {
@@ -36,6 +27,13 @@ def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
         }
         for name, size in sorted(n_bytes.items(), key=lambda item: (-item[1], item[0]))
     ]
+
+
+def type_mix(gguf: GGUFFile) -> dict[str, float]:
+    """Block format -> share of the tensor bytes, the largest first."""
+    table = type_table(gguf)
+    total = sum(row["n_bytes"] for row in table) or 1
+    return {row["type"]: row["n_bytes"] / total for row in table}
 
 
 def size_table(gguf: GGUFFile) -> dict[str, int]:

@@ -16,7 +16,6 @@ _FEATURES = ("avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "do
 
 
 def report(settings: Settings) -> Iterator[tuple[str, str]]:
-    """(name, value) lines."""
     from llvmlite import binding
 
     from m2lite.engine.locate import locate_model

@@ -70,16 +70,11 @@ def _free_below(limit_file: Path, used_file: Path, stat_file: Path, scope: str) 
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind; without /proc its most so far, which counts files too."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
     import psutil
 
     try:
-        return int(psutil.Process().memory_info().rss)
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))  # macOS does not tell apart what files stand behind
     except (OSError, psutil.Error):
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else most * 1024
@@ -118,7 +113,6 @@ def n_usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """As the system calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):

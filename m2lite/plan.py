@@ -182,7 +182,6 @@ def _best(call: Callable[[], None]) -> float:
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """For people; the JSON object holds the same numbers."""
     c, costs = format_bytes, plan["costs"]
     lines = [f"{shown(plan['model'])}  {c(plan['size_bytes'])}"]
     lines.append(

@@ -27,19 +27,27 @@ _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 @dataclass(frozen=True)
 class Option:
-    """One row of the table. Its name is the config key and, in capitals after M2LITE_, the environment variable."""
+    """One row of the table.
 
-    flags: tuple[str, ...]
+    Its name is the config key, in capitals after M2LITE_ the environment variable, and with dashes the flag.
+    """
+
     metavar: str
     parse: Callable[[str], Any]
     default: Any
     help: str
     panel: str | None = None  # of the help
+    short: tuple[str, ...] = ()  # flag
+    is_argument: bool = False  # has no flag
     name: str = ""  # the field's
 
     @property
     def env(self) -> str:
         return "M2LITE_" + self.name.upper()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return () if self.is_argument else ("--" + self.name.replace("_", "-"), *self.short)
 
     def text(self, value: Any) -> str:
         """A value as one would type it."""
@@ -77,17 +85,22 @@ def parse_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def parse_choice(*choices: str) -> Callable[[str], str]:
+def parse_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError("expected on or off")
+    return text == "on"
+
+
+def choice(words: str, help: str, panel: str | None = None) -> Option:
+    """The row of an option that is one of `a|b|c`, by default the first."""
+    choices = words.split("|")
+
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError("expected " + " or ".join(choices))
         return text
 
-    return parse
-
-
-def parse_switch(text: str) -> bool:
-    return parse_choice("on", "off")(text) == "on"
+    return Option(words, parse, choices[0], help, panel)
 
 
 def parse_seed(text: str) -> int:
@@ -100,60 +113,34 @@ class ModelOptions(TypedDict, total=False):
     """How a model is opened: the keywords of `Model.open`, and options of every command that opens one."""
 
     threads: Annotated[
-        int | None, Option(("--threads", "-t"), "N", parse_positive, None, "Threads [default: one per core]", _ENGINE)
+        int | None, Option("N", parse_positive, None, "Threads [default: one per core]", _ENGINE, ("-t",))
     ]
     ctx: Annotated[
-        int | None,
-        Option(("--ctx",), "N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]", _ENGINE),
+        int | None, Option("N", parse_positive, None, "Context in tokens, e.g. 32k [default: what fits]", _ENGINE)
     ]
-    kv: Annotated[
-        str,
-        Option(
-            ("--kv",), "f16|q8_0", parse_choice("f16", "q8_0"), "f16", "Type of the KV cache; q8_0 is half", _ENGINE
-        ),
-    ]
-    load: Annotated[
-        str,
-        Option(
-            ("--load",),
-            "auto|mmap|direct",
-            parse_choice("auto", "mmap", "direct"),
-            "auto",
-            "Where weights lie",
-            _ENGINE,
-        ),
-    ]
+    kv: Annotated[str, choice("f16|q8_0", "Type of the KV cache; q8_0 is half", _ENGINE)]
+    load: Annotated[str, choice("auto|mmap|direct", "Where weights lie", _ENGINE)]
     ram: Annotated[
         int | None,
-        Option(
-            ("--ram",), "SIZE", parse_positive_bytes, None, "Memory to use, e.g. 12g (GiB) [default: all free]", _ENGINE
-        ),
+        Option("SIZE", parse_positive_bytes, None, "Memory to use, e.g. 12g (GiB) [default: all free]", _ENGINE),
     ]
-    heat: Annotated[
-        bool, Option(("--heat",), "on|off", parse_switch, True, "Remember what a streamed model uses", _ENGINE)
-    ]
+    heat: Annotated[bool, Option("on|off", parse_switch, True, "Remember what a streamed model uses", _ENGINE)]
     draft: Annotated[
         str,
-        Option(
-            ("--draft",),
+        choice(
             "auto|mtp|ngram|off",
-            parse_choice("auto", "mtp", "ngram", "off"),
-            "auto",
             "Tokens drafted for the model to verify: by prediction modules, by prompt lookup, or by what pays",
             _DRAFTS,
         ),
     ]
     draft_tokens: Annotated[
-        int | None,
-        Option(("--draft-tokens",), "K", parse_positive, None, "Most drafts a step [default: what pays]", _DRAFTS),
+        int | None, Option("K", parse_positive, None, "Most drafts a step [default: what pays]", _DRAFTS)
     ]
     mtp: Annotated[
         str | os.PathLike[str] | None,
-        Option(("--mtp",), "FILE", str, None, "Prediction modules [default: mtp-MODEL.gguf beside the model]", _DRAFTS),
+        Option("FILE", str, None, "Prediction modules [default: mtp-MODEL.gguf beside the model]", _DRAFTS),
     ]
-    template: Annotated[
-        str, Option(("--template",), "file|builtin", parse_choice("file", "builtin"), "file", "Chat template")
-    ]
+    template: Annotated[str, choice("file|builtin", "Chat template")]
 
 
 @dataclass(frozen=True)
@@ -161,54 +148,27 @@ class Settings:
     """The value of every option, and where each came from."""
 
     model: Annotated[
-        str | None, Option((), "MODEL", str, None, "GGUF file, first part of a split, or directory with one model")
+        str | None,
+        Option("MODEL", str, None, "GGUF file, first part of a split, or directory with one model", is_argument=True),
     ]
     opening: ModelOptions  # all of them
     kv_disk: Annotated[
-        int | None,
-        Option(("--kv-disk",), "SIZE", parse_bytes, None, "Disk for computed prompts, 0: none [default: 16g]", _ENGINE),
+        int | None, Option("SIZE", parse_bytes, None, "Disk for computed prompts, 0: none [default: 16g]", _ENGINE)
     ]
-    temp: Annotated[float, Option(("--temp",), "X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy", _SAMPLING)]
-    top_k: Annotated[
-        int, Option(("--top-k",), "N", parse_count, 40, "Keep the N most likely tokens; 0 is off", _SAMPLING)
-    ]
+    temp: Annotated[float, Option("X", parse_number(0, 100), 1.0, "Temperature; 0 is greedy", _SAMPLING)]
+    top_k: Annotated[int, Option("N", parse_count, 40, "Keep the N most likely tokens; 0 is off", _SAMPLING)]
     top_p: Annotated[
-        float,
-        Option(("--top-p",), "X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability", _SAMPLING),
+        float, Option("X", parse_number(0, 1), 0.95, "Keep the likeliest up to this probability", _SAMPLING)
     ]
-    min_p: Annotated[
-        float, Option(("--min-p",), "X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest", _SAMPLING)
-    ]
-    presence_penalty: Annotated[
-        float,
-        Option(("--presence-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said once", _SAMPLING),
-    ]
-    frequency_penalty: Annotated[
-        float,
-        Option(("--frequency-penalty",), "X", parse_number(-2, 2), 0.0, "Against what was said often", _SAMPLING),
-    ]
-    seed: Annotated[
-        int | None, Option(("--seed",), "N", parse_seed, None, "Random seed [default: drawn and printed]", _SAMPLING)
-    ]
+    min_p: Annotated[float, Option("X", parse_number(0, 1), 0.0, "Drop tokens below X times the likeliest", _SAMPLING)]
+    presence_penalty: Annotated[float, Option("X", parse_number(-2, 2), 0.0, "Against what was said once", _SAMPLING)]
+    frequency_penalty: Annotated[float, Option("X", parse_number(-2, 2), 0.0, "Against what was said often", _SAMPLING)]
+    seed: Annotated[int | None, Option("N", parse_seed, None, "Random seed [default: drawn and printed]", _SAMPLING)]
     max_tokens: Annotated[
-        int | None,
-        Option(("--max-tokens", "-n"), "N", parse_positive, None, "Stop an answer after N tokens", _SAMPLING),
+        int | None, Option("N", parse_positive, None, "Stop an answer after N tokens", _SAMPLING, ("-n",))
     ]
-    think: Annotated[
-        str,
-        Option(
-            ("--think",),
-            "show|hide|off",
-            parse_choice("show", "hide", "off"),
-            "show",
-            "The model's thinking: shown, folded, or none",
-            _THINKING,
-        ),
-    ]
-    think_budget: Annotated[
-        int | None,
-        Option(("--think-budget",), "N", parse_count, None, "Close the thinking after N tokens", _THINKING),
-    ]
+    think: Annotated[str, choice("show|hide|off", "The model's thinking: shown, folded, or none", _THINKING)]
+    think_budget: Annotated[int | None, Option("N", parse_count, None, "Close the thinking after N tokens", _THINKING)]
     origins: Mapping[str, str]
 
     def opened(self, **options: Unpack[ModelOptions]) -> Settings:
@@ -216,7 +176,6 @@ class Settings:
         return replace(self, opening=cast(ModelOptions, {**self.opening, **options}))
 
     def __getitem__(self, name: str) -> Any:
-        """The value of the option of this name."""
         return self.opening[name] if name in self.opening else getattr(self, name)  # type: ignore[literal-required]
 
 
@@ -232,7 +191,6 @@ OPTIONS = {"model": _OTHERS["model"], **MODEL_OPTIONS, **_OTHERS}
 
 
 def panel(title: str, table: Mapping[str, Option] = OPTIONS) -> tuple[str, ...]:
-    """The names of a panel's options."""
     return tuple(name for name, option in table.items() if option.panel == title)
 
 
@@ -303,14 +261,10 @@ def resolve_settings(
             (config.get(option.name), f"key {option.name} in {path}"),
         ]
         value, origin = next(((v, o) for v, o in sources if v is not None), (None, "default"))
-        values[option.name] = option.default if value is None else _parse(option, str(value), origin)
+        try:
+            values[option.name] = option.default if value is None else option.parse(str(value))
+        except ValueError as error:
+            raise UsageError(f"{origin} is {str(value)!r}: {error}.", "Correct it or leave it out.") from error
         origins[option.name] = origin
     opening = cast(ModelOptions, {name: values.pop(name) for name in MODEL_OPTIONS})
     return Settings(**values, opening=opening, origins=origins)
-
-
-def _parse(option: Option, text: str, origin: str) -> Any:
-    try:
-        return option.parse(text)
-    except ValueError as error:
-        raise UsageError(f"{origin} is {text!r}: {error}.", "Correct it or leave it out.") from error

@@ -21,13 +21,9 @@ def shown(text: str) -> str:
 
 def shown_lines(text: str) -> str:
     """Running text: line breaks and tabs stay, control characters become the pictures that Unicode has for them."""
-    return _CONTROLS.sub(_picture, text)
+    return _CONTROLS.sub(lambda match: _PICTURES.get(ord(match[0]), "\ufffd"), text)
 
 
 def shown_json(text: str) -> str:
     """JSON with no control character in it, and the same value."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _picture(match: re.Match[str]) -> str:
-    return _PICTURES.get(ord(match[0]), "\ufffd")

@@ -156,6 +156,11 @@ def test_every_part_is_a_package() -> None:
             assert (part / "__init__.py").is_file(), f"{part} would not be installed"
 
 
+@pytest.mark.parametrize("name", ["cli.py", "quant", "models"])
+def test_what_sits_at_the_top_is_linked(name: str) -> None:
+    assert (PACKAGE / name).is_symlink() and (PACKAGE / name).resolve() == PACKAGE.parent / name
+
+
 @pytest.mark.parametrize("statement", ["import m2lite", "import m2lite.cli", "import m2lite.settings"])
 def test_no_numba_at_start(statement: str) -> None:
     code = f"{statement}\nimport sys\nsys.exit(str({{'numba', 'numpy', 'tokenizers'}} & set(sys.modules) or ''))"

@@ -17,7 +17,7 @@ from typing import Any
 
 from m2lite import __version__
 from m2lite.batch.lines import Line
-from m2lite.batch.runner import Runner, Tally, Write, facts
+from m2lite.batch.runner import Runner, Tally, Write
 from m2lite.engine.runner import Stop
 from m2lite.engine.scheduler import Counts
 from m2lite.engine.thread import Stopped
@@ -40,18 +40,20 @@ class RayEngine:
         self._results: queue.SimpleQueue[tuple[Mapping[str, Any], int]] = queue.SimpleQueue()
         self._error: BaseException | None = None
         try:
-            self._model = Model.open(**options)
+            model = Model.open(**options)
         except Exception as error:  # told by `facts`: of what is raised here, Ray would hand on a text
             self._error = error
             return
-        self._tally = Tally(0, self._model.config.n_layers)
-        runner = Runner(self._model, n_inflight, lambda line, key: self._results.put((line, key)), self._tally)
-        self._thread = threading.Thread(target=self._run, args=(runner,), daemon=True)
-        self._thread.start()
+        self._runner = Runner(model, n_inflight)
+        self._tally = Tally(0, self._runner.n_layers)
+        threading.Thread(target=self._run, daemon=True).start()
 
-    def _run(self, runner: Runner) -> None:
+    def _run(self) -> None:
+        def write(line: Mapping[str, Any], key: int) -> None:
+            self._results.put((line, key))
+
         try:
-            runner.run(self._come(), lambda tally: None)
+            self._runner.run(self._come(), write, self._tally, lambda tally: None)
         except BaseException as error:  # told by `take`
             self._error = error
 
@@ -66,7 +68,7 @@ class RayEngine:
         """As the runner's, once the model is open."""
         if self._error is not None:
             raise self._error
-        return facts(self._model) | {"n_layers": self._model.config.n_layers}
+        return self._runner.facts | {"n_layers": self._runner.n_layers}
 
     def put(self, lines: list[Line]) -> None:
         for line in lines:
@@ -278,8 +280,7 @@ class Cluster:
             for each in self._places:
                 each.lines.pop(key, None)
             write(result, key)
-            tally.n_tokens += _n_tokens(result)
-            tally.add(result["error"] is not None)
+            tally.add(result)
 
     def _replace(self, place: _Place, supply: _Supply, why: str) -> None:
         """An engine is lost: its lines go to others now, and to the one that takes its place once that has started."""
@@ -356,11 +357,6 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, int(port)), _CONNECT_S).close()
     except (OSError, ValueError) as error:
         raise M2liteError(f"No Ray cluster at {address!r}: {error}.", "Start one with: ray start --head.") from None
-
-
-def _n_tokens(result: Mapping[str, Any]) -> int:
-    response = result["response"]
-    return int(response["body"]["usage"]["completion_tokens"]) if response else 0
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:

@@ -42,8 +42,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a whole input is."""
-
     n_lines: int
     sha256: str
     errors: list[str]  # the first of them, with line numbers
@@ -75,33 +73,31 @@ class Input:
 
     def check(self, most_errors: int = 20) -> Checked:
         """Read all of it: bad lines, and names that come twice."""
-        seen, errors, n, n_errors = set[int](), list[str](), 0, 0
-        digest = hashlib.sha256()
-        for line in self._lines(digest):
+        errors, n, n_errors, digest = list[str](), 0, 0, hashlib.sha256()
+        for line in self._named(digest):
             n += 1
-            error = line.error
-            if error is None and line.key in seen:
-                error = f"custom_id {line.custom_id!r} was there before."
-            seen.add(line.key)
-            if error is not None:
+            if line.error is not None:
                 n_errors += 1
                 if len(errors) < most_errors:
-                    errors.append(f"line {line.number}: {error}")
+                    errors.append(f"line {line.number}: {line.error}")
         return Checked(n, digest.hexdigest(), errors, n_errors)
 
     def __iter__(self) -> Iterator[Line]:
+        return self._named()
+
+    def _named(self, digest: Any = None) -> Iterator[Line]:
         """One after the other; a name that comes again is an error there, of a line with a name of its own."""
         seen = set[int]()
-        for line in self._lines():
+        for line in self._lines(digest):
             if line.key in seen:
-                error, name = f"custom_id {line.custom_id!r} was there before.", f"line-{line.number}"
+                name = f"line-{line.number}"
                 while line_key(name) in seen:
                     name += "-again"
-                line = Line(line.number, name, None, error)
+                line = Line(line.number, name, None, line.error or f"custom_id {line.custom_id!r} was there before.")
             seen.add(line.key)
             yield line
 
-    def _lines(self, digest: Any = None) -> Iterator[Line]:
+    def _lines(self, digest: Any) -> Iterator[Line]:
         for number, raw in enumerate(self._text.lines(_LONGEST), 1):
             if digest is not None:
                 digest.update(raw)
@@ -125,9 +121,6 @@ class Input:
             return Line(number, name, None, f"no JSON ({error}).")
         except UsageError as error:
             return Line(number, name, None, str(error))
-
-    def close(self) -> None:
-        self._text.close()
 
 
 def _name_and_body(value: object, name: str) -> tuple[str, Mapping[str, Any]]:

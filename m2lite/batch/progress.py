@@ -6,16 +6,12 @@ import io
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from m2lite.batch.runner import Tally
 from m2lite.errors import UsageError
 from m2lite.storage.durable import atomic_write
 from m2lite.system.byte_units import format_bytes
-from m2lite.system.streams import STDERR
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from m2lite.system.streams import STDERR, note
 
 EVERY_S = 30.0
 _DRAWN_S = 0.25  # between two looks on a terminal
@@ -26,8 +22,7 @@ _MOST_POINTS = 2000
 class Show:
     """Tells how far the run is, and notes the speed for a plot."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
+    def __init__(self) -> None:
         self._is_terminal = STDERR.is_terminal
         self._shown_at = time.monotonic()
         self._point_s = _POINT_S
@@ -45,7 +40,7 @@ class Show:
         if self._is_terminal:
             STDERR.rewrite(describe(tally))
         else:
-            self._note(describe(tally))
+            note(describe(tally))
 
     def _add_point(self, tally: Tally) -> None:
         self.points.append((tally.seconds, tally.counts.n_drawn, tally.counts.n_running))
@@ -72,7 +67,6 @@ def describe(tally: Tally) -> str:
 
 
 def summary(tally: Tally) -> str:
-    """What the run came to."""
     counts = tally.counts
     here = tally.n_done + tally.n_failed - tally.n_before
     done = f"{tally.n_done:,} of {tally.n_total:,} lines are done, {tally.n_failed:,} failed"
@@ -106,7 +100,6 @@ def _clock(seconds: float) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """UsageError unless a picture can be drawn there."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:

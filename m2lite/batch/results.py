@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from m2lite.batch.lines import Line, line_key
 from m2lite.errors import M2liteError, UsageError
@@ -43,20 +42,6 @@ def approve_output(places: Places, output: str) -> None:
         places.approve("--output", output, beside, kind="continued", todo=todo)
 
 
-@dataclass
-class Ended:
-    """Which lines have a result, by the hash of their names."""
-
-    done: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
-
-    def __len__(self) -> int:
-        return len(self.done) + len(self.failed)
-
-    def __contains__(self, line: Line) -> bool:
-        return line.key in self.done or line.key in self.failed
-
-
 class Results:
     """The output of a batch, open for one writer."""
 
@@ -80,13 +65,13 @@ class Results:
                 _check_same(known, manifest, output)
             if known is None or known != manifest:
                 atomic_write(manifest_path(output), json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
-            self.ended = Ended()
-            for custom_id, is_failed in read_ends(output):
-                key = line_key(custom_id)
-                if key in self.ended.done or key in self.ended.failed:
-                    raise UsageError(f"{output}: {custom_id!r} has two results.", "Was it edited? Choose another name.")
-                (self.ended.failed if is_failed else self.ended.done).add(key)
-            if retry_failed and self.ended.failed:
+            self.ended = dict[int, bool]()  # which lines have a result, by their keys, and whether they failed
+            for found in read_results(output):
+                if found.key in self.ended:
+                    what = f"{output}: {found.custom_id!r} has two results."
+                    raise UsageError(what, "Was it edited? Choose another name.")
+                self.ended[found.key] = found.is_failed
+            if retry_failed and any(self.ended.values()):
                 self._forget_failed()
         except BaseException:
             self.close()
@@ -94,21 +79,18 @@ class Results:
 
     def _forget_failed(self) -> None:
         """The file without its failed lines takes its place; until then it is whole."""
-        self._log.replace(line for _, is_failed, _, line in _placed_lines(self.path) if not is_failed)
-        self.ended.failed = set()
+        self._log.replace(found.line for found in read_results(self.path) if not found.is_failed)
+        self.ended = {key: False for key, is_failed in self.ended.items() if not is_failed}
 
     def add(self, line: Mapping[str, Any], key: int) -> None:
         """A result, on disk when this returns."""
         self._log.append([json.dumps(line, ensure_ascii=False)])
-        (self.ended.failed if line.get("error") else self.ended.done).add(key)
+        self.ended[key] = line["error"] is not None
 
     def sort(self, order: Iterable[str]) -> None:
         """Results in the order of these names; any others come last. Until all are on disk, the file is as it was."""
         rank = {line_key(name): n for n, name in enumerate(order)}
-        places = [
-            (rank.get(line_key(custom_id), len(rank)), offset, len(line))
-            for custom_id, _, offset, line in _placed_lines(self.path)
-        ]
+        places = [(rank.get(found.key, len(rank)), *found.place) for found in read_results(self.path)]
         in_order = sorted(places)
         if in_order != places:
             with self.path.open("rb") as file:
@@ -206,10 +188,46 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
-def read_ends(output: Path) -> Iterator[tuple[str, bool]]:
-    """(custom_id, whether it failed) of each result; a torn last line is none. UsageError for what is no result."""
-    for custom_id, is_failed, _, _ in _placed_lines(output):
-        yield custom_id, is_failed
+class Found(NamedTuple):
+    """A line of an output."""
+
+    custom_id: str
+    is_failed: bool
+    offset: int
+    line: bytes
+
+    @property
+    def key(self) -> int:
+        return line_key(self.custom_id)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it is, and how long."""
+        return self.offset, len(self.line)
+
+
+def read_results(path: Path) -> Iterator[Found]:
+    """All of an output; a torn last line is none. UsageError for what is no result."""
+    offset, number = 0, 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise UsageError(
+                        f"{path}: line {number} has more than {_LONGEST:,} bytes.", "Choose another output."
+                    )
+                if line.endswith(b"\n"):
+                    yield Found(*_parse_result(line), offset, line)
+                offset += len(line)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Choose another output.") from None
+    except JsonError as error:
+        raise UsageError(
+            f"{path}: line {number} is no result of a batch ({error}).", "Choose another output."
+        ) from None
 
 
 def _parse_result(raw: bytes) -> tuple[str, bool]:
@@ -221,47 +239,13 @@ def _parse_result(raw: bytes) -> tuple[str, bool]:
     return custom_id, error is not None
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_LONGEST + 1):
-                number += 1
-                if len(line) > _LONGEST:
-                    raise UsageError(
-                        f"{path}: line {number} has more than {_LONGEST:,} bytes.", "Choose another output."
-                    )
-                if line.endswith(b"\n"):
-                    yield line
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Choose another output.") from None
-
-
-def _placed_lines(path: Path) -> Iterator[tuple[str, bool, int, bytes]]:
-    """(custom_id, whether it failed, offset, line) of each result."""
-    offset = 0
-    for number, line in enumerate(_whole_lines(path), 1):
-        try:
-            custom_id, is_failed = _parse_result(line)
-        except JsonError as error:
-            raise UsageError(
-                f"{path}: line {number} is no result of a batch ({error}).", "Choose another output."
-            ) from None
-        yield custom_id, is_failed, offset, line
-        offset += len(line)
-
-
 def status(output: Path) -> dict[str, Any]:
     """What a batch's output holds, and what lacks."""
     manifest = read_manifest(output)
     if manifest is None:
         raise UsageError(f"{output} is no batch's output: {manifest_path(output)} lacks.", "Name the file behind -o.")
-    n = {False: 0, True: 0}
-    for _, is_failed in read_ends(output):
-        n[is_failed] += 1
-    total, n_results = manifest["lines"], n[False] + n[True]
+    n = Counter(found.is_failed for found in read_results(output))
+    total, n_results = manifest["lines"], n.total()
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(output.stat().st_mtime)) if output.exists() else None
     return {
         "output": str(output), "done": n[False], "failed": n[True], "left": max(0, total - n_results), "total": total,
@@ -282,13 +266,13 @@ def merge(outputs: Iterable[Path], target: Path, order: Iterable[str] | None = N
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
         check_regular(path)
-        for custom_id, is_failed, offset, line in _placed_lines(path):
-            place, key = (index, offset, len(line), is_failed), line_key(custom_id)
-            known = places.get(key)
-            if known is None or (known[3] and not is_failed):
-                places[key] = place
-            elif not is_failed and _read(paths, known) != line:
-                raise UsageError(f"{custom_id!r} has two results: in {paths[known[0]]} and {path}.", "Leave one out.")
+        for found in read_results(path):
+            known = places.get(found.key)
+            if known is None or (known[3] and not found.is_failed):
+                places[found.key] = (index, *found.place, found.is_failed)
+            elif not found.is_failed and _read(paths, known) != found.line:
+                what = f"{found.custom_id!r} has two results: in {paths[known[0]]} and {path}."
+                raise UsageError(what, "Leave one out.")
     keys = list(places)
     if order is not None:
         rank = {line_key(name): n for n, name in enumerate(order)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from m2lite import __version__
 from m2lite.batch.lines import Input, Line, line_key, line_stream
@@ -36,47 +37,6 @@ class Shard:
         return line.key % self.n == self.index - 1
 
 
-class Worker(Protocol):
-    """Who answers lines: this process, or a cluster."""
-
-    facts: dict[str, Any]
-    n_layers: int
-
-    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
-        """Until no line is left; Stopped where `stop` says so. What is written by then is done."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Here:
-    """This process."""
-
-    def __init__(self, model: Model, n_inflight: int, kv_disk: int | None = 0) -> None:
-        """`kv_disk`: bytes on disk for prompts that were computed, of all models; None: for what lines share, only."""
-        self._model, self._n_inflight, self._saves_all = model, n_inflight, bool(kv_disk)
-        self.facts, self.n_layers = facts(model), model.config.n_layers
-        if kv_disk != 0:
-            model.use_disk(kv_disk)
-
-    def run(self, lines: Iterator[Line], write: Write, tally: Tally, show: Callable[[Tally], None], stop: Stop) -> None:
-        loop = self._model.loop
-
-        def keep(request: Request) -> None:
-            if self._saves_all:
-                loop.save(request.prompt, stop)
-
-        try:
-            Runner(self._model, self._n_inflight, write, tally, stop).run(lines, show, keep)
-        finally:
-            loop.save_shared(stop)
-            disk = loop.prefix_cache.disk
-            tally.kv_bytes = (0, 0) if disk is None else (disk.n_written, disk.n_read)
-
-    def close(self) -> None:
-        self._model.close()
-
-
 def facts(model: Model) -> dict[str, Any]:
     """What the answers follow from, beside the requests: the same on every machine that works on a batch."""
     from m2lite.storage.identity import trunk_identity
@@ -101,19 +61,17 @@ class Tally:
     n_done: int = 0
     n_failed: int = 0
     n_before: int = 0  # results that earlier runs left
-    n_tokens: int = 0  # of answers
+    n_tokens: int = 0  # of answers in this run's results
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
     kv_bytes: tuple[int, int] = (0, 0)  # of prompts' KV, written to disk and read from there
 
-    def begin(self, n_done: int, n_failed: int) -> None:
-        """Of earlier runs."""
-        self.n_done, self.n_failed, self.n_before = n_done, n_failed, n_done + n_failed
-
-    def add(self, is_failed: bool) -> None:
+    def add(self, result: Mapping[str, Any]) -> None:
         """Another line has its result."""
-        self.n_done += not is_failed
-        self.n_failed += is_failed
+        self.n_done += result["error"] is None
+        self.n_failed += result["error"] is not None
+        if result["response"] is not None:
+            self.n_tokens += result["response"]["body"]["usage"]["completion_tokens"]
 
     @property
     def seconds(self) -> float:
@@ -140,50 +98,57 @@ class Tally:
 
 def count_ended(source: Input, results: Results, shard: Shard) -> tuple[int, int]:
     """How many lines of this input are done and failed already: an output may hold those of others, too."""
-    n_done = n_failed = 0
-    for line in source if len(results.ended) else ():
-        if line in shard:
-            n_done += line.key in results.ended.done
-            n_failed += line.key in results.ended.failed
-    return n_done, n_failed
+    if not results.ended:
+        return 0, 0
+    ends = [results.ended[line.key] for line in source if line in shard and line.key in results.ended]
+    return len(ends) - sum(ends), sum(ends)
 
 
-def lines_left(source: Input, results: Results | None, shard: Shard, limit: int | None) -> Iterator[Line]:
-    """What is still to be answered, at most `limit` lines."""
-    n = 0
-    for line in source:
-        if limit is not None and n >= limit:
-            return
-        if line in shard and (results is None or line not in results.ended):
-            n += 1
-            yield line
+def lines_left(source: Input, ended: Container[int], shard: Shard, limit: int | None) -> Iterator[Line]:
+    """What is still to be answered, at most `limit` lines; `ended` are the keys of the others."""
+    return islice((line for line in source if line in shard and line.key not in ended), limit)
 
 
 class Runner:
-    """Answers lines with a model."""
+    """Answers lines with a model, in this process."""
 
-    def __init__(self, model: Model, n_inflight: int, write: Write, tally: Tally, stop: Stop | None = None) -> None:
-        self._model, self._write, self.tally = model, write, tally
-        self._batch = Batch(model, n_inflight, stop)
-        tally.counts = self._batch.counts
+    def __init__(self, model: Model, n_inflight: int, kv_disk: int | None = 0) -> None:
+        """`kv_disk`: bytes on disk for prompts that were computed, of all models; None: for what lines share, only."""
+        self._model, self._n_inflight, self._saves_all = model, n_inflight, bool(kv_disk)
+        self.facts, self.n_layers = facts(model), model.config.n_layers
         self._requests = dict[str, ChatRequest]()  # of answers under way
+        if kv_disk != 0:
+            model.use_disk(kv_disk)
 
     def run(
         self,
         lines: Iterator[Line | None],
+        write: Write,
+        tally: Tally,
         show: Callable[[Tally], None],
-        keep: Callable[[Request], None] = lambda _: None,
+        stop: Stop | None = None,
     ) -> None:
         """Until no line is left; Stopped where `stop` says so. What is written by then is done.
 
-        A line that is None says that there is none just now. `keep` hears of each request that was answered.
+        A line that is None says that there is none just now.
         """
-        self.tally.began = time.monotonic()
-        with closing(self._batch.run(self._submitted(lines), lambda: show(self.tally))) as ends:
-            for end in ends:
-                self._keep(end)
-                keep(end.request)
-                show(self.tally)
+        self._write, self._tally = write, tally
+        batch, loop = Batch(self._model, self._n_inflight, stop), self._model.loop
+        tally.counts, tally.began = batch.counts, time.monotonic()
+        try:
+            with closing(batch.run(self._submitted(lines), lambda: show(tally))) as ends:
+                for end in ends:
+                    self._keep(end)
+                    if self._saves_all:
+                        loop.save(end.request.prompt, stop)
+                    show(tally)
+        finally:
+            loop.save_shared(stop)
+            disk = loop.prefix_cache.disk
+            tally.kv_bytes = (0, 0) if disk is None else (disk.n_written, disk.n_read)
+
+    def close(self) -> None:
+        self._model.close()
 
     def _submitted(self, lines: Iterator[Line | None]) -> Iterator[Request | None]:
         model = self._model
@@ -205,7 +170,6 @@ class Runner:
         custom_id, answer, error, body = end.request.key, end.completion, end.error, None
         request = self._requests.pop(custom_id)
         if answer is not None:
-            self.tally.n_tokens += len(answer.tokens)
             try:
                 check_whole(request.schema, answer)
                 line = result_line(custom_id, None, None)
@@ -216,5 +180,6 @@ class Runner:
         self._add(custom_id, body, error, line_key(custom_id))
 
     def _add(self, custom_id: str, body: dict[str, Any] | None, error: M2liteError | None, key: int) -> None:
-        self._write(result_line(custom_id, body, error), key)
-        self.tally.add(error is not None)
+        result = result_line(custom_id, body, error)
+        self._write(result, key)
+        self._tally.add(result)

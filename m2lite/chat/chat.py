@@ -12,8 +12,6 @@ from m2lite.chat.store import Message, Saved, SavedChat
 from m2lite.chat.tools import Tools
 from m2lite.dialogue.conversation import AnswerOptions, Conversation, Pieces, Turn
 from m2lite.errors import UsageError
-from m2lite.sampling.draw import Sampling
-from m2lite.sampling.json_schema import Schema
 from m2lite.system.inputs import read_input
 from m2lite.system.outputs import Places
 from m2lite.text.reply import KINDS, Piece, Reply
@@ -21,8 +19,8 @@ from m2lite.text.reply import KINDS, Piece, Reply
 _MOST_FILE_BYTES = 4 << 20
 PART_S = 5.0  # after which the text of an unfinished answer goes to disk
 
-# How an answer is begun: by `Conversation.ask` and its like, with the options filled in by whoever shows it.
-Begin = Callable[[AnswerOptions], Pieces]
+# How an answer is begun: by `Conversation.ask` and its like, with the AnswerOptions that whoever shows it fills in.
+Begin = Callable[..., Pieces]
 
 
 @dataclass
@@ -30,30 +28,15 @@ class Chat:
     """A conversation that is saved as it goes."""
 
     conversation: Conversation
-    sampling: Sampling
-    max_tokens: int | None = None
+    options: AnswerOptions  # without who stops an answer and who hears of its progress
     show_thinking: bool = True
-    think_tokens: int | None = None  # None: as long as the model likes; 0: no thinking
     is_plain: bool = False  # answers are shown as they are, not as Markdown
     saved: SavedChat | None = None  # None: nothing is saved
     tools: Tools | None = None
     approve: str = "ask"  # which calls run: ask, never or all
     max_rounds: int = 3  # of the same calls with the same results, and nothing else said; 0: without end
-    stop_texts: tuple[str, ...] = ()  # that end an answer
-    schema: Schema | None = None  # every answer is JSON of it
     places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message
-
-    def options(self) -> AnswerOptions:
-        """For an answer; without who stops it and who hears of its progress."""
-        return {
-            "sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens,
-            "stop_texts": self.stop_texts, "schema": self.schema,
-        }  # fmt: skip
-
-    def message(self, text: str) -> str:
-        """The user's text behind the files that go with it."""
-        return with_files(text, self.attached)
 
     def open(self, saved: SavedChat) -> None:
         """Go on with a saved chat; a system message that there is now takes the place of its own."""
@@ -70,8 +53,10 @@ class Chat:
         conversation, saved = self.conversation, self.saved
         if saved is None or not (conversation.n_turns or saved.saved.messages):
             return
-        is_answered = bool(conversation.messages) and conversation.messages[-1]["role"] == "assistant"
-        saved.save(conversation.messages, saved_answer(conversation.said) if is_answered else None)
+        said, answer = conversation.said, None
+        if conversation.messages and conversation.messages[-1]["role"] == "assistant":
+            answer = {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
+        saved.save(conversation.messages, answer)
 
     def keeper(self) -> Keeper:
         """For the answer that was just asked for."""
@@ -94,14 +79,12 @@ class Keeper:
         self._new = dict.fromkeys(KINDS, "")
         if before is not None:
             self._new |= {"thinking": before.thinking, "content": before.content}
-        self._is_begun = False
         self._at = time.monotonic()
 
     def begin(self) -> None:
-        """What is answered goes to disk."""
-        if self._saved is not None and not self._is_begun:
+        """What is answered goes to disk, where it is not there yet."""
+        if self._saved is not None:
             self._saved.save(self._messages)
-        self._is_begun = True
 
     def add(self, piece: Piece) -> None:
         self._new[piece.kind] += piece.text
@@ -110,11 +93,6 @@ class Keeper:
             self._saved.save_part({kind: text for kind, text in self._new.items() if text})
             self._new = dict.fromkeys(KINDS, "")
             self._at = time.monotonic()
-
-
-def saved_answer(said: Turn) -> dict[str, Any]:
-    """An answer as a saved chat tells it, beside its message."""
-    return {"finish_reason": said.finish_reason, "attempt": said.attempt, "tokens": said.tokens}
 
 
 def said_of(saved: Saved) -> Turn:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Unpack
 
 from m2lite.chat.chat import Begin, Chat, export_markdown, read_text
 from m2lite.chat.editor import edit
@@ -19,7 +20,7 @@ from m2lite.chat.store import (
     read_session,
     session_path,
 )
-from m2lite.dialogue.conversation import AnswerOptions, Pieces
+from m2lite.dialogue.conversation import AnswerOptions, Conversation, Pieces
 from m2lite.errors import UsageError
 from m2lite.settings import OPTIONS, parse_count
 from m2lite.shown import shown
@@ -105,24 +106,6 @@ def _system(chat: Chat, rest: str) -> str:
     return "the template's own system message is used" if current is None else current
 
 
-def _stats(chat: Chat, rest: str) -> str:
-    return describe(chat.conversation)
-
-
-def _regenerate(chat: Chat, rest: str) -> Begin:
-    def begin(options: AnswerOptions) -> Pieces:
-        return chat.conversation.regenerate(**options)
-
-    return begin
-
-
-def _continue(chat: Chat, rest: str) -> Begin:
-    def begin(options: AnswerOptions) -> Pieces:
-        return chat.conversation.resume(**options)
-
-    return begin
-
-
 def _undo(chat: Chat, rest: str) -> str:
     return f"forgot: {one_line(chat.conversation.undo(), 60)}"
 
@@ -135,16 +118,11 @@ def _edit(chat: Chat, rest: str) -> Begin:
     edited = edit(text)
     if edited is None or not edited.strip():
         raise UsageError("Nothing was saved in the editor: the chat is as it was.")
-    return partial(_ask_instead if is_again else _ask, chat, edited.rstrip("\n"))
+    return partial(_ask_instead if is_again else Conversation.ask, conversation, edited.rstrip("\n"))
 
 
-def _ask(chat: Chat, text: str, options: AnswerOptions) -> Pieces:
-    return chat.conversation.ask(text, **options)
-
-
-def _ask_instead(chat: Chat, text: str, options: AnswerOptions) -> Pieces:
+def _ask_instead(conversation: Conversation, text: str, **options: Unpack[AnswerOptions]) -> Pieces:
     """Another question in place of the last; if it cannot be asked, nothing changes."""
-    conversation = chat.conversation
     before = conversation.messages, conversation.said
     conversation.undo()
     try:
@@ -168,11 +146,7 @@ def _forget(chat: Chat, rest: str) -> str:
 
 def _compact(chat: Chat, rest: str) -> Begin:
     n_kept = _number(f"/compact {rest}", rest or "1", "the number of turns that stay as they are")
-
-    def begin(options: AnswerOptions) -> Pieces:
-        return chat.conversation.summarise(n_kept, **options)
-
-    return begin
+    return partial(chat.conversation.summarise, n_kept)
 
 
 def _set(chat: Chat, rest: str) -> str:
@@ -186,29 +160,31 @@ def _set(chat: Chat, rest: str) -> str:
         except ValueError as error:
             raise UsageError(f"/set {name} {text}: {error}.") from None
         if name == "max_tokens":
-            chat.max_tokens = value
+            chat.options["max_tokens"] = value
         else:
-            chat.sampling = replace(chat.sampling, **{_SAMPLING.get(name, name): value})
+            chat.options["sampling"] = replace(chat.options["sampling"], **{_SAMPLING.get(name, name): value})
     return "  ".join(f"{each} {_value(chat, each)}" for each in ([name] if name else _SET))
 
 
 def _value(chat: Chat, name: str) -> object:
-    value = chat.max_tokens if name == "max_tokens" else getattr(chat.sampling, _SAMPLING.get(name, name))
-    return "no limit" if value is None else value
+    if name != "max_tokens":
+        return getattr(chat.options["sampling"], _SAMPLING.get(name, name))
+    return chat.options["max_tokens"] or "no limit"
 
 
 def _think(chat: Chat, rest: str) -> str:
+    most = chat.options["think_tokens"]
     if rest in ("show", "hide"):
-        chat.show_thinking = rest == "show"
-        chat.think_tokens = None if chat.think_tokens == 0 else chat.think_tokens
+        chat.show_thinking, most = rest == "show", most or None
     elif rest in ("on", "off"):
-        chat.think_tokens = 0 if rest == "off" else None
+        most = 0 if rest == "off" else None
     elif rest:
-        chat.think_tokens = _number(f"/think {rest}", rest, "show, hide, on, off, or a number of tokens")
-    shown = "shown" if chat.show_thinking else "folded"
-    if chat.think_tokens == 0:
+        most = _number(f"/think {rest}", rest, "show, hide, on, off, or a number of tokens")
+    chat.options["think_tokens"] = most
+    if most == 0:
         return "thinking is off"
-    return f"thinking is {shown}" + ("" if chat.think_tokens is None else f", at most {chat.think_tokens:,} tokens")
+    shown = "shown" if chat.show_thinking else "folded"
+    return f"thinking is {shown}" + ("" if most is None else f", at most {most:,} tokens")
 
 
 def _context(chat: Chat, rest: str) -> str:
@@ -330,8 +306,8 @@ def _delete(chat: Chat, rest: str) -> str:
 
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "[COMMAND]", "this list"),
-    "continue": Command(_continue, "", "go on with an answer that was stopped"),
-    "regen": Command(_regenerate, "", "answer the last question anew"),
+    "continue": Command(lambda chat, _: chat.conversation.resume, "", "go on with an answer that was stopped"),
+    "regen": Command(lambda chat, _: chat.conversation.regenerate, "", "answer the last question anew"),
     "edit": Command(_edit, "", "the last question in $EDITOR; it is asked instead"),
     "undo": Command(_undo, "", "forget the last question and its answer"),
     "forget": Command(_forget, "[N]", "forget the oldest N turns"),
@@ -342,7 +318,7 @@ COMMANDS: dict[str, Command] = {
     "think": Command(_think, "[show|hide|on|off|N]", "the model's thinking: shown, folded, none, or at most N tokens"),
     "set": Command(_set, "[NAME VALUE]", f"show or set {', '.join(_SET)}"),
     "context": Command(_context, "", "what each turn takes of the context"),
-    "stats": Command(_stats, "", "model, context use, speed of the last answer"),
+    "stats": Command(lambda chat, _: describe(chat.conversation), "", "model, context use, speed of the last answer"),
     "sessions": Command(_sessions, "", "saved chats, the latest first"),
     "load": Command(_load, "NAME", "go on with a saved chat", "chat"),
     "save": Command(_save, "[NAME]", "save this chat, which is else done by itself, under a name"),

@@ -29,24 +29,19 @@ _BLOCK = '"""'  # begins and ends a message of several lines
 
 def piped_lines() -> Iterator[str]:
     """One message a line, or a block of lines, until the end of input."""
-    block: list[str] | None = None
+    text = ""  # of a block that has begun
     for number, data in enumerate(stdin_lines(), 1):
         try:
             line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             tell(f"error: line {number} is left out, it is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}.")
             continue
-        if block is not None:
-            block.append(line)
-        elif is_open(line):
-            block = [line]
-        else:
-            yield without_marks(line)
-        if block is not None and not is_open("\n".join(block)):
-            yield without_marks("\n".join(block))
-            block = None
-    if block is not None:
-        yield without_marks("\n".join(block))
+        text = f"{text}\n{line}" if text else line
+        if not is_open(text):
+            yield without_marks(text)
+            text = ""
+    if text:
+        yield without_marks(text)
 
 
 def is_open(text: str) -> bool:

@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
-from m2lite.chat.chat import Begin, Chat
+from m2lite.chat.chat import Begin, Chat, with_files
 from m2lite.chat.commands import ChatEnds, last_exchange, run_command
 from m2lite.chat.keys import kept, without_echo
 from m2lite.chat.lines import ask_line, piped_lines, typed_lines
@@ -16,7 +16,6 @@ from m2lite.chat.progress import PromptProgress
 from m2lite.chat.render import Renderer
 from m2lite.chat.status import status_line
 from m2lite.chat.tools import Tools, describe_call, run_tool
-from m2lite.dialogue.conversation import AnswerOptions, Conversation, Pieces
 from m2lite.errors import M2liteError
 from m2lite.shown import shown
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
@@ -68,8 +67,8 @@ class _Talk:
                 tell(found)
                 self._save()
             elif line.strip():
-                text = chat.message(line[1:] if line.startswith("//") else line)
-                return self._answer(lambda options: chat.conversation.ask(text, **options), is_question=True)
+                text = with_files(line[1:] if line.startswith("//") else line, chat.attached)
+                return self._answer(partial(chat.conversation.ask, text), is_question=True)
         except (ChatEnds, OutputError, ReaderGone):
             raise
         except M2liteError as error:
@@ -111,7 +110,7 @@ class _Talk:
                 why = f"— stopped: the same call gave the same result in {n_same} rounds."
                 tell(f"{why} /continue goes on, /undo drops the turn.")
                 break
-            code = self._show(partial(_tell_results, conversation, results))
+            code = self._show(partial(conversation.tell_results, results))
         return code
 
     def _call_tools(self, tools: Tools, calls: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -130,7 +129,7 @@ class _Talk:
         name = call["function"]["name"]
         if name not in {tool["function"]["name"] for tool in tools.schemas}:
             result = f"error: there is no tool {name}"
-        elif not tools.runs(call):
+        elif name not in tools.here:
             result = ask_line(f"what does {name} return? ", stop) or "error: nobody could run it"
         elif not self._is_approved(stop):
             result = "error: the user did not want this to run"
@@ -154,8 +153,7 @@ class _Talk:
         renderer = Renderer(STDERR.is_styled, chat.show_thinking, markdown)
         with stop_on_signals() as stop, without_echo():
             progress = PromptProgress()
-            options: AnswerOptions = chat.options() | {"stop": stop, "progress": progress}
-            pieces = begin(options)
+            pieces = begin(**chat.options, stop=stop, progress=progress)
             keeper = chat.keeper()
             if is_question:
                 self._on_disk(keeper.begin)
@@ -210,7 +208,3 @@ class _Talk:
         elif answer.finish_reason == "length":
             tell("— cut off: the answer reached the limit of tokens. /continue goes on.")
         tell(status_line(conversation), dim=True)
-
-
-def _tell_results(conversation: Conversation, results: list[str], options: AnswerOptions) -> Pieces:
-    return conversation.tell_results(results, **options)

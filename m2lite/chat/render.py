@@ -54,7 +54,6 @@ class Renderer:
             self._noted_at = now
 
     def _unfold(self) -> None:
-        """It has ended."""
         if self._folded_at is not None and self._style:
             seconds = time.monotonic() - self._folded_at
             self._err.rewrite(Styled(f"{_DIM}thought for {seconds:.1f} s{_PLAIN}\n"))

@@ -8,7 +8,6 @@ from m2lite.system.byte_units import format_bytes
 
 
 def describe(conversation: Conversation) -> str:
-    """For /stats."""
     session = conversation.session
     model = session.model
     lines = [

@@ -25,7 +25,7 @@ from m2lite.storage.line_log import LineLog
 from m2lite.system.json_text import JsonError, parse_object
 from m2lite.system.paths import user_dir
 from m2lite.text.messages import check_messages
-from m2lite.text.reply import Said
+from m2lite.text.reply import Reply, Said
 
 VERSION = 1
 _MOST_BYTES = 1 << 30  # of a saved chat
@@ -42,7 +42,6 @@ class Saved:
 
     messages: list[Message] = field(default_factory=list)
     answer: dict[str, Any] | None = None
-    first: dict[str, Any] = field(default_factory=dict)
     is_partial: bool = False  # the last message is made of parts: nobody finished it
     bad_line: int | None = None  # the first that could not be read: what is behind it does not count
 
@@ -66,15 +65,11 @@ def sessions_dir() -> Path:
     return user_dir("data") / "chats"
 
 
-def check_name(name: str) -> str:
-    """Raises UsageError for what cannot be the name of a file everywhere."""
+def session_path(name: str) -> Path:
+    """UsageError for what cannot be the name of a file everywhere."""
     if not _NAME.fullmatch(name) or name != name.strip() or name.endswith("."):
         raise UsageError(f"{name!r} cannot be the name of a chat.", "Use letters, digits, spaces, and . + - _ within.")
-    return name
-
-
-def session_path(name: str) -> Path:
-    return sessions_dir() / (check_name(name) + _SUFFIX)
+    return sessions_dir() / (name + _SUFFIX)
 
 
 def new_name() -> str:
@@ -126,7 +121,8 @@ def parse_lines(lines: Sequence[bytes], path: Path) -> Saved:
             saved.bad_line = number
             break
     if parts:  # an answer that nobody finished: the process was killed
-        saved.messages.append(partial_message({kind: "".join(texts) for kind, texts in parts.items()}))
+        thinking, content = ("".join(parts.get(kind, ())) for kind in ("thinking", "content"))
+        saved.messages.append(Reply(thinking, content).message())
         saved.answer, saved.is_partial = {"finish_reason": "interrupted"}, True
     return saved
 
@@ -138,9 +134,7 @@ def _follow(saved: Saved, parts: dict[str, list[str]], event: dict[str, Any], is
         raise JsonError("no event")
     kind = kinds.pop()
     value = event[kind]
-    if kind == "m2lite_chat":
-        saved.first = event
-    elif kind == "part":
+    if kind == "part":
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
             raise JsonError("no part of an answer")
         for name, text in value.items():
@@ -154,7 +148,7 @@ def _follow(saved: Saved, parts: dict[str, list[str]], event: dict[str, Any], is
     elif kind == "add":
         saved.messages.append(_checked(value))
         saved.answer = None
-    else:
+    elif kind == "cut":
         if type(value) is not int or not 0 <= value <= len(saved.messages):
             raise JsonError("cuts what is not there")
         del saved.messages[value:]
@@ -184,12 +178,6 @@ def _check_answer(value: Any) -> None:
 
 
 _CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "any", "arguments": {}}}]}
-
-
-def partial_message(parts: Mapping[str, str]) -> Message:
-    """An answer that was not finished, from its texts by kind."""
-    message: Message = {"role": "assistant", "content": parts.get("content", "")}
-    return message | ({"reasoning_content": parts["thinking"]} if parts.get("thinking") else {})
 
 
 class SavedChat:

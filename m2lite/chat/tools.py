@@ -106,12 +106,8 @@ class Tools:
     """What the model is told, and which of it runs here, within limits."""
 
     schemas: list[dict[str, Any]]
-    here: frozenset[str]
+    here: frozenset[str]  # names of tools that run here, and that the user offers
     limits: Limits
-
-    def runs(self, call: Tool) -> bool:
-        """Whether the call is of a tool that runs here, and that the user offers."""
-        return call["function"]["name"] in self.here
 
 
 def load_tools(sources: Sequence[str], limits: Limits) -> Tools:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -14,18 +15,18 @@ import typer
 from typer.core import TyperGroup
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, open_model
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema
+from m2lite.commands.options import SchemaOption, StopOption, answer_defaults
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.system.streams import STDERR, STDOUT, Out, note, others_to_stderr, require_stdout, say, say_json
-from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
     from m2lite.api import Model
+    from m2lite.batch.cluster import Cluster
     from m2lite.batch.lines import Checked, Input, Line
     from m2lite.batch.results import Manifest
-    from m2lite.batch.runner import Shard, Tally, Worker, Write
+    from m2lite.batch.runner import Runner, Shard, Tally, Write
     from m2lite.dialogue.chat_request import ChatRequest
 
 EXIT_SOME_FAILED = 3
@@ -92,7 +93,6 @@ def run(
     from m2lite.batch.lines import Input
     from m2lite.batch.progress import check_plot
     from m2lite.batch.results import approve_output
-    from m2lite.dialogue.chat_request import ChatRequest
 
     if on_bad_line not in ("fail", "record"):
         raise UsageError(f"--on-bad-line is {on_bad_line!r}.", "Use fail or record.")
@@ -100,7 +100,7 @@ def run(
         raise UsageError(f"--order is {order!r}.", "Use done or input.")
     if ray_actors is not None and ray is None:
         raise UsageError("--ray-actors was given without --ray.", "Add it.")
-    settings = replace(settings, model=settings.model if model is None else model)
+    settings = replace(settings, model=settings.model if model is None else model, think="show")  # no option here
     places = places_beside(source, json_schema, models=[settings.model, settings.opening["mtp"]])
     approve_output(places, output)
     if output == "-":
@@ -108,21 +108,14 @@ def run(
     if plot is not None:
         places.approve("--plot", plot, kind="replaced", begins=PNG)
         check_plot(Path(plot))
-    schema = None if json_schema is None else read_schema(json_schema)
-    defaults = ChatRequest(
-        [], make_sampling(settings, default_seed=0), None, settings.max_tokens, settings.think_budget,
-        check_stop_texts(stop_text or []), schema,
-    )  # fmt: skip
+    defaults = answer_defaults(settings, stop_text, json_schema, default_seed=0)
     job = _Job(settings, inflight, defaults, parse_shard(shard), limit, order == "input", ray, ray_actors)
-    with ExitStack() as stack:
-        lines = Input(source, defaults)
-        stack.callback(lines.close)
-        checked = _check(lines, on_bad_line)
-        if dry_run:
-            job.estimate(lines, None if output == "-" else Path(output))
-            return
-        code = job.run(lines, checked, output, force=force, retry_failed=retry_failed, plot=plot)
-    raise typer.Exit(code)
+    lines = Input(source, defaults)
+    checked = _check(lines, on_bad_line)
+    if dry_run:
+        job.estimate(lines, None if output == "-" else Path(output))
+        return
+    raise typer.Exit(job.run(lines, checked, output, force=force, retry_failed=retry_failed, plot=plot))
 
 
 def _check(lines: Input, on_bad_line: str) -> Checked:
@@ -165,11 +158,11 @@ class _Job:
     ray: str | None
     n_actors: int | None
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> Runner | Cluster:
         if self.ray is None:
-            from m2lite.batch.runner import Here
+            from m2lite.batch.runner import Runner
 
-            return Here(self._open(), self.n_inflight, self.settings.kv_disk)
+            return Runner(self._open(), self.n_inflight, self.settings.kv_disk)
         from m2lite.batch.cluster import Cluster
 
         options: dict[str, Any] = {"path": self.settings.model, **self.settings.opening, "sequences": self.n_inflight}
@@ -198,16 +191,17 @@ class _Job:
             out = STDOUT if self.ray is None else stack.enter_context(others_to_stderr())
             worker = self._worker()
             stack.callback(worker.close)
-            results, tally, show = None, Tally(n_total, worker.n_layers), Show(note)
+            results, tally, show = None, Tally(n_total, worker.n_layers), Show()
             if path is not None:
                 results = Results(path, self._manifest(worker.facts, checked, n_total), force, retry_failed)
                 stack.callback(results.close)
-                tally.begin(*count_ended(lines, results, self.shard))
+                tally.n_done, tally.n_failed = count_ended(lines, results, self.shard)
+                tally.n_before = tally.n_done + tally.n_failed
                 if tally.n_before:
                     note(f"{tally.n_before:,} of {n_total:,} lines have a result already")
                 if n_others := len(results.ended) - tally.n_before:
                     note(f"{n_others:,} results in {output} are of lines that {lines.name} does not have")
-            left = lines_left(lines, results, self.shard, self.limit)
+            left = lines_left(lines, {} if results is None else results.ended, self.shard, self.limit)
             left, write = self._in_turn(stack, left, out) if results is None else (left, results.add)
             stop = stack.enter_context(stop_on_signals())
             try:
@@ -226,7 +220,8 @@ class _Job:
             draw_plot(show.points, Path(plot))
         if stop():
             if path is not None:
-                note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {_again()}")
+                again = shlex.join(["m2lite", *sys.argv[1:]])
+                note(f"stopped; {tally.n_done + tally.n_failed:,} results are safe in {output}. To go on: {again}")
             return stop.exit_code
         return EXIT_SOME_FAILED if tally.n_failed else 0
 
@@ -269,20 +264,18 @@ class _Job:
 
     def estimate(self, lines: Input, output: Path | None) -> None:
         """How much there is to do, and how long that may take."""
-        from m2lite.batch.lines import line_key
-        from m2lite.batch.results import read_ends, read_manifest
+        from m2lite.batch.results import read_manifest, read_results
+        from m2lite.batch.runner import lines_left
         from m2lite.text.template import encode_chat
 
         done = set[int]()
         if output is not None and read_manifest(output) is not None:
-            done = {line_key(name) for name, _ in read_ends(output)}
+            done = {found.key for found in read_results(output)}
         n = n_prompt = n_most = n_long = 0
         with self._open() as model:
-            for line in lines:
-                if line.request is None or line not in self.shard or line.key in done:
+            for line in lines_left(lines, done, self.shard, self.limit):
+                if line.request is None:
                     continue
-                if self.limit is not None and n >= self.limit:
-                    break
                 row = encode_chat(model.tokenizer, model.template, line.request.messages, line.request.tools)
                 n, n_prompt, n_most = n + 1, n_prompt + len(row), max(n_most, len(row))
                 n_long += len(row) > model.ctx
@@ -311,12 +304,6 @@ def _tell(text: str) -> None:
     """A line while progress is shown."""
     STDERR.rewrite()
     note(text)
-
-
-def _again() -> str:
-    import shlex
-
-    return shlex.join(["m2lite", *sys.argv[1:]])
 
 
 @command()
@@ -357,13 +344,9 @@ def merge(
     from m2lite.sampling.draw import Sampling
 
     places_beside(source, *outputs).approve("--output", target)
-    with ExitStack() as stack:
-        order = None
-        if source is not None:
-            lines = Input(source, ChatRequest([], Sampling(seed=0)))
-            stack.callback(lines.close)
-            order = (line.custom_id for line in lines)
-        n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
+    lines = None if source is None else Input(source, ChatRequest([], Sampling(seed=0)))
+    order = None if lines is None else (line.custom_id for line in lines)
+    n, n_failed = merge_outputs([Path(name) for name in outputs], Path(target), order)
     note(f"{n:,} results in {target}, {n_failed:,} of them failed")
     raise typer.Exit(EXIT_SOME_FAILED if n_failed else 0)
 

@@ -7,13 +7,12 @@ from typing import Annotated
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import SchemaOption, StopOption, make_sampling, read_schema, say_seed, think_tokens
+from m2lite.commands.options import SchemaOption, StopOption, answer_defaults, say_seed
 from m2lite.commands.places import places_beside
 from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.system.paths import named_path
 from m2lite.system.streams import stdin_is_terminal
-from m2lite.text.stop_text import check_stop_texts
 
 
 @command(*MODEL, "kv_disk", *DRAFT, "template", *THINKING, *SAMPLING)
@@ -68,30 +67,25 @@ def chat(
         raise UsageError(f"--max-rounds is {max_rounds}.", "Use 0 or more.")
     if json_schema is not None and tools:
         raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
-    schema, stop_texts = None if json_schema is None else read_schema(json_schema), check_stop_texts(stop_text or [])
+    defaults = answer_defaults(settings, stop_text, json_schema)
     files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
     places = places_beside(json_schema, *files, models=[settings.model, settings.opening["mtp"]])
     box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
     saved = None
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())
-    sampling = make_sampling(settings)
-    say_seed(sampling, settings)
+    say_seed(defaults.sampling, settings)
     with open_model(settings) as model:
         conversation = Conversation(model.session(), system, None if box is None else box.schemas)
         conversation.keep_thinking = keep_thinking
         talk = Chat(
             conversation,
-            sampling,
-            settings.max_tokens,
+            defaults.options(),
             show_thinking=settings.think != "hide",
-            think_tokens=think_tokens(settings),
             is_plain=plain,
             tools=box,
             approve=approve,
             max_rounds=max_rounds,
-            stop_texts=stop_texts,
-            schema=schema,
             places=places,
         )
         if saved is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,46 +22,89 @@ if TYPE_CHECKING:
     from m2lite.quant.options import Asked, Conversion, JobPlan
     from m2lite.quant.verify import Report
 
-_Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.gguf", help="File to write")]
-_Type = Annotated[
-    str, typer.Option("--type", metavar="TYPE", help="m2-int4, q4_0, q4_k_m, iq4_xs, q8_0, bf16, f32, ...")
-]
-_TensorType = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tensor-type", metavar="REGEX=TYPE", help="Another type for the tensors that match; may be repeated"
-    ),
-]
-_TargetSize = Annotated[
-    str | None,
-    typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (GiB)"),
-]
 _Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix in GGUF, as `m2lite imatrix` makes")
-]
-_PartialImatrix = Annotated[
-    bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
-]
-_SplitSize = Annotated[
-    str | None,
-    typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this, e.g. 48g (GiB)"),
-]
-_Alignment = Annotated[
-    str | None,
-    typer.Option("--alignment", metavar="BYTES", help="Of tensors in the file: 4096 (pages) or 32 [default: 4096]"),
-]
-_Name = Annotated[str | None, typer.Option("--name", metavar="TEXT", help="The model's name within the file")]
-_Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="Prediction modules go to mtp-OUT.gguf")]
-_Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Read back what was written before it gets its name")
 ]
 _Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an existing file; of a link the name, what it points to stays as it is"),
 ]
-_Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin anew")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
+
+
+@dataclass(frozen=True)
+class _JobOptions:
+    """Options of convert and quantize."""
+
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.gguf", help="File to write")]
+    type_name: Annotated[
+        str, typer.Option("--type", metavar="TYPE", help="m2-int4, q4_0, q4_k_m, iq4_xs, q8_0, bf16, f32, ...")
+    ] = "m2-int4"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop")] = False
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type", metavar="REGEX=TYPE", help="Another type for the tensors that match; may be repeated"
+        ),
+    ] = None
+    target_size: Annotated[
+        str | None, typer.Option("--target-size", metavar="SIZE", help="The best mix in this size, e.g. 120g (GiB)")
+    ] = None
+    imatrix: _Imatrix = None
+    allow_partial_imatrix: Annotated[
+        bool, typer.Option("--allow-partial-imatrix", help="Use one that lacks some tensors: those do without")
+    ] = False
+    split_max_size: Annotated[
+        str | None,
+        typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most this, e.g. 48g (GiB)"),
+    ] = None
+    alignment: Annotated[
+        str | None,
+        typer.Option("--alignment", metavar="BYTES", help="Of tensors in the file: 4096 (pages) or 32 [default: 4096]"),
+    ] = None
+    name: Annotated[str | None, typer.Option("--name", metavar="TEXT", help="The model's name within the file")] = None
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Prediction modules go to mtp-OUT.gguf")] = True
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read back what was written before it gets its name")
+    ] = True
+    overwrite: _Overwrite = False
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin anew")
+    ] = False
+    as_json: _Json = False
+
+    def asked(self) -> Asked:
+        """What decides the bytes of the output, parsed: a mistake is told before anything is opened."""
+        from m2lite.quant.recipes import parse_overrides
+
+        if self.alignment not in (None, "32", "4096"):
+            raise UsageError(f"--alignment is {self.alignment!r}.", "Take 4096 or 32.")
+        return {
+            "mtp": self.mtp,
+            "overrides": parse_overrides(self.tensor_type or []),
+            "target_bytes": _size("--target-size", self.target_size),
+            "imatrix": self.imatrix,
+            "allow_partial_imatrix": self.allow_partial_imatrix,
+            "split_max_bytes": _size("--split-max-size", self.split_max_size),
+            "alignment": int(self.alignment) if self.alignment else None,
+            "name": self.name,
+        }
+
+    def carry_out(self, opened: AbstractContextManager[JobPlan], threads: int | None) -> None:
+        """Do the job and say what was made, or with `dry_run` only print its plan."""
+        from m2lite.quant.options import carry_out, check_taken
+
+        if self.dry_run:
+            _show_plan(opened, self.as_json)
+            return
+        if not self.overwrite:
+            check_taken(self.out)
+        with ProgressBar() as progress:
+            made = carry_out(
+                opened, overwrite=self.overwrite, restart=self.restart, verify=self.verify, threads=threads,
+                progress=progress, warn=_warn,
+            )  # fmt: skip
+        _show_made(made, self.as_json)
 
 
 @command("threads")
@@ -69,36 +112,18 @@ def convert(
     settings: Settings,
     *,
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Directory with config.json and safetensors")],
-    out: _Out,
-    type_name: _Type = "m2-int4",
-    dry_run: _DryRun = False,
-    tensor_type: _TensorType = None,
-    target_size: _TargetSize = None,
-    imatrix: _Imatrix = None,
-    allow_partial_imatrix: _PartialImatrix = False,
-    split_max_size: _SplitSize = None,
-    alignment: _Alignment = None,
-    name: _Name = None,
-    mtp: _Mtp = True,
+    job: _JobOptions,
     init_mtp: Annotated[
         int, typer.Option("--init-mtp", metavar="N", min=0, max=16, help="Make N modules of the last layer, to train")
     ] = 0,
-    verify: _Verify = True,
-    overwrite: _Overwrite = False,
-    restart: _Restart = False,
-    as_json: _Json = False,
 ) -> None:
     """Hugging Face safetensors to GGUF in one pass. Interrupted, it goes on when it is run again."""
-    from m2lite.quant import convert as job
+    from m2lite.quant.convert import plan_convert
 
     announce_compiling()
-    asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
-    if init_mtp:
-        asked["init_mtp"] = init_mtp
-    asked["allow_partial_imatrix"] = allow_partial_imatrix
-    plan = job.plan_convert(hf_dir, out, type_name, **asked)
-    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.opening["threads"]}
-    _carry_out(plan, out, run, dry_run, as_json)
+    asked = job.asked()
+    asked["init_mtp"] = init_mtp
+    job.carry_out(plan_convert(hf_dir, job.out, job.type_name, **asked), settings.opening["threads"])
 
 
 @command("threads")
@@ -106,61 +131,19 @@ def quantize(
     settings: Settings,
     *,
     source: Annotated[str, typer.Argument(metavar="IN.gguf", help="GGUF file, best F32, F16 or BF16")],
-    out: _Out,
-    type_name: _Type = "m2-int4",
-    dry_run: _DryRun = False,
+    job: _JobOptions,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize what is quantized already: loses quality twice")
     ] = False,
-    tensor_type: _TensorType = None,
-    target_size: _TargetSize = None,
-    imatrix: _Imatrix = None,
-    allow_partial_imatrix: _PartialImatrix = False,
-    split_max_size: _SplitSize = None,
-    alignment: _Alignment = None,
-    name: _Name = None,
-    mtp: _Mtp = True,
-    verify: _Verify = True,
-    overwrite: _Overwrite = False,
-    restart: _Restart = False,
-    as_json: _Json = False,
 ) -> None:
     """GGUF to GGUF of another type. Interrupted, it goes on when it is run again."""
     from m2lite.engine.locate import locate_model
-    from m2lite.quant import quantize as job
+    from m2lite.quant.quantize import plan_quantize
 
     announce_compiling()
     found = locate_model(source)
-    asked = _asked(tensor_type, target_size, imatrix, split_max_size, alignment, name, mtp)
-    asked["allow_partial_imatrix"] = allow_partial_imatrix
-    plan = job.plan_quantize(found, out, type_name, allow_requantize=allow_requantize, **asked)
-    run = {"overwrite": overwrite, "restart": restart, "verify": verify, "threads": settings.opening["threads"]}
-    _carry_out(plan, out, run, dry_run, as_json)
-
-
-def _asked(
-    tensor_type: list[str] | None,
-    target_size: str | None,
-    imatrix: Path | None,
-    split_max_size: str | None,
-    alignment: str | None,
-    name: str | None,
-    mtp: bool,
-) -> Asked:
-    """What decides the bytes of the output, parsed: a mistake is told before anything is opened."""
-    from m2lite.quant.recipes import parse_overrides
-
-    if alignment not in (None, "32", "4096"):
-        raise UsageError(f"--alignment is {alignment!r}.", "Take 4096 or 32.")
-    return {
-        "mtp": mtp,
-        "overrides": parse_overrides(tensor_type or []),
-        "target_bytes": _size("--target-size", target_size),
-        "imatrix": imatrix,
-        "split_max_bytes": _size("--split-max-size", split_max_size),
-        "alignment": int(alignment) if alignment else None,
-        "name": name,
-    }
+    plan = plan_quantize(found, job.out, job.type_name, allow_requantize=allow_requantize, **job.asked())
+    job.carry_out(plan, settings.opening["threads"])
 
 
 def _size(flag: str, text: str | None) -> int | None:
@@ -168,22 +151,6 @@ def _size(flag: str, text: str | None) -> int | None:
         return None if text is None else parse_positive_bytes(text)
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: {error}.", "Give bytes, or a number with k, m, g or t.") from None
-
-
-def _carry_out(
-    opened: AbstractContextManager[JobPlan], out: Path, run: dict[str, Any], dry_run: bool, as_json: bool
-) -> None:
-    """Do the job and say what was made, or with `dry_run` only print its plan."""
-    from m2lite.quant.options import carry_out, check_taken
-
-    if dry_run:
-        _show_plan(opened, as_json)
-        return
-    if not run["overwrite"]:
-        check_taken(out)
-    with ProgressBar() as progress:
-        made = carry_out(opened, **run, progress=progress, warn=_warn)
-    _show_made(made, as_json)
 
 
 def _warn(text: str) -> None:
@@ -237,7 +204,8 @@ def imatrix(
     overwrite: _Overwrite = False,
 ) -> None:
     """Which inputs of each matrix matter on a text: makes 4-bit files better. Names experts that it never reached."""
-    from m2lite.measure import collect_importance, format_importance, read_tokens
+    from m2lite.measure.chunks import read_tokens
+    from m2lite.measure.importance import collect_importance, format_importance
     from m2lite.quant.imatrix import Importance, write_imatrix
     from m2lite.signals import stop_on_signals
 

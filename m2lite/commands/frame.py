@@ -6,7 +6,9 @@ import functools
 import inspect
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -32,8 +34,8 @@ THINKING = panel("Thinking")
 def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command of its name, with `options` from the settings table and `--debug`.
 
-    The function gets the resolved settings first; errors become one line on stderr and an exit code. One that
-    `has_result` for stdout is not begun without one.
+    The function gets the resolved settings first; a parameter that is a dataclass stands for its fields. Errors become
+    one line on stderr and an exit code. One that `has_result` for stdout is not begun without one.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -41,17 +43,24 @@ def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., N
         def run(**arguments: Any) -> None:
             debug = arguments.pop("debug")
             flags = {name: arguments.pop(name) for name in options}
-
-            def begin() -> None:
+            with guard(debug):
                 if has_result:
                     require_stdout()
                 _check_texts(arguments, hints)
+                for name, group in groups.items():
+                    arguments[name] = group(**{field.name: arguments.pop(field.name) for field in fields(group)})
                 function(resolve_settings(flags), **arguments)
 
-            guard(begin, debug)
-
         hints = get_type_hints(function, include_extras=True)
-        own = list(inspect.signature(function).parameters.values())[1:]
+        own = list[inspect.Parameter]()
+        groups = dict[str, Any]()
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            if is_dataclass(hints[parameter.name]):
+                group = groups[parameter.name] = hints[parameter.name]
+                hints |= get_type_hints(group, include_extras=True)
+                own += inspect.signature(group).parameters.values()
+            else:
+                own.append(parameter)
         parameters = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in own]
         parameters += [_parameter(name) for name in options]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
@@ -92,10 +101,11 @@ def _parameter(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def guard(run: Callable[[], None], debug: bool = False) -> None:
-    """Run a command; what goes wrong becomes one line on stderr and the exit code of its kind."""
+@contextmanager
+def guard(debug: bool = False) -> Iterator[None]:
+    """What goes wrong inside becomes one line on stderr and the exit code of its kind."""
     try:
-        run()
+        yield
         STDOUT.flush()
     except (M2liteError, OutputError) as error:
         _fail(f"m2lite: {error}", getattr(error, "exit_code", 1), debug)
@@ -166,17 +176,14 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
     residency = model.runner.residency
     if residency is not None:
         note(f"streamed: {residency.describe()}")
-    if model.runner.drafting.warning:
-        note(f"warning: {model.runner.drafting.warning}")
-    for warning in model.runner.warnings:
-        note(f"warning: {warning}")
+    warnings = [model.runner.drafting.warning, *model.runner.warnings]
     kind = machine.network_file_system(model.path)
     if kind is not None and settings.opening["load"] != "direct":
-        note(f"warning: {model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct.")
-    for warning in model.tokenizer.warnings:
+        warnings.append(
+            f"{model.path} lies on {kind}: if that fails, so does m2lite, without a word. Use --load direct."
+        )
+    for warning in filter(None, [*warnings, *model.tokenizer.warnings, model.template.warning]):
         note(f"warning: {warning}")
-    if model.template.warning:
-        note(f"warning: {model.template.warning}")
     return model
 
 

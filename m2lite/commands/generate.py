@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import (
-    MOST_BYTES,
-    SchemaOption,
-    StopOption,
-    make_sampling,
-    read_schema,
-    say_seed,
-    think_tokens,
-)
+from m2lite.commands.options import MOST_BYTES, SchemaOption, StopOption, answer_defaults, read_given, say_seed
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.system.inputs import read_input
 from m2lite.system.json_text import JsonError, parse_json
 from m2lite.system.paths import named_path
 from m2lite.system.streams import STDERR, STDOUT, note, say_json, stdin_is_terminal
-from m2lite.text.stop_text import check_stop_texts
 
 if TYPE_CHECKING:
     from m2lite.api import Model
@@ -59,7 +51,7 @@ def generate(
 ) -> None:
     """Answer one question: the answer on stdout, everything else on stderr."""
     from m2lite.chat.progress import PromptProgress
-    from m2lite.dialogue.chat_request import ChatRequest, check_whole
+    from m2lite.dialogue.chat_request import check_whole
     from m2lite.dialogue.conversation import Conversation
     from m2lite.signals import stop_on_signals
 
@@ -71,12 +63,8 @@ def generate(
         raise UsageError("--logprobs was given without --json.", "Add it.")
     if request is not None and (prompt is not None or file or system is not None or no_template):
         raise UsageError("--request was given with -p, -f, -s or --no-template.", "Put all of it into the request.")
-    schema = None if json_schema is None else read_schema(json_schema)
+    wanted = replace(answer_defaults(settings, stop_text, json_schema), logprobs=logprobs)
     text = None if request is not None else _question(prompt, file or [])
-    wanted = ChatRequest(
-        [], make_sampling(settings), None, settings.max_tokens, think_tokens(settings),
-        check_stop_texts(stop_text or []), schema, logprobs,
-    )  # fmt: skip
     if request is not None:
         wanted = _read_request(request, wanted)
     say_seed(wanted.sampling, settings)
@@ -124,10 +112,14 @@ def _print(
     """What was held back."""
     import time
 
+    from m2lite.chat.markdown import first_code_block
     from m2lite.dialogue.chat_request import response_body
 
     if extract:
-        _print_code(answer)
+        code = first_code_block(answer.reply.content)
+        if code is None:
+            raise M2liteError("The answer has no block of code.", "Leave --extract out to see it.")
+        STDOUT.write(code)
     elif as_json and is_request:
         name = f"chatcmpl-{wanted.sampling.seed}"
         say_json(response_body(answer, model.tokenizer, name, model.path.name, int(time.time())))
@@ -137,23 +129,12 @@ def _print(
         STDOUT.write(f"{answer.reply.content}\n")
 
 
-def _print_code(answer: Completion) -> None:
-    from m2lite.chat.markdown import first_code_block
-
-    code = first_code_block(answer.reply.content)
-    if code is None:
-        raise M2liteError("The answer has no block of code.", "Leave --extract out to see it.")
-    STDOUT.write(code)
-
-
 def _read_request(source: str, defaults: ChatRequest) -> ChatRequest:
     """The request in a file; - is stdin."""
-    from m2lite.dialogue.chat_request import MOST_REQUEST_BYTES, parse_request
+    from m2lite.dialogue.chat_request import parse_request
 
     try:
-        body = parse_json(read_input(source, MOST_REQUEST_BYTES))
-    except OSError as error:
-        raise UsageError(f"{source} cannot be read: {error.strerror}.") from None
+        body = parse_json(read_given(source))
     except JsonError as error:
         raise UsageError(f"{source}: no JSON ({error}).", 'Give {"messages": [...]}.') from None
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from m2lite.commands.frame import MODEL, ProgressBar, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
+from m2lite.signals import stop_on_signals
 from m2lite.system.byte_units import parse_speed
 from m2lite.system.streams import note, say, say_json
 
@@ -35,42 +36,30 @@ def bench(
 ) -> None:
     """Measure prefill and decode on this machine, next to its read bandwidth; or which drafts pay."""
     from m2lite.bench import format_result, plan_tests, run_bench
-
-    if draft:
-        _bench_drafts(settings.opened(draft="auto", mtp=mtp), max(_counts("-n", decodes)), repeats, as_json)
-        return
-    settings = settings.opened(draft="off", mtp=None)
-    tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
-    if not tests:
-        raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
-    measure = partial(run_bench, tests=tests, repeats=repeats, note=note, cold=cold, rotating=rotating)
-    _report(settings, measure, format_result, as_json)
-
-
-def _bench_drafts(settings: Settings, max_tokens: int, repeats: int, as_json: bool) -> None:
     from m2lite.bench_drafts import bench_drafts, format_drafts
 
-    measure = partial(bench_drafts, repeats=repeats, max_tokens=max_tokens, note=note)
-    _report(settings, measure, format_drafts, as_json)
-
-
-def _report(
-    settings: Settings,
-    measure: Callable[..., dict[str, Any]],
-    format_result: Callable[[dict[str, Any]], str],
-    as_json: bool,
-) -> None:
-    """What measure(model, stop=...) found, unless it was stopped."""
-    from m2lite.signals import stop_on_signals
-
+    measure: Callable[..., dict[str, Any]]
+    if draft:
+        settings, format_found = settings.opened(draft="auto", mtp=mtp), format_drafts
+        measure = partial(bench_drafts, max_tokens=max(_counts("-n", decodes)))
+    else:
+        settings, format_found = settings.opened(draft="off", mtp=None), format_result
+        tests = plan_tests(_counts("-p", prompts), _counts("-n", decodes), _counts("-d", depths))
+        if not tests:
+            raise UsageError("There is nothing to measure.", "Give -p or -n more than 0 tokens.")
+        measure = partial(run_bench, tests=tests, cold=cold, rotating=rotating)
     with open_model(settings) as model, stop_on_signals() as stop:
-        result = measure(model, stop=stop)
+        found = measure(model, repeats=repeats, note=note, stop=stop)
         if stop():
             raise typer.Exit(stop.exit_code)
-        if as_json:
-            say_json(result)
-        else:
-            say(*format_result(result).split("\n"))
+        _print(found, format_found, as_json)
+
+
+def _print(found: dict[str, Any], format_found: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    if as_json:
+        say_json(found)
+    else:
+        say(*format_found(found).split("\n"))
 
 
 @command(*MODEL)
@@ -88,20 +77,12 @@ def plan(
     """What a model will cost here: memory, tokens a second by hit rate, and what binds them."""
     from m2lite.plan import format_plan, make_plan
 
-    speed = _speed(disk)
-    with open_model(settings.opened(draft="off", mtp=None)) as model:
-        found = make_plan(model, speed)
-        if as_json:
-            say_json(found)
-        else:
-            say(*format_plan(found).split("\n"))
-
-
-def _speed(text: str | None) -> float | None:
     try:
-        return None if text is None else parse_speed(text)
+        speed = None if disk is None else parse_speed(disk)
     except ValueError as error:
-        raise UsageError(f"--disk {text!r}: {error}.", "Correct it.") from None
+        raise UsageError(f"--disk {disk!r}: {error}.", "Correct it.") from None
+    with open_model(settings.opened(draft="off", mtp=None)) as model:
+        _print(make_plan(model, speed), format_plan, as_json)
 
 
 def _counts(flag: str, text: str) -> list[int]:
@@ -131,9 +112,9 @@ def perplexity(
     """How well a model foresees a text, and how far it is from another. Scored as llama-perplexity does it."""
     from contextlib import ExitStack
 
-    from m2lite.measure import format_perplexity, read_tokens
-    from m2lite.measure import perplexity as run_perplexity
-    from m2lite.signals import stop_on_signals
+    from m2lite.measure.chunks import read_tokens
+    from m2lite.measure.quality import format_perplexity
+    from m2lite.measure.quality import perplexity as run_perplexity
 
     with ExitStack() as stack:
         settings = settings.opened(ctx=n_ctx, draft="off", mtp=None)
@@ -147,7 +128,7 @@ def perplexity(
                 progress=lambda done, total, ppl: progress(f"perplexity {ppl:.4f}", done, total),
             )  # fmt: skip
         if found is not None and as_json:
-            say_json(found.as_dict())
+            say_json(asdict(found))
         elif found is not None:
             say(*format_perplexity(found).split("\n"))
     if stop():

@@ -48,7 +48,11 @@ def read_tokens(model: Model, path: str | os.PathLike[str]) -> list[int]:
 
 def cut_chunks(model: Model, text: str | Sequence[int], n_ctx: int, n_chunks: int | None = None) -> Ids:
     """int64 [n, n_ctx]: all whole chunks of the text or its tokens, or the first `n_chunks` of them."""
-    _check_ctx(model, n_ctx)
+    most = min(model.ctx, model.config.n_ctx_train)
+    if not MIN_CTX <= n_ctx <= most:
+        raise UsageError(
+            f"Chunks of {n_ctx:,} tokens were asked for; {MIN_CTX} to {most:,} are possible.", "Change -c."
+        )
     if n_chunks is not None and n_chunks < 1:
         raise UsageError(f"{n_chunks} chunks were asked for.", "Ask for at least one.")
     tokens = model.encode_prompt(text) if isinstance(text, str) else text
@@ -69,14 +73,6 @@ def cut_chunks(model: Model, text: str | Sequence[int], n_ctx: int, n_chunks: in
     if model.tokenizer.add_bos and bos_id is not None:
         chunks[:, 0] = bos_id
     return chunks
-
-
-def _check_ctx(model: Model, n_ctx: int) -> None:
-    most = min(model.ctx, model.config.n_ctx_train)
-    if not MIN_CTX <= n_ctx <= most:
-        raise UsageError(
-            f"Chunks of {n_ctx:,} tokens were asked for; {MIN_CTX} to {most:,} are possible.", "Change -c."
-        )
 
 
 def feed_chunk(

@@ -56,10 +56,6 @@ class Collected:
         """Of all layers."""
         return sum(len(counts) for _, counts in self._routed())
 
-    @property
-    def unreached_share(self) -> float:
-        return sum(map(len, self.unreached.values())) / max(1, self.n_experts)
-
     def _routed(self) -> list[tuple[str, Counts]]:
         end = ".ffn_gate_exps.weight"
         return [(name.removesuffix(end), counts) for name, (_, counts) in self.sums.items() if name.endswith(end)]
@@ -147,7 +143,7 @@ def format_importance(found: Collected) -> str:
     lines = [f"{len(found.sums)} tensors, {found.n_chunks:,}{of} chunks of {found.n_ctx:,} tokens"]
     unreached = found.unreached
     n = sum(map(len, unreached.values()))
-    lines.append(f"experts that no token reached: {n:,} of {found.n_experts:,} ({found.unreached_share:.2%})")
+    lines.append(f"experts that no token reached: {n:,} of {found.n_experts:,} ({n / max(1, found.n_experts):.2%})")
     for layer, experts in unreached.items():
         more = f" and {len(experts) - MAX_NAMED} more" if len(experts) > MAX_NAMED else ""
         lines.append(f"  {layer}: {', '.join(map(str, experts[:MAX_NAMED]))}{more}")

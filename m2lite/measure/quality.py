@@ -2,17 +2,16 @@
 
 The conventions are those of llama-perplexity: the second half of each chunk is scored, a token's own chunk is all its
 context; errors are those of a mean of independent values. Memory: SLICE_ROWS rows of logits per model (51 MB at
-MiniMax-M2's vocabulary), and five numbers for every scored token.
+MiniMax-M2's vocabulary), and four numbers for every scored token.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,8 @@ PERCENTILES = (50, 90, 95, 99, 99.9)
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+# Of one token -ln p; beside another model also its -ln p, KL, and whether both hold the same token most likely.
+Score = tuple[float, ...]
 Progress = Callable[[int, int, float], None]  # chunks done, chunks in all, perplexity so far
 
 
@@ -72,37 +73,6 @@ class Perplexity:
     ppl_error: float
     against: Divergence | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-class Scores:
-    """Figures of every scored token."""
-
-    def __init__(self) -> None:
-        self.nll: list[float] = []
-        self.other_nll: list[float] = []
-        self.kl: list[float] = []
-        self.same_top: list[bool] = []
-
-    def add(self, logits: F32, target: int) -> F64:
-        """One row; returns its log-probabilities."""
-        found = log_softmax(logits)
-        self.nll.append(-float(found[target]))
-        return found
-
-    def compare(self, logits: F32, other_logits: F32, target: int) -> None:
-        """One row of both models."""
-        found, other = self.add(logits, target), log_softmax(other_logits)
-        self.other_nll.append(-float(other[target]))
-        self.kl.append(float((np.exp(other) * (other - found)).sum()))
-        self.same_top.append(bool(logits.argmax() == other_logits.argmax()))
-
-    def cut(self, n: int) -> None:
-        """Keep the first n tokens: those of whole chunks."""
-        for values in (self.nll, self.other_nll, self.kl, self.same_top):
-            del values[n:]
-
 
 def log_softmax(logits: F32) -> F64:
     """Natural logarithms of the probabilities of one row [n_vocab], in float64."""
@@ -132,19 +102,32 @@ def perplexity(
         check_same_vocabulary(model, against)
         cut_chunks(against, chunks[0].tolist(), n_ctx)  # for its checks
         models.append(against)
-    scores, n_done, per_chunk = Scores(), 0, n_ctx - 1 - n_ctx // 2
+    scores, n_done = list[Score](), 0
     for chunk in chunks:
         try:
-            compute_thread().run(partial(_score_chunk, models, chunk, scores, stop))
+            scores += compute_thread().run(partial(_score_chunk, models, chunk, stop))
         except Stopped:
             break
         n_done += 1
         if progress is not None:
-            progress(n_done, len(chunks), math.exp(float(np.mean(scores.nll))))
+            progress(n_done, len(chunks), math.exp(float(np.mean([score[0] for score in scores]))))
     if not n_done:
         return None
-    scores.cut(n_done * per_chunk)
-    return summarise(model, against, scores, n_ctx, n_done, len(chunks))
+    figures = np.array(scores).T.copy()  # [figures, tokens]
+    nll, nll_error = mean_error(figures[0])
+    ppl = math.exp(nll)
+    return Perplexity(
+        model=str(model.path),
+        n_ctx=n_ctx,
+        n_chunks=n_done,
+        n_chunks_asked=len(chunks),
+        n_tokens=len(scores),
+        nll=nll,
+        nll_error=nll_error,
+        ppl=ppl,
+        ppl_error=ppl * nll_error,
+        against=None if against is None else _diverge(str(against.path), ppl, *figures),
+    )
 
 
 def check_same_vocabulary(model: Model, other: Model) -> None:
@@ -160,9 +143,9 @@ def check_same_vocabulary(model: Model, other: Model) -> None:
             raise UsageError(f"{what}: token {i} is {token!r} and {other_token!r}.", todo)
 
 
-def _score_chunk(models: Sequence[Model], chunk: Ids, scores: Scores, stop: Stop | None) -> None:
-    """All scored rows of a chunk; on the compute thread."""
-    runners, targets = [model.runner for model in models], chunk.tolist()
+def _score_chunk(models: Sequence[Model], chunk: Ids, stop: Stop | None) -> list[Score]:
+    """All scored tokens of a chunk; on the compute thread."""
+    runners, targets, scores = [model.runner for model in models], chunk.tolist(), list[Score]()
 
     def visit(first: int, n: int) -> None:
         begin, end = max(first, len(chunk) // 2), min(first + n, len(chunk) - 1)
@@ -172,13 +155,19 @@ def _score_chunk(models: Sequence[Model], chunk: Ids, scores: Scores, stop: Stop
                 raise Stopped
             n_slice = min(SLICE_ROWS, end - start)
             logits = [runner.row_logits(start - first, n_slice) for runner in runners]
-            for i in range(n_slice):
-                if len(logits) == 1:
-                    scores.add(logits[0][i], targets[start + i + 1])
-                else:
-                    scores.compare(logits[0][i], logits[1][i], targets[start + i + 1])
+            scores.extend(score([rows[i] for rows in logits], targets[start + i + 1]) for i in range(n_slice))
 
     feed_chunk(models, chunk, visit, stop)
+    return scores
+
+
+def score(logits: Sequence[F32], target: int) -> Score:
+    """Of a token, from its row [n_vocab] of each model."""
+    found, *others = map(log_softmax, logits)
+    if not others:
+        return (-float(found[target]),)
+    kl = (np.exp(others[0]) * (others[0] - found)).sum()
+    return -float(found[target]), -float(others[0][target]), float(kl), logits[0].argmax() == logits[1].argmax()
 
 
 def mean_error(values: F64) -> tuple[float, float]:
@@ -186,36 +175,15 @@ def mean_error(values: F64) -> tuple[float, float]:
     return float(values.mean()), math.sqrt(float(values.var()) / max(1, len(values) - 1))
 
 
-def summarise(
-    model: Model, against: Model | None, scores: Scores, n_ctx: int, n_chunks: int, n_asked: int
-) -> Perplexity:
-    """The figures of all scored tokens."""
-    values = np.array(scores.nll)
-    nll, nll_error = mean_error(values)
-    ppl = math.exp(nll)
-    return Perplexity(
-        model=str(model.path),
-        n_ctx=n_ctx,
-        n_chunks=n_chunks,
-        n_chunks_asked=n_asked,
-        n_tokens=len(values),
-        nll=nll,
-        nll_error=nll_error,
-        ppl=ppl,
-        ppl_error=ppl * nll_error,
-        against=None if against is None else _diverge(str(against.path), scores, values, ppl),
-    )
-
-
-def _diverge(path: str, scores: Scores, nll: F64, ppl: float) -> Divergence:
-    other_nll, kl, n = np.array(scores.other_nll), np.array(scores.kl), len(nll)
+def _diverge(path: str, ppl: float, nll: F64, other_nll: F64, kl: F64, is_same: F64) -> Divergence:
+    n = len(nll)
     other, other_error = mean_error(other_nll)
     other_ppl = math.exp(other)
     log_ratio, log_ratio_error = mean_error(nll - other_nll)
     # Error of exp(mean a) - exp(mean b) to first order: that of the mean of ppl a - other_ppl b.
     difference_error = mean_error(ppl * nll - other_ppl * other_nll)[1]
     kl_mean, kl_error = mean_error(kl)
-    same_top = float(np.mean(scores.same_top))
+    same_top = float(is_same.mean())
     p_square, p_square_error = mean_error((np.exp(-nll) - np.exp(-other_nll)) ** 2)
     p_rms = math.sqrt(p_square)
     return Divergence(
@@ -240,7 +208,6 @@ def _diverge(path: str, scores: Scores, nll: F64, ppl: float) -> Divergence:
 
 
 def format_perplexity(found: Perplexity) -> str:
-    """For people; `as_dict` holds the same numbers."""
     of = "" if found.n_chunks == found.n_chunks_asked else f" of {found.n_chunks_asked:,}"
     lines = [
         shown(found.model),

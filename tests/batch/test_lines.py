@@ -126,7 +126,6 @@ def test_stdin_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Input("-", DEFAULTS)
     assert lines.check().n_lines == 2
     assert len(list(lines)) == 2
-    lines.close()
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

@@ -13,7 +13,7 @@ import pytest
 
 from m2lite import ResourceError, UsageError
 from m2lite.batch.lines import Line, line_key
-from m2lite.batch.results import InTurn, Results, manifest_path, merge, read_ends, result_line, status
+from m2lite.batch.results import InTurn, Results, manifest_path, merge, read_results, result_line, status
 from m2lite.storage import durable
 
 MANIFEST: dict[str, Any] = {"m2lite_batch": 1, "lines": 9, "model": "m", "shard": "1/1", "seed": 0}
@@ -26,7 +26,7 @@ def add(results: Results, *names: str, error: str | None = None) -> None:
 
 
 def ends(path: Path) -> list[tuple[str, bool]]:
-    return list(read_ends(path))
+    return [(found.custom_id, found.is_failed) for found in read_results(path)]
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_a_chat_is_not_exported_or_saved_over_anything(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     loaded: Model = opened("reply")
     with loaded.session() as session:
-        chat = Chat(Conversation(session), Sampling(seed=1), places=places)
+        chat = Chat(Conversation(session), {"sampling": Sampling(seed=1)}, places=places)
         (tmp_path / "dangling").symlink_to("nowhere")
         for name in ("model.gguf", "mtp-model.gguf", "dangling", "none/a", "."):
             with pytest.raises(UsageError):

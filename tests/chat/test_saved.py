@@ -99,20 +99,20 @@ def test_killed_in_a_long_answer(bundled_model: Path, home: dict[str, str], monk
     monkeypatch.setenv("XDG_DATA_HOME", home["XDG_DATA_HOME"])
     monkeypatch.setattr("m2lite.chat.chat.PART_S", 0.0)
     with Model.open(bundled_model) as model:
-        chat = Chat(Conversation(model.session()), Sampling(seed=1), saved=SavedChat("k"))
-        pieces = chat.conversation.ask("Tell me a story about a fox.", sampling=chat.sampling)
+        chat = Chat(Conversation(model.session()), {"sampling": Sampling(seed=1)}, saved=SavedChat("k"))
+        pieces = chat.conversation.ask("Tell me a story about a fox.", **chat.options)
         keeper, said = chat.keeper(), dict.fromkeys(("thinking", "content"), "")
         for piece in itertools.islice(pieces, 60):
             keeper.add(piece)
             said[piece.kind] += piece.text
         chat.close()  # as a kill would: nothing else is written
-        again = Chat(Conversation(model.session()), Sampling(seed=1))
+        again = Chat(Conversation(model.session()), {"sampling": Sampling(seed=1)})
         again.open(SavedChat("k"))
         assert again.conversation.messages[1] == {
             "role": "assistant", "content": said["content"], "reasoning_content": said["thinking"],
         }  # fmt: skip
         assert len(said["content"]) > 20 and "this answer was not finished" in last_exchange(again)
-        list(again.conversation.resume(sampling=chat.sampling))
+        list(again.conversation.resume(**chat.options))
         again.save()
         again.close()
         [_, whole] = read_session(chats(home)[0]).messages

@@ -203,12 +203,12 @@ def test_sources(tmp_path: Path, limits: Limits) -> None:
     path.write_text(json.dumps([WEATHER]))
     tools = load_tools(["shell,read_file", str(path)], limits)
     assert [tool["function"]["name"] for tool in tools.schemas] == ["shell", "read_file", "weather"]
-    assert tools.runs(call("shell")) and not tools.runs(call("python")) and not tools.runs(call("weather"))
+    assert tools.here == {"shell", "read_file"}
     path.write_text(json.dumps({"tools": [WEATHER]}))
     assert len(load_tools([str(path)], limits).schemas) == 1
     named = WEATHER["function"] | {"name": "shell"}  # type: ignore[operator]
     path.write_text(json.dumps([named]))
-    assert not load_tools([str(path)], limits).runs(call("shell"))  # another's tool, whatever its name
+    assert not load_tools([str(path)], limits).here  # another's tool, whatever its name
     for text, why in (
         ("{", "no JSON"), ("3", "no list of tools"), ("[3]", "has no name"), ("[{}]", "has no name"),
         (json.dumps([WEATHER, WEATHER]), "two tools with the name 'weather'"),
@@ -264,8 +264,8 @@ I will look.
 def talk(model: Model, limits: Limits, approve: str, *replies: str, max_rounds: int = 3) -> Chat:
     tools = load_tools(["shell,read_file"], limits)
     chat = Chat(
-        Conversation(model.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve=approve,
-        max_rounds=max_rounds,
+        Conversation(model.session(), None, tools.schemas), {"sampling": Sampling(seed=1)}, tools=tools,
+        approve=approve, max_rounds=max_rounds,
     )  # fmt: skip
     with scripted(model, *replies):
         assert _Talk(chat).handle("What is there?") == 0
@@ -334,7 +334,9 @@ def test_the_same_call_again_and_again(tiny: Model, limits: Limits, capsys: pyte
 def test_a_stopped_round_goes_on(tiny: Model, limits: Limits) -> None:
     (limits.directory / "notes").write_text("two")
     tools = load_tools(["read_file"], limits)
-    chat = Chat(Conversation(tiny.session(), None, tools.schemas), Sampling(seed=1), tools=tools, approve="all")
+    chat = Chat(
+        Conversation(tiny.session(), None, tools.schemas), {"sampling": Sampling(seed=1)}, tools=tools, approve="all"
+    )
     with scripted(tiny, *[reading()] * 3, "so\n</think>\n\nTwo."):
         talking = _Talk(chat)
         assert talking.handle("What is there?") == 0

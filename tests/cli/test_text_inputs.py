@@ -73,9 +73,10 @@ def test_schemas_and_tools(given: Callable[[bytes], Path], tmp_path: Path) -> No
 
 def test_a_schema(given: Callable[[bytes], Path]) -> None:
     pytest.importorskip("llguidance")
-    from m2lite.commands.options import read_schema
+    from m2lite.commands.options import answer_defaults
+    from m2lite.settings import resolve_settings
 
-    assert read_schema(str(given(SCHEMA))) == {"type": "object"}
+    assert answer_defaults(resolve_settings({}, {}), None, str(given(SCHEMA))).schema == {"type": "object"}
 
 
 @pytest.mark.parametrize("name", ["nowhere", "~nosuchuser/x", "."])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m2lite.batch.lines import line_key
-from m2lite.batch.results import Results, manifest_path, merge, read_ends, result_line, status
+from m2lite.batch.results import Results, manifest_path, merge, read_results, result_line, status
 from m2lite.errors import M2liteError
 from tests.faults.disk import at_every_call
 
@@ -37,7 +37,7 @@ def run(folder: Path) -> list[str]:
     results = Results(folder / "out.jsonl", MANIFEST | {"seed": 1}, force=True, retry_failed=True)
     try:
         for name in NAMES:
-            if line_key(name) not in results.ended.done:
+            if results.ended.get(line_key(name), True):
                 results.add(result(name), line_key(name))
                 done.append(name)
                 (folder / "done").write_text("".join(done))
@@ -55,7 +55,7 @@ def test_results_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     whole = [json.dumps(result(name), ensure_ascii=False) for name in NAMES]
 
     def check(folder: Path, is_done: bool, is_dead: bool) -> None:
-        ends = dict(read_ends(folder / "out.jsonl"))
+        ends = {found.custom_id: found.is_failed for found in read_results(folder / "out.jsonl")}
         assert {"c", *(folder / "done").read_text()} <= {name for name, is_failed in ends.items() if not is_failed}
         assert set(lines(folder)) <= {*whole, json.dumps(result("b", True), ensure_ascii=False)} or is_dead
         assert json.loads(manifest_path(folder / "out.jsonl").read_text())["seed"] in (0, 1)
@@ -91,6 +91,8 @@ def test_merging_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert target.exists() or not is_done
         with contextlib.suppress(M2liteError):  # its name is there: it is whole
             join(folder)
-        assert [name for name, _ in read_ends(target)] == ["b", "c"] and not target.with_name("all.jsonl.part").exists()
+        assert [found.custom_id for found in read_results(target)] == ["b", "c"] and not target.with_name(
+            "all.jsonl.part"
+        ).exists()
 
     assert at_every_call(tmp_path, monkeypatch, prepare, join, check) > 8

@@ -340,21 +340,18 @@ def fuzz_batch(data: bytes) -> None:
 
     for name in ("in.jsonl", "in.txt"):
         lines = Input(str(put(name, data)), ChatRequest([], Sampling(seed=0)))
-        try:
-            checked = lines.check()
-            check_text(checked.errors)
-            for line in lines:
-                check_text(line.custom_id)
-                if line.request is not None:
-                    check_text([line.request.messages, line.request.tools, line.request.schema])
-        finally:
-            lines.close()
+        checked = lines.check()
+        check_text(checked.errors)
+        for line in lines:
+            check_text(line.custom_id)
+            if line.request is not None:
+                check_text([line.request.messages, line.request.tools, line.request.schema])
 
 
 @target
 def fuzz_results(data: bytes) -> None:
     """The output of a batch: it can be gone on with, sorted and merged, or it is refused and stays."""
-    from m2lite.batch.results import Results, manifest_path, merge, read_ends, result_line, status
+    from m2lite.batch.results import Results, manifest_path, merge, read_results, result_line, status
 
     path = put("out.jsonl", data)
     manifest_path(path).write_text(json.dumps(MANIFEST))
@@ -364,14 +361,14 @@ def fuzz_results(data: bytes) -> None:
         status(path)
     with contextlib.suppress(M2liteError):
         merge([path], target_path)
-    good = [name for name, is_failed in read_ends(path) if not is_failed]
+    good = [found.custom_id for found in read_results(path) if not found.is_failed]
     results = Results(path, MANIFEST, force=True, retry_failed=True)
     try:
         results.add(result_line("another", {}, None), 1)
         results.sort(sorted(good))
     finally:
         results.close()
-    assert sorted(name for name, _ in read_ends(path)) == sorted([*good, "another"])
+    assert sorted(found.custom_id for found in read_results(path)) == sorted([*good, "another"])
 
 
 @target

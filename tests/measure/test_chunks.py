@@ -10,7 +10,7 @@ import pytest
 
 import tinymodel
 from m2lite import Model, UsageError
-from m2lite.measure import cut_chunks, read_tokens
+from m2lite.measure.chunks import cut_chunks, read_tokens
 from tests.model.test_refused import rewrite
 
 Opened = Callable[[str], Model]

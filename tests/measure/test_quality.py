@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,7 @@ import tinymodel
 from m2lite import Model, UsageError
 from m2lite.engine.thread import compute_thread
 from m2lite.kernels import jit
-from m2lite.measure import format_perplexity, perplexity
-from m2lite.measure.quality import SLICE_ROWS, mean_error
+from m2lite.measure.quality import SLICE_ROWS, format_perplexity, mean_error, perplexity
 from tests.golden.compare import log_softmax
 from tests.model.test_refused import rewrite
 
@@ -208,7 +207,7 @@ def test_mean_and_its_error() -> None:
 def test_report_and_json_hold_the_figures(opened: Opened, other: Model) -> None:
     found = perplexity(opened("random"), TOKENS, 100, against=other)
     assert found is not None and found.against is not None
-    again = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    again = json.loads(json.dumps(asdict(found), allow_nan=False))
     assert again["ppl"] == found.ppl and again["against"]["kl_percentiles"]["99.9"] > again["against"]["kl"]
     text = format_perplexity(found)
     for figure in (f"{found.ppl:.4f} ±", f"{found.against.kl:.6f} ±", f"{found.against.same_top:.2%} ±", "637 tokens"):
