@@ -225,12 +225,8 @@ def test_a_call_that_was_cut_goes_on_as_the_whole_one(tiny: Model) -> None:
 
 def test_what_no_choice_asks_for_is_free(tiny: Model) -> None:
     """No rule at all, so that not a token changes."""
-    assert (
-        CallRules.of(TOOLS, "auto", True)
-        is CallRules.of(None, "none", False)
-        is CallRules.of([], "auto", False)
-        is None
-    )
+    for tools, choice, is_parallel in ((TOOLS, "auto", True), (None, "none", False), ([], "auto", False)):
+        assert CallRules.of(tools, choice, is_parallel) is None
 
 
 def test_none_calls_nothing(tiny: Model) -> None:
@@ -239,10 +235,8 @@ def test_none_calls_nothing(tiny: Model) -> None:
     for text in ("hm", "</think>", "\n\nNo."):
         assert everything - allowed(rule, tiny) == {tokenizer.tool_open_id}
         push(rule, tiny, text)
-    found = [
-        tiny.chat([{"role": "user", "content": "Weather?"}], tools=TOOLS, seed=5, max_tokens=60, tool_choice=choice)
-        for choice in ("auto", "none")
-    ]
+    ask, options = [{"role": "user", "content": "Weather?"}], {"seed": 5, "max_tokens": 60}
+    found = [tiny.chat(ask, tools=TOOLS, tool_choice=choice, **options) for choice in ("auto", "none")]
     assert found[0]["content"] == found[1]["content"] and "tool_calls" not in found[1]
 
 
