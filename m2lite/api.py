@@ -8,7 +8,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from m2lite.dialogue.chat_request import MOST_LOGPROBS, ChatRequest, check_whole, parse_messages
+from m2lite.dialogue.chat_request import MOST_LOGPROBS, ChatRequest, check_whole, parse_messages, parse_tool_choice
 from m2lite.dialogue.conversation import turn_stream
 from m2lite.engine.answer import Completion, Token
 from m2lite.engine.handle import Handle
@@ -43,6 +43,8 @@ class AnswerKeywords(TypedDict, total=False):
     stop: str | Sequence[str]  # the content ends before the first of these texts
     schema: Schema | None  # the content is JSON of it
     logprobs: int | None  # note each token's, and those of so many of the likeliest (20 at most)
+    tool_choice: str | Mapping[str, Any]  # "auto", "none", "required", or one as OpenAI writes it
+    parallel_tool_calls: bool  # several calls at once
     draft: str | None  # where drafts come from, and how many at most: as the model was opened
     draft_tokens: int | None
 
@@ -176,8 +178,7 @@ class Model(Engine):
         Raises as `generate` does; with `stream`, what is found while computing is raised by the iteration.
         """
         asked, drafts = _asked(options, parse_messages("messages", messages), check_tools(tools))
-        if asked.tools and asked.schema is not None:
-            raise UsageError("tools and a JSON schema exclude each other.", "Leave one of them out.")
+        asked.check_calls()
         row = encode_chat(self.tokenizer, self.template, asked.messages, asked.tools)
         number = turn_stream(asked.messages) if rng_stream is None else rng_stream
         pieces = ReplyPieces(self.submit(asked.to_engine(row, number, **drafts)))
@@ -221,6 +222,12 @@ def _asked(
         raise UsageError(f"logprobs is {logprobs}.", f"Use 0 to {MOST_LOGPROBS}.")
     drafts = dict[str, Any](draft=given.pop("draft", None), draft_tokens=given.pop("draft_tokens", None))
     most, budget = given.pop("max_tokens", None), given.pop("think_budget", None)
+    choice, is_parallel = given.pop("tool_choice", "auto"), given.pop("parallel_tool_calls", True)
+    choice = parse_tool_choice("tool_choice", choice)
     stop, sampling = check_stop_texts(given.pop("stop", ())), given.pop("sampling", None) or Sampling()
     sampling = replace(sampling, **given)
-    return ChatRequest(list(messages), sampling, tools, most, budget, stop, schema, logprobs), drafts
+    asked = ChatRequest(
+        list(messages), sampling, tools, most, budget, stop, schema, logprobs, tool_choice=choice,
+        parallel_tool_calls=is_parallel,
+    )  # fmt: skip
+    return asked, drafts

@@ -90,7 +90,6 @@ def test_stop_and_logprobs(tiny: Model) -> None:
 
 
 def test_a_schema_is_kept_to(tiny: Model) -> None:
-    pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"],
               "additionalProperties": False}  # fmt: skip
     message = tiny.chat(MESSAGES, schema=schema, think_budget=0, seed=0)
@@ -210,7 +209,8 @@ REFUSED: dict[str, tuple[Callable[[Model], object], type[Exception], str]] = {
     "role": (lambda model: model.chat([{"role": "cat", "content": "x"}]), UsageError, "role 'cat'"),
     "tool": (lambda model: model.chat(MESSAGES, tools=[{"type": "function"}]), UsageError, "Tool 0 has no name"),
     "schema": (lambda model: model.chat(MESSAGES, schema={"type": 3}), M2liteError, "schema"),
-    "both": (lambda model: model.chat(CALL, tools=[WEATHER], schema={"type": "object"}), UsageError, "exclude"),
+    "choice": (lambda model: model.chat(MESSAGES, tool_choice="any"), UsageError, "tool_choice is 'any'"),
+    "no tools": (lambda model: model.chat(MESSAGES, tool_choice="required"), UsageError, "no tools were given"),
     "keyword": (lambda model: cast(Any, model).generate(STORY, top_x=3), TypeError, "top_x"),
 }  # fmt: skip
 

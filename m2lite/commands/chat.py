@@ -56,6 +56,7 @@ def chat(
     from m2lite.chat.store import SavedChat, latest_session, new_name
     from m2lite.chat.tools import Limits, load_tools
     from m2lite.dialogue.conversation import Conversation
+    from m2lite.sampling.tool_choice import CallRules
 
     if (continue_ and session is not None) or (no_save and (continue_ or session is not None)):
         raise UsageError("--continue, --session and --no-save exclude each other.", "Use one of them.")
@@ -65,12 +66,12 @@ def chat(
         raise UsageError(f"--tool-seconds is {tool_seconds:g}.", "Use a number above 0.")
     if max_rounds < 0:
         raise UsageError(f"--max-rounds is {max_rounds}.", "Use 0 or more.")
-    if json_schema is not None and tools:
-        raise UsageError("--json-schema and --tools exclude each other.", "Leave one of them out.")
     defaults = answer_defaults(settings, stop_text, json_schema)
     files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
     places = places_beside(json_schema, *files, models=[settings.model, settings.opening["mtp"]])
     box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
+    if box is not None and (calls := CallRules.of(box.schemas, "auto", True, schema)) is not None:
+        calls.check()
     saved = None
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())

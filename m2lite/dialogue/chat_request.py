@@ -17,6 +17,7 @@ from m2lite.errors import M2liteError, UsageError
 from m2lite.sampling.draw import Sampling
 from m2lite.sampling.json_schema import Schema, check_schema
 from m2lite.sampling.rules import Logprob
+from m2lite.sampling.tool_choice import CallRules, NamedTool, ToolChoice
 from m2lite.text.messages import Message, Tool, check_messages, check_tools
 from m2lite.text.stop_text import check_stop_texts
 from m2lite.text.tokenizer import Tokenizer
@@ -39,6 +40,14 @@ class ChatRequest:
     schema: Schema | None = None
     logprobs: int | None = None
     model: str | None = None  # as it was asked for; there is one, whatever it is called
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+
+    def check_calls(self) -> None:
+        """UsageError for tools, or a choice of them, that an answer cannot keep to."""
+        calls = CallRules.of(self.tools, self.tool_choice, self.parallel_tool_calls, self.schema)
+        if calls is not None:
+            calls.check()
 
     def to_engine(
         self, prompt: Sequence[int], rng_stream: int, key: str = "", draft: str | None = None,
@@ -49,12 +58,14 @@ class ChatRequest:
             prompt=prompt, rng_stream=rng_stream, key=key, tools=self.tools, sampling=self.sampling,
             max_tokens=self.max_tokens, think_tokens=self.think_tokens, stop_texts=self.stop_texts,
             schema=self.schema, logprobs=self.logprobs, draft=draft, draft_tokens=draft_tokens,
+            tool_choice=self.tool_choice, parallel_tool_calls=self.parallel_tool_calls,
         )  # fmt: skip
 
     def options(self) -> AnswerOptions:
         return {
             "sampling": self.sampling, "max_tokens": self.max_tokens, "think_tokens": self.think_tokens,
             "stop_texts": self.stop_texts, "schema": self.schema, "logprobs": self.logprobs,
+            "tool_choice": self.tool_choice, "parallel_tool_calls": self.parallel_tool_calls,
         }  # fmt: skip
 
 
@@ -120,6 +131,20 @@ def _tools(name: str, value: Any) -> list[Tool] | None:
     return check_tools(value)
 
 
+def parse_tool_choice(name: str, value: Any) -> ToolChoice:
+    """As OpenAI writes it."""
+    if value in ("auto", "none", "required"):
+        choice: ToolChoice = value
+        return choice
+    if isinstance(value, Mapping) and value.get("type") == "function":
+        tool = value.get("function", value)
+        if isinstance(tool, Mapping) and isinstance(tool.get("name"), str):
+            return NamedTool(tool["name"])
+    raise UsageError(
+        f"{name} is {value!r}.", 'Use auto, none, required or {"type": "function", "function": {"name": ...}}.'
+    )
+
+
 def _schema(name: str, value: Any) -> Schema | None:
     kind = value.get("type") if isinstance(value, Mapping) else value
     if not isinstance(value, Mapping) or kind not in ("text", "json_object", "json_schema"):
@@ -145,8 +170,8 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "messages": parse_messages,
     "model": _string,
     "tools": _tools,
-    "tool_choice": _only("auto"),
-    "parallel_tool_calls": _only(True),
+    "tool_choice": parse_tool_choice,
+    "parallel_tool_calls": _flag,
     "max_tokens": _whole(1, 2**31),
     "max_completion_tokens": _whole(1, 2**31),
     "temperature": _number(0, 100),
@@ -194,17 +219,19 @@ def parse_request(body: object, defaults: ChatRequest) -> ChatRequest:
         logprobs=found.get("top_logprobs", 0) if found.get("logprobs") else defaults.logprobs,
         sampling=replace(defaults.sampling, **{name: found[name] for name in _SAMPLING if name in found}),
         model=found.get("model"),
+        tool_choice=found.get("tool_choice", defaults.tool_choice),
+        parallel_tool_calls=found.get("parallel_tool_calls", defaults.parallel_tool_calls),
     )
-    if request.tools and request.schema is not None:
-        raise UsageError("tools and a JSON schema exclude each other.", "Leave one of them out.")
+    request.check_calls()
     return request
 
 
 def check_whole(schema: Schema | None, answer: Completion) -> None:
     """M2liteError for an answer that should be JSON of the schema and was cut off: half of it is of no use."""
     if schema is not None and answer.finish_reason == "length":
+        what = "tool call" if answer.reply.errors else "JSON"
         raise M2liteError(
-            f"The answer was cut off after {len(answer.tokens):,} tokens, before its JSON was whole.",
+            f"The answer was cut off after {len(answer.tokens):,} tokens, before its {what} was whole.",
             "Allow more (--max-tokens, --ctx, --think-budget), or bound it in the schema (maxLength, maxItems).",
         )
 

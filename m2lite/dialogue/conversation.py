@@ -18,6 +18,7 @@ from m2lite.engine.session import Progress, Session, note_progress
 from m2lite.errors import ContextError, UsageError
 from m2lite.sampling.draw import Sampling
 from m2lite.sampling.json_schema import Schema
+from m2lite.sampling.tool_choice import ToolChoice
 from m2lite.text.reply import Piece, Said
 from m2lite.text.template import encode_chat
 
@@ -40,6 +41,8 @@ class AnswerOptions(TypedDict, total=False):
     progress: Progress | None
     stop_texts: Sequence[str]  # the content ends before the first of them
     schema: Schema | None  # the content is JSON of it
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
     logprobs: int | None  # note each token's, and those of so many of the likeliest
 
 
@@ -244,7 +247,9 @@ class Conversation:
             prompt=row, given=given, sampling=options.get("sampling") or Sampling(), rng_stream=rng_stream,
             max_tokens=None if most is None else len(given) + most, think_tokens=options.get("think_tokens"),
             stop_texts=options.get("stop_texts", ()), schema=options.get("schema"), logprobs=options.get("logprobs"),
-            tools=self.tools, draft=session.draft, draft_tokens=session.draft_tokens,
+            tools=self.tools, tool_choice=options.get("tool_choice", "auto"),
+            parallel_tool_calls=options.get("parallel_tool_calls", True),
+            draft=session.draft, draft_tokens=session.draft_tokens,
         )  # fmt: skip
         handle = session.model.submit(request)
         session.tokens, session.stats = [*row, *given], handle.completion.stats

@@ -15,6 +15,7 @@ from m2lite.engine.request import Request
 from m2lite.engine.stats import Stats
 from m2lite.sampling.draw import Logits, Sampling, draw
 from m2lite.sampling.rules import LogitsProcessor, Logprob, Logprobs, Penalties
+from m2lite.sampling.tool_choice import content_rules
 from m2lite.text.reply import Piece, Reply, ReplyStream, close_thinking, opens_thinking
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class Answer:
     def _make_rules(self, masks: Masks, in_thinking: bool) -> list[LogitsProcessor]:
         request, sampling = self.request, self.request.sampling
         rules: list[LogitsProcessor] = [] if self._noted is None else [self._noted]
-        if request.schema is not None:
-            rules.append(masks.constraint(request.schema, in_thinking, request.max_tokens))
+        rules += content_rules(masks, request.calls, request.schema, in_thinking, request.max_tokens)
         if sampling.presence_penalty or sampling.frequency_penalty:
             rules.append(Penalties(sampling))
         return rules

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from m2lite.errors import UsageError
 from m2lite.sampling.draw import Sampling
 from m2lite.sampling.json_schema import Schema
+from m2lite.sampling.tool_choice import CallRules, ToolChoice
 
 Keep = Literal["nothing", "memory"]
 
@@ -27,6 +28,8 @@ class Request:
     schema: Schema | None = None  # the content is JSON of it
     logprobs: int | None = None  # note each token's, and those of so many of the likeliest
     tools: Sequence[Mapping[str, Any]] | None = None  # OpenAI schemas of what may be called
+    tool_choice: ToolChoice = "auto"  # "none", "required" or one of them: what comes behind the thinking
+    parallel_tool_calls: bool = True  # several calls at once
     given: Sequence[int] = ()  # ids that the answer begins with: one that was stopped goes on
     ignore_stop: bool = False  # for measurements: only limits end the answer
     script: Sequence[int] | None = None  # for measurements: the answer's ids, which are said whatever is drawn
@@ -34,6 +37,11 @@ class Request:
     draft_tokens: int | None = None
     keep: Keep = "memory"  # whether other requests may begin with what was computed for this one
     key: str = ""  # the caller's name for it
+
+    @property
+    def calls(self) -> CallRules | None:
+        """What is asked of its calls, if anything; UsageError for what cannot be."""
+        return CallRules.of(self.tools, self.tool_choice, self.parallel_tool_calls, self.schema)
 
     def check(self, n_vocab: int) -> None:
         """Raises UsageError for what cannot be meant."""

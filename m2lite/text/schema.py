@@ -200,7 +200,7 @@ class Schema:
             said.append(Allowed(frozenset(), (schema["const"],)))
         if isinstance(schema.get("enum"), list):
             said.append(Allowed(frozenset(), tuple(schema["enum"])))
-        said += [self.allowed(item, depth) for item in self._all_of(schema)]
+        said += [self.allowed(item, depth) for item in self.all_of(schema)]
         for items in _any_of(schema):
             said.append(reduce(Allowed.either, [self.allowed(item, depth) for item in items]))
         found = reduce(Allowed.both, said)
@@ -214,7 +214,7 @@ class Schema:
         required = schema.get("required")
         names = frozenset(x for x in required if isinstance(x, str)) if isinstance(required, list) else frozenset()
         found = [Arguments((self._level(schema, depth),), names)]
-        for item in self._all_of(schema):
+        for item in self.all_of(schema):
             found = _product(found, self._arguments(item, depth))
         for items in _any_of(schema):
             found = _product(found, [each for item in items for each in self._arguments(item, depth)])
@@ -238,8 +238,8 @@ class Schema:
             is_closed=schema.get("additionalProperties") is False,
         )
 
-    def _all_of(self, schema: Mapping[str, Any]) -> list[Any]:
-        """The schemas that hold as well."""
+    def all_of(self, schema: Mapping[str, Any]) -> list[Any]:
+        """The schemas that hold as well: those of its allOf, and what it refers to."""
         items = schema.get("allOf")
         return [*(items if isinstance(items, list) else []), *self._targets.get(id(schema), [])]
 

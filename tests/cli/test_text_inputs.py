@@ -72,7 +72,6 @@ def test_schemas_and_tools(given: Callable[[bytes], Path], tmp_path: Path) -> No
 
 
 def test_a_schema(given: Callable[[bytes], Path]) -> None:
-    pytest.importorskip("llguidance")
     from m2lite.commands.options import answer_defaults
     from m2lite.settings import resolve_settings
 

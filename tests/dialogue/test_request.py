@@ -16,11 +16,16 @@ from m2lite.dialogue.chat_request import FIELDS, ChatRequest, check_whole, parse
 from m2lite.dialogue.conversation import Conversation
 from m2lite.engine.answer import Completion
 from m2lite.sampling.json_schema import load_schema
+from m2lite.sampling.tool_choice import NamedTool
 from m2lite.text.reply import Reply
 
 HELLO = [{"role": "user", "content": "Hello"}]
 DEFAULTS = ChatRequest([], Sampling(0.5, 10, 0.9, 0.1, seed=7), max_tokens=99, think_tokens=5, stop_texts=("x",))
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+STRICT = {"type": "function", "function": TOOL["function"] | {"strict": True, "parameters": {  # type: ignore[operator]
+    "type": "object", "additionalProperties": True,
+}}}  # fmt: skip
 
 # Field, a value that is taken, and what it becomes.
 TAKEN: list[tuple[str, Any, Any]] = [
@@ -29,8 +34,10 @@ TAKEN: list[tuple[str, Any, Any]] = [
     ("model", "MiniMax-M2", "MiniMax-M2"),
     ("tools", [TOOL], [TOOL]),
     ("tools", [], None),
-    ("tool_choice", "auto", None),
-    ("parallel_tool_calls", True, None),
+    ("tool_choice", "auto", "auto"),
+    ("tool_choice", "none", "none"),
+    ("parallel_tool_calls", True, True),
+    ("parallel_tool_calls", False, False),
     ("max_tokens", 5, 5),
     ("max_completion_tokens", 5, 5),
     ("temperature", 0, 0.0),
@@ -81,9 +88,9 @@ WRONG: list[tuple[str, Any]] = [
     ("messages", []), ("messages", "Hello"), ("messages", [{"role": "robot", "content": "x"}]), ("messages", [3]),
     ("messages", [*HELLO, {"role": "assistant", "content": "Hi"}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-    ("model", 3), ("tools", "f"), ("tools", [{}]), ("tool_choice", "required"), ("tool_choice", "none"),
-    ("tool_choice", {"type": "function"}),
-    ("parallel_tool_calls", False), ("max_tokens", 0), ("max_tokens", 2.0), ("max_tokens", True),
+    ("model", 3), ("tools", "f"), ("tools", [{}]), ("tool_choice", "required"), ("tool_choice", "any"),
+    ("tool_choice", {"type": "function"}), ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("parallel_tool_calls", 1), ("max_tokens", 0), ("max_tokens", 2.0), ("max_tokens", True),
     ("max_completion_tokens", -1), ("temperature", "1"), ("temperature", -0.1), ("temperature", float("nan")),
     ("top_p", 1.01), ("top_k", -1), ("min_p", 2), ("seed", -1), ("seed", 2**64), ("presence_penalty", 3),
     ("frequency_penalty", None.__class__), ("stop", 3), ("stop", [""]), ("response_format", "json"),
@@ -107,7 +114,8 @@ def test_wrong_ones_are_named(name: str, value: Any) -> None:
         ({"messages": None}, "no messages"),
         ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, "differ"),
         ({"messages": HELLO, "top_logprobs": 3, "logprobs": False}, "without logprobs"),
-        ({"messages": HELLO, "tools": [TOOL], "response_format": {"type": "json_object"}}, "exclude"),
+        ({"messages": HELLO, "tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "There are 'f'"),
+        ({"messages": HELLO, "tools": [STRICT]}, "The schema of the tool 'f' allows parameters"),
         (
             {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
             "not",
@@ -117,6 +125,16 @@ def test_wrong_ones_are_named(name: str, value: Any) -> None:
 def test_wrong_bodies(body: object, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse_request(body, DEFAULTS)
+
+
+@pytest.mark.parametrize("choice", [{"function": {"name": "f"}}, {"name": "f"}], ids=["chat", "responses"])
+def test_a_tool_that_is_named(choice: Any) -> None:
+    """With an answer of a schema beside it, which then cannot come."""
+    body = {"messages": HELLO, "tools": [TOOL], "tool_choice": {"type": "function"} | choice}
+    request = parse_request(body | {"response_format": {"type": "json_object"}}, DEFAULTS)
+    assert request.tool_choice == NamedTool("f") and request.schema == {"type": "object"}
+    asked = request.to_engine([1], 0)
+    assert (asked.tool_choice, asked.parallel_tool_calls, asked.tools) == (NamedTool("f"), True, request.tools)
 
 
 def test_what_is_left_out_is_the_default() -> None:

@@ -222,6 +222,10 @@ _REQUEST: dict[str, Any] = {
     "logprobs": True, "top_logprobs": 2, "think_budget": 3,
 }  # fmt: skip
 _WITH_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": _SCHEMA}}}
+_CHOSEN = {
+    "tools": [{"type": "function", "function": _TOOL["function"] | {"strict": True}}],  # type: ignore[operator]
+    "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False,
+}  # fmt: skip
 _CALL = '<invoke name="f">\n<parameter name="a">1</parameter>\n<parameter name="b">["x"]</parameter>\n</invoke>'
 
 
@@ -288,5 +292,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "reply": lambda: [b"\xc0a\nb\xff\x07\n\nstop c\xff\x08" + _CALL.encode() + b"\xff\x09d\xff\x03"],
     "schema": lambda: [_bytes(_SCHEMA), _bytes({"name": "s", "schema": _SCHEMA})],
     "tools": lambda: [_bytes({"tools": [_TOOL]})],
-    "request": lambda: [_bytes(_REQUEST), _bytes({"messages": _ASK, **_WITH_SCHEMA})],
+    "request": lambda: [
+        _bytes(_REQUEST), _bytes({"messages": _ASK, **_WITH_SCHEMA}), _bytes({"messages": _ASK, **_CHOSEN}),
+    ],
 }  # fmt: skip

@@ -465,9 +465,12 @@ def fuzz_schema(data: bytes) -> None:
 def fuzz_tools(data: bytes) -> None:
     """A file of tools."""
     from m2lite.chat.tools import Limits, load_tools
+    from m2lite.sampling.tool_choice import CallRules
 
     tools = load_tools([str(put("tools.json", data))], Limits(folder()))
     check_text(tools.schemas)
+    for is_strict in (False, True):  # what its schemas ask of calls
+        CallRules([each["function"] | {"strict": is_strict} for each in tools.schemas], "required").check()
 
 
 @target

@@ -34,6 +34,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "chat/tools.py": ("tools",),
     "commands/generate.py": ("request",),
     "sampling/json_schema.py": ("schema",),
+    "sampling/tool_values.py": ("tools", "request"),
     "engine/kv_disk.py": "our own memory",
     "engine/prefix_cache.py": "our own memory",
     "drafting/kept.py": ("drafts",),

@@ -107,6 +107,8 @@ def _batch(case: Case, model: Model) -> tuple[list[Said], set[str]]:
     for asked in case["requests"]:
         ids = encode_chat(model.tokenizer, model.template, messages_of(asked), tools)
         name, options = asked["id"], _options(asked["options"])
+        if "schema" in asked["options"]:
+            options["tool_choice"] = "none"  # the JSON was recorded when no call might come in its place
         requests.append(Request(key=name, prompt=ids, rng_stream=line_stream(name), tools=tools, **options))
     batch = Batch(model, case["inflight"])
     ends = {end.request.key: end for end in batch.run(requests)}

@@ -115,6 +115,8 @@ def test_thinking_is_free_but_must_end(tiny: Model) -> None:
         ({"type": "string", "pattern": "(?<=a)b"}, "look-around"),
         ({"type": "string", "format": "foo"}, "foo"),
         ({"not": {}}, "not"),
+        ({"enum": [-(2**63) + 512]}, "-9223372036854775296, limit"),
+        ({"type": "array", "items": {"type": "integer", "minimum": -1e300, "maximum": -1e20}}, "limit"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
         ([], "list"),
         ("{}", "str"),
