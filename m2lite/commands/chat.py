@@ -70,7 +70,7 @@ def chat(
     files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
     places = places_beside(json_schema, *files, models=[settings.model, settings.opening["mtp"]])
     box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
-    if box is not None and (calls := CallRules.of(box.schemas, "auto", True, schema)) is not None:
+    if box is not None and (calls := CallRules.of(box.schemas, "auto", True, defaults.schema)) is not None:
         calls.check()
     saved = None
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
