@@ -234,7 +234,7 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": _logprobs(answer.logprobs, tokenizer),
+        "logprobs": response_logprobs(answer.logprobs, tokenizer),
         "finish_reason": "tool_calls" if is_called else answer.finish_reason,
     }
     n_out = len(answer.tokens)
@@ -254,7 +254,7 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     }
 
 
-def _logprobs(found: Sequence[Logprob | None], tokenizer: Tokenizer) -> dict[str, Any] | None:
+def response_logprobs(found: Sequence[Logprob | None], tokenizer: Tokenizer) -> dict[str, Any] | None:
     """By token of the answer, its thinking and tags included; those that nobody drew have none."""
     if not found:
         return None
