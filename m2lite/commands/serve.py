@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,9 @@ from m2lite.settings import Settings
 from m2lite.system.paths import named_path
 from m2lite.system.streams import note
 
-_GRACE_S = 5  # for which answers that are under way may go on once the server is to end
+if TYPE_CHECKING:
+    from m2lite.serve.server import Server
+
 _MOST_KEYS = 1 << 16  # bytes of the file of keys
 
 
@@ -37,10 +40,14 @@ def serve(
         list[str] | None, typer.Option("--allowed-origin", metavar="URL", help="A web page's origin that may ask")
     ] = None,
     strict_model: Annotated[bool, typer.Option("--strict-model", help="Refuse other models' names")] = False,
+    warm: Annotated[
+        str | None, typer.Option("--warm", metavar="FILE", help="Bodies of chat completions, one a line, to compute")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked and answered")] = False,
 ) -> None:
     """Answer clients of OpenAI's interface over HTTP, until Ctrl-C."""
     from m2lite.serve.server import ServeOptions, Server
+    from m2lite.serve.warm import read_bodies
 
     if parallel < 1 or queue < 0:
         raise UsageError(f"--parallel is {parallel} and --queue {queue}.", "Use 1 or more, and 0 or more.")
@@ -49,31 +56,34 @@ def serve(
         raise UsageError(
             f"--host {host} can be reached by other machines, and no key is asked for.", "Add --api-key-file."
         )
+    bodies = [] if warm is None else read_bodies(warm)
     listener = _listen(host, port)
     with listener, open_model(settings, sequences=parallel) as model:
+        if settings.kv_disk != 0:
+            model.use_disk(settings.kv_disk)
         options = ServeOptions(
             name=alias or "", parallel=parallel, queue=queue, is_strict=strict_model, api_keys=keys,
             allowed_hosts=(host, *(allowed_host or [])), allowed_origins=tuple(allowed_origin or []),
             logs_prompts=log_prompts, sampling=make_sampling(settings, 0), max_tokens=settings.max_tokens,
-            think_tokens=think_tokens(settings),
+            think_tokens=think_tokens(settings), seed=settings.seed,
         )  # fmt: skip
-        _run(Server(model, options), listener)
+        server = Server(model, options)
+        for line in server.describe():
+            note(line)
+        _run(server, listener, bodies)
 
 
-def _run(server: Any, listener: socket.socket) -> None:
-    import uvicorn
-
+def _run(server: Server, listener: socket.socket, bodies: Sequence[dict[str, Any]]) -> None:
     from m2lite.serve.app import create_app
+    from m2lite.serve.connection import BACKLOG, Listener
+    from m2lite.signals import leave_afterwards
 
-    config = uvicorn.Config(
-        create_app(server), log_config=None, access_log=False, server_header=False, lifespan="on", ws="none",
-        timeout_graceful_shutdown=_GRACE_S,
-    )  # fmt: skip
+    process = Listener(create_app(server, bodies), server)
+    listener.listen(BACKLOG)
     address, port = listener.getsockname()[:2]
-    shown_host = f"[{address}]" if ":" in address else address
-    note(f"http://{shown_host}:{port}/v1 · model {server.name} · ctx {server.model.ctx:,}")
-    listener.listen(config.backlog)
-    uvicorn.Server(config).run(sockets=[listener])
+    note(f"http://{f'[{address}]' if ':' in address else address}:{port}/v1")
+    with leave_afterwards(process.leave):
+        process.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ What the table lacks is an error that names the field: nothing is ignored.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +222,7 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     if reply.tool_calls:
         message["tool_calls"] = [
             {
-                "id": f"call_{n}",
+                "id": f"call_{_hash(name, answer)}_{n}",
                 "type": "function",
                 "function": {
                     "name": call["function"]["name"],
@@ -252,6 +253,12 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
         },
         **warnings,
     }
+
+
+def _hash(name: str, answer: Completion) -> str:
+    """The same on every run, and of no other answer: clients merge calls with the same id."""
+    told = json.dumps([name, answer.stats.n_prompt, list(answer.tokens)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def response_logprobs(found: Sequence[Logprob | None], tokenizer: Tokenizer) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ class Driver:
         self._changed = threading.Condition()
         self._asked = list[tuple[Any, Handle]]()
         self._jobs = deque[Callable[[Stop], None]]()
-        self._is_closing = False
+        self._is_closing = self._is_hurried = False
         self._thread = threading.Thread(target=self._run, name="m2lite-driver", daemon=True)
         self._thread.start()
 
@@ -46,8 +46,12 @@ class Driver:
         """Ask for an answer, whose news name `listener`. Raises as `Engine.submit` does."""
         handle = self._engine.submit(request)
         with self._changed:
-            self._asked.append((listener, handle))
-            self._changed.notify()
+            is_late = self._is_closing
+            if not is_late:
+                self._asked.append((listener, handle))
+                self._changed.notify()
+        if is_late:
+            self._cancel([(listener, handle)])
         return handle
 
     def later(self, job: Callable[[Stop], None]) -> None:
@@ -61,28 +65,35 @@ class Driver:
         return not self._asked and not self._jobs
 
     def close(self) -> None:
-        """Cancel what is under way and end the thread."""
+        """Cancel what is under way, do the jobs that are left, and end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
 
+    def hurry(self) -> None:
+        """Jobs that are left need not be done."""
+        self._is_hurried = True
+
     def _is_wanted(self) -> bool:
         """Whether a job is to make room."""
-        return self._is_closing or bool(self._asked)
+        return self._is_hurried or bool(self._asked)
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._asked or self._jobs)
                 asked = list(self._asked)
-                job = self._jobs.popleft() if self._jobs and not asked and not self._is_closing else None
+                if self._is_closing:
+                    self._asked.clear()
+                job = self._jobs.popleft() if self._jobs and not self._asked else None
+            if self._is_closing and asked:
+                self._cancel(asked)
             if job is not None:
                 job(self._is_wanted)
             elif self._is_closing:
-                self._cancel(asked)
                 return
-            else:
+            elif asked:
                 self._drive(asked)
 
     def _drive(self, asked: list[tuple[Any, Handle]]) -> None:

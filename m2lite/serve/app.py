@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,24 +14,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from m2lite.serve import chat_completions, info
+from m2lite.serve import chat_completions, info, metrics
 from m2lite.serve.errors import Refused, dialect_of, error_response
 from m2lite.serve.gate import Gate
 from m2lite.serve.server import Server
+from m2lite.serve.warm import warm
 
 # A dialect is a module with `routes(server)`.
-_DIALECTS = (chat_completions, info)
+_DIALECTS = (chat_completions, info, metrics)
 
 
-def create_app(server: Server) -> Starlette:
-    """The application that answers for `server`, whose start and stop are its own."""
+def create_app(server: Server, bodies: Sequence[dict[str, Any]] = ()) -> Starlette:
+    """The application that answers for `server`, whose start and stop are its own; `bodies` are computed first."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await server.start()
+        warming = asyncio.create_task(warm(server, bodies))
         try:
             yield
         finally:
+            warming.cancel()
+            with suppress(asyncio.CancelledError):
+                await warming
             await server.stop()
 
     routes: list[Route] = [route for dialect in _DIALECTS for route in dialect.routes(server)]

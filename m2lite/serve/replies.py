@@ -12,12 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from m2lite.serve.answering import Answering
 from m2lite.serve.errors import ClientGone
 from m2lite.serve.events import AnswerEvent, WholeAnswer
-from m2lite.serve.server import Answering
 
 BEAT_S = 10.0  # without anything to send, after which something is sent
-_SEND_S = 60.0  # for which a reader may take nothing
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
@@ -54,8 +53,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._answering.events(BEAT_S)) as events:  # type: ignore[type-var]
             async for chunk in self._chunks(events):
-                message = {"type": "http.response.body", "body": chunk, "more_body": True}
-                await asyncio.wait_for(send(message), _SEND_S)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

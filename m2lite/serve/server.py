@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.dialogue.conversation import turn_stream
@@ -17,14 +16,21 @@ from m2lite.dialogue.encode import encode_kept
 from m2lite.engine.driver import Driver, News
 from m2lite.engine.handle import Handle
 from m2lite.engine.request import Request
+from m2lite.engine.runner import Stop
+from m2lite.errors import UsageError
 from m2lite.sampling.draw import Sampling, new_seed
+from m2lite.serve.answering import Answering, AnswerRequest, How
 from m2lite.serve.errors import Refused
-from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Narration, WholeAnswer
+from m2lite.serve.kept import KeptAnswers
+from m2lite.serve.metrics import Metrics
+from m2lite.system.byte_units import format_bytes
+from m2lite.text.template import encode_chat
 
 if TYPE_CHECKING:
     from m2lite.api import Model
 
 T = TypeVar("T")
+_MOST_UNSAVED = 256  # answers whose pages wait to be written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,88 +45,19 @@ class ServeOptions:
     allowed_hosts: tuple[str, ...] = ()  # beside loopback
     allowed_origins: tuple[str, ...] = ()  # of pages in browsers that may ask
     logs_prompts: bool = False
-    most_body_bytes: int = 64 << 20
-    sampling: Sampling = field(default_factory=Sampling)  # of requests that say nothing
+    most_body_bytes: int = 16 << 20
+    sampling: Sampling = field(default_factory=Sampling)  # of requests that say nothing, but for its seed
+    seed: int | None = None  # of those; by default each has its own
     max_tokens: int | None = None
     think_tokens: int | None = None
     script: Callable[[Sequence[int]], Sequence[int] | None] | None = None  # for tests: what is said to a prompt's ids
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerRequest:
-    """What is to be answered: messages, or the ids of `prompt`."""
+class _Unsaved(NamedTuple):
+    """What belongs on disk."""
 
-    chat: ChatRequest
-    prompt: Sequence[int] | None = None
-    rng_stream: int | None = None  # by default as in `Model.chat`
-
-
-class Answering:
-    """One answer under way. Read `events`, or wait for `whole`; leaving either early cancels it."""
-
-    def __init__(self, server: Server, asked: AnswerRequest, prompt: Sequence[int]) -> None:
-        self.server, self.asked, self.prompt = server, asked, prompt
-        self.id = secrets.token_hex(12)  # of the answer; each dialect puts its own prefix before it
-        self.created = int(time.time())  # seconds since 1970
-        self._news, self._came = deque[News](), asyncio.Event()
-        self._handle: Handle | None = None
-        self._is_over = False
-
-    @property
-    def seed(self) -> int:
-        return self.asked.chat.sampling.seed
-
-    @property
-    def handle(self) -> Handle:
-        assert self._handle is not None
-        return self._handle
-
-    def begin(self, handle: Handle) -> None:
-        self._handle = handle
-
-    def hear(self, news: News) -> None:
-        """On the event loop: something happened."""
-        self._news.append(news)
-        self._came.set()
-
-    async def events(self, beat_s: float | None = None) -> AsyncIterator[AnswerEvent]:
-        """What happens, in order, up to AnswerEnd; Beat where nothing does for `beat_s`.
-
-        Raises the request's own error; asyncio.CancelledError where the server ends.
-        """
-        narration = Narration(self.server.model.tokenizer, self.handle)
-        try:
-            while True:
-                taken = list(self._news)
-                self._news.clear()
-                for event in narration.tell([event for news in taken for event in news.events]):
-                    yield event
-                    if isinstance(event, AnswerEnd):
-                        return
-                if taken and taken[-1].is_over:
-                    raise taken[-1].error or asyncio.CancelledError
-                if not self._news:
-                    self._came.clear()
-                    try:
-                        await asyncio.wait_for(self._came.wait(), beat_s)
-                    except TimeoutError:
-                        yield Beat()
-        finally:
-            self.cancel()
-
-    async def whole(self) -> WholeAnswer:
-        found = WholeAnswer()
-        async for event in self.events():
-            found.add(event)
-        return found
-
-    def cancel(self) -> None:
-        """Nobody waits any more, or it is whole. Done again, nothing happens."""
-        if not self._is_over:
-            self._is_over = True
-            if self._handle is not None:
-                self._handle.cancel()
-            self.server.ended(self)
+    ids: list[int]
+    key: bytes | None  # of the answer's ids
 
 
 class Server:
@@ -131,21 +68,65 @@ class Server:
         self.name = options.name or model.path.stem
         self.created = int(time.time())  # seconds since 1970
         self.under_way = set[Answering]()
+        self.metrics = Metrics()
+        self.kept = KeptAnswers()
         self.is_draining = False
+        self.n_warming = 0  # prompts that are computed before anybody asks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: Driver | None = None
         # One thread renders and tokenizes: a long prompt there stops neither the event loop nor the compute thread.
         self._texts = ThreadPoolExecutor(1, "m2lite-texts")
         self._n_begun = 0  # requests that are being rendered
+        self._unsaved = deque[_Unsaved](maxlen=_MOST_UNSAVED)
+        self.keeps_thinking = self._can_keep()
+
+    @property
+    def n_open(self) -> int:
+        """Requests that are answered or wait."""
+        return self._n_begun + len(self.under_way)
+
+    def describe(self) -> list[str]:
+        """What whoever starts it should know: the model's name, and how much fits."""
+        model, parallel = self.model, self.options.parallel
+        n_positions, each = model.runner.pool.n_positions, model.kv_bytes_per_position
+        n_long = n_positions // model.ctx
+        parts = [
+            f"model {self.name}",
+            f"{parallel} answers at once",
+            f"KV {n_positions:,} tokens ({format_bytes(each)} each): {n_long} as long as the context, "
+            f"or {parallel} of {n_positions // parallel:,}",
+        ]
+        found = [" · ".join(parts)]
+        if n_long < parallel and model.kv == "f16":
+            found.append(f"{parallel} conversations of {model.ctx:,} do not fit at once: --kv q8_0 holds twice as many")
+        if not self.keeps_thinking:
+            found.append(
+                "warning: the chat template renders a turn by what follows it: each turn computes the last anew"
+            )
+        return found
 
     async def start(self) -> None:
         """Inside the event loop that it will serve."""
         self._loop = asyncio.get_running_loop()
         self.model.loop.scheduler.n_most = min(self.options.parallel, self.model.n_rows)
+        self.kept.disk = self.model.loop.prefix_cache.disk
         self._driver = Driver(self.model, self._deliver)
 
+    def drain(self) -> None:
+        """Take no more requests. Done again, those under way end, and what is not on disk yet is left."""
+        if self.is_draining:
+            self.end_all()
+            if self._driver is not None:
+                self._driver.hurry()
+        self.is_draining = True
+
+    def end_all(self) -> None:
+        """Whoever waits is told that the server ends."""
+        for answering in list(self.under_way):
+            answering.end(Refused(503, "draining", "The server is ending.", "Ask again soon."))
+
     async def stop(self) -> None:
-        """Cancel what is under way; the model stays open."""
+        """Cancel what is under way and write what belongs on disk; the model stays open."""
         for answering in list(self.under_way):
             answering.cancel()
         if self._driver is not None:
@@ -157,28 +138,29 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self._texts, call)
 
     def defaults(self) -> ChatRequest:
-        """A request that says nothing. Its seed is its own."""
+        """A request that says nothing."""
         options = self.options
-        sampling = Sampling(**{**vars(options.sampling), "seed": new_seed()})
+        sampling = replace(options.sampling, seed=new_seed() if options.seed is None else options.seed)
         return ChatRequest([], sampling, max_tokens=options.max_tokens, think_tokens=options.think_tokens)
 
     async def begin(self, asked: AnswerRequest) -> Answering:
         """Ask the model. Refused where too many wait; UsageError or ContextError for what can never be answered."""
-        self._check_model(asked.chat.model)
+        self.check_model(asked.chat.model)
         if self.is_draining:
             raise Refused(503, "draining", "The server is ending.", "Ask again soon.", headers={"Retry-After": "5"})
         n_most = self.options.parallel + self.options.queue
-        if self._n_begun + len(self.under_way) >= n_most:
+        if self.n_open >= n_most:
+            seconds = str(max(1, min(60, round(self.metrics.first_token.mean))))
             raise Refused(
                 429, "queue_full", f"{n_most} requests are under way or wait, which is the limit.",
-                "Ask again later.", headers={"Retry-After": "5"},
+                f"Ask again in {seconds} s.", headers={"Retry-After": seconds},
             )  # fmt: skip
         self._n_begun += 1
         try:
             prompt = asked.prompt
             if prompt is None:
                 prompt = await self.off_loop(lambda: self.encode(asked.chat))
-            answering = Answering(self, asked, prompt)
+            answering = Answering(asked, prompt, self.model.tokenizer, self.metrics, self._conclude)
             answering.begin(await self.off_loop(lambda: self._submit(answering)))
         finally:
             self._n_begun -= 1
@@ -186,12 +168,31 @@ class Server:
         return answering
 
     def encode(self, chat: ChatRequest) -> list[int]:
-        """The ids of a request's messages, with the thinking of earlier turns that they have."""
+        """The ids of a request's messages. Answers among them are what they were, as far as that is known."""
         model = self.model
-        return encode_kept(model.tokenizer, model.template, chat.messages, chat.tools, is_to_answer=True)
+        if not self.keeps_thinking:
+            return encode_chat(model.tokenizer, model.template, chat.messages, chat.tools)
+        recall = self.kept.recall()
+        ids = encode_kept(model.tokenizer, model.template, chat.messages, chat.tools, True, recall)
+        self.metrics.n_recalled += recall.n_known
+        self.metrics.n_rendered += recall.n_unknown
+        return ids
 
-    def ended(self, answering: Answering) -> None:
-        self.under_way.discard(answering)
+    def _can_keep(self) -> bool:
+        """Whether the template renders a turn whatever follows it, so that earlier ones can stay as they were."""
+        calls = [{"type": "function", "function": {"name": "x", "arguments": {"y": "z"}}}]
+        probe: list[dict[str, Any]] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x", "reasoning_content": "x", "tool_calls": calls},
+            {"role": "tool", "content": "x"},
+            {"role": "assistant", "content": "x", "reasoning_content": ""},
+            {"role": "user", "content": "x"},
+        ]
+        try:
+            encode_kept(self.model.tokenizer, self.model.template, probe, None, True, self.kept.recall())
+        except UsageError:
+            return False
+        return True
 
     def _submit(self, answering: Answering) -> Handle:
         assert self._driver is not None
@@ -206,9 +207,45 @@ class Server:
         script = self.options.script
         return request if script is None else replace(request, script=script(answering.prompt))
 
-    def _check_model(self, name: str | None) -> None:
-        if self.options.is_strict and name not in (None, self.name):
+    def check_model(self, name: str | None, is_strict: bool = False) -> None:
+        """Refused for another model's name, where that counts."""
+        if (is_strict or self.options.is_strict) and name not in (None, self.name):
             raise Refused(404, "model_not_found", f"There is no model {name!r} here.", f"Ask for {self.name!r}.")
+
+    def _conclude(self, answering: Answering, how: How) -> None:
+        """The answer has ended: it is counted and told, and what it was is kept."""
+        self.under_way.discard(answering)
+        completion, stats = answering.handle.completion, answering.handle.completion.stats
+        self.metrics.ended(completion, how)
+        if answering.log is not None:
+            n_drafted = 0 if stats.drafted is None else stats.drafted.n_accepted
+            drafted = f" ({n_drafted} drafted)" if n_drafted else ""
+            answering.log.notes += [
+                f"{stats.n_prompt:,} tokens ({stats.n_reused:,} cached)",
+                f"{len(completion.tokens):,} said{drafted}",
+                how,
+            ]
+        if completion.finish_reason == "interrupted":
+            return
+        key = None
+        if answering.asked.prompt is None and self.keeps_thinking and not answering.handle.answer.is_cut:
+            key = self.kept.keep(answering.prompt, completion.reply.message(), completion.tokens)
+        if self.kept.disk is not None and self._driver is not None:
+            self._unsaved.append(_Unsaved([*answering.prompt, *completion.tokens], key))
+            self._driver.later(self._save)
+
+    def _save(self, stop: Stop) -> None:
+        """On the driver's thread, while nobody waits: pages and ids of answers go to the disk."""
+        while self._unsaved:
+            ids, key = unsaved = self._unsaved.popleft()
+            self.model.loop.save(ids, stop)
+            if stop():
+                self._unsaved.appendleft(unsaved)
+                assert self._driver is not None
+                self._driver.later(self._save)
+                return
+            if key is not None:
+                self.kept.save(key)
 
     def _deliver(self, news: list[News]) -> None:
         """On the driver's thread: one call into the event loop for a whole burst."""

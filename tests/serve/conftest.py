@@ -14,10 +14,10 @@ import anthropic
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from m2lite import Model
 from m2lite.serve.app import create_app
+from m2lite.serve.connection import Listener
 from m2lite.serve.server import ServeOptions, Server
 
 
@@ -49,8 +49,7 @@ def serving(model: Model, **options: Any) -> Iterator[Served]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        config = uvicorn.Config(create_app(server), log_config=None, access_log=False, ws="none", lifespan="on")
-        runner = uvicorn.Server(config)
+        runner = Listener(create_app(server), server)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
