@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from m2lite import __version__
-from m2lite.commands import batch, chat, files, generate, measures
+from m2lite.commands import batch, chat, files, generate, measures, serve
 from m2lite.commands.frame import guard
 from m2lite.shown import shown
 from m2lite.signals import exit_on_terminate, leave_now
@@ -28,8 +28,8 @@ app = typer.Typer(
 
 # As --help lists them.
 COMMANDS = (
-    chat.chat, generate.generate, files.convert, files.quantize, files.imatrix, files.verify, files.inspect_,
-    measures.plan, measures.bench, measures.perplexity, measures.doctor,
+    chat.chat, generate.generate, serve.serve, files.convert, files.quantize, files.imatrix, files.verify,
+    files.inspect_, measures.plan, measures.bench, measures.perplexity, measures.doctor,
 )  # fmt: skip
 for _run in COMMANDS:
     app.command(_run.__name__.rstrip("_"))(_run)

@@ -27,7 +27,7 @@ FLOORS = [
     ["dialogue"],
     ["api"],
     ["workloads"],
-    ["chat", "batch", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
+    ["chat", "batch", "serve", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
     ["commands"],
     ["cli"],
     ["__main__"],

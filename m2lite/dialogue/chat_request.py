@@ -5,6 +5,7 @@ What the table lacks is an error that names the field: nothing is ignored.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -248,7 +249,7 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     if reply.tool_calls:
         message["tool_calls"] = [
             {
-                "id": f"call_{n}",
+                "id": f"call_{_hash(name, answer)}_{n}",
                 "type": "function",
                 "function": {
                     "name": call["function"]["name"],
@@ -261,7 +262,7 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": _logprobs(answer.logprobs, tokenizer),
+        "logprobs": response_logprobs(answer.logprobs, tokenizer),
         "finish_reason": "tool_calls" if is_called else answer.finish_reason,
     }
     n_out = len(answer.tokens)
@@ -281,7 +282,13 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
     }
 
 
-def _logprobs(found: Sequence[Logprob | None], tokenizer: Tokenizer) -> dict[str, Any] | None:
+def _hash(name: str, answer: Completion) -> str:
+    """The same on every run, and of no other answer: clients merge calls with the same id."""
+    told = json.dumps([name, answer.stats.n_prompt, list(answer.tokens)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def response_logprobs(found: Sequence[Logprob | None], tokenizer: Tokenizer) -> dict[str, Any] | None:
     """By token of the answer, its thinking and tags included; those that nobody drew have none."""
     if not found:
         return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from m2lite.engine.prefix_cache import n_common
 from m2lite.errors import UsageError
 from m2lite.text.reply import Said, close_thinking, opens_thinking
 from m2lite.text.template import Template, encode_chat
@@ -12,6 +13,7 @@ from m2lite.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
+Recall = Callable[[Sequence[int], Message], Sequence[int] | None]  # (ids before an answer, the answer) -> its own ids
 
 
 def answer_ids(tokenizer: Tokenizer, template: Template, message: Message) -> list[int]:
@@ -34,24 +36,48 @@ def _call_ids(tokenizer: Tokenizer, template: Template, message: Message) -> lis
     return [*tokenizer.encode("\n"), *row[row.index(tokenizer.tool_open_id) : end]]
 
 
+def _plain_ids(tokenizer: Tokenizer, template: Template, message: Message) -> list[int]:
+    """An answer without thinking, as the template writes it."""
+    calls = _call_ids(tokenizer, template, message) if message.get("tool_calls") else []
+    return [*tokenizer.encode(str(message["content"])), *calls]
+
+
+def _opening(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """The ids by which a prompt opens the thinking, behind those that begin any answer."""
+    stub: list[Message] = [{"role": "user", "content": "x"}]
+    prompt = encode_chat(tokenizer, template, stub)
+    answered = encode_chat(
+        tokenizer, template, [*stub, {"role": "assistant", "content": "x"}], add_generation_prompt=False
+    )
+    return prompt[n_common(prompt, answered) :]
+
+
 def encode_kept(
-    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], tools: Tools, is_to_answer: bool
-) -> list[int]:
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], tools: Tools, is_to_answer: bool,
+    recall: Recall | None = None,
+) -> list[int]:  # fmt: skip
     """The row of a chat that keeps what was said: only what came between the answers is rendered.
 
     So it begins with the row of the chat up to any answer, whatever the template leaves out of earlier turns.
+    `recall` knows the ids of answers that came back as messages; one that it does not know, and that came without its
+    thinking, stands there as the template writes it.
     """
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         return encode_chat(tokenizer, template, messages, tools, add_generation_prompt=is_to_answer)
     row = encode_chat(tokenizer, template, messages[: places[0]], tools)
     for place, following in zip(places, [*places[1:], len(messages)], strict=True):
-        ids = answer_ids(tokenizer, template, messages[place])
+        known = None if recall is None else recall(row, messages[place])
+        if recall is None or known is not None or messages[place].get("reasoning_content"):
+            ids = answer_ids(tokenizer, template, messages[place]) if known is None else list(known)
+        else:
+            opening, ids = _opening(tokenizer, template), _plain_ids(tokenizer, template, messages[place])
+            row = row[: len(row) - len(opening)] if opening and row[-len(opening) :] == opening else row
         was_open = opens_thinking(tokenizer, row) or ids[:1] == [tokenizer.think_open_id]
         row += ids
         if was_open and tokenizer.think_close_id not in ids and not messages[place].get("tool_calls"):
             row += close_thinking(tokenizer)  # it was stopped there
-        is_prompt = following < len(messages) or is_to_answer
+        is_prompt = following < len(messages) or (is_to_answer and place + 1 < following)
         row += _behind(tokenizer, template, messages[place + 1 : following], is_prompt)
     return row
 
@@ -62,7 +88,7 @@ def _behind(tokenizer: Tokenizer, template: Template, messages: Sequence[Message
     if messages and messages[0]["role"] == "tool":
         stub[1] = {"role": "assistant", "content": "x", "tool_calls": [{"name": "x", "arguments": {}}]}
     before = encode_chat(tokenizer, template, stub, add_generation_prompt=False)
-    whole = encode_chat(tokenizer, template, [*stub, *messages], add_generation_prompt=is_prompt and bool(messages))
+    whole = encode_chat(tokenizer, template, [*stub, *messages], add_generation_prompt=is_prompt)
     end = next((i for i in reversed(range(len(before))) if before[i] in tokenizer.stop_ids), None)
     if end is None or whole[: len(before)] != before:
         raise UsageError("This chat template renders a turn by what follows it.", "Leave --keep-thinking out.")

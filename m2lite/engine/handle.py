@@ -46,6 +46,13 @@ class Handle:
     def error(self) -> Exception | None:
         return self._sequence.error
 
+    def take(self) -> list[Event]:
+        """What has happened and nobody took yet. Drives nothing."""
+        events, found = self._sequence.events, list[Event]()
+        while events:
+            found.append(events.popleft())
+        return found
+
     def events(self, stop: Stop | None = None) -> Generator[Event, None, None]:
         """What happens, in order, up to Finished; without that where it was cancelled or `stop` said so.
 

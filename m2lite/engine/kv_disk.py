@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # these import Numba
 
 DEFAULT_BYTES = 16 << 30  # or a tenth of what is free on the disk
 _NO_MODULES = bytes(16)
+_MOST_ANSWER = 4 << 18  # bytes of an answer's ids
 
 
 class KVDisk:
@@ -89,6 +90,19 @@ class KVDisk:
         is_kept = self.store.write(self.name(key), page, self._modules if has_drafts else _NO_MODULES)
         self.n_written += len(page) * is_kept
         return is_kept
+
+    def write_answer(self, key: bytes, ids: memoryview) -> None:
+        """Keep the bytes of an answer's ids; where the disk does not take them, they are lost."""
+        if len(ids):
+            self.store.write(f"{self.name(key)}-answer", ids)
+
+    def read_answer(self, key: bytes) -> bytes | None:
+        name = f"{self.name(key)}-answer"
+        if not kv_dir().is_dir() or not self.store.has(name):
+            return None
+        into = memoryview(bytearray(_MOST_ANSWER))
+        found = self.store.read(name, into)
+        return None if found is None else bytes(into[: found[0]])
 
     def trim(self, keys: list[bytes]) -> None:
         """Down to the budget; pages with these keys stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from m2lite.commands.generate import _as_object, _read_request
 from m2lite.dialogue.chat_request import FIELDS, ChatRequest, check_whole, parse_request, response_body
 from m2lite.dialogue.conversation import Conversation
 from m2lite.engine.answer import Completion
+from m2lite.engine.stats import Stats
 from m2lite.sampling.json_schema import load_schema
 from m2lite.sampling.tool_choice import NamedTool
 from m2lite.text.reply import Reply
@@ -187,6 +189,21 @@ def test_calls_in_a_response(tiny: Model) -> None:
     assert told["function"] == {"name": "f", "arguments": '{"a": "é"}'} and told["id"]
     again = [*HELLO, choice["message"], {"role": "tool", "tool_call_id": told["id"], "content": "1"}]
     assert parse_request({"messages": again}, DEFAULTS).messages[1]["tool_calls"][0]["function"] == call["function"]
+
+
+def test_ids_of_calls(tiny: Model) -> None:
+    """The same on every run, so that results are the same bytes; and of no other answer, also with the same seed."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    answer = Completion([1], Reply("hm", "", [call, call]), "stop")
+
+    def ids(answer: Completion, name: str = "x") -> list[str]:
+        [choice] = response_body(answer, tiny.tokenizer, name, "m", 1)["choices"]
+        return [call["id"] for call in choice["message"]["tool_calls"]]
+
+    later = replace(answer, stats=Stats(n_prompt=9))
+    assert ids(answer) == ids(answer)
+    others = [*ids(answer), *ids(answer, "y"), *ids(later), *ids(replace(answer, tokens=[2]))]
+    assert len(set(others)) == 8
 
 
 def test_warnings_in_a_response(tiny: Model) -> None:

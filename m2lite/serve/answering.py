@@ -1,0 +1,140 @@
+"""One answer under way, for whoever waits for it on the event loop. Knows no dialect and no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from m2lite.dialogue.chat_request import ChatRequest
+from m2lite.engine.answer import Token
+from m2lite.engine.driver import News
+from m2lite.engine.handle import Handle
+from m2lite.serve import log
+from m2lite.serve.errors import Refused
+from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Narration, WholeAnswer
+from m2lite.serve.metrics import Metrics
+from m2lite.text.tokenizer import Tokenizer
+
+How = Literal["stop", "tool_calls", "length", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRequest:
+    """What is to be answered: messages, or the ids of `prompt`."""
+
+    chat: ChatRequest
+    prompt: Sequence[int] | None = None
+    rng_stream: int | None = None  # by default as in `Model.chat`
+
+
+class Answering:
+    """One answer under way. Read `events`, or wait for `whole`; leaving either early cancels it."""
+
+    def __init__(
+        self, asked: AnswerRequest, prompt: Sequence[int], tokenizer: Tokenizer, metrics: Metrics,
+        conclude: Callable[[Answering, How], None],
+    ) -> None:  # fmt: skip
+        """`conclude` is called once, when nothing more is computed."""
+        self.asked, self.prompt = asked, prompt
+        self.id = secrets.token_hex(12)  # of the answer; each dialect puts its own prefix before it
+        self.created = int(time.time())  # seconds since 1970
+        self.log = log.current.get()
+        self._tokenizer, self._metrics, self._conclude = tokenizer, metrics, conclude
+        self._news, self._came = deque[News](), asyncio.Event()
+        self._handle: Handle | None = None
+        self._is_over = False
+        self._ended_by: Exception | None = None
+        self._began, self._last = time.monotonic(), 0.0  # of its last tokens; 0: none came
+
+    @property
+    def seed(self) -> int:
+        return self.asked.chat.sampling.seed
+
+    @property
+    def handle(self) -> Handle:
+        assert self._handle is not None
+        return self._handle
+
+    def begin(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def hear(self, news: News) -> None:
+        """On the event loop: something happened."""
+        self._news.append(news)
+        self._came.set()
+        n_tokens = sum(isinstance(event, Token) for event in news.events)
+        if n_tokens:
+            now, metrics = time.monotonic(), self._metrics
+            if self._last:
+                metrics.between_tokens.add((now - self._last) / n_tokens, n_tokens)
+            elif self._handle is not None:
+                waited = now - self._began
+                metrics.first_token.add(waited)
+                metrics.queue.add(max(0.0, waited - self._handle.completion.stats.prompt_s))
+            self._last = now
+
+    def end(self, error: Exception) -> None:
+        """It ends now, with this error for whoever waits."""
+        if not self._is_over:
+            self._ended_by = error
+            self._came.set()
+
+    async def events(self, beat_s: float | None = None) -> AsyncIterator[AnswerEvent]:
+        """What happens, in order, up to AnswerEnd; Beat where nothing does for `beat_s`.
+
+        Raises the request's own error, or what the server ended it with.
+        """
+        narration = Narration(self._tokenizer, self.handle)
+        how: How = "cancelled"
+        try:
+            while True:
+                taken = list(self._news)
+                self._news.clear()
+                for event in narration.tell([event for news in taken for event in news.events]):
+                    if isinstance(event, AnswerEnd):
+                        how = event.reason
+                        self._finish(how)
+                    yield event
+                if how != "cancelled":
+                    return
+                if self._ended_by is not None or (taken and taken[-1].is_over):
+                    how = "failed"
+                    raise self._ended_by or taken[-1].error or Refused(503, "ended", "The answer was ended.")
+                if not self._news:
+                    self._came.clear()
+                    try:
+                        await asyncio.wait_for(self._came.wait(), beat_s)
+                    except TimeoutError:
+                        yield Beat()
+        finally:
+            self._finish(how)
+
+    def cut_short(self, end: AnswerEnd) -> list[str]:
+        """What is to be told of an answer that the context ended before `max_tokens` did."""
+        most, n_tokens = self.asked.chat.max_tokens, len(end.completion.tokens)
+        if end.reason != "length" or (most is not None and n_tokens >= most):
+            return []
+        asked_for = "" if most is None else f" of {most:,} that were asked for"
+        return [f"The answer was cut off after {n_tokens:,} tokens{asked_for}: the context is full."]
+
+    async def whole(self) -> WholeAnswer:
+        found = WholeAnswer()
+        async for event in self.events():
+            found.add(event)
+        return found
+
+    def cancel(self) -> None:
+        """Nobody waits any more, or it is whole. Done again, nothing happens."""
+        self._finish("cancelled")
+
+    def _finish(self, how: How) -> None:
+        if not self._is_over:
+            self._is_over = True
+            if self._handle is not None:
+                self._handle.cancel()
+            self._conclude(self, how)

@@ -1,0 +1,193 @@
+"""What happens to an answer, in terms that every dialect translates. Knows no HTTP."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from m2lite.engine.answer import Completion, Token
+from m2lite.engine.handle import Handle
+from m2lite.engine.sequence import Event, Finished, Prompt
+from m2lite.sampling.rules import Logprob
+from m2lite.text.calls import parse_tool_calls
+from m2lite.text.tokenizer import Tokenizer
+
+TextKind = Literal["thinking", "content"]
+
+
+class Drawn(NamedTuple):
+    """Ids of the answer that came with an event, tags included; `logprobs` beside them where they were asked for."""
+
+    ids: list[int]
+    logprobs: list[Logprob | None]
+
+
+class Reading(NamedTuple):
+    """The prompt is computed up to `n_done` of `n_total` tokens, of which `n_cached` need not be."""
+
+    n_done: int
+    n_total: int
+    n_cached: int
+
+
+class Text(NamedTuple):
+    kind: TextKind
+    text: str
+    drawn: Drawn
+
+
+class CallBegin(NamedTuple):
+    number: int
+    id: str
+    name: str
+    drawn: Drawn
+
+
+class CallArguments(NamedTuple):
+    """More of the JSON of the call's arguments."""
+
+    number: int
+    text: str
+
+
+class CallEnd(NamedTuple):
+    number: int
+
+
+class Beat(NamedTuple):
+    """Nothing happened for a while: the connection is to be kept alive."""
+
+
+class AnswerEnd(NamedTuple):
+    """The answer is whole."""
+
+    completion: Completion
+    reason: Literal["stop", "tool_calls", "length"]
+    is_cut: bool  # by a stop text
+    n_thinking: int  # of its tokens
+    drawn: Drawn
+
+
+AnswerEvent = Reading | Text | CallBegin | CallArguments | CallEnd | Beat | AnswerEnd
+
+
+def call_id() -> str:
+    """Unique everywhere: clients merge what has the same id."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+class Narration:
+    """Turns the engine's events of one answer into those of this file."""
+
+    def __init__(self, tokenizer: Tokenizer, handle: Handle) -> None:
+        self._tokenizer, self._handle = tokenizer, handle
+        self._tools: Sequence[Mapping[str, Any]] | None = handle.request.tools
+        self._block = ""  # of a tool call, as far as it has come
+        self._n_calls = 0
+        self._ids, self._n_told = list[int](), 0  # ids that no event has told yet, and how many were told
+
+    def tell(self, events: Sequence[Event]) -> list[AnswerEvent]:
+        """Texts of one kind that came together are one event."""
+        found, text, kind = list[AnswerEvent](), "", ""
+
+        def flush() -> None:
+            nonlocal text
+            if text:
+                found.append(Text("thinking" if kind == "thinking" else "content", text, self._drawn()))
+                text = ""
+
+        for event in events:
+            if isinstance(event, Prompt):
+                found.append(Reading(*event))
+                continue
+            if isinstance(event, Token):
+                self._ids.append(event.id)
+            is_end = isinstance(event, Finished) or event.id == self._tokenizer.tool_close_id
+            for piece in event.pieces:
+                if piece.kind == "tool_call":
+                    self._block += piece.text
+                    continue
+                if piece.kind != kind:
+                    flush()
+                kind, text = piece.kind, text + piece.text
+            if is_end and self._block:
+                flush()
+                found += self._calls()
+            if isinstance(event, Finished):
+                flush()
+                found.append(self._end(event.completion))
+        flush()
+        return found
+
+    def _drawn(self) -> Drawn:
+        ids, self._ids = self._ids, []
+        start, self._n_told = self._n_told, self._n_told + len(ids)
+        noted = self._handle.answer.logprobs[start : self._n_told]
+        return Drawn(ids, noted)
+
+    def _calls(self) -> list[AnswerEvent]:
+        """The calls of a block that is whole, or was cut off by the end."""
+        calls, _ = parse_tool_calls(self._block, self._tools)
+        self._block = ""
+        found = list[AnswerEvent]()
+        for call in calls:
+            function, index = call["function"], self._n_calls
+            found += [
+                CallBegin(index, call_id(), function["name"], self._drawn()),
+                CallArguments(index, json.dumps(function["arguments"], ensure_ascii=False)),
+                CallEnd(index),
+            ]
+            self._n_calls += 1
+        return found
+
+    def _end(self, completion: Completion) -> AnswerEnd:
+        reason = completion.finish_reason
+        is_called = self._n_calls and reason == "stop"
+        close, tokens = self._tokenizer.think_close_id, completion.tokens
+        n_thinking = 0
+        if completion.reply.thinking:
+            n_thinking = tokens.index(close) if close in tokens else len(tokens)
+        return AnswerEnd(
+            completion,
+            "tool_calls" if is_called else "length" if reason == "length" else "stop",
+            self._handle.answer.is_cut,
+            n_thinking,
+            self._drawn(),
+        )
+
+
+@dataclass
+class WholeCall:
+    id: str
+    name: str
+    arguments: str  # JSON
+
+
+@dataclass
+class WholeAnswer:
+    """What the events of an answer add up to."""
+
+    thinking: str = ""
+    content: str = ""
+    calls: list[WholeCall] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)
+    end: AnswerEnd | None = None
+
+    def add(self, event: AnswerEvent) -> None:
+        if isinstance(event, Text) and event.kind == "thinking":
+            self.thinking += event.text
+        elif isinstance(event, Text):
+            self.content += event.text
+        elif isinstance(event, CallBegin):
+            self.calls.append(WholeCall(event.id, event.name, ""))
+        elif isinstance(event, CallArguments):
+            self.calls[event.number].arguments += event.text
+        elif isinstance(event, AnswerEnd):
+            self.end = event
+        if isinstance(event, Text | CallBegin | AnswerEnd):
+            self.ids += event.drawn.ids
+            self.logprobs += event.drawn.logprobs

@@ -1,0 +1,117 @@
+"""The ids of answers by what stood before them and what they say: for clients that send them back as messages.
+
+A message that is rendered again has other ids than the answer had (arguments are written anew, line breaks taken off),
+so each turn's hit in the prefix cache would end where the last answer began. Knows ids and messages, no requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # this imports Numba
+    from m2lite.engine.kv_disk import KVDisk
+
+MOST_BYTES = 64 << 20
+_ENTRY_BYTES = 200  # beside the ids
+_TAIL = 64  # ids at the end of a row that may yet be taken off it
+
+
+class KeptAnswers:
+    """Answers' ids, the longest unused of which go first. May be used on several threads."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most_bytes, self._n_bytes = most_bytes, 0
+        self._found: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.disk: KVDisk | None = None  # below it
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def keep(self, row: Sequence[int], message: Mapping[str, Any], ids: Sequence[int]) -> bytes:
+        """`message` is what `ids` behind `row` said; returns the key for `save`."""
+        key = _key(hashlib.sha256(_bytes(row)), message)
+        self._add(key, array("i", ids))
+        return key
+
+    def save(self, key: bytes) -> None:
+        """Also on disk, where pages are."""
+        with self._lock:
+            ids = self._found.get(key)
+        if ids is not None and self.disk is not None:
+            self.disk.write_answer(key, memoryview(ids).cast("B"))
+
+    def _add(self, key: bytes, ids: array[int]) -> None:
+        with self._lock:
+            self._drop(key)
+            self._found[key] = ids
+            self._n_bytes += _size(ids)
+            while self._n_bytes > self._most_bytes:
+                self._drop(next(iter(self._found)))
+
+    def _drop(self, key: bytes) -> None:
+        ids = self._found.pop(key, None)
+        self._n_bytes -= 0 if ids is None else _size(ids)
+
+    def _get(self, key: bytes) -> array[int] | None:
+        with self._lock:
+            ids = self._found.get(key)
+            if ids is not None:
+                self._found.move_to_end(key)
+        if ids is None and self.disk is not None:
+            data = self.disk.read_answer(key)
+            if data is not None and len(data) % 4 == 0:
+                ids = array("i", data)
+                self._add(key, ids)
+        return ids
+
+    def recall(self) -> Recalling:
+        """To be asked about the answers of one row, in their order."""
+        return Recalling(self)
+
+
+class Recalling:
+    """One walk along a row that only grows, but for a few ids at its end."""
+
+    def __init__(self, kept: KeptAnswers) -> None:
+        self._kept, self._hash, self._n_hashed = kept, hashlib.sha256(), 0
+        self.n_known = self.n_unknown = 0  # answers
+
+    def __call__(self, row: Sequence[int], message: Mapping[str, Any]) -> Sequence[int] | None:
+        n_settled = max(self._n_hashed, len(row) - _TAIL)
+        self._hash.update(_bytes(row[self._n_hashed : n_settled]))
+        self._n_hashed = n_settled
+        whole = self._hash.copy()
+        whole.update(_bytes(row[n_settled:]))
+        ids = self._kept._get(_key(whole, message))
+        self.n_known += ids is not None
+        self.n_unknown += ids is None
+        return ids
+
+
+def _key(row: Any, message: Mapping[str, Any]) -> bytes:
+    row.update(b"\0" + said(message))
+    digest: bytes = row.digest()
+    return digest
+
+
+def said(message: Mapping[str, Any]) -> bytes:
+    """What the message says, however a client writes it: blanks around texts and ids of calls do not count."""
+    calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or []]
+    thinking, content = message.get("reasoning_content") or "", message.get("content") or ""
+    told = [str(thinking).strip(), str(content).strip(), calls]
+    return json.dumps(told, sort_keys=True).encode()
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def _size(ids: array[int]) -> int:
+    return 4 * len(ids) + _ENTRY_BYTES
