@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
-from m2lite.commands.options import make_sampling, think_tokens
+from m2lite.commands.options import answer_defaults
 from m2lite.errors import M2liteError, UsageError
 from m2lite.settings import Settings
 from m2lite.system.paths import named_path
@@ -56,6 +56,7 @@ def serve(
         raise UsageError(
             f"--host {host} can be reached by other machines, and no key is asked for.", "Add --api-key-file."
         )
+    defaults = answer_defaults(settings, None, None, default_seed=0)
     bodies = [] if warm is None else read_bodies(warm)
     listener = _listen(host, port)
     with listener, open_model(settings, sequences=parallel) as model:
@@ -64,8 +65,8 @@ def serve(
         options = ServeOptions(
             name=alias or "", parallel=parallel, queue=queue, is_strict=strict_model, api_keys=keys,
             allowed_hosts=(host, *(allowed_host or [])), allowed_origins=tuple(allowed_origin or []),
-            logs_prompts=log_prompts, sampling=make_sampling(settings, 0), max_tokens=settings.max_tokens,
-            think_tokens=think_tokens(settings), seed=settings.seed,
+            logs_prompts=log_prompts, sampling=defaults.sampling, max_tokens=defaults.max_tokens,
+            think_tokens=defaults.think_tokens, seed=settings.seed,
         )  # fmt: skip
         server = Server(model, options)
         for line in server.describe():

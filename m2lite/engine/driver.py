@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2lite.engine.handle import Handle
@@ -104,12 +104,20 @@ class Driver:
             return
         except Exception as error:  # whoever waits hears of it
             failure = error
+        self._tell(failure, asked)
+
+    def _tell(self, failure: Exception | None = None, failed: Sequence[tuple[Any, Handle]] = ()) -> None:
+        """What came goes to whoever asked; the `failed` hear of the failure. On the compute thread in a long call."""
         news = list[News]()
-        for listener, handle in asked:
-            is_over = handle.is_over or failure is not None  # asked before its events are taken
+        with self._changed:
+            asked = list(self._asked)
+        for each in asked:
+            listener, handle = each
+            error = failure if each in failed else None
+            is_over = handle.is_over or error is not None  # asked before its events are taken
             events = handle.take()
             if events or is_over:
-                news.append(News(listener, events, is_over, failure or handle.error))
+                news.append(News(listener, events, is_over, error or handle.error))
             if is_over:
                 handle.cancel()
         over = {id(each.listener) for each in news if each.is_over}

@@ -109,6 +109,7 @@ class Server:
         """Inside the event loop that it will serve."""
         self._loop = asyncio.get_running_loop()
         self.model.loop.scheduler.n_most = min(self.options.parallel, self.model.n_rows)
+        await asyncio.to_thread(self.model.loop.share_time)
         self.kept.disk = self.model.loop.prefix_cache.disk
         self._driver = Driver(self.model, self._deliver)
 
