@@ -35,7 +35,7 @@ class KVDisk:
         """`budget_bytes`: of all models' pages on disk."""
         self._gguf, self._budget_bytes = gguf, budget_bytes
         pool, self._sidecar = runner.pool, runner.drafting.sidecar
-        self._kv, self.trunk_bytes, self.page_bytes = pool.kv, pool.trunk_bytes, pool.page_bytes
+        self._pool, self._kv, self.trunk_bytes, self.page_bytes = pool, pool.kv, pool.trunk_bytes, pool.page_bytes
         self.n_written = self.n_read = 0  # bytes
 
     @cached_property
@@ -70,25 +70,30 @@ class KVDisk:
         info = self.store.info(self.name(key))
         return info is not None and (not has_drafts or info == self._modules)
 
-    def read(self, key: bytes, into: memoryview) -> tuple[bool, bool]:
-        """(whether `into` holds the page, whether that includes the K and V of the modules in use)."""
+    def read(self, key: bytes, page: int) -> tuple[bool, bool]:
+        """(whether that page of the pool now holds it, whether with the K and V of the modules in use)."""
+        into, routing = self._pool.page_view(page), self._pool.routing
         if not kv_dir().is_dir():
             return False, False
         found = self.store.read(self.name(key), into)
         if found is None or found[0] < self.trunk_bytes:
             return False, False
-        n_bytes, info = found
-        self.n_read += n_bytes
+        n_bytes, info, note = found
+        self.n_read += n_bytes + len(note)
+        if routing is not None:
+            routing.load(page, note)
         has_drafts = info == self._modules and n_bytes == self.page_bytes
         if not has_drafts:
             np.frombuffer(into, np.uint8)[self.trunk_bytes :] = 0  # of other modules
         return True, has_drafts
 
-    def write(self, key: bytes, page: memoryview, has_drafts: bool) -> bool:
-        """Keep the page; False where the disk does not take it."""
-        page = page if has_drafts else page[: self.trunk_bytes]
-        is_kept = self.store.write(self.name(key), page, self._modules if has_drafts else _NO_MODULES)
-        self.n_written += len(page) * is_kept
+    def write(self, key: bytes, page: int, has_drafts: bool) -> bool:
+        """Keep that page of the pool, and which experts it chose where that is kept; False where the disk does not."""
+        routing, content = self._pool.routing, self._pool.page_view(page)
+        note = b"" if routing is None else routing.page(page)
+        content = content if has_drafts else content[: self.trunk_bytes]
+        is_kept = self.store.write(self.name(key), content, self._modules if has_drafts else _NO_MODULES, note)
+        self.n_written += (len(content) + len(note)) * is_kept
         return is_kept
 
     def write_answer(self, key: bytes, ids: memoryview) -> None:

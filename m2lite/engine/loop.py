@@ -87,7 +87,7 @@ class Loop:
         return self._save(compute_thread().run(self.prefix_cache.shared_keys), stop)
 
     def _save(self, all_keys: Iterable[list[bytes]], stop: Stop | None) -> int:
-        cache, pool, n_written = self.prefix_cache, self._runner.pool, 0
+        cache, n_written = self.prefix_cache, 0
         disk = cache.disk
         if disk is None:
             return 0
@@ -95,7 +95,7 @@ class Loop:
             pinned = compute_thread().run(partial(cache.pin, keys))
             try:
                 for key, page, has_drafts in pinned:
-                    if (stop is not None and stop()) or not disk.write(key, pool.page_view(page), has_drafts):
+                    if (stop is not None and stop()) or not disk.write(key, page, has_drafts):
                         break
                     n_written += 1
             finally:

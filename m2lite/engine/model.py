@@ -37,6 +37,7 @@ from m2lite.text.template import Template, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
+    from m2lite.model.cache import Timeline
     from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
 
@@ -65,6 +66,8 @@ class Engine:
             runner.drafter.mapping = self._prefault.is_running
         self._heat_path = heat_path(trunk_identity(gguf)) if heat and stream is not None else None
         self._warmer = None if self._heat_path is None or stream is None else self._warm(self._heat_path, stream)
+        if self._warmer is not None:
+            self.loop.prefix_cache.loaded = self._recall
         self.load_s = time.perf_counter() - began
 
     @classmethod
@@ -213,13 +216,25 @@ class Engine:
         if self._prefault is not None:
             self._prefault.wait(stop)
 
-    def _warm(self, path: Path, stream: Stream) -> Warmer | None:
+    def _warm(self, path: Path, stream: Stream) -> Warmer:
         """Begin with what earlier runs used most, if they kept it."""
-        heat = load_heat(path, self.config.n_layers, self.config.n_experts)
-        if heat is None:
-            return None
-        compute_thread().run(partial(stream.ledger.warm, heat.reshape(-1)))
-        return Warmer(stream)
+        heat, warmer = load_heat(path, self.config.n_layers, self.config.n_experts), Warmer(stream)
+        if heat is not None:
+            compute_thread().run(partial(stream.ledger.warm, heat.reshape(-1)))
+            warmer.wake()
+        return warmer
+
+    def _recall(self, timeline: Timeline) -> None:
+        """A sequence begins with pages from the disk: what their tokens chose is as hot as if they were computed here.
+
+        Only then: in a process that has computed, its heat knows more of what comes than a beginning that many share.
+        """
+        routing, stream = self.runner.pool.routing, self.runner.stream
+        assert routing is not None and stream is not None and self._warmer is not None
+        heat, n_known = routing.recall(timeline)
+        if n_known:
+            stream.ledger.recall(heat, n_known)
+            self._warmer.wake()
 
     def save_heat(self) -> None:
         """Keep which experts were used, where that is wanted; `close` does it, too."""

@@ -72,6 +72,7 @@ class PrefixCache:
         self._once, self._often = OrderedDict[CachedPage, None](), OrderedDict[CachedPage, None]()
         self.n_evicted = 0  # pages, ever
         self.disk: KVDisk | None = None  # below it
+        self.loaded: Callable[[Timeline], None] = lambda timeline: None  # hears of beginnings that came from there
         self.check: Callable[[], None] = lambda: None  # may raise between two pages that are read
         pool.reclaim = self.evict
 
@@ -104,14 +105,17 @@ class PrefixCache:
         Its last page may be shared in part: it is copied when it is written to.
         """
         keys = page_keys(ids) if keys is None else keys
+        n_loaded = 0
         if self.disk is not None:
-            self._load(ids, keys[: n_most // PAGE])
+            n_loaded = self._load(ids, keys[: n_most // PAGE])
         path, n = self._find(ids, keys, n_most)
         timeline = self._pool.timeline()
         for each in path:
             timeline.share(each.page)
         timeline.length = n
         self._use(path, is_part=n % PAGE > 0)
+        if n_loaded:
+            self.loaded(timeline)
         n_whole = next((n for n, each in enumerate(path) if each.n_followed < PAGE), len(path))
         n_followed = n_whole * PAGE + (path[n_whole].n_followed if n_whole < len(path) else 0)
         return timeline, min(n_followed, timeline.length)
@@ -127,10 +131,11 @@ class PrefixCache:
             path.append(best)
         return path, start + n_rest
 
-    def _load(self, ids: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Pages that are on disk and not here, as long as there is room."""
+    def _load(self, ids: Sequence[int], keys: Sequence[bytes]) -> int:
+        """Pages that are on disk and not here, as long as there is room; how many came."""
         assert self.disk is not None
-        n_there, held = self.depth(keys), self._pool.timeline()  # so that no page makes room for one behind it
+        n_there = n = self.depth(keys)
+        held = self._pool.timeline()  # so that no page makes room for one behind it
         parent = self._whole[keys[n_there - 1]] if n_there else None
         try:
             for key in keys[:n_there]:
@@ -138,21 +143,23 @@ class PrefixCache:
             for index in range(n_there, len(keys)):
                 self.check()
                 if not self._pool.has_free(1):
-                    return
+                    break
                 self._pool.touch_next()
                 page = self._pool.take_page()
                 view = self._pool.page_view(page)
-                is_there, has_drafts = self.disk.read(keys[index], view)
+                is_there, has_drafts = self.disk.read(keys[index], page)
                 if not is_there:
                     np.frombuffer(view, np.uint8)[:] = 0  # what came may be no numbers
                     self._pool.release_page(page)
-                    return
+                    break
                 parent = self._add(keys[index], parent, tuple(ids[index * PAGE : (index + 1) * PAGE]), page)
                 parent.n_followed = PAGE if has_drafts else 0
                 held.share(page)
                 self._pool.release_page(page)
+                n = index + 1
         finally:
             held.release()
+        return n - n_there
 
     def pin(self, keys: Sequence[bytes]) -> list[tuple[bytes, int, bool]]:
         """(key, page, has_drafts) of whole pages that the disk lacks; nobody takes them away before `unpin`."""

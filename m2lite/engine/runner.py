@@ -86,6 +86,7 @@ class ModelRunner:
         """What lets weights come and go, if they do not fit or that is asked for."""
         from m2lite.model.cache import KVPool
         from m2lite.model.residency import Residency, choose_budget
+        from m2lite.model.routing import Routing
 
         drafting, memory = self.drafting, [self.pool.memory, *self.buffers.memory]
         n_beside = 0 if drafting.sidecar is None else drafting.sidecar.size_bytes
@@ -96,6 +97,9 @@ class ModelRunner:
             drafting.drop_modules("the model does not fit into memory; --draft mtp uses them")
             self.pool = KVPool(config, self.pool.n_positions, options["kv"])
             memory[0], budget = self.pool.memory, replace(budget, beside=0)
+        if options["heat"]:
+            self.pool.routing = Routing(self.pool)
+            memory.append(self.pool.routing.ids)
         residency = Residency(gguf, config, options["load"], budget, memory)
         self.buffers.stream = residency.stream
         return residency
@@ -211,7 +215,9 @@ class ModelRunner:
 
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
-        rows = self.pool.rows(parts)
+        rows, routing = self.pool.rows(parts), self.pool.routing
+        if observer is None and routing is not None:
+            observer = routing.observe(rows)
         try:
             return self._forward(self.weights, self.pool, buffers, rows, outputs, check, leave, observer)
         finally:

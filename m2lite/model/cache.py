@@ -10,7 +10,7 @@ import errno
 import mmap
 from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from m2lite.errors import ContextError, M2liteError, ResourceError, UsageError
 from m2lite.model.config import Config
 from m2lite.storage import syscalls
 from m2lite.system.byte_units import format_bytes
+
+if TYPE_CHECKING:
+    from m2lite.model.routing import Routing
 
 PAGE = 64
 _LARGE = 1 << 20  # bytes from which on it is worth asking whether they can be had
@@ -88,6 +91,10 @@ class Rows:
         at, wide, n = self._small.buffer_info()[0], self._wide.buffer_info()[0], self.n
         return at, at + 4 * n, at + 8 * n, at + 12 * n, wide, wide + 8 * n
 
+    def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Addresses of the pages that take the rows' K and V, and indices in them."""
+        return np.frombuffer(self._wide, np.int64)[: self.n], np.frombuffer(self._small, np.int32)[3 * self.n :]
+
 
 class KVPool:
     """Address space for `n_positions`, touched as it fills; pages are shared between timelines until written to."""
@@ -109,6 +116,7 @@ class KVPool:
         self._is_touched = bytearray(self.n_pages)
         self._free = list(range(self.n_pages - 1, -1, -1))
         self._users = [0] * self.n_pages
+        self.routing: Routing | None = None  # which experts positions chose, where that is kept
         self.reclaim: Callable[[], bool] = lambda: False  # frees a page that is only kept, if there is one
         self._n_angles = self.angles_address = 0
         self._angles = np.empty((0, config.rotary_dim), np.float32)
@@ -288,6 +296,8 @@ class KVPool:
     def copy_page(self, source: int, target: int) -> None:
         view, n = memoryview(self._memory), self.page_bytes
         view[target * n : (target + 1) * n] = view[source * n : (source + 1) * n]
+        if self.routing is not None:
+            self.routing.copy_page(source, target)
 
 
 class Timeline:

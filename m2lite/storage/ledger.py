@@ -115,6 +115,12 @@ class Ledger:
         self._heat[:] = heat * self._weight
         self._update_all()
 
+    def recall(self, heat: NDArray[np.float64], n_steps: int) -> None:
+        """As if the uses that left this heat had been here, in the last n_steps."""
+        self.advance(n_steps)
+        self._heat += heat * self._weight
+        self._update_all()
+
     def hottest(self) -> int | None:
         """The hottest unit that is not in memory, if any has heat."""
         outside = np.where(self._is_resident, 0.0, self._heat)

@@ -10,7 +10,7 @@ import fcntl
 import os
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -18,8 +18,10 @@ import xxhash
 from m2lite.storage import durable
 from m2lite.storage.durable import advise
 
-_HEADER = struct.Struct("<8s16s16s")  # magic, xxh3_128 of what follows and the page, what the writer says of the page
+_HEADER = struct.Struct("<8s16s16s")  # magic, xxh3_128 of all that follows, what the writer says of the page
 _MAGIC = b"m2litek2"
+_NOTED = b"m2litek3"  # the same, then the length of a note, the page, the note
+_LENGTH = struct.Struct("<I")
 _NO_INFO = bytes(16)
 _SUFFIX = ".page"
 _GROWING = ".tmp"
@@ -49,11 +51,11 @@ class PageStore:
             return None
         finally:
             os.close(fd)
-        is_header = len(header) == _HEADER.size and header.startswith(_MAGIC)
+        is_header = len(header) == _HEADER.size and header[:8] in (_MAGIC, _NOTED)
         return bytes(_HEADER.unpack(header)[2]) if is_header else None
 
-    def read(self, key: str, into: memoryview) -> tuple[int, bytes] | None:
-        """Fill `into` with the page, which may be shorter: its bytes, and what its writer said of it.
+    def read(self, key: str, into: memoryview) -> tuple[int, bytes, bytes] | None:
+        """Fill `into` with the page, which may be shorter: its bytes, what its writer said of it, and its note.
 
         None, and anything in `into`, where it is not there as it was written.
         """
@@ -62,31 +64,30 @@ class PageStore:
         except OSError:
             return None
         try:
-            header, extra = bytearray(_HEADER.size), bytearray(1)  # nothing stands behind a page
-            n_bytes = os.fstat(fd).st_size - _HEADER.size
-            if not 0 < n_bytes <= len(into):
+            head, n_note = os.pread(fd, _HEADER.size + _LENGTH.size, 0), 0
+            magic, digest, info = _HEADER.unpack_from(head)
+            if magic == _NOTED:
+                (n_note,) = _LENGTH.unpack_from(head, _HEADER.size)
+            n_head = _HEADER.size + _LENGTH.size * (magic == _NOTED)
+            n_bytes = os.fstat(fd).st_size - n_head - n_note
+            if magic not in (_MAGIC, _NOTED) or not 0 < n_bytes <= len(into) or n_note > len(into):
                 return None
-            n_read = os.preadv(fd, [header, into[:n_bytes]], 0)
-            while 0 < n_read < _HEADER.size + n_bytes:
-                more = os.preadv(fd, [into[n_read - _HEADER.size : n_bytes], extra], n_read)
-                if not more:
-                    return None
-                n_read += more
-            magic, digest, info = _HEADER.unpack(header)
-            is_whole = n_read == _HEADER.size + n_bytes and magic == _MAGIC
-            if not is_whole or _digest(info, into[:n_bytes]) != digest:
+            note = bytearray(n_note)
+            if not _fill(fd, [into[:n_bytes], memoryview(note)], n_head):
+                return None
+            if _digest(info, head[_HEADER.size : n_head], into[:n_bytes], bytes(note)) != digest:
                 return None
             with contextlib.suppress(OSError):
                 os.utime(fd)  # used now
             advise(fd, 0, 0, "DONTNEED")
-            return n_bytes, bytes(info)
-        except OSError:
+            return n_bytes, bytes(info), bytes(note)
+        except (OSError, struct.error):
             return None
         finally:
             os.close(fd)
 
-    def write(self, key: str, page: memoryview, info: bytes = _NO_INFO) -> bool:
-        """Keep the page, and 16 bytes on it; False where the disk does not take it, which costs no more than time.
+    def write(self, key: str, page: memoryview, info: bytes = _NO_INFO, note: bytes = b"") -> bool:
+        """Keep the page, 16 bytes on it, and a note; False where the disk does not take it, which costs only time.
 
         Not forced to the disk: what a crash spoils has another hash.
         """
@@ -95,8 +96,9 @@ class PageStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = self._begin(temporary)
             try:
-                rest = memoryview(_HEADER.pack(_MAGIC, _digest(info, page), info))
-                for part in (rest, page):
+                length = _LENGTH.pack(len(note)) if note else b""
+                head = _HEADER.pack(_NOTED if note else _MAGIC, _digest(info, length, page, note), info)
+                for part in (memoryview(head + length), page, memoryview(note)):
                     while part:
                         part = part[durable.fsops.write(fd, part) :]
                 durable.fsops.replace(temporary, self.path(key))
@@ -141,9 +143,21 @@ class PageStore:
         return n_deleted
 
 
-def _digest(info: bytes, page: memoryview) -> bytes:
-    digest = xxhash.xxh3_128(info)
-    digest.update(page)
+def _fill(fd: int, parts: Sequence[memoryview], at: int) -> bool:
+    """Whether the file's bytes from `at` on fill them."""
+    for part in parts:
+        while part:
+            n = os.preadv(fd, [part], at)
+            if not n:
+                return False
+            part, at = part[n:], at + n
+    return True
+
+
+def _digest(*parts: bytes | memoryview) -> bytes:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
     return digest.digest()
 
 

@@ -261,15 +261,15 @@ into = memoryview(bytearray(4000))
 for step in range(400):
     key = chooser.randrange(30)
     page = hashlib.sha256(str(key).encode()).digest() * (20 + key)
-    assert store.write(f"k{key}", memoryview(page), bytes([key]) * 16)
+    assert store.write(f"k{key}", memoryview(page), bytes([key]) * 16, b"" if key % 2 else bytes([key]) * 48)
     if step % 3 == 0:
         store.trim()
     other = chooser.randrange(30)
     found = store.read(f"k{other}", into)
     if found is not None:
         n_read += 1
-        n, info = found
-        assert info == bytes([other]) * 16
+        n, info, note = found
+        assert info == bytes([other]) * 16 and note == (b"" if other % 2 else info * 3)
         assert into[:n] == hashlib.sha256(str(other).encode()).digest() * (20 + other)
     assert store.info(f"k{other}") in (None, bytes([other]) * 16)
 sys.stdout.write(str(n_read))
@@ -308,4 +308,4 @@ def test_a_page_that_is_trimmed_before_it_has_its_lock(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(durable.fsops, "open", open_and_lose)
     assert store.write("k", memoryview(b"x" * 100)) and len(opened) == 2
-    assert store.read("k", memoryview(bytearray(100))) == (100, bytes(16))
+    assert store.read("k", memoryview(bytearray(100))) == (100, bytes(16), b"")

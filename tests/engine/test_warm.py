@@ -34,7 +34,6 @@ def answer(model: Model) -> list[int]:
 
 def test_the_next_start_is_warm(bundled_model: Path, record: Path) -> None:
     with Model.open(bundled_model, ctx=256, load="direct") as model:
-        assert model._warmer is None
         cold = answer(model)
     with Model.open(bundled_model, ctx=256, load="direct") as model:
         assert model._warmer is not None
@@ -64,9 +63,10 @@ def test_no_more_than_fits(bundled_model: Path, record: Path) -> None:
         heat = load_heat(record, model.config.n_layers, model.config.n_experts)
         assert heat is not None
         stream.ledger.warm(heat.reshape(-1))
-        warmer = session_module.Warmer(stream)
+        assert model._warmer is not None
+        model._warmer.wake()
         assert answer(model) == cold  # while it is warmed
-        warmer.wait()
+        model._warmer.wait()
         assert 0 < stream.ledger.resident_bytes <= stream.ledger.capacity
         assert not stream.ledger._pins.any()
 

@@ -10,10 +10,11 @@ from m2lite.storage.pages import PageStore
 from tests.faults.disk import at_every_call
 
 PAGES = {f"key{n}": bytes([n + 1]) * 900 for n in range(3)}
+NOTES = {"key0": b"", "key1": b"a note", "key2": b"another note"}
 
 
 def store_in(folder: Path) -> PageStore:
-    return PageStore(folder / "kv" / "model", 2 * 940)
+    return PageStore(folder / "kv" / "model", 2 * 956)
 
 
 def test_pages_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,12 +23,16 @@ def test_pages_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def job(folder: Path) -> None:
         store = store_in(folder)
         written.clear()
-        written.update(key for key, page in PAGES.items() if store.write(key, memoryview(page)))
+        written.update(key for key, page in PAGES.items() if store.write(key, memoryview(page), note=NOTES[key]))
         store.trim()
 
     def check(folder: Path, is_done: bool, is_dead: bool) -> None:
         store, into = store_in(folder), bytearray(900)
-        found = {key for key in PAGES if store.read(key, memoryview(into)) and into == PAGES[key]}
+        found = set()
+        for key, page in PAGES.items():
+            if (read := store.read(key, memoryview(into))) is not None:
+                assert into == page and read == (900, bytes(16), NOTES[key])
+                found.add(key)
         assert found == {key for key in PAGES if store.has(key)} and len(written - found) <= 1
         store.trim()
         files = list(store.directory.iterdir()) if store.directory.exists() else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -182,8 +183,11 @@ def _journal() -> bytes:
     return _written(write, "x.gguf.journal")
 
 
-def _page() -> bytes:
-    return b"m2litek2" + xxhash.xxh3_128_digest(bytes(80)) + bytes(80)
+def _pages() -> list[bytes]:
+    """Without a note and with one."""
+    noted = bytes(16) + struct.pack("<I", 9) + bytes(64) + b"who chose"
+    contents = (b"m2litek2", bytes(80)), (b"m2litek3", noted)
+    return [magic + xxhash.xxh3_128_digest(rest) + rest for magic, rest in contents]
 
 
 def _chat() -> bytes:
@@ -279,7 +283,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     })],
     "pieces": lambda: [_pieces()],
     "journal": lambda: [_journal()],
-    "page": lambda: [_page()],
+    "page": _pages,
     "heat": lambda: [_written(lambda path: save_heat(path, np.full((2, 8), math.pi)), "x.npy")],
     "drafts": lambda: [_drafts()],
     "chat": lambda: [_chat()],

@@ -42,6 +42,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "measure/importance.py": "our own memory",
     "model/cache.py": "our own memory",
     "model/forward.py": "our own memory",
+    "model/routing.py": "any bytes are some: what names no expert counts for none",
     "quant/imatrix.py": ("imatrix",),
     "quant/job.py": "bytes that are only hashed and compared",
     "quant/journal.py": ("journal",),
