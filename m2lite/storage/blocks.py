@@ -1,4 +1,4 @@
-"""The block formats of weights, as one table; NumPy here is their definition. Knows bytes and numbers, not tensors.
+"""The block formats of weights, as one table; NumPy is their definition. Knows bytes and numbers, not tensors.
 
 A new format is one row in `_TABLE` with its functions. `unpack` reads any bytes. `pack` exists for numbers on their
 own; blocks of several are packed by quant/encode.py.
@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.storage import iquants, kquants
-from m2lite.storage.fields import Bytes, Floats, Parts, each, half_at, nibbles, quiet, weights_of, words_at
+from m2lite.storage.fields import (
+    Bytes,
+    Floats,
+    Parts,
+    each,
+    half_at,
+    low_then_high,
+    nibbles,
+    quiet,
+    weights_of,
+    words_at,
+)
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,9 @@ def _pack_bf16(weights: Floats) -> Bytes:
     return _bytes_of(np.where(is_nan, quiet, rounded).astype("<u2"))
 
 
-def _low_then_high(blocks: Bytes, at: int) -> Bytes:
-    """[..., 32]: 16 bytes from byte `at` on, their low nibbles, then their high ones."""
-    return nibbles(blocks[..., at : at + 16]).reshape(*blocks.shape[:-1], 32)
-
-
 def _parts_q4_0(blocks: Bytes) -> Parts:
     """w[j] = d * (low nibble of byte j - 8), w[j + 16] = d * (high nibble of byte j - 8); d is f16."""
-    return _low_then_high(blocks, 2).view(np.int8) - np.int8(8), half_at(blocks, 0), None
+    return low_then_high(blocks, 2).view(np.int8) - np.int8(8), half_at(blocks, 0), None
 
 
 def _parts_q8_0(blocks: Bytes) -> Parts:
@@ -101,19 +107,17 @@ def _parts_q8_0(blocks: Bytes) -> Parts:
 
 def _five_bits(blocks: Bytes, at: int) -> Bytes:
     """[..., 32]: a word of fifth bits, then 16 bytes of nibbles, from byte `at` on."""
-    return _low_then_high(blocks, at + 4) | (
-        each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4)
-    )
+    return low_then_high(blocks, at + 4) | (each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4))
 
 
 def _parts_q4_1(blocks: Bytes) -> Parts:
-    return _low_then_high(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
+    return low_then_high(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
 
 
 @quiet
 def _unpack_q4_1(blocks: Bytes) -> Floats:
     """w = d q + m; d and m are f16, nibbles as in Q4_0. Added, not minus -m: a NaN keeps its sign."""
-    return half_at(blocks, 0) * _low_then_high(blocks, 4).astype(np.float32) + half_at(blocks, 2)
+    return half_at(blocks, 0) * low_then_high(blocks, 4).astype(np.float32) + half_at(blocks, 2)
 
 
 def _parts_q5_0(blocks: Bytes) -> Parts:
@@ -144,7 +148,7 @@ def power_of_two(exponent: Bytes) -> Floats:
 
 def _parts_mxfp4(blocks: Bytes) -> Parts:
     """w = d value; d is a power of two in one byte, nibbles as in Q4_0."""
-    return E2M1_DOUBLED[_low_then_high(blocks, 1)], power_of_two(blocks[..., :1]), None
+    return E2M1_DOUBLED[low_then_high(blocks, 1)], power_of_two(blocks[..., :1]), None
 
 
 def _ue4m3() -> Floats:
@@ -171,6 +175,20 @@ def _integers(name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Ca
     return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), parts=parts)
 
 
+def _from_gguf(name: str, ggml_type: int, n_weights: int, n_bytes: int) -> BlockFormat:
+    """As the gguf package unpacks it; all its versions from 0.17 on give the same bits."""
+
+    @quiet
+    def unpack(blocks: Bytes) -> Floats:
+        import gguf  # 200 ms, and few files have such blocks
+
+        row = np.ascontiguousarray(blocks).reshape(1, -1)  # of more it takes 16 at a time
+        weights: Floats = gguf.quants.dequantize(row, gguf.GGMLQuantizationType(ggml_type))
+        return weights.reshape(*blocks.shape[:-1], n_weights)
+
+    return BlockFormat(name, ggml_type, n_weights, n_bytes, unpack)
+
+
 _TABLE = (
     BlockFormat("F32", 0, 1, 4, _unpack_f32, _pack_f32),
     BlockFormat("F16", 1, 1, 2, _unpack_f16, _pack_f16),
@@ -180,22 +198,33 @@ _TABLE = (
     _integers("Q5_0", 6, 32, 22, _parts_q5_0),
     BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, parts=_parts_q5_1),
     _integers("Q8_0", 8, 32, 34, _parts_q8_0),
-    BlockFormat("Q2_K", 10, 256, 84, kquants.unpack_q2_k),
-    BlockFormat("Q3_K", 11, 256, 110, kquants.unpack_q3_k),
+    # 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin: w = (d s) q - (dmin m)
+    _from_gguf("Q2_K", 10, 256, 84),
+    # 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d: w = d (s - 32) (q + 4 h - 4)
+    _from_gguf("Q3_K", 11, 256, 110),
     _integers("Q4_K", 12, 256, 144, kquants.parts_q4_k),
     _integers("Q5_K", 13, 256, 176, kquants.parts_q5_k),
     _integers("Q6_K", 14, 256, 210, kquants.parts_q6_k),
-    BlockFormat("IQ2_XXS", 16, 256, 66, iquants.unpack_iq2_xxs),
-    BlockFormat("IQ2_XS", 17, 256, 74, iquants.unpack_iq2_xs),
-    BlockFormat("IQ2_S", 22, 256, 82, iquants.unpack_iq2_s),
-    BlockFormat("IQ3_XXS", 18, 256, 98, iquants.unpack_iq3_xxs),
-    BlockFormat("IQ3_S", 21, 256, 110, iquants.unpack_iq3_s),
-    BlockFormat("IQ1_S", 19, 256, 50, iquants.unpack_iq1_s),
-    BlockFormat("IQ1_M", 29, 256, 56, iquants.unpack_iq1_m),
+    # d, 8 x (4 codes of 8 bits, 4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 4 value sign
+    _from_gguf("IQ2_XXS", 16, 256, 66),
+    # d, 32 x (code of 9 bits, sign code of 7 bits), 16 scales of 4 bits: w as in IQ2_XXS
+    _from_gguf("IQ2_XS", 17, 256, 74),
+    # d, 32 low bytes of codes, 32 of signs, 8 x four high pairs, 16 scales of 4 bits: w as in IQ2_XXS
+    _from_gguf("IQ2_S", 22, 256, 82),
+    # d, 64 codes, 8 x (4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 2 value sign
+    _from_gguf("IQ3_XXS", 18, 256, 98),
+    # d, 64 low bytes of codes, 64 high bits, 32 bytes of signs, 8 scales: w = d (1 + 2 s) value sign
+    _from_gguf("IQ3_S", 21, 256, 110),
+    # d, 32 low bytes of codes, 8 x (four high triples, scale of 3 bits, sign of delta): w = d (2 s + 1) (value + delta)
+    _from_gguf("IQ1_S", 19, 256, 50),
+    # 32 low bytes of codes, 32 x (high triple, sign of delta), 4 x (four 3-bit scales, a nibble of d): w as in IQ1_S
+    _from_gguf("IQ1_M", 29, 256, 56),
     _integers("IQ4_NL", 20, 32, 18, iquants.parts_iq4_nl),
     _integers("IQ4_XS", 23, 256, 136, iquants.parts_iq4_xs),
-    BlockFormat("TQ1_0", 34, 256, 54, iquants.unpack_tq1_0),
-    BlockFormat("TQ2_0", 35, 256, 66, iquants.unpack_tq2_0),
+    # 32 and 16 x five, 4 x four digits of base 3, d: digit k is the top of 3 (byte 3**k mod 256) / 256; w = d (q - 1)
+    _from_gguf("TQ1_0", 34, 256, 54),
+    # 64 x four 2-bit numbers, d: w = d (q - 1)
+    _from_gguf("TQ2_0", 35, 256, 66),
     _integers("MXFP4", 39, 32, 17, _parts_mxfp4),
     BlockFormat("NVFP4", 40, 64, 36, _unpack_nvfp4),
 )
