@@ -47,7 +47,7 @@ def high_product(a, b):
 
 @kernel
 def uniform(seed, stream, position):
-    """The random number in [0, 1) of (seed, stream, position): Philox4x64-10, as sampling.uniform."""
+    """The random number in [0, 1) of (seed, stream, position): Philox4x64-10, as tests/sampling/plain.py::uniform."""
     k0, k1 = seed, stream
     c0, c1, c2, c3 = U1, position, np.uint64(0), np.uint64(0)
     for _ in range(10):

@@ -1,8 +1,7 @@
-"""The block formats of weights, as one table; NumPy here is their definition. Knows bytes and numbers, not tensors.
+"""The block formats of weights, as one table; NumPy is their definition. Knows bytes and numbers, not tensors.
 
-A new format is one row in `_TABLE` with its functions. `unpack` reads any bytes. `pack` exists where the bytes follow
-from the numbers by one formula; formats whose encoder searches have None here (see quant/encode.py). Packing is defined
-for finite numbers; others spoil their block or vanish (as they do in ggml), so whoever converts checks for them first.
+A new format is one row in `_TABLE` with its functions. `unpack` reads any bytes. `pack` exists for numbers on their
+own; blocks of several are packed by quant/encode.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.storage import iquants, kquants
-from m2lite.storage.fields import Bytes, Floats, Parts, each, half_at, nibbles, quiet, weights_of, words_at
+from m2lite.storage.fields import (
+    Bytes,
+    Floats,
+    Parts,
+    each,
+    half_at,
+    low_then_high,
+    nibbles,
+    quiet,
+    weights_of,
+    words_at,
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +58,6 @@ def unpack_rows(fmt: BlockFormat, data: Bytes, shape: Sequence[int]) -> Floats:
     if len(blocks) * fmt.n_weights != math.prod(shape):
         raise ValueError(f"{data.size} bytes of {fmt.name} do not hold {tuple(shape)} weights")
     return fmt.unpack(blocks).reshape(shape)
-
-
-def pack_rows(fmt: BlockFormat, weights: Floats) -> Bytes:
-    """uint8[..., row_bytes] = the last axis of `weights`, row by row."""
-    if fmt.pack is None:
-        raise ValueError(f"{fmt.name} has no defined packing: its encoders search for the bytes")
-    *rows, n_weights = weights.shape
-    row_bytes = fmt.row_bytes(n_weights)
-    blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, fmt.n_weights)
-    return fmt.pack(blocks).reshape(*rows, row_bytes)
 
 
 def _bytes_of(values: NDArray[np.generic]) -> Bytes:
@@ -95,30 +95,9 @@ def _pack_bf16(weights: Floats) -> Bytes:
     return _bytes_of(np.where(is_nan, quiet, rounded).astype("<u2"))
 
 
-def _whole_numbers(values: Floats) -> NDArray[np.int32]:
-    """Truncated; 0 for what is not finite, which a bare cast would leave to the processor."""
-    return np.where(np.isfinite(values), values, np.float32(0)).astype(np.int32)
-
-
-def _low_then_high(blocks: Bytes, at: int) -> Bytes:
-    """[..., 32]: 16 bytes from byte `at` on, their low nibbles, then their high ones."""
-    return nibbles(blocks[..., at : at + 16]).reshape(*blocks.shape[:-1], 32)
-
-
 def _parts_q4_0(blocks: Bytes) -> Parts:
     """w[j] = d * (low nibble of byte j - 8), w[j + 16] = d * (high nibble of byte j - 8); d is f16."""
-    return _low_then_high(blocks, 2).view(np.int8) - np.int8(8), half_at(blocks, 0), None
-
-
-def _pack_q4_0(weights: Floats) -> Bytes:
-    """The weight of largest magnitude becomes -8 exactly: d = w / -8 (so d carries a sign)."""
-    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
-    with np.errstate(all="ignore"):
-        d = largest / np.float32(-8)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        q = _whole_numbers(weights * inverse + np.float32(8.5)).clip(0, 15).astype(np.uint8)
-        scale = _bytes_of(d.astype("<f2"))
-    return np.concatenate([scale, q[..., :16] | (q[..., 16:] << np.uint8(4))], axis=-1)
+    return low_then_high(blocks, 2).view(np.int8) - np.int8(8), half_at(blocks, 0), None
 
 
 def _parts_q8_0(blocks: Bytes) -> Parts:
@@ -126,76 +105,24 @@ def _parts_q8_0(blocks: Bytes) -> Parts:
     return np.ascontiguousarray(blocks[..., 2:]).view(np.int8), half_at(blocks, 0), None
 
 
-def _pack_q8_0(weights: Floats) -> Bytes:
-    """d = max |w| / 127; halves are rounded away from zero, as C's roundf does."""
-    with np.errstate(all="ignore"):
-        d = np.abs(weights).max(axis=-1, keepdims=True) / np.float32(127)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        scaled = weights * inverse
-        magnitude = np.abs(scaled)
-        whole = np.floor(magnitude)
-        rounded = np.copysign(whole + np.floor(np.float32(2) * (magnitude - whole)), scaled)
-        q = _whole_numbers(rounded).astype(np.int8)
-        scale = _bytes_of(d.astype("<f2"))
-    return np.concatenate([scale, q.view(np.uint8)], axis=-1)
-
-
-def _to_4_bits(q: Bytes) -> Bytes:
-    """[..., 16]: the low 4 bits of weights j and j + 16 in byte j."""
-    return (q[..., :16] & np.uint8(15)) | (q[..., 16:] << np.uint8(4))
-
-
-def _fifth_bits(q: Bytes) -> Bytes:
-    """[..., 4]: bit 4 of 32 numbers, as bits of a little-endian word."""
-    return np.packbits(q >> np.uint8(4), axis=-1, bitorder="little")
-
-
 def _five_bits(blocks: Bytes, at: int) -> Bytes:
     """[..., 32]: a word of fifth bits, then 16 bytes of nibbles, from byte `at` on."""
-    return _low_then_high(blocks, at + 4) | (
-        each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4)
-    )
-
-
-def _from_range(weights: Floats, largest: int) -> tuple[Bytes, Bytes]:
-    """d, m as float16 [..., 4 bytes] and q [..., 32] for w = d q + m, q = 0 ... `largest`: m is the least weight."""
-    low = weights.min(axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        d = (weights.max(axis=-1, keepdims=True) - low) / np.float32(largest)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        q = _whole_numbers((weights - low) * inverse + np.float32(0.5)).clip(0, largest).astype(np.uint8)
-        return _bytes_of(np.concatenate([d, low], axis=-1).astype("<f2")), q
+    return low_then_high(blocks, at + 4) | (each(words_at(blocks, at, 1), range(32), 1).astype(np.uint8) << np.uint8(4))
 
 
 def _parts_q4_1(blocks: Bytes) -> Parts:
-    return _low_then_high(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
+    return low_then_high(blocks, 4), half_at(blocks, 0), -half_at(blocks, 2)
 
 
 @quiet
 def _unpack_q4_1(blocks: Bytes) -> Floats:
     """w = d q + m; d and m are f16, nibbles as in Q4_0. Added, not minus -m: a NaN keeps its sign."""
-    return half_at(blocks, 0) * _low_then_high(blocks, 4).astype(np.float32) + half_at(blocks, 2)
-
-
-def _pack_q4_1(weights: Floats) -> Bytes:
-    scales, q = _from_range(weights, 15)
-    return np.concatenate([scales, _to_4_bits(q)], axis=-1)
+    return half_at(blocks, 0) * low_then_high(blocks, 4).astype(np.float32) + half_at(blocks, 2)
 
 
 def _parts_q5_0(blocks: Bytes) -> Parts:
     """w = d (q - 16); d is f16, then the fifth bits, then nibbles as in Q4_0."""
     return _five_bits(blocks, 2).view(np.int8) - np.int8(16), half_at(blocks, 0), None
-
-
-def _pack_q5_0(weights: Floats) -> Bytes:
-    """The weight of largest magnitude becomes -16 exactly, as it becomes -8 in Q4_0."""
-    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
-    with np.errstate(all="ignore"):
-        d = largest / np.float32(-16)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        q = _whole_numbers(weights * inverse + np.float32(16.5)).clip(0, 31).astype(np.uint8)
-        scale = _bytes_of(d.astype("<f2"))
-    return np.concatenate([scale, _fifth_bits(q), _to_4_bits(q)], axis=-1)
 
 
 def _parts_q5_1(blocks: Bytes) -> Parts:
@@ -206,11 +133,6 @@ def _parts_q5_1(blocks: Bytes) -> Parts:
 def _unpack_q5_1(blocks: Bytes) -> Floats:
     """w = d q + m; d and m are f16, then the fifth bits, then nibbles."""
     return half_at(blocks, 0) * _five_bits(blocks, 4).astype(np.float32) + half_at(blocks, 2)
-
-
-def _pack_q5_1(weights: Floats) -> Bytes:
-    scales, q = _from_range(weights, 31)
-    return np.concatenate([scales, _fifth_bits(q), _to_4_bits(q)], axis=-1)
 
 
 # Twice the values of a 4-bit float (E2M1): the scales below are halved to make up for it.
@@ -226,20 +148,7 @@ def power_of_two(exponent: Bytes) -> Floats:
 
 def _parts_mxfp4(blocks: Bytes) -> Parts:
     """w = d value; d is a power of two in one byte, nibbles as in Q4_0."""
-    return E2M1_DOUBLED[_low_then_high(blocks, 1)], power_of_two(blocks[..., :1]), None
-
-
-def _pack_mxfp4(weights: Floats) -> Bytes:
-    """e = floor(log2 max |w|) - 2 + 127 (modulo 256: the bytes that gguf and ggml write for |w| < 2**-125), then the
-    nearest value, the lowest code among equals. log2 is rounded to float32 once, so next to a power it may round up.
-    """
-    largest = np.abs(weights).max(axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        exact = np.log2(np.where(largest > 0, largest, np.float32(1)).astype(np.float64)).astype(np.float32)
-        e = np.where(largest > 0, _whole_numbers(np.floor(exact)) + 125, 0).astype(np.uint8)
-        values = power_of_two(e) * E2M1_DOUBLED.astype(np.float32)
-        q = np.abs(values[..., None, :] - weights[..., None]).argmin(axis=-1).astype(np.uint8)
-    return np.concatenate([e, _to_4_bits(q)], axis=-1)
+    return E2M1_DOUBLED[low_then_high(blocks, 1)], power_of_two(blocks[..., :1]), None
 
 
 def _ue4m3() -> Floats:
@@ -262,39 +171,61 @@ def _unpack_nvfp4(blocks: Bytes) -> Floats:
     return (UE4M3[blocks[..., :4]][..., None] * E2M1_DOUBLED[codes].astype(np.float32)).reshape(*lead, 64)
 
 
-def _integers(
-    name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Callable[[Bytes], Parts],
-    pack: Callable[[Floats], Bytes] | None = None,
-) -> BlockFormat:  # fmt: skip
-    return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), pack, parts)
+def _integers(name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Callable[[Bytes], Parts]) -> BlockFormat:
+    return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), parts=parts)
+
+
+def _from_gguf(name: str, ggml_type: int, n_weights: int, n_bytes: int) -> BlockFormat:
+    """As the gguf package unpacks it; all its versions from 0.17 on give the same bits."""
+
+    @quiet
+    def unpack(blocks: Bytes) -> Floats:
+        import gguf  # 200 ms, and few files have such blocks
+
+        row = np.ascontiguousarray(blocks).reshape(1, -1)  # of more it takes 16 at a time
+        weights: Floats = gguf.quants.dequantize(row, gguf.GGMLQuantizationType(ggml_type))
+        return weights.reshape(*blocks.shape[:-1], n_weights)
+
+    return BlockFormat(name, ggml_type, n_weights, n_bytes, unpack)
 
 
 _TABLE = (
     BlockFormat("F32", 0, 1, 4, _unpack_f32, _pack_f32),
     BlockFormat("F16", 1, 1, 2, _unpack_f16, _pack_f16),
     BlockFormat("BF16", 30, 1, 2, _unpack_bf16, _pack_bf16),
-    _integers("Q4_0", 2, 32, 18, _parts_q4_0, _pack_q4_0),
-    BlockFormat("Q4_1", 3, 32, 20, _unpack_q4_1, _pack_q4_1, _parts_q4_1),
-    _integers("Q5_0", 6, 32, 22, _parts_q5_0, _pack_q5_0),
-    BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, _pack_q5_1, _parts_q5_1),
-    _integers("Q8_0", 8, 32, 34, _parts_q8_0, _pack_q8_0),
-    BlockFormat("Q2_K", 10, 256, 84, kquants.unpack_q2_k),
-    BlockFormat("Q3_K", 11, 256, 110, kquants.unpack_q3_k),
+    _integers("Q4_0", 2, 32, 18, _parts_q4_0),
+    BlockFormat("Q4_1", 3, 32, 20, _unpack_q4_1, parts=_parts_q4_1),
+    _integers("Q5_0", 6, 32, 22, _parts_q5_0),
+    BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, parts=_parts_q5_1),
+    _integers("Q8_0", 8, 32, 34, _parts_q8_0),
+    # 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin: w = (d s) q - (dmin m)
+    _from_gguf("Q2_K", 10, 256, 84),
+    # 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d: w = d (s - 32) (q + 4 h - 4)
+    _from_gguf("Q3_K", 11, 256, 110),
     _integers("Q4_K", 12, 256, 144, kquants.parts_q4_k),
     _integers("Q5_K", 13, 256, 176, kquants.parts_q5_k),
     _integers("Q6_K", 14, 256, 210, kquants.parts_q6_k),
-    BlockFormat("IQ2_XXS", 16, 256, 66, iquants.unpack_iq2_xxs),
-    BlockFormat("IQ2_XS", 17, 256, 74, iquants.unpack_iq2_xs),
-    BlockFormat("IQ2_S", 22, 256, 82, iquants.unpack_iq2_s),
-    BlockFormat("IQ3_XXS", 18, 256, 98, iquants.unpack_iq3_xxs),
-    BlockFormat("IQ3_S", 21, 256, 110, iquants.unpack_iq3_s),
-    BlockFormat("IQ1_S", 19, 256, 50, iquants.unpack_iq1_s),
-    BlockFormat("IQ1_M", 29, 256, 56, iquants.unpack_iq1_m),
+    # d, 8 x (4 codes of 8 bits, 4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 4 value sign
+    _from_gguf("IQ2_XXS", 16, 256, 66),
+    # d, 32 x (code of 9 bits, sign code of 7 bits), 16 scales of 4 bits: w as in IQ2_XXS
+    _from_gguf("IQ2_XS", 17, 256, 74),
+    # d, 32 low bytes of codes, 32 of signs, 8 x four high pairs, 16 scales of 4 bits: w as in IQ2_XXS
+    _from_gguf("IQ2_S", 22, 256, 82),
+    # d, 64 codes, 8 x (4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 2 value sign
+    _from_gguf("IQ3_XXS", 18, 256, 98),
+    # d, 64 low bytes of codes, 64 high bits, 32 bytes of signs, 8 scales: w = d (1 + 2 s) value sign
+    _from_gguf("IQ3_S", 21, 256, 110),
+    # d, 32 low bytes of codes, 8 x (four high triples, scale of 3 bits, sign of delta): w = d (2 s + 1) (value + delta)
+    _from_gguf("IQ1_S", 19, 256, 50),
+    # 32 low bytes of codes, 32 x (high triple, sign of delta), 4 x (four 3-bit scales, a nibble of d): w as in IQ1_S
+    _from_gguf("IQ1_M", 29, 256, 56),
     _integers("IQ4_NL", 20, 32, 18, iquants.parts_iq4_nl),
     _integers("IQ4_XS", 23, 256, 136, iquants.parts_iq4_xs),
-    BlockFormat("TQ1_0", 34, 256, 54, iquants.unpack_tq1_0),
-    BlockFormat("TQ2_0", 35, 256, 66, iquants.unpack_tq2_0),
-    _integers("MXFP4", 39, 32, 17, _parts_mxfp4, _pack_mxfp4),
+    # 32 and 16 x five, 4 x four digits of base 3, d: digit k is the top of 3 (byte 3**k mod 256) / 256; w = d (q - 1)
+    _from_gguf("TQ1_0", 34, 256, 54),
+    # 64 x four 2-bit numbers, d: w = d (q - 1)
+    _from_gguf("TQ2_0", 35, 256, 66),
+    _integers("MXFP4", 39, 32, 17, _parts_mxfp4),
     BlockFormat("NVFP4", 40, 64, 36, _unpack_nvfp4),
 )
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in _TABLE})

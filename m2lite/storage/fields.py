@@ -66,3 +66,8 @@ def each(values: NDArray[np.unsignedinteger], shifts: Sequence[int], n_bits: int
 def nibbles(values: Bytes) -> Bytes:
     """[..., 2, n]: the low halves of n bytes, then the high halves."""
     return spread(values, (0, 4), 4)
+
+
+def low_then_high(blocks: Bytes, at: int) -> Bytes:
+    """[..., 32]: 16 bytes from byte `at` on, their low nibbles, then their high ones."""
+    return nibbles(blocks[..., at : at + 16]).reshape(*blocks.shape[:-1], 32)

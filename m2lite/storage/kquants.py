@@ -4,39 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.storage.fields import Bytes, Floats, Parts, half_at, nibbles, quiet, spread
+from m2lite.storage.fields import Bytes, Parts, half_at, nibbles, spread
 
 F = np.float32
-
-
-@quiet
-def unpack_q2_k(blocks: Bytes) -> Floats:
-    """84 bytes: 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin. w = (d s) q - (dmin m)."""
-    scale = half_at(blocks, 80) * (blocks[..., :16] & np.uint8(15)).astype(F)
-    low = half_at(blocks, 82) * (blocks[..., :16] >> np.uint8(4)).astype(F)
-    packed = blocks[..., 16:80].reshape(*blocks.shape[:-1], 2, 32)
-    q = spread(packed, (0, 2, 4, 6), 2).reshape(*blocks.shape[:-1], 16, 16).astype(F)
-    return (scale[..., None] * q - low[..., None]).reshape(*blocks.shape[:-1], 256)
-
-
-def six_bit_scales(packed: Bytes) -> Bytes:
-    """[..., 16] from the 12 bytes of Q3_K: low 4 bits in bytes 0-7 (low halves first), high 2 bits in bytes 8-11."""
-    lead = packed.shape[:-1]
-    low = nibbles(packed[..., :8]).reshape(*lead, 16)
-    high = spread(packed[..., 8:], (0, 2, 4, 6), 2).reshape(*lead, 16)
-    return low | (high << np.uint8(4))
-
-
-@quiet
-def unpack_q3_k(blocks: Bytes) -> Floats:
-    """110 bytes: 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d. w = d (s - 32) (q + 4 h - 4)."""
-    lead = blocks.shape[:-1]
-    low = spread(blocks[..., 32:96].reshape(*lead, 2, 32), (0, 2, 4, 6), 2).reshape(*lead, 16, 16)
-    high = spread(blocks[..., :32], range(8), 1).reshape(*lead, 16, 16)
-    q = (low | (high << np.uint8(2))).astype(np.int8) - np.int8(4)
-    scale = six_bit_scales(blocks[..., 96:108]).astype(np.int8) - np.int8(32)
-    d = half_at(blocks, 108) * scale.astype(F)
-    return (d[..., None] * q.astype(F)).reshape(*lead, 256)
 
 
 def scales_and_mins(packed: Bytes) -> tuple[Bytes, Bytes]:

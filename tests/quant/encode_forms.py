@@ -14,8 +14,9 @@ from m2lite.quant.checkpoint import E4M3
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.encode import encode_rows
 from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS, pack_rows
+from m2lite.storage.blocks import FORMATS
 from tests.kernels.guards import guarded
+from tests.packing import pack_rows
 from tests.quant.blocks import importance_of, odd_rows
 
 

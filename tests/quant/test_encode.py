@@ -14,13 +14,14 @@ from m2lite.errors import BadModelError
 from m2lite.kernels import jit
 from m2lite.quant.encode import ENCODERS, LIMITS, can_encode, encode_rows, uses_importance
 from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS, pack_rows, unpack_rows
+from m2lite.storage.blocks import FORMATS, unpack_rows
+from tests.packing import PACKERS, pack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
-PLAIN = [name for name in ENCODERS if FORMATS[name].pack is not None]
-SEARCHED = [name for name in ENCODERS if FORMATS[name].pack is None]
+PLAIN = [name for name in ENCODERS if name in PACKERS]
+SEARCHED = [name for name in ENCODERS if name not in PACKERS]
 WEIGHTED = [name for name in ENCODERS if uses_importance(name)]
 
 

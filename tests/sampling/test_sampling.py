@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2lite.errors import M2liteError, UsageError
-from m2lite.sampling.draw import Sampling, candidates, draw, exp_below_0, foresee, new_seed, plain_draw, uniform
+from m2lite.sampling.draw import Sampling, draw, exp_below_0, foresee, new_seed
 from tests.bounded import bounded_work
+from tests.sampling.plain import candidates, plain_draw, uniform
 
 M64 = 2**64 - 1
 PINNED = [951, 568, 136, 531, 778, 309, 321, 457]
