@@ -35,7 +35,7 @@ _NOT_HERE = ("messages", "tools", "tool_choice", "parallel_tool_calls", "max_com
 
 
 @dataclass(frozen=True)
-class _Form:
+class _TextForm:
     is_stream: bool
     has_usage: bool
     has_ids: bool
@@ -67,7 +67,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
 
 
-def _request(chat: ChatRequest, form: _Form, ids: list[int]) -> AnswerRequest:
+def _request(chat: ChatRequest, form: _TextForm, ids: list[int]) -> AnswerRequest:
     n_logprobs = form.n_logprobs if form.is_echo else None
     return AnswerRequest(chat=chat, prompt=ids, prompt_logprobs=n_logprobs)
 
@@ -75,13 +75,13 @@ def _request(chat: ChatRequest, form: _Form, ids: list[int]) -> AnswerRequest:
 # What is asked
 
 
-def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _Form, list[list[int]]]:
+def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _TextForm, list[list[int]]]:
     body = read_object(data)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise UsageError(f"stream_options is a {type(options).__name__}, expected an object.")
     told = _check_fields(body)
-    form = _Form(
+    form = _TextForm(
         is_stream=read_flag(body, "stream"),
         has_usage=read_flag(options, "include_usage"),
         has_ids=read_flag(body, "return_token_ids"),
@@ -119,7 +119,7 @@ def _whole(body: Mapping[str, Any], name: str, default: int | None, most: int) -
     return value
 
 
-def _prompts(server: Server, prompt: Any, form: _Form) -> list[list[int]]:
+def _prompts(server: Server, prompt: Any, form: _TextForm) -> list[list[int]]:
     """The ids of one prompt or of several, each a text or a list of ids."""
     if isinstance(prompt, str):
         return [_ids(server, prompt, form)]
@@ -137,7 +137,7 @@ def _are_ids(prompt: Any) -> bool:
     return is_list and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
 
 
-def _ids(server: Server, prompt: Any, form: _Form) -> list[int]:
+def _ids(server: Server, prompt: Any, form: _TextForm) -> list[int]:
     model = server.model
     if isinstance(prompt, str):
         ids = model.encode_prompt(prompt)
@@ -155,10 +155,10 @@ def _ids(server: Server, prompt: Any, form: _Form) -> list[int]:
 # What is answered
 
 
-class _Writer:
+class _RawText:
     """The text of an answer's ids, tags included, up to a stop text; and where in it each token begins."""
 
-    def __init__(self, tokenizer: Tokenizer, answering: Answering, form: _Form) -> None:
+    def __init__(self, tokenizer: Tokenizer, answering: Answering, form: _TextForm) -> None:
         self._tokenizer, self._form, self._answering = tokenizer, form, answering
         self._stops = StopTexts(answering.asked.chat.stop_texts)
         self._decoder = tokenizer.stream(start=form.is_echo)
@@ -245,7 +245,7 @@ def _head(server: Server, answering: Answering) -> dict[str, Any]:
     }
 
 
-def _usage(form: _Form, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
+def _usage(form: _TextForm, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
     stats = [end.completion.stats for end in ends]
     n_prompt, n_out = sum(each.n_prompt for each in stats), sum(len(end.completion.tokens) for end in ends)
     n_out = n_out if form.max_tokens else 0
@@ -257,11 +257,11 @@ def _usage(form: _Form, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
     }
 
 
-def _reason(writer: _Writer, end: AnswerEnd) -> str:
+def _reason(writer: _RawText, end: AnswerEnd) -> str:
     return "length" if end.reason == "length" and not writer.is_stopped else "stop"
 
 
-async def _all(server: Server, form: _Form, asked: Sequence[AnswerRequest]) -> dict[str, Any]:
+async def _all(server: Server, form: _TextForm, asked: Sequence[AnswerRequest]) -> dict[str, Any]:
     """The answers to all prompts, of which no more are under way than are answered at once."""
     room = asyncio.Semaphore(server.options.parallel)
 
@@ -287,8 +287,8 @@ async def _all(server: Server, form: _Form, asked: Sequence[AnswerRequest]) -> d
     return _head(server, first) | body | own_fields(first, form.told, end)
 
 
-async def _choice(server: Server, answering: Answering, form: _Form) -> tuple[dict[str, Any], AnswerEnd]:
-    writer = _Writer(server.model.tokenizer, answering, form)
+async def _choice(server: Server, answering: Answering, form: _TextForm) -> tuple[dict[str, Any], AnswerEnd]:
+    writer = _RawText(server.model.tokenizer, answering, form)
     found = await answering.whole()
     assert found.end is not None
     text = (writer.prompt() if form.is_echo else "") + writer.push(found.ids, found.logprobs) + writer.finish()
@@ -303,9 +303,9 @@ async def _choice(server: Server, answering: Answering, form: _Form) -> tuple[di
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: _TextForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
-    head, writer = _head(server, answering), _Writer(server.model.tokenizer, answering, form)
+    head, writer = _head(server, answering), _RawText(server.model.tokenizer, answering, form)
     is_begun = not form.is_echo
 
     def chunk(text: str, reason: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
-from m2lite.serve.parts import Part, PartBegin, PartEnd, PartEvent, PartMore, Parts
+from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
 
@@ -44,7 +44,7 @@ Told = list[str]  # what is ignored, a sentence each
 
 
 @dataclass(frozen=True)
-class _Form:
+class _MessageForm:
     is_stream: bool
     told: tuple[str, ...]
 
@@ -77,11 +77,11 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(message | own_fields(answering, form.told, found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
     body = read_object(data)
     asked, told = chat_body(body)
     chat, more = parse_chat(asked, defaults)
-    return chat, _Form(read_flag(body, "stream"), (*told, *more))
+    return chat, _MessageForm(read_flag(body, "stream"), (*told, *more))
 
 
 # What is asked
@@ -280,7 +280,7 @@ def _ending(end: AnswerEnd) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": end.stop_text}
 
 
-def _block(part: Part) -> dict[str, Any]:
+def _block(part: AnswerPart) -> dict[str, Any]:
     """A part that is whole. Nobody signs what it thought."""
     if part.kind == "call":
         return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(part.text)}
@@ -320,7 +320,7 @@ def _part_events(event: PartEvent) -> list[bytes]:
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: _MessageForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
     parts, is_begun = Parts(), False
     try:
