@@ -51,6 +51,7 @@ class Answering:
         self._is_over = False
         self._ended_by: Exception | None = None
         self._began, self._last = time.monotonic(), 0.0  # of its last tokens; 0: none came
+        self._first_s: float | None = None  # until its first token
 
     @property
     def seed(self) -> int:
@@ -70,13 +71,12 @@ class Answering:
         self._came.set()
         n_tokens = sum(isinstance(event, Token) for event in news.events)
         if n_tokens:
-            now, metrics = time.monotonic(), self._metrics
+            now = time.monotonic()
             if self._last:
-                metrics.between_tokens.add((now - self._last) / n_tokens, n_tokens)
-            elif self._handle is not None:
-                waited = now - self._began
-                metrics.first_token.add(waited)
-                metrics.queue.add(max(0.0, waited - self._handle.completion.stats.prompt_s))
+                self._metrics.between_tokens.add((now - self._last) / n_tokens, n_tokens)
+            else:
+                self._first_s = now - self._began
+                self._metrics.first_token.add(self._first_s)
             self._last = now
 
     def end(self, error: Exception) -> None:
@@ -138,4 +138,6 @@ class Answering:
             self._is_over = True
             if self._handle is not None:
                 self._handle.cancel()
+                if self._first_s is not None:  # what was not computing was waiting
+                    self._metrics.queue.add(max(0.0, self._first_s - self._handle.completion.stats.prompt_s))
             self._conclude(self, how)

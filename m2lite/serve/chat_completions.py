@@ -75,7 +75,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_chat(data, server.defaults()))
     answering = await server.begin(AnswerRequest(chat=chat))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
@@ -99,7 +99,8 @@ def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequ
     return parse_request(known | _thinking(body), defaults), told[:_MOST_TOLD]
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+    """What a client asks for, and in what form."""
     body = read_object(data)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):

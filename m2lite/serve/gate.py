@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2lite.errors import M2liteError
@@ -19,6 +20,8 @@ from m2lite.system.streams import note
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _SILENT_S = 30.0  # for which a client may send nothing of its body
 _BODY_S = 300.0  # for all of it
+_TIMES_READ = 8  # the limit, of a body that is too large
+_CLOSE = {"connection": "close"}
 _MOST_HELD = 256 << 20  # bytes of all bodies that are coming in
 _OPEN = ("/", "/health", "/v1/health")  # for which no key is asked
 
@@ -38,11 +41,15 @@ class Gate:
         entry = log.RequestLog(f"req_{secrets.token_hex(12)}", scope["method"], scope["path"])
         scope.setdefault("state", {})["request_id"] = entry.id
         log.current.set(entry)
+        origin = Headers(scope=scope).get("origin", "")
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = entry.id
+                sent = MutableHeaders(scope=message)
+                sent["x-request-id"] = entry.id
+                if origin in self._options.allowed_origins:
+                    sent.update(_allow(origin))
             await send(message)
 
         try:
@@ -62,6 +69,9 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         self._check(scope, headers)
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await Response(status_code=204)(scope, receive, send)  # a browser asks whether it may ask
+            return
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -84,9 +94,10 @@ class Gate:
         if not self._hosts & {host, name}:
             raise Refused(403, "host_not_allowed", f"Host {host!r} is not allowed.", "Start with --allowed-host.")
         origin = headers.get("origin")
-        if origin is not None and origin not in self._options.allowed_origins:
+        own = (f"http://{host}", f"https://{host}")  # a page of this server's
+        if origin is not None and origin not in (*own, *self._options.allowed_origins):
             raise Refused(403, "origin_not_allowed", f"Origin {origin!r} is not allowed.", "Use --allowed-origin.")
-        if self._options.api_keys and scope["path"] not in _OPEN:
+        if self._options.api_keys and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
             self._check_key(headers)
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -106,9 +117,6 @@ class Gate:
             raise Refused(401, "invalid_api_key", "The API key is missing or wrong.", "Send it as a bearer token.")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._options.most_body_bytes:
-            raise _too_large(self._options.most_body_bytes)
         chunks = list[bytes]()
         try:
             async with asyncio.timeout(_BODY_S):
@@ -118,24 +126,38 @@ class Gate:
                     if self._n_held > _MOST_HELD:
                         raise Refused(503, "busy", "Too many bodies come in at once.", "Ask again soon.")
         except TimeoutError:
-            raise Refused(408, "request_timeout", "The body comes too slowly.", "Send it again.") from None
+            raise Refused(
+                408, "request_timeout", "The body comes too slowly.", "Send it again.", headers=_CLOSE
+            ) from None
         finally:
             self._n_held -= sum(map(len, chunks))
         return b"".join(chunks)
 
     async def _chunks(self, receive: Receive) -> AsyncIterator[bytes]:
-        n_bytes, is_more = 0, True
-        while is_more:
+        """Those of a body that is too large are read, too, but not kept: who still sends reads no answer."""
+        n_bytes, is_more, most = 0, True, self._options.most_body_bytes
+        while is_more and n_bytes <= _TIMES_READ * most:
             message = await asyncio.wait_for(receive(), _SILENT_S)
             if message["type"] == "http.disconnect":
                 raise ClientGone
             chunk: bytes = message.get("body", b"")
             n_bytes += len(chunk)
-            if n_bytes > self._options.most_body_bytes:
-                raise _too_large(self._options.most_body_bytes)
-            yield chunk
             is_more = message.get("more_body", False)
+            if n_bytes <= most:
+                yield chunk
+        if n_bytes > most:
+            raise Refused(
+                413, "request_too_large", f"The body has more than {most:,} bytes.", "Send less.", headers=_CLOSE
+            )
 
 
-def _too_large(most: int) -> Refused:
-    return Refused(413, "request_too_large", f"The body has more than {most:,} bytes.", "Send less.")
+def _allow(origin: str) -> dict[str, str]:
+    """What lets a page of this origin ask."""
+    return {
+        "access-control-allow-origin": origin,
+        "access-control-allow-methods": "GET, POST",
+        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+        "access-control-expose-headers": "x-request-id, retry-after",
+        "access-control-max-age": "600",
+        "vary": "origin",
+    }

@@ -288,5 +288,16 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "reply": lambda: [b"\xc0a\nb\xff\x07\n\nstop c\xff\x08" + _CALL.encode() + b"\xff\x09d\xff\x03"],
     "schema": lambda: [_bytes(_SCHEMA), _bytes({"name": "s", "schema": _SCHEMA})],
     "tools": lambda: [_bytes({"tools": [_TOOL]})],
+    "served": lambda: [_bytes({
+        "messages": [
+            {"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]},
+            {"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "system", "content": [{"text": "x"}]},
+        ],
+        "tools": [{"type": "namespace", "tools": [_TOOL]}, {"type": "web_search"}], "stream": True,
+        "stream_options": {"include_usage": True}, "thinking": {"type": "enabled", "budget_tokens": 5},
+        "chat_template_kwargs": {"enable_thinking": True}, "unknown": [1], "seed": 1,
+    })],
     "request": lambda: [_bytes(_REQUEST), _bytes({"messages": _ASK, **_WITH_SCHEMA})],
 }  # fmt: skip

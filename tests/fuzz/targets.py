@@ -481,3 +481,14 @@ def fuzz_request(data: bytes) -> None:
 
     request = parse_request(parse_json(data), ChatRequest([], Sampling(seed=0)))
     check_text([request.messages, request.tools, request.schema, request.stop_texts])
+
+
+@target
+def fuzz_served(data: bytes) -> None:
+    """What a client of the server sends."""
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
+    from m2lite.serve.chat_completions import read_chat
+
+    request, form = read_chat(data, ChatRequest([], Sampling(seed=0)))
+    check_text([request.messages, request.tools, request.schema, request.stop_texts, form.told])

@@ -43,11 +43,13 @@ class Served:
 
 
 @contextmanager
-def serving(model: Model, **options: Any) -> Iterator[Served]:
-    """`model` behind HTTP. It is not closed."""
+def serving(model: Model, send_buffer: int | None = None, **options: Any) -> Iterator[Served]:
+    """`model` behind HTTP. It is not closed. `send_buffer`: bytes that the system takes before somebody reads them."""
     server = Server(model, ServeOptions(**options))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.listen()
         runner = Listener(create_app(server), server)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
@@ -68,7 +70,7 @@ Serve = Callable[..., Served]
 def serve(opened: Callable[[str], Model]) -> Iterator[Serve]:
     """Serve a model by its name in `opened`."""
     with ExitStack() as stack:
-        yield lambda name, **options: stack.enter_context(serving(opened(name), **options))
+        yield lambda which, /, **options: stack.enter_context(serving(opened(which), **options))
 
 
 @pytest.fixture(scope="session")
