@@ -31,6 +31,7 @@ class Completion:
     finish_reason: str = "interrupted"  # or "stop", "length"
     stats: Stats = field(default_factory=Stats)
     logprobs: list[Logprob | None] = field(default_factory=list)  # by token, where they were asked for
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # by token from the prompt's second on, likewise
     stop_id: int | None = None  # that ended it
 
     @property
@@ -118,6 +119,11 @@ class Answer:
     def is_cut(self) -> bool:
         """Whether a stop text ended it: its ids say more than its text."""
         return self._reply.is_stopped
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended it, if one did."""
+        return self._reply.stop_text
 
     @property
     def is_finished(self) -> bool:

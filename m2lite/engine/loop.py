@@ -27,12 +27,15 @@ from m2lite.engine.sequence import Prompt, Sequence, Slice
 from m2lite.engine.thread import Abandoned, Stopped, compute_thread, is_forked
 from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
 from m2lite.sampling.draw import Logits
+from m2lite.sampling.rules import logprob_of
 
 if TYPE_CHECKING:
     from m2lite.sampling.json_schema import Masks
     from m2lite.text.tokenizer import Tokenizer
 
 _OF_ALL = BadModelError, ResourceError  # errors that are no sequence's own
+_HEAD_ROWS = 64  # of a prompt whose logits are there at once
+_MOST_NOTED = 256  # such rows of one call: their logits take as long as some layers, and others wait
 BURST_S = 0.004  # for which one job goes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 
 
@@ -50,6 +53,8 @@ class Loop:
         n_rows = runner.buffers.n_rows
         self.prefix_cache = PrefixCache(runner.pool)
         self.scheduler = Scheduler(runner.pool, self.prefix_cache, n_rows)
+        if runner.stream is None:  # else each call sweeps the experts
+            self.scheduler.n_noted = min(n_rows, _MOST_NOTED)
         self._inbox, self.is_closed = deque[Sequence](), False
 
     @property
@@ -191,6 +196,7 @@ class Loop:
             news = [self._advance([each], time.perf_counter(), stop) for each in slices]
             return any(news)
         news = [self._commit(slice, logits) for slice, logits in computed]
+        self._note_prompts([slice for slice, _ in computed])
         self._learn(computed, time.perf_counter() - called)
         seconds = time.perf_counter() - began  # what modules take is in it
         for slice, _ in computed:
@@ -296,6 +302,24 @@ class Loop:
             sequence.events.append(Prompt(min(end, total), total, stats.n_reused))
             return True
         return answer.is_finished or sequence.error is not None or not n_drawn
+
+    def _note_prompts(self, slices: Iterable[Slice]) -> None:
+        """Logprobs of the tokens behind the call's rows, where they are asked for; the logits come some rows a time."""
+        at = 0  # of the slice in the call
+        for each in slices:
+            sequence, found = each.sequence, each.sequence.answer.completion.prompt_logprobs
+            request, first = sequence.request, len(found)
+            end = min(each.end, first + sequence.n_unnoted)
+            try:
+                for start in range(first, end, _HEAD_ROWS):
+                    if sequence.is_cancelled:
+                        break
+                    n = min(_HEAD_ROWS, end - start)
+                    for i, row in enumerate(self._runner.row_logits(at + start - each.start, n), start + 1):
+                        found.append(logprob_of(row, request.prompt[i], request.prompt_logprobs or 0))
+            except Exception as error:  # its own, also where it is a bug
+                sequence.error = error
+            at += len(each.ids)
 
     def _account(self, slice: Slice, seconds: float) -> None:
         """What the step cost goes to the sequence's statistics."""

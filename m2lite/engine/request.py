@@ -26,6 +26,7 @@ class Request:
     stop_texts: Sequence[str] = ()  # the content ends before the first of them
     schema: Schema | None = None  # the content is JSON of it
     logprobs: int | None = None  # note each token's, and those of so many of the likeliest
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed anew for it
     tools: Sequence[Mapping[str, Any]] | None = None  # OpenAI schemas of what may be called
     given: Sequence[int] = ()  # ids that the answer begins with: one that was stopped goes on
     ignore_stop: bool = False  # for measurements: only limits end the answer
@@ -45,6 +46,8 @@ class Request:
             raise UsageError(f"think_tokens is {self.think_tokens}.", "Use 0 or more, or leave it out.")
         if self.logprobs is not None and self.logprobs < 0:
             raise UsageError(f"logprobs is {self.logprobs}.", "Use 0 or more, or leave it out.")
+        if self.prompt_logprobs is not None and self.prompt_logprobs < 0:
+            raise UsageError(f"prompt_logprobs is {self.prompt_logprobs}.", "Use 0 or more, or leave it out.")
         if not 0 <= self.rng_stream < 1 << 64:
             raise UsageError(f"rng_stream is {self.rng_stream}.", "Use 0 or more, below 2**64.")
         for ids in (self.prompt, self.given, self.script or ()):

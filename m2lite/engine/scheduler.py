@@ -45,6 +45,7 @@ class Scheduler:
         """`n_rows`: of a call, which bounds how many sequences run at once."""
         self.pool, self.cache, self.n_rows = pool, cache, n_rows
         self.n_most = n_rows  # sequences that run at once
+        self.n_noted = n_rows  # rows of a prompt in a call whose logits are all needed
         self.waiting = deque[Sequence]()
         self.preempted = deque[Sequence]()
         self.running = list[Sequence]()
@@ -68,6 +69,7 @@ class Scheduler:
         slices, n_pages, n_left = list[Slice](), 0, self.n_rows
         for sequence in sorted(self.running, key=lambda s: s.is_prefill):  # decoding ones first, then who came first
             timeline, n = sequence.timeline, min(n_left, sequence.n_todo)
+            n = min(n, self.n_noted) if sequence.n_unnoted else n
             if sequence.awaits is not None or timeline is None or n < 1:
                 continue
             n_more = self._reserve(timeline, n, n_pages)
@@ -178,7 +180,7 @@ class Scheduler:
 
     def _n_promised(self, sequence: Sequence) -> int:
         """Pages that the running sequences and this one will need, with answers of the usual length."""
-        n_there = 0 if sequence.awaits is not None else self.cache.depth(sequence.keys)
+        n_there = 0 if sequence.awaits is not None else self.cache.depth(sequence.keys[: sequence.n_reusable // PAGE])
         return sum(s.pages_to_end(self._usual) for s in (*self.running, sequence)) - n_there
 
     def _choose(self) -> Sequence:
@@ -202,7 +204,7 @@ class Scheduler:
 
     def _look_for(self, sequence: Sequence) -> None:
         """Who runs already and computes more of its beginning than is here by now."""
-        ids, n_most = sequence.ids, len(sequence.ids) - 1
+        ids, n_most = sequence.ids, sequence.n_reusable
         depth = next((n for n, key in enumerate(sequence.keys) if key not in self._beginning), len(sequence.keys))
         holders = self._beginning.get(sequence.keys[depth - 1] if depth else ROOT, [])
         if sequence in holders:
@@ -225,7 +227,7 @@ class Scheduler:
             return
         if other is not None:
             self.publish(other, is_end=True)
-        timeline, n_followed = self.cache.fork(sequence.ids, len(sequence.ids) - 1, sequence.keys)
+        timeline, n_followed = self.cache.fork(sequence.ids, sequence.n_reusable, sequence.keys)
         n_modules = 0 if sequence.drafts is None else len(sequence.drafts.followed)
         if n_modules and n_followed >= timeline.length - _CATCH_UP:
             n = max(0, n_followed - n_modules)  # so that each module has the state before its first position

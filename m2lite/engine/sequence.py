@@ -78,6 +78,18 @@ class Sequence:
         return len(self.ids) - self.n_computed
 
     @property
+    def n_unnoted(self) -> int:
+        """Tokens of the prompt whose logprobs are asked for and not known yet."""
+        if self.request.prompt_logprobs is None:
+            return 0
+        return len(self.request.prompt) - 1 - len(self.answer.completion.prompt_logprobs)
+
+    @property
+    def n_reusable(self) -> int:
+        """Positions that need not be computed where somebody else has: up to the first whose logits are needed."""
+        return len(self.answer.completion.prompt_logprobs) if self.n_unnoted else len(self.ids) - 1
+
+    @property
     def is_prefill(self) -> bool:
         return self.n_todo > 1
 

@@ -56,6 +56,15 @@ class Logprob:
     likeliest: Sequence[tuple[int, float]]  # (id, logprob), falling
 
 
+def logprob_of(logits: Logits, token: int, n_likeliest: int) -> Logprob:
+    """Of `token` by logits [V], and of the n_likeliest."""
+    wide = logits.astype(np.float64)
+    top = float(wide.max())
+    normaliser = top + math.log(float(np.cumsum(exp_below_0(wide - top))[-1]))
+    ids = ranked(logits, n_likeliest).tolist() if n_likeliest else []
+    return Logprob(token, float(wide[token]) - normaliser, [(i, float(wide[i]) - normaliser) for i in ids])
+
+
 class Logprobs:
     """Notes the logarithm of each token's probability. The first of an answer's rules: it sees the model's logits."""
 
@@ -73,10 +82,4 @@ class Logprobs:
         if logits is None:
             self.found.append(None)
             return
-        wide = logits.astype(np.float64)
-        top = float(wide.max())
-        normaliser = top + math.log(float(np.cumsum(exp_below_0(wide - top))[-1]))
-        ids = ranked(logits, self._n).tolist() if self._n else []
-        self.found.append(
-            Logprob(token, float(wide[token]) - normaliser, [(i, float(wide[i]) - normaliser) for i in ids])
-        )
+        self.found.append(logprob_of(logits, token, self._n))

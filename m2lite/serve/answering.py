@@ -29,6 +29,7 @@ class AnswerRequest:
 
     chat: ChatRequest
     prompt: Sequence[int] | None = None
+    prompt_logprobs: int | None = None  # as in the engine's requests
     rng_stream: int | None = None  # by default as in `Model.chat`
 
 
@@ -44,7 +45,7 @@ class Answering:
         self.id = secrets.token_hex(12)  # of the answer; each dialect puts its own prefix before it
         self.created = int(time.time())  # seconds since 1970
         self.log = log.current.get()
-        self._tokenizer, self._metrics, self._conclude = tokenizer, metrics, conclude
+        self.tokenizer, self._metrics, self._conclude = tokenizer, metrics, conclude
         self._news, self._came = deque[News](), asyncio.Event()
         self._handle: Handle | None = None
         self._is_over = False
@@ -89,7 +90,7 @@ class Answering:
 
         Raises the request's own error, or what the server ended it with.
         """
-        narration = Narration(self._tokenizer, self.handle)
+        narration = Narration(self.tokenizer, self.handle)
         how: How = "cancelled"
         try:
             while True:

@@ -29,7 +29,7 @@ from m2lite.serve.events import (
     WholeAnswer,
 )
 from m2lite.serve.normal import merge_system, usable_tools
-from m2lite.serve.replies import PING, EventStream, sse, whole_answer
+from m2lite.serve.replies import PING, EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
 
 # Fields that are read here and not by `parse_request`.
@@ -149,9 +149,7 @@ def _usage(end: AnswerEnd) -> dict[str, Any]:
 
 
 def _own(answering: Answering, form: _Form, end: AnswerEnd) -> dict[str, Any]:
-    """What only m2lite tells: what the same answer can be had again with, and what was odd or left out."""
-    warnings = [*form.told, *end.completion.reply.errors, *answering.cut_short(end)]
-    return {"m2lite": {"seed": answering.seed}} | ({"m2lite_warnings": warnings} if warnings else {})
+    return own_fields(answering, form.told, end)
 
 
 def _logprobs(server: Server, answering: Answering, drawn: Drawn) -> dict[str, Any]:
@@ -209,6 +207,8 @@ async def _chunks(
                     if form.has_progress:
                         progress = {"total": event.n_total, "cache": event.n_cached, "processed": event.n_done}
                         yield sse({**head, "choices": [], "prompt_progress": progress})
+                    else:
+                        yield PING
                 case Text(kind="thinking"):
                     yield sse(chunk(_thoughts(event.text), event.drawn))
                 case Text():

@@ -66,7 +66,7 @@ class AnswerEnd(NamedTuple):
 
     completion: Completion
     reason: Literal["stop", "tool_calls", "length"]
-    is_cut: bool  # by a stop text
+    stop_text: str | None  # the one that ended it
     n_thinking: int  # of its tokens
     drawn: Drawn
 
@@ -90,13 +90,13 @@ class Narration:
         self._ids, self._n_told = list[int](), 0  # ids that no event has told yet, and how many were told
 
     def tell(self, events: Sequence[Event]) -> list[AnswerEvent]:
-        """Texts of one kind that came together are one event."""
-        found, text, kind = list[AnswerEvent](), "", ""
+        """Texts of one kind that came together are one event. Ids without a text of their own go with what follows."""
+        found, text, kind, n_own = list[AnswerEvent](), "", "", 0
 
         def flush() -> None:
             nonlocal text
             if text:
-                found.append(Text("thinking" if kind == "thinking" else "content", text, self._drawn()))
+                found.append(Text("thinking" if kind == "thinking" else "content", text, self._drawn(n_own)))
                 text = ""
 
         for event in events:
@@ -112,7 +112,7 @@ class Narration:
                     continue
                 if piece.kind != kind:
                     flush()
-                kind, text = piece.kind, text + piece.text
+                kind, text, n_own = piece.kind, text + piece.text, len(self._ids)
             if is_end and self._block:
                 flush()
                 found += self._calls()
@@ -122,8 +122,10 @@ class Narration:
         flush()
         return found
 
-    def _drawn(self) -> Drawn:
-        ids, self._ids = self._ids, []
+    def _drawn(self, n: int | None = None) -> Drawn:
+        """The first n of them, or all."""
+        n = len(self._ids) if n is None else n
+        ids, self._ids = self._ids[:n], self._ids[n:]
         start, self._n_told = self._n_told, self._n_told + len(ids)
         noted = self._handle.answer.logprobs[start : self._n_told]
         return Drawn(ids, noted)
@@ -153,7 +155,7 @@ class Narration:
         return AnswerEnd(
             completion,
             "tool_calls" if is_called else "length" if reason == "length" else "stop",
-            self._handle.answer.is_cut,
+            self._handle.answer.stop_text,
             n_thinking,
             self._drawn(),
         )
@@ -176,8 +178,10 @@ class WholeAnswer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob | None] = field(default_factory=list)
     end: AnswerEnd | None = None
+    events: list[AnswerEvent] = field(default_factory=list)  # all of it, for dialects that keep its order
 
     def add(self, event: AnswerEvent) -> None:
+        self.events.append(event)
         if isinstance(event, Text) and event.kind == "thinking":
             self.thinking += event.text
         elif isinstance(event, Text):

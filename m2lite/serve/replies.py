@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from m2lite.serve.answering import Answering
 from m2lite.serve.errors import ClientGone
-from m2lite.serve.events import AnswerEvent, WholeAnswer
+from m2lite.serve.events import AnswerEnd, AnswerEvent, WholeAnswer
 
 BEAT_S = 10.0  # without anything to send, after which something is sent
 
@@ -27,6 +27,12 @@ def sse(data: Any, event: str | None = None) -> bytes:
 
 
 PING = b": ping\n\n"  # a comment, which clients skip
+
+
+def own_fields(answering: Answering, told: Sequence[str], end: AnswerEnd) -> dict[str, Any]:
+    """What only m2lite tells: what the same answer can be had again with, and what was odd or left out (`told`)."""
+    warnings = [*told, *end.completion.reply.errors, *answering.cut_short(end)]
+    return {"m2lite": {"seed": answering.seed}} | ({"m2lite_warnings": warnings} if warnings else {})
 
 
 class EventStream(Response):

@@ -204,6 +204,8 @@ class Server:
         if stream is None:
             stream = turn_stream(asked.chat.messages) if asked.prompt is None else 0
         request = asked.chat.to_engine(answering.prompt, stream, answering.id)
+        if asked.prompt_logprobs is not None:  # nobody's next prompt begins with it
+            request = replace(request, prompt_logprobs=asked.prompt_logprobs, keep="nothing")
         script = self.options.script
         return request if script is None else replace(request, script=script(answering.prompt))
 

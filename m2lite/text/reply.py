@@ -103,6 +103,11 @@ class ReplyStream:
         """A stop text has come: nothing behind it counts."""
         return self._stops.is_found
 
+    @property
+    def stop_text(self) -> str | None:
+        """Which one has come."""
+        return self._stops.found
+
     def push(self, index: int) -> list[Piece]:
         """The text that this token completes; none for a tag, a stop token or a part of a character."""
         if index in self._tokenizer.stop_ids or self.is_stopped:

@@ -26,7 +26,11 @@ class StopTexts:
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
         self._held = ""
-        self.is_found = False
+        self.found: str | None = None  # the text that ended it
+
+    @property
+    def is_found(self) -> bool:
+        return self.found is not None
 
     def push(self, text: str) -> str:
         if not self._texts:
@@ -34,10 +38,11 @@ class StopTexts:
         if self.is_found:
             return ""
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._texts if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._texts if (at := text.find(stop)) >= 0]
         if found:
-            self.is_found, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.found = min(found)
+            self._held = ""
+            return text[:at]
         n_held = max(_overlap(text, stop) for stop in self._texts)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
