@@ -70,7 +70,7 @@ class Scheduler:
         while not self._has_room():
             if not self._preempt():
                 return []
-        slices, n_pages, n_left = list[Slice](), 0, self.n_rows
+        slices, n_pages, n_left, lacks_pages = list[Slice](), 0, self.n_rows, False
         for sequence in sorted(self.running, key=lambda s: s.is_prefill):  # decoding ones first, then who came first
             timeline, n = sequence.timeline, min(n_left, sequence.n_todo)
             n = min(n, self.n_noted) if sequence.n_unnoted else n
@@ -80,11 +80,12 @@ class Scheduler:
                 continue
             n_more = self._reserve(timeline, n, n_pages)
             if n_more is None:
+                lacks_pages = True
                 continue
             n_pages, at = n_more, timeline.length
             slices.append(Slice(sequence, at, sequence.ids[at : at + n], n == sequence.n_todo))
             n_left -= n
-        if not slices and self.running and self._preempt():
+        if not slices and lacks_pages and self._preempt():
             return self.pick(n_longest)
         return slices
 
@@ -134,11 +135,11 @@ class Scheduler:
 
         False for one alone: its length is bounded, so it has room once the cache is empty and nothing is being saved.
         """
+        others = [each for each in self.running if each not in self.in_flight]
+        if self.in_flight and len(others) < 2:  # the call under way ends soon
+            return False
         if len(self.running) == 1:
             self.cache.clear()
-            return False
-        others = [each for each in self.running if each not in self.in_flight]
-        if self.in_flight and len(others) < 2:
             return False
         sequence = others[-1]
         self.publish(sequence)

@@ -142,6 +142,23 @@ def test_pages_run_out_while_a_long_prompt_is_read(bundled_model: Path) -> None:
         assert [each.completion.tokens for each in handles] == expected
 
 
+def test_what_is_cached_stays_while_a_long_prompt_is_read(model: Model) -> None:
+    ids = request(200, 40).prompt
+    model.submit(Request(prompt=ids, sampling=Sampling(seed=1), max_tokens=1)).result()
+    long = model.submit(request(N_LONG, 41, max_tokens=1))
+    drain([long])
+    assert model.loop.n_cached(ids) == len(ids)
+
+
+def test_long_prompts_that_wait_are_not_preempted(model: Model, bundled_model: Path) -> None:
+    requests = [request(N_LONG, 50 + i, max_tokens=4) for i in range(3)]
+    expected, n_before = alone(bundled_model, requests), model.loop.counts.n_preempted
+    handles = [model.submit(each) for each in requests]
+    drain(handles)
+    assert [each.completion.tokens for each in handles] == expected
+    assert model.loop.counts.n_preempted == n_before
+
+
 def test_progress_of_the_long_prompt_is_told(model: Model) -> None:
     model.n_rows, n_rows = 256, model.n_rows
     try:
