@@ -39,6 +39,7 @@ class Driver:
         self._asked = list[tuple[Any, Handle]]()
         self._jobs = deque[Callable[[Stop], None]]()
         self._is_closing = self._is_hurried = False
+        engine.loop.on_news = self._tell  # while a long prompt is read
         self._thread = threading.Thread(target=self._run, name="m2lite-driver", daemon=True)
         self._thread.start()
 

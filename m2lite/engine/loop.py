@@ -197,7 +197,7 @@ class Loop:
     def step(self, stop: Stop | None = None) -> bool:
         """One call of the model, and a token for each sequence whose end it reached; whether there is news to show."""
         picked = self._pick()
-        if self._runner.has_room_aside:
+        if self._runner.n_rows_aside:
             long = [each for each in picked if each.n_own > MOST_ROWS]
             if long:
                 return self._advance_aside(long, stop)
@@ -207,6 +207,7 @@ class Loop:
 
     def _advance_aside(self, slices: list[Slice], stop: Stop | None) -> bool:
         """Chunks of long prompts, which let others go on between their layers."""
+        slices = _cut(slices, self._runner.n_rows_aside)
         self.scheduler.in_flight = [each.sequence for each in slices]
         try:
             return self._advance(slices, time.perf_counter(), stop)
@@ -233,16 +234,10 @@ class Loop:
 
     def _paced(self, slices: list[Slice]) -> list[Slice]:
         """The slices, with no more of prompts than what keeps answers waiting for a moment."""
-        n_decoding = sum(each.n_own == 1 for each in slices)
-        n_left, found = self._pace.rows(n_decoding), list[Slice]()
         if len(slices) == 1 and not self.scheduler.in_flight:
             return slices
-        for each in slices:
-            n = 1 if each.n_own == 1 else min(each.n_own, n_left)
-            if n:
-                found.append(each if n == each.n_own else each._replace(ids=each.ids[:n], is_end=False))
-            n_left -= n if each.n_own > 1 else 0
-        return found
+        decoding = [each for each in slices if each.n_own == 1]
+        return decoding + _cut([each for each in slices if each.n_own > 1], self._pace.rows(len(decoding)))
 
     def _advance(self, slices: list[Slice], began: float, stop: Stop | None) -> bool:
         """Compute, draw and accept; `began`: the time at which drafts were asked for."""
@@ -254,7 +249,7 @@ class Loop:
         news = [self._commit(slice, logits) for slice, logits in computed]
         self._note_prompts([slice for slice, _ in computed])
         self._learn(computed, time.perf_counter() - called)
-        if self._runner.has_room_aside and not self.scheduler.in_flight:
+        if self._runner.n_rows_aside and not self.scheduler.in_flight:
             n_prompt = sum(each.n_own for each in slices if each.n_own > 1)
             self._pace.saw(sum(each.n_own == 1 for each in slices), n_prompt, time.perf_counter() - called)
         seconds = time.perf_counter() - began  # what modules take is in it
@@ -455,3 +450,14 @@ def _rests(slice: Slice) -> bool:
     """Whether its sequence decodes and goes on without a look at drafts."""
     own = slice.sequence.drafts
     return own is not None and own.rests and len(slice.ids) == 1
+
+
+def _cut(slices: Iterable[Slice], n_rows: int) -> list[Slice]:
+    """Slices of prompts, the first n_rows of all of them."""
+    found = list[Slice]()
+    for each in slices:
+        n = min(n_rows, each.n_own)
+        if n:
+            found.append(each if n == each.n_own else each._replace(ids=each.ids[:n], is_end=False))
+        n_rows -= n
+    return found

@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Matrix, Weights
 
 Stop = Callable[[], bool]
+# Of a call that lets others go on: enough for each of M2's experts to get several rows, and few pairs of (row, expert)
+# at a time, so that the others' turn comes soon.
+_ASIDE_ROWS, _ASIDE_PAIRS = 512, 1024
 
 
 def ask(stop: Stop | None) -> None:
@@ -187,11 +190,14 @@ class ModelRunner:
         if self._aside is None and self.stream is None:
             from m2lite.model.forward import Buffers
 
-            self._aside = Buffers(self.weights.config, self.buffers.n_rows, n_positions=self.buffers.n_positions)
+            n_rows = min(self.buffers.n_rows, _ASIDE_ROWS)
+            n_positions = self.buffers.n_positions
+            self._aside = Buffers(self.weights.config, n_rows, n_positions=n_positions, most_pairs=_ASIDE_PAIRS)
 
     @property
-    def has_room_aside(self) -> bool:
-        return self._aside is not None
+    def n_rows_aside(self) -> int:
+        """Of a call that is aside; 0 where there is no room for one."""
+        return 0 if self._aside is None else self._aside.n_rows
 
     @property
     def n_expert_reads(self) -> int:

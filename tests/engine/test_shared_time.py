@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from m2lite import Model, Request, Sampling
+from m2lite.engine.driver import Driver, News
 from m2lite.engine.handle import Handle
 from m2lite.engine.pace import MOST_ROWS, STEP_S, Pace
-from m2lite.engine.sequence import Event, Prompt
+from m2lite.engine.sequence import Event, Prompt, Token
 
 N_LONG = 700
 
@@ -78,6 +80,29 @@ def test_an_answer_goes_on_while_a_long_prompt_is_read(model: Model, bundled_mod
     assert [first.completion.tokens, long.completion.tokens] == expected
     assert news
     assert news[0] > n_before  # tokens came in the middle of the prompt
+
+
+def test_tokens_are_told_while_a_long_prompt_is_read(model: Model) -> None:
+    """To those who do not drive the loop, such as a server."""
+    told, over = list[tuple[str, bool]](), threading.Event()
+    handles = dict[str, Handle]()
+
+    def deliver(news: list[News]) -> None:
+        for each in news:
+            is_reading = "long" in handles and not handles["long"].completion.tokens
+            told.append((each.listener, is_reading and any(isinstance(event, Token) for event in each.events)))
+        if len(handles) == 2 and all(each.is_over for each in handles.values()):
+            over.set()
+
+    driver = Driver(model, deliver)
+    try:
+        handles["long"] = driver.submit(request(N_LONG, 60, max_tokens=2), "long")
+        handles["short"] = driver.submit(request(20, 61, max_tokens=30), "short")
+        assert over.wait(60)
+    finally:
+        driver.close()
+        model.loop.on_news = lambda: None
+    assert ("short", True) in told
 
 
 def test_a_short_request_passes_a_long_prompt(model: Model, bundled_model: Path) -> None:
