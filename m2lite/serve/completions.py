@@ -34,6 +34,9 @@ _ONLY = {"best_of": 1, "suffix": "", "use_beam_search": False}  # fields of whic
 _NOT_HERE = ("messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "top_logprobs")
 
 
+Prompt = str | Sequence[int]
+
+
 @dataclass(frozen=True)
 class _TextForm:
     is_stream: bool
@@ -76,6 +79,12 @@ def _request(chat: ChatRequest, form: _TextForm, ids: list[int]) -> AnswerReques
 
 
 def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _TextForm, list[list[int]]]:
+    chat, form, prompts = read_completion(data, server.defaults())
+    return chat, form, [_ids(server, prompt, form) for prompt in prompts]
+
+
+def read_completion(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _TextForm, list[Prompt]]:
+    """What a body asks for, how the answer is given, and what is to go on."""
     body = read_object(data)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
@@ -87,15 +96,15 @@ def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _TextForm, list[li
         has_ids=read_flag(body, "return_token_ids"),
         is_echo=read_flag(body, "echo"),
         n_logprobs=_whole(body, "logprobs", None, MOST_LOGPROBS),
-        max_tokens=_whole(body, "max_tokens", server.options.max_tokens or _USUAL_TOKENS, 2**31) or 0,
+        max_tokens=_whole(body, "max_tokens", defaults.max_tokens or _USUAL_TOKENS, 2**31) or 0,
         is_special=read_flag(body, "parse_special"),
         told=tuple(told),
     )
     known = {name: body[name] for name in body if name in FIELDS and name not in _OWN}
     nothing = {"messages": [{"role": "user", "content": ""}]}
-    chat = replace(parse_request(nothing | known, server.defaults()), messages=[], logprobs=form.n_logprobs)
+    chat = replace(parse_request(nothing | known, defaults), messages=[], logprobs=form.n_logprobs)
     chat = replace(chat, max_tokens=max(1, form.max_tokens))  # of which none is told, if none was asked for
-    return chat, form, _prompts(server, body.get("prompt"), form)
+    return chat, form, _prompts(body.get("prompt"))
 
 
 def _check_fields(body: Mapping[str, Any]) -> list[str]:
@@ -119,17 +128,20 @@ def _whole(body: Mapping[str, Any], name: str, default: int | None, most: int) -
     return value
 
 
-def _prompts(server: Server, prompt: Any, form: _TextForm) -> list[list[int]]:
-    """The ids of one prompt or of several, each a text or a list of ids."""
+def _prompts(prompt: Any) -> list[Prompt]:
+    """One prompt or several, each a text or a list of ids."""
     if isinstance(prompt, str):
-        return [_ids(server, prompt, form)]
+        return [prompt]
     if not isinstance(prompt, Sequence) or not prompt:
         raise UsageError("There is no prompt.", "Give a text, token ids, or a list of either.")
     if _are_ids(prompt):
-        return [_ids(server, prompt, form)]
+        return [prompt]
     if len(prompt) > MOST_PROMPTS:
         raise UsageError(f"There are {len(prompt):,} prompts, limit {MOST_PROMPTS:,}.", "Send fewer.")
-    return [_ids(server, each, form) for each in prompt]
+    wrong = next((each for each in prompt if not isinstance(each, str) and not _are_ids(each)), "")
+    if wrong != "":
+        raise UsageError(f"A prompt is a {type(wrong).__name__}.", "Give a text, or a list of token ids.")
+    return list(prompt)
 
 
 def _are_ids(prompt: Any) -> bool:
@@ -137,16 +149,13 @@ def _are_ids(prompt: Any) -> bool:
     return is_list and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
 
 
-def _ids(server: Server, prompt: Any, form: _TextForm) -> list[int]:
-    model = server.model
-    if isinstance(prompt, str):
-        ids = model.encode_prompt(prompt)
-        if form.is_special:
-            ids = model.tokenizer.encode(prompt, control=True)
-    elif _are_ids(prompt):
+def _ids(server: Server, prompt: Prompt, form: _TextForm) -> list[int]:
+    if not isinstance(prompt, str):
         ids = list(prompt)
+    elif form.is_special:
+        ids = server.model.tokenizer.encode(prompt, control=True)
     else:
-        raise UsageError(f"A prompt is a {type(prompt).__name__}.", "Give a text, or a list of token ids.")
+        ids = server.model.encode_prompt(prompt)
     if not ids:
         raise UsageError("The prompt is empty.", "Give at least one token.")
     return ids

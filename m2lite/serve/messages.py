@@ -55,7 +55,7 @@ def routes(server: Server) -> list[Route]:
 
     async def count(request: Request) -> Response:
         data = await request.body()
-        n = await server.off_loop(lambda: len(server.encode(_parse(data, server.defaults())[0])))
+        n = await server.off_loop(lambda: len(server.encode(read_message(data, server.defaults())[0])))
         return JSONResponse({"input_tokens": n})
 
     return [
@@ -66,7 +66,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_message(data, server.defaults()))
     answering = await server.begin(AnswerRequest(chat=chat))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
@@ -77,7 +77,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(message | own_fields(answering, form.told, found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
+def read_message(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
     body = read_object(data)
     asked, told = chat_body(body)
     chat, more = parse_chat(asked, defaults)
