@@ -21,6 +21,7 @@ from m2lite.serve.answering import Answering, AnswerRequest
 from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, CallBegin, Reading, Text
+from m2lite.serve.normal import shortened
 from m2lite.serve.replies import PING, EventStream, first_of, own_fields, sse
 from m2lite.serve.server import Server
 from m2lite.text.stop_text import StopTexts
@@ -115,8 +116,8 @@ def _check_fields(body: Mapping[str, Any]) -> list[str]:
         if name in _NOT_HERE or value != _ONLY.get(name, value):
             raise UsageError(f"The field {name!r} is not supported here.", "Leave it out.")
         if name not in FIELDS and name not in _ONLY:
-            told.append(f"The field {name[:80]!r} is not known and was ignored.")
-    return told[:20]
+            told.append(f"The field {name!r} is not known and was ignored.")
+    return shortened(told)
 
 
 def _whole(body: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:

@@ -21,6 +21,7 @@ from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
+from m2lite.serve.normal import shortened
 from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
@@ -102,7 +103,7 @@ def chat_body(body: Mapping[str, Any]) -> tuple[dict[str, Any], Told]:
     schema = _object("output_format", config.get("format") or body.get("output_format"))
     if schema:
         asked["response_format"] = {"type": schema.get("type"), "json_schema": {"schema": schema.get("schema")}}
-    return asked, list(dict.fromkeys(told))
+    return asked, shortened(told)
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
@@ -128,7 +129,7 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if kind == "tool":
         found["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         found["tool_choice"] = _CHOICES[kind]
     else:
         raise UsageError(f"tool_choice is of type {kind!r}.", f"Use tool, {', '.join(_CHOICES)}.")
