@@ -202,23 +202,31 @@ class _RawText:
         return text
 
     def finish(self) -> str:
-        """What is left when nothing follows."""
+        """What is left when nothing follows. The token that ended it has a logprob, and no text."""
+        done = self._answering.handle.completion
         if self.is_stopped or not self._form.max_tokens:
             return ""
-        return self._stops.push(self._decoder.flush()) + self._stops.flush()
+        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        if done.stop_id is not None:
+            self._note(done.stop_id, done.stop_logprob)
+        return text
 
     def _decode(self, index: int, noted: Logprob | None) -> str:
         text = self._decoder.push(index)
-        if self._form.n_logprobs is not None:
-            found, likeliest = self.logprobs, None
-            if noted is not None:
-                likeliest = dict(noted.likeliest) | {noted.token: noted.logprob}
-            found["tokens"].append(self._name(index))
-            found["token_logprobs"].append(None if noted is None else noted.logprob)
-            found["top_logprobs"].append(likeliest and {self._name(i): logprob for i, logprob in likeliest.items()})
-            found["text_offset"].append(self._at)
+        self._note(index, noted)
         self._at += len(text)
         return text
+
+    def _note(self, index: int, noted: Logprob | None) -> None:
+        if self._form.n_logprobs is None:
+            return
+        found, likeliest = self.logprobs, None
+        if noted is not None:
+            likeliest = dict(noted.likeliest) | {noted.token: noted.logprob}
+        found["tokens"].append(self._name(index))
+        found["token_logprobs"].append(None if noted is None else noted.logprob)
+        found["top_logprobs"].append(likeliest and {self._name(i): logprob for i, logprob in likeliest.items()})
+        found["text_offset"].append(self._at)
 
     def _name(self, index: int) -> str:
         """The token's text; its bytes where these are no text alone, so that no two tokens have one name."""
