@@ -21,6 +21,7 @@ from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
+from m2lite.serve.normal import shortened
 from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
@@ -55,7 +56,7 @@ def routes(server: Server) -> list[Route]:
 
     async def count(request: Request) -> Response:
         data = await request.body()
-        n = await server.off_loop(lambda: len(server.encode(_parse(data, server.defaults())[0])))
+        n = await server.off_loop(lambda: len(server.encode(read_message(data, server.defaults())[0])))
         return JSONResponse({"input_tokens": n})
 
     return [
@@ -66,7 +67,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_message(data, server.defaults()))
     answering = await server.begin(AnswerRequest(chat=chat))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
@@ -77,7 +78,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(message | own_fields(answering, form.told, found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
+def read_message(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
     body = read_object(data)
     asked, told = chat_body(body)
     chat, more = parse_chat(asked, defaults)
@@ -102,7 +103,7 @@ def chat_body(body: Mapping[str, Any]) -> tuple[dict[str, Any], Told]:
     schema = _object("output_format", config.get("format") or body.get("output_format"))
     if schema:
         asked["response_format"] = {"type": schema.get("type"), "json_schema": {"schema": schema.get("schema")}}
-    return asked, list(dict.fromkeys(told))
+    return asked, shortened(told)
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
@@ -128,7 +129,7 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if kind == "tool":
         found["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         found["tool_choice"] = _CHOICES[kind]
     else:
         raise UsageError(f"tool_choice is of type {kind!r}.", f"Use tool, {', '.join(_CHOICES)}.")

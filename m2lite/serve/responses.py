@@ -46,7 +46,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data, request_id = await request.body(), request.state.request_id
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_response(data, server.defaults()))
     try:
         answering = await server.begin(AnswerRequest(chat=chat))
     except ContextError as error:
@@ -66,7 +66,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(stream.ended(found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _ResponseForm]:
+def read_response(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _ResponseForm]:
     body = read_object(data)
     asked, told, names = chat_body(body)
     chat, more = parse_chat(asked, defaults)
