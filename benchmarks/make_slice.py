@@ -275,7 +275,8 @@ def _write(out: Path, type_name: str, name: str, plan: list[Tensor], keys: list[
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda chunk: part.write(chunk.offset, fill(chunk, skew).data), chunks))
         part.write(len(MAGIC), header.data[len(MAGIC) :])
-        part.finish(MAGIC)
+        part.complete(MAGIC)
+        part.publish()
     except BaseException:
         part.discard()
         raise

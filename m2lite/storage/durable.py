@@ -94,21 +94,29 @@ def write_output(path: StrPath, chunks: Iterable[Buffer], n_bytes: int, *, repla
 
 
 def _write_aside(path: Path, chunks: Iterable[Buffer], mode: int, replaces: bool) -> None:
-    """Under another name, until all is on disk."""
-    temporary = temporary_path(path)
-    fd = fsops.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with written_aside(path, mode, replaces) as fd:
+        for chunk in chunks:
+            write_all(fd, chunk)
+    fsops.close(fd)
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, mode: int, replaces: bool = True) -> Iterator[int]:
+    """A new file under another name, open and locked; it gets its own when all that was written inside is on disk."""
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    fd = fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        with _closing(fd):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it has its name: this is no leftover
-            for chunk in chunks:
-                write_all(fd, chunk)
-            fsops.fsync(fd)
-            _give_name(temporary, path, replaces)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before it has the name: it is no leftover, and stays ours
+        yield fd
+        fsops.fsync(fd)
+        _give_name(temporary, path, replaces)
     except BaseException:
+        with contextlib.suppress(OSError):
+            fsops.close(fd)
         with contextlib.suppress(OSError):
             fsops.unlink(temporary)
         raise
-    sync_directory(path.parent)
 
 
 def _give_name(temporary: Path, path: Path, replaces: bool) -> None:
@@ -120,11 +128,6 @@ def _give_name(temporary: Path, path: Path, replaces: bool) -> None:
     except FileExistsError:
         raise UsageError(f"{path}: exists already.", "Choose another name, or remove it first.") from None
     fsops.unlink(temporary)
-
-
-def temporary_path(path: Path) -> Path:
-    """A name beside `path` under which its next content grows."""
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_leftovers(path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage import durable
-from m2lite.storage.durable import StrPath, disk_errors, known, open_locked, sync_directory, temporary_path, write_all
+from m2lite.storage.durable import StrPath, disk_errors, known, open_locked, sync_directory, write_all, written_aside
 
 _BLOCK_BYTES = 4096  # what a new name needs at least
 
@@ -58,22 +57,12 @@ class LineLog:
         """These lines, each with its newline, are all; until they are on disk, the file is as it was."""
         assert not self._keeps_lines
         fd = known(self._fd, self.path)
-        temporary = temporary_path(self.path)
         with disk_errors(self.path, self._size):
-            new = durable.fsops.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before it has the name: nobody comes between
+            with written_aside(self.path, 0o600) as new:
                 n_bytes = 0
                 for line in lines:
                     write_all(new, line, n_bytes)
                     n_bytes += len(line)
-                durable.fsops.fsync(new)
-                durable.fsops.replace(temporary, self.path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    durable.fsops.close(new)
-                    durable.fsops.unlink(temporary)
-                raise
             self._fd, self._size = new, n_bytes
             durable.fsops.close(fd)
             sync_directory(self.path.parent)

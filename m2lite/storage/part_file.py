@@ -10,17 +10,6 @@ from typing import Self
 
 from m2lite.errors import M2liteError, UsageError
 from m2lite.storage import durable
-from m2lite.storage.durable import (
-    Buffer,
-    StrPath,
-    advise,
-    disk_errors,
-    free_bytes,
-    known,
-    open_locked,
-    sync_directory,
-    write_all,
-)  # fmt: skip
 
 PART_MARK = b"\0m2l"  # what a part begins with until it is complete: how we know our own
 
@@ -36,7 +25,13 @@ class PartFile:
     """
 
     def __init__(
-        self, path: StrPath, n_bytes: int, *, replaces: bool = False, resume: bool = False, is_ours: bool = False
+        self,
+        path: durable.StrPath,
+        n_bytes: int,
+        *,
+        replaces: bool = False,
+        resume: bool = False,
+        is_ours: bool = False,
     ) -> None:
         self.path = Path(path)
         self.part_path = part_path(self.path)
@@ -44,8 +39,8 @@ class PartFile:
         self._is_named = False
         if not replaces and os.path.lexists(self.path):
             raise UsageError(f"{self.path}: exists already.", "Choose another name, or remove it first.")
-        with disk_errors(self.path, n_bytes):
-            self._fd: int | None = open_locked(self.part_path, 0o666)
+        with durable.disk_errors(self.path, n_bytes):
+            self._fd: int | None = durable.open_locked(self.part_path, 0o666)
             self.resumed = resume and os.fstat(self._fd).st_size == n_bytes
             if not (resume or is_ours or self._is_marked()):
                 self.close()
@@ -55,7 +50,7 @@ class PartFile:
                 )
             try:
                 if self.resumed:
-                    write_all(self._fd, PART_MARK[:n_bytes], 0)
+                    durable.write_all(self._fd, PART_MARK[:n_bytes], 0)
                 else:
                     self._reserve()
             except BaseException:
@@ -71,22 +66,22 @@ class PartFile:
     def _reserve(self) -> None:
         fd = self._open_fd()
         durable.fsops.truncate(fd, 0)
-        write_all(fd, PART_MARK[: self.n_bytes], 0)
-        if free_bytes(self.path.parent) < self.n_bytes:
+        durable.write_all(fd, PART_MARK[: self.n_bytes], 0)
+        if durable.free_bytes(self.path.parent) < self.n_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.n_bytes:
             durable.fsops.allocate(fd, self.n_bytes)
 
-    def write(self, offset: int, data: Buffer) -> None:
+    def write(self, offset: int, data: durable.Buffer) -> None:
         """Bytes `offset` and on; within `n_bytes`."""
         if offset < 0 or offset + len(memoryview(data).cast("B")) > self.n_bytes:
             raise ValueError(f"writing past the {self.n_bytes} bytes of {self.path}")
-        with disk_errors(self.path, self.n_bytes):
-            write_all(self._open_fd(), data, offset)
+        with durable.disk_errors(self.path, self.n_bytes):
+            durable.write_all(self._open_fd(), data, offset)
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes that stand there, from the disk if they were synced and released."""
-        with disk_errors(self.path, self.n_bytes):
+        with durable.disk_errors(self.path, self.n_bytes):
             while into:
                 n_bytes = os.preadv(self._open_fd(), [into], offset)
                 if not n_bytes:
@@ -95,14 +90,14 @@ class PartFile:
 
     def release(self, offset: int, n_bytes: int) -> None:
         """Begin to write these bytes out, and give up the memory of those that are on disk."""
-        advise(self._open_fd(), offset, n_bytes, "DONTNEED")
+        durable.advise(self._open_fd(), offset, n_bytes, "DONTNEED")
 
     def sync(self) -> None:
         """What was written so far is on disk."""
-        with disk_errors(self.path, self.n_bytes):
+        with durable.disk_errors(self.path, self.n_bytes):
             durable.fsops.fdatasync(self._open_fd())
 
-    def complete(self, magic: Buffer = b"") -> None:
+    def complete(self, magic: durable.Buffer = b"") -> None:
         """All is on disk. `magic` goes to offset 0 last, in place of the mark, when everything else is safe."""
         self._sync_all()
         if magic:
@@ -111,39 +106,34 @@ class PartFile:
 
     def publish(self) -> None:
         """The complete file has its name."""
-        with disk_errors(self.path, self.n_bytes):
+        with durable.disk_errors(self.path, self.n_bytes):
             durable.fsops.replace(self.part_path, self.path)
             self._is_named = True
-            sync_directory(self.path.parent)
+            durable.sync_directory(self.path.parent)
         self.close()
-
-    def finish(self, magic: Buffer = b"") -> None:
-        """All is on disk and has its name."""
-        self.complete(magic)
-        self.publish()
 
     def close(self) -> None:
         """Idempotent; what is not finished stays as PATH.part."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            with disk_errors(self.path, self.n_bytes):
+            with durable.disk_errors(self.path, self.n_bytes):
                 durable.fsops.close(fd)
 
     def discard(self) -> None:
         """Remove the part; nothing once it is closed or has its name."""
         try:
             if self._fd is not None and not self._is_named:
-                with disk_errors(self.path, self.n_bytes):
+                with durable.disk_errors(self.path, self.n_bytes):
                     durable.fsops.unlink(self.part_path)  # before the lock goes, lest it be another's by then
         finally:
             self.close()
 
     def _sync_all(self) -> None:
-        with disk_errors(self.path, self.n_bytes):
+        with durable.disk_errors(self.path, self.n_bytes):
             durable.fsops.fsync(self._open_fd())
 
     def _open_fd(self) -> int:
-        return known(self._fd, self.part_path)
+        return durable.known(self._fd, self.part_path)
 
     def __enter__(self) -> Self:
         return self

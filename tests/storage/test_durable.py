@@ -107,7 +107,8 @@ def test_part_file_at_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             file.write(500, body[500:])
             file.sync()
             file.write(4, body[4:500])
-            file.finish(magic=body[:4])
+            file.complete(body[:4])
+            file.publish()
 
     def check(succeeded: bool, died: bool) -> None:
         if path.exists():
@@ -142,7 +143,8 @@ def test_part_file_reserves_or_refuses(tmp_path: Path) -> None:
         PartFile(tmp_path / "b", 1 << 60)
     assert not (tmp_path / "b.part").exists()
     file = PartFile(tmp_path / "c", 0)
-    file.finish()
+    file.complete()
+    file.publish()
     file.close()
     assert (tmp_path / "c").read_bytes() == b""
     with pytest.raises(ValueError, match="closed"):
@@ -170,7 +172,8 @@ def test_part_file_replaces_when_told(tmp_path: Path, monkeypatch: pytest.Monkey
         file = PartFile(path, len(NEW), replaces=True)
         try:
             file.write(4, NEW[4:])
-            file.finish(NEW[:4])
+            file.complete(NEW[:4])
+            file.publish()
         except BaseException:
             file.discard()
             raise
@@ -247,7 +250,8 @@ def test_part_file_that_is_finished_between_open_and_lock(tmp_path: Path, monkey
 
     def finish_first(fd: int, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", lock)
-        first.finish(b"done")
+        first.complete(b"done")
+        first.publish()
         lock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", finish_first)
