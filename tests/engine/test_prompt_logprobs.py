@@ -40,7 +40,7 @@ def test_beside_others_and_preempted(bundled_model: Path, tiny: Model, draft: st
     preempted = set[str]()
 
     class Noting(Scheduler):
-        def pick(self) -> list[Slice]:
+        def pick(self, n_longest: int | None = None) -> list[Slice]:
             for each in list(self.running):
                 is_parted = 0 < each.n_unnoted < len(each.request.prompt) - 20
                 is_awaited = any(other.awaits is each for other in self.running)  # by later ones, which go before it
@@ -49,7 +49,7 @@ def test_beside_others_and_preempted(bundled_model: Path, tiny: Model, draft: st
                     self.running.remove(each)
                     self.running.append(each)  # as if it had come last
                     assert self._preempt()
-            return super().pick()
+            return super().pick(n_longest)
 
     with Model.open(bundled_model, draft=draft, sequences=9, ctx=CTX) as model:
         model.loop.scheduler.__class__ = Noting
