@@ -14,7 +14,10 @@ import m2lite
 from tests.conftest import Run
 
 # Where the time of day may be asked for: to show it, in what OpenAI's format calls `created`, for templates that ask.
-SHOWN = {"batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1, "text/jinja.py": 1}
+SHOWN = {
+    "batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1, "serve/answering.py": 1,
+    "serve/server.py": 1, "text/jinja.py": 1,
+}  # fmt: skip
 
 
 def test_only_what_is_shown_asks_for_the_time_of_day() -> None:

@@ -14,6 +14,7 @@ from m2lite.text.tokenizer import Tokenizer
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
 Recall = Callable[[Sequence[int], Message], Sequence[int] | None]  # (ids before an answer, the answer) -> its own ids
+Known = Callable[[int], Sequence[int] | None]  # n -> the ids of the first n messages, up to where an answer begins
 
 
 def answer_ids(tokenizer: Tokenizer, template: Template, message: Message) -> list[int]:
@@ -54,22 +55,23 @@ def _opening(tokenizer: Tokenizer, template: Template) -> list[int]:
 
 def encode_kept(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Message], tools: Tools, is_to_answer: bool,
-    recall: Recall | None = None,
+    recall: Recall | None = None, known: Known | None = None,
 ) -> list[int]:  # fmt: skip
     """The row of a chat that keeps what was said: only what came between the answers is rendered.
 
     So it begins with the row of the chat up to any answer, whatever the template leaves out of earlier turns.
     `recall` knows the ids of answers that came back as messages; one that it does not know, and that came without its
-    thinking, stands there as the template writes it.
+    thinking, stands there as the template writes it. `known` gives rows that were made before.
     """
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         return encode_chat(tokenizer, template, messages, tools, add_generation_prompt=is_to_answer)
-    row = encode_chat(tokenizer, template, messages[: places[0]], tools)
-    for place, following in zip(places, [*places[1:], len(messages)], strict=True):
-        known = None if recall is None else recall(row, messages[place])
-        if recall is None or known is not None or messages[place].get("reasoning_content"):
-            ids = answer_ids(tokenizer, template, messages[place]) if known is None else list(known)
+    start, row = _longest(known, places)
+    row = row or encode_chat(tokenizer, template, messages[: places[0]], tools)
+    for place, following in zip(places[start:], [*places[start + 1 :], len(messages)], strict=True):
+        said = None if recall is None else recall(row, messages[place])
+        if recall is None or said is not None or messages[place].get("reasoning_content"):
+            ids = answer_ids(tokenizer, template, messages[place]) if said is None else list(said)
         else:
             opening, ids = _opening(tokenizer, template), _plain_ids(tokenizer, template, messages[place])
             row = row[: len(row) - len(opening)] if opening and row[-len(opening) :] == opening else row
@@ -80,6 +82,15 @@ def encode_kept(
         is_prompt = following < len(messages) or (is_to_answer and place + 1 < following)
         row += _behind(tokenizer, template, messages[place + 1 : following], is_prompt)
     return row
+
+
+def _longest(known: Known | None, places: Sequence[int]) -> tuple[int, list[int]]:
+    """(n, the row up to the answer places[n]) for the last answer whose row is known; (0, []) if there is none."""
+    if known is not None:
+        for n in reversed(range(len(places))):
+            if row := known(places[n]):
+                return n, list(row)
+    return 0, []
 
 
 def _behind(tokenizer: Tokenizer, template: Template, messages: Sequence[Message], is_prompt: bool) -> list[int]:

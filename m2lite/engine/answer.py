@@ -33,6 +33,7 @@ class Completion:
     logprobs: list[Logprob | None] = field(default_factory=list)  # by token, where they were asked for
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # by token from the prompt's second on, likewise
     stop_id: int | None = None  # that ended it
+    stop_logprob: Logprob | None = None  # of that
 
     @property
     def text(self) -> str:
@@ -143,6 +144,7 @@ class Answer:
             rule.push(token)
         if token in self._stop_ids:
             self.completion.stop_id = token
+            self.completion.stop_logprob = None if self._noted is None else self._noted.found[-1]
             self.end("stop")
             return
         self._append(token)

@@ -28,7 +28,7 @@ from m2lite.serve.events import (
     Text,
     WholeAnswer,
 )
-from m2lite.serve.normal import merge_system, usable_tools
+from m2lite.serve.normal import merge_system, shortened, usable_tools
 from m2lite.serve.replies import PING, EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
 
@@ -49,9 +49,6 @@ _SILENT = frozenset(
 )  # fmt: skip
 # Fields whose value would change the answer.
 _REFUSED = ("logit_bias", "functions", "function_call", "audio", "grammar", "guided_regex", "guided_grammar")
-
-_MOST_TOLD = 20  # of what was ignored
-_MOST_NAME = 80  # characters of a field's name
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_chat(data, server.defaults()))
     answering = await server.begin(AnswerRequest(chat=chat))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
@@ -95,11 +92,12 @@ def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequ
             continue
         if name in _REFUSED:
             raise UsageError(f"The field {name!r} is not supported.", "Leave it out.")
-        told.append(f"The field {name[:_MOST_NAME]!r} is not known and was ignored.")
-    return parse_request(known | _thinking(body), defaults), told[:_MOST_TOLD]
+        told.append(f"The field {name!r} is not known and was ignored.")
+    return parse_request(known | _thinking(body), defaults), shortened(told)
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+    """What a client asks for, and in what form."""
     body = read_object(data)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):

@@ -21,6 +21,7 @@ from m2lite.serve.answering import Answering, AnswerRequest
 from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, CallBegin, Reading, Text
+from m2lite.serve.normal import shortened
 from m2lite.serve.replies import PING, EventStream, first_of, own_fields, sse
 from m2lite.serve.server import Server
 from m2lite.text.stop_text import StopTexts
@@ -34,8 +35,11 @@ _ONLY = {"best_of": 1, "suffix": "", "use_beam_search": False}  # fields of whic
 _NOT_HERE = ("messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "top_logprobs")
 
 
+Prompt = str | Sequence[int]
+
+
 @dataclass(frozen=True)
-class _Form:
+class _TextForm:
     is_stream: bool
     has_usage: bool
     has_ids: bool
@@ -67,7 +71,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
 
 
-def _request(chat: ChatRequest, form: _Form, ids: list[int]) -> AnswerRequest:
+def _request(chat: ChatRequest, form: _TextForm, ids: list[int]) -> AnswerRequest:
     n_logprobs = form.n_logprobs if form.is_echo else None
     return AnswerRequest(chat=chat, prompt=ids, prompt_logprobs=n_logprobs)
 
@@ -75,27 +79,33 @@ def _request(chat: ChatRequest, form: _Form, ids: list[int]) -> AnswerRequest:
 # What is asked
 
 
-def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _Form, list[list[int]]]:
+def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _TextForm, list[list[int]]]:
+    chat, form, prompts = read_completion(data, server.defaults())
+    return chat, form, [_ids(server, prompt, form) for prompt in prompts]
+
+
+def read_completion(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _TextForm, list[Prompt]]:
+    """What a body asks for, how the answer is given, and what is to go on."""
     body = read_object(data)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise UsageError(f"stream_options is a {type(options).__name__}, expected an object.")
     told = _check_fields(body)
-    form = _Form(
+    form = _TextForm(
         is_stream=read_flag(body, "stream"),
         has_usage=read_flag(options, "include_usage"),
         has_ids=read_flag(body, "return_token_ids"),
         is_echo=read_flag(body, "echo"),
         n_logprobs=_whole(body, "logprobs", None, MOST_LOGPROBS),
-        max_tokens=_whole(body, "max_tokens", server.options.max_tokens or _USUAL_TOKENS, 2**31) or 0,
+        max_tokens=_whole(body, "max_tokens", defaults.max_tokens or _USUAL_TOKENS, 2**31) or 0,
         is_special=read_flag(body, "parse_special"),
         told=tuple(told),
     )
     known = {name: body[name] for name in body if name in FIELDS and name not in _OWN}
     nothing = {"messages": [{"role": "user", "content": ""}]}
-    chat = replace(parse_request(nothing | known, server.defaults()), messages=[], logprobs=form.n_logprobs)
+    chat = replace(parse_request(nothing | known, defaults), messages=[], logprobs=form.n_logprobs)
     chat = replace(chat, max_tokens=max(1, form.max_tokens))  # of which none is told, if none was asked for
-    return chat, form, _prompts(server, body.get("prompt"), form)
+    return chat, form, _prompts(body.get("prompt"))
 
 
 def _check_fields(body: Mapping[str, Any]) -> list[str]:
@@ -106,8 +116,8 @@ def _check_fields(body: Mapping[str, Any]) -> list[str]:
         if name in _NOT_HERE or value != _ONLY.get(name, value):
             raise UsageError(f"The field {name!r} is not supported here.", "Leave it out.")
         if name not in FIELDS and name not in _ONLY:
-            told.append(f"The field {name[:80]!r} is not known and was ignored.")
-    return told[:20]
+            told.append(f"The field {name!r} is not known and was ignored.")
+    return shortened(told)
 
 
 def _whole(body: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
@@ -119,17 +129,20 @@ def _whole(body: Mapping[str, Any], name: str, default: int | None, most: int) -
     return value
 
 
-def _prompts(server: Server, prompt: Any, form: _Form) -> list[list[int]]:
-    """The ids of one prompt or of several, each a text or a list of ids."""
+def _prompts(prompt: Any) -> list[Prompt]:
+    """One prompt or several, each a text or a list of ids."""
     if isinstance(prompt, str):
-        return [_ids(server, prompt, form)]
+        return [prompt]
     if not isinstance(prompt, Sequence) or not prompt:
         raise UsageError("There is no prompt.", "Give a text, token ids, or a list of either.")
     if _are_ids(prompt):
-        return [_ids(server, prompt, form)]
+        return [prompt]
     if len(prompt) > MOST_PROMPTS:
         raise UsageError(f"There are {len(prompt):,} prompts, limit {MOST_PROMPTS:,}.", "Send fewer.")
-    return [_ids(server, each, form) for each in prompt]
+    wrong = next((each for each in prompt if not isinstance(each, str) and not _are_ids(each)), "")
+    if wrong != "":
+        raise UsageError(f"A prompt is a {type(wrong).__name__}.", "Give a text, or a list of token ids.")
+    return list(prompt)
 
 
 def _are_ids(prompt: Any) -> bool:
@@ -137,16 +150,13 @@ def _are_ids(prompt: Any) -> bool:
     return is_list and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
 
 
-def _ids(server: Server, prompt: Any, form: _Form) -> list[int]:
-    model = server.model
-    if isinstance(prompt, str):
-        ids = model.encode_prompt(prompt)
-        if form.is_special:
-            ids = model.tokenizer.encode(prompt, control=True)
-    elif _are_ids(prompt):
+def _ids(server: Server, prompt: Prompt, form: _TextForm) -> list[int]:
+    if not isinstance(prompt, str):
         ids = list(prompt)
+    elif form.is_special:
+        ids = server.model.tokenizer.encode(prompt, control=True)
     else:
-        raise UsageError(f"A prompt is a {type(prompt).__name__}.", "Give a text, or a list of token ids.")
+        ids = server.model.encode_prompt(prompt)
     if not ids:
         raise UsageError("The prompt is empty.", "Give at least one token.")
     return ids
@@ -155,10 +165,10 @@ def _ids(server: Server, prompt: Any, form: _Form) -> list[int]:
 # What is answered
 
 
-class _Writer:
+class _RawText:
     """The text of an answer's ids, tags included, up to a stop text; and where in it each token begins."""
 
-    def __init__(self, tokenizer: Tokenizer, answering: Answering, form: _Form) -> None:
+    def __init__(self, tokenizer: Tokenizer, answering: Answering, form: _TextForm) -> None:
         self._tokenizer, self._form, self._answering = tokenizer, form, answering
         self._stops = StopTexts(answering.asked.chat.stop_texts)
         self._decoder = tokenizer.stream(start=form.is_echo)
@@ -192,23 +202,31 @@ class _Writer:
         return text
 
     def finish(self) -> str:
-        """What is left when nothing follows."""
+        """What is left when nothing follows. The token that ended it has a logprob, and no text."""
+        done = self._answering.handle.completion
         if self.is_stopped or not self._form.max_tokens:
             return ""
-        return self._stops.push(self._decoder.flush()) + self._stops.flush()
+        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        if done.stop_id is not None:
+            self._note(done.stop_id, done.stop_logprob)
+        return text
 
     def _decode(self, index: int, noted: Logprob | None) -> str:
         text = self._decoder.push(index)
-        if self._form.n_logprobs is not None:
-            found, likeliest = self.logprobs, None
-            if noted is not None:
-                likeliest = dict(noted.likeliest) | {noted.token: noted.logprob}
-            found["tokens"].append(self._name(index))
-            found["token_logprobs"].append(None if noted is None else noted.logprob)
-            found["top_logprobs"].append(likeliest and {self._name(i): logprob for i, logprob in likeliest.items()})
-            found["text_offset"].append(self._at)
+        self._note(index, noted)
         self._at += len(text)
         return text
+
+    def _note(self, index: int, noted: Logprob | None) -> None:
+        if self._form.n_logprobs is None:
+            return
+        found, likeliest = self.logprobs, None
+        if noted is not None:
+            likeliest = dict(noted.likeliest) | {noted.token: noted.logprob}
+        found["tokens"].append(self._name(index))
+        found["token_logprobs"].append(None if noted is None else noted.logprob)
+        found["top_logprobs"].append(likeliest and {self._name(i): logprob for i, logprob in likeliest.items()})
+        found["text_offset"].append(self._at)
 
     def _name(self, index: int) -> str:
         """The token's text; its bytes where these are no text alone, so that no two tokens have one name."""
@@ -245,7 +263,7 @@ def _head(server: Server, answering: Answering) -> dict[str, Any]:
     }
 
 
-def _usage(form: _Form, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
+def _usage(form: _TextForm, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
     stats = [end.completion.stats for end in ends]
     n_prompt, n_out = sum(each.n_prompt for each in stats), sum(len(end.completion.tokens) for end in ends)
     n_out = n_out if form.max_tokens else 0
@@ -257,11 +275,11 @@ def _usage(form: _Form, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
     }
 
 
-def _reason(writer: _Writer, end: AnswerEnd) -> str:
+def _reason(writer: _RawText, end: AnswerEnd) -> str:
     return "length" if end.reason == "length" and not writer.is_stopped else "stop"
 
 
-async def _all(server: Server, form: _Form, asked: Sequence[AnswerRequest]) -> dict[str, Any]:
+async def _all(server: Server, form: _TextForm, asked: Sequence[AnswerRequest]) -> dict[str, Any]:
     """The answers to all prompts, of which no more are under way than are answered at once."""
     room = asyncio.Semaphore(server.options.parallel)
 
@@ -287,8 +305,8 @@ async def _all(server: Server, form: _Form, asked: Sequence[AnswerRequest]) -> d
     return _head(server, first) | body | own_fields(first, form.told, end)
 
 
-async def _choice(server: Server, answering: Answering, form: _Form) -> tuple[dict[str, Any], AnswerEnd]:
-    writer = _Writer(server.model.tokenizer, answering, form)
+async def _choice(server: Server, answering: Answering, form: _TextForm) -> tuple[dict[str, Any], AnswerEnd]:
+    writer = _RawText(server.model.tokenizer, answering, form)
     found = await answering.whole()
     assert found.end is not None
     text = (writer.prompt() if form.is_echo else "") + writer.push(found.ids, found.logprobs) + writer.finish()
@@ -303,9 +321,9 @@ async def _choice(server: Server, answering: Answering, form: _Form) -> tuple[di
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: _TextForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
-    head, writer = _head(server, answering), _Writer(server.model.tokenizer, answering, form)
+    head, writer = _head(server, answering), _RawText(server.model.tokenizer, answering, form)
     is_begun = not form.is_echo
 
     def chunk(text: str, reason: str | None = None) -> dict[str, Any]:

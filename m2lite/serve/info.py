@@ -21,7 +21,7 @@ from m2lite.text.messages import check_tools
 
 def routes(server: Server) -> list[Route]:
     async def index(_: Request) -> Response:
-        return PlainTextResponse("m2lite: POST /v1/chat/completions\n")
+        return PlainTextResponse("m2lite: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/messages\n")
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(server)], "models": []})

@@ -1,7 +1,8 @@
 """The ids of answers by what stood before them and what they say: for clients that send them back as messages.
 
 A message that is rendered again has other ids than the answer had (arguments are written anew, line breaks taken off),
-so each turn's hit in the prefix cache would end where the last answer began. Knows ids and messages, no requests.
+so each turn's hit in the prefix cache would end where the last answer began. The ids of prompts are kept, too, so that
+only what is new in a conversation is rendered. Knows ids and messages, no requests.
 """
 
 from __future__ import annotations
@@ -22,32 +23,15 @@ _ENTRY_BYTES = 200  # beside the ids
 _TAIL = 64  # ids at the end of a row that may yet be taken off it
 
 
-class KeptAnswers:
-    """Answers' ids, the longest unused of which go first. May be used on several threads."""
+class _KeptIds:
+    """Ids by key, the longest unused of which go first. May be used on several threads."""
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self._most_bytes, self._n_bytes = most_bytes, 0
         self._found: OrderedDict[bytes, array[int]] = OrderedDict()
         self._lock = threading.Lock()
-        self.disk: KVDisk | None = None  # below it
 
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def keep(self, row: Sequence[int], message: Mapping[str, Any], ids: Sequence[int]) -> bytes:
-        """`message` is what `ids` behind `row` said; returns the key for `save`."""
-        key = _key(hashlib.sha256(_bytes(row)), message)
-        self._add(key, array("i", ids))
-        return key
-
-    def save(self, key: bytes) -> None:
-        """Also on disk, where pages are."""
-        with self._lock:
-            ids = self._found.get(key)
-        if ids is not None and self.disk is not None:
-            self.disk.write_answer(key, memoryview(ids).cast("B"))
-
-    def _add(self, key: bytes, ids: array[int]) -> None:
+    def add(self, key: bytes, ids: array[int]) -> None:
         with self._lock:
             self._drop(key)
             self._found[key] = ids
@@ -55,20 +39,43 @@ class KeptAnswers:
             while self._n_bytes > self._most_bytes:
                 self._drop(next(iter(self._found)))
 
-    def _drop(self, key: bytes) -> None:
-        ids = self._found.pop(key, None)
-        self._n_bytes -= 0 if ids is None else _size(ids)
-
-    def _get(self, key: bytes) -> array[int] | None:
+    def get(self, key: bytes) -> array[int] | None:
         with self._lock:
             ids = self._found.get(key)
             if ids is not None:
                 self._found.move_to_end(key)
-        if ids is None and self.disk is not None:
-            data = self.disk.read_answer(key)
-            if data is not None and len(data) % 4 == 0:
-                ids = array("i", data)
-                self._add(key, ids)
+        return ids
+
+    def _drop(self, key: bytes) -> None:
+        ids = self._found.pop(key, None)
+        self._n_bytes -= 0 if ids is None else _size(ids)
+
+
+class KeptAnswers:
+    """Answers' ids. May be used on several threads."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._ids = _KeptIds(most_bytes)
+        self.disk: KVDisk | None = None  # below it
+
+    def keep(self, row: Sequence[int], message: Mapping[str, Any], ids: Sequence[int]) -> bytes:
+        """`message` is what `ids` behind `row` said; returns the key for `save`."""
+        key = _key(hashlib.sha256(_bytes(row)), message)
+        self._ids.add(key, array("i", ids))
+        return key
+
+    def save(self, key: bytes) -> None:
+        """Also on disk, where pages are."""
+        ids = self._ids.get(key)
+        if ids is not None and self.disk is not None:
+            self.disk.write_answer(key, memoryview(ids).cast("B"))
+
+    def get(self, key: bytes) -> array[int] | None:
+        ids = self._ids.get(key)
+        data = self.disk.read_answer(key) if ids is None and self.disk is not None else None
+        if data is not None and len(data) % 4 == 0:
+            ids = array("i", data)
+            self._ids.add(key, ids)
         return ids
 
     def recall(self) -> Recalling:
@@ -89,10 +96,32 @@ class Recalling:
         self._n_hashed = n_settled
         whole = self._hash.copy()
         whole.update(_bytes(row[n_settled:]))
-        ids = self._kept._get(_key(whole, message))
+        ids = self._kept.get(_key(whole, message))
         self.n_known += ids is not None
         self.n_unknown += ids is None
         return ids
+
+
+class KeptPrompts:
+    """The ids of the prompts of earlier requests, by the messages and tools that they were made of."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._ids = _KeptIds(most_bytes)
+
+    def keys(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[bytes]:
+        """keys[n]: of the first n messages."""
+        whole = hashlib.sha256(json.dumps(tools).encode())
+        found = [whole.digest()]
+        for message in messages:
+            whole.update(json.dumps(message).encode() + b"\0")
+            found.append(whole.digest())
+        return found
+
+    def keep(self, key: bytes, ids: Sequence[int]) -> None:
+        self._ids.add(key, array("i", ids))
+
+    def get(self, key: bytes) -> array[int] | None:
+        return self._ids.get(key)
 
 
 def _key(row: Any, message: Mapping[str, Any]) -> bytes:

@@ -21,7 +21,8 @@ from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
-from m2lite.serve.parts import Part, PartBegin, PartEnd, PartEvent, PartMore, Parts
+from m2lite.serve.normal import shortened
+from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
 
@@ -44,7 +45,7 @@ Told = list[str]  # what is ignored, a sentence each
 
 
 @dataclass(frozen=True)
-class _Form:
+class _MessageForm:
     is_stream: bool
     told: tuple[str, ...]
 
@@ -55,7 +56,7 @@ def routes(server: Server) -> list[Route]:
 
     async def count(request: Request) -> Response:
         data = await request.body()
-        n = await server.off_loop(lambda: len(server.encode(_parse(data, server.defaults())[0])))
+        n = await server.off_loop(lambda: len(server.encode(read_message(data, server.defaults())[0])))
         return JSONResponse({"input_tokens": n})
 
     return [
@@ -66,7 +67,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_message(data, server.defaults()))
     answering = await server.begin(AnswerRequest(chat=chat))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
@@ -77,11 +78,11 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(message | own_fields(answering, form.told, found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def read_message(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
     body = read_object(data)
     asked, told = chat_body(body)
     chat, more = parse_chat(asked, defaults)
-    return chat, _Form(read_flag(body, "stream"), (*told, *more))
+    return chat, _MessageForm(read_flag(body, "stream"), (*told, *more))
 
 
 # What is asked
@@ -102,7 +103,7 @@ def chat_body(body: Mapping[str, Any]) -> tuple[dict[str, Any], Told]:
     schema = _object("output_format", config.get("format") or body.get("output_format"))
     if schema:
         asked["response_format"] = {"type": schema.get("type"), "json_schema": {"schema": schema.get("schema")}}
-    return asked, list(dict.fromkeys(told))
+    return asked, shortened(told)
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
@@ -128,7 +129,7 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if kind == "tool":
         found["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         found["tool_choice"] = _CHOICES[kind]
     else:
         raise UsageError(f"tool_choice is of type {kind!r}.", f"Use tool, {', '.join(_CHOICES)}.")
@@ -280,7 +281,7 @@ def _ending(end: AnswerEnd) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": end.stop_text}
 
 
-def _block(part: Part) -> dict[str, Any]:
+def _block(part: AnswerPart) -> dict[str, Any]:
     """A part that is whole. Nobody signs what it thought."""
     if part.kind == "call":
         return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(part.text)}
@@ -320,7 +321,7 @@ def _part_events(event: PartEvent) -> list[bytes]:
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: _MessageForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
     parts, is_begun = Parts(), False
     try:

@@ -9,6 +9,8 @@ from m2lite.errors import UsageError
 
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 1_000
+_MOST_TOLD = 20  # of what was ignored
+_MOST_SHOWN = 200  # characters of each
 
 
 def merge_system(messages: object) -> list[Any]:
@@ -66,3 +68,8 @@ def _gather(tools: Iterable[Any], found: list[Any], skipped: list[str]) -> None:
             found.append(tool)
         else:
             skipped.append(str(kind))
+
+
+def shortened(told: Iterable[str]) -> list[str]:
+    """What is told of a body, each thing once, and not the whole of it."""
+    return [each[:_MOST_SHOWN] for each in dict.fromkeys(told)][:_MOST_TOLD]

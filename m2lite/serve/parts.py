@@ -14,7 +14,7 @@ from m2lite.serve.events import AnswerEnd, AnswerEvent, CallArguments, CallBegin
 
 
 @dataclass
-class Part:
+class AnswerPart:
     kind: Literal["thinking", "content", "call"]
     number: int  # its place in the answer
     text: str = ""  # of a call the JSON of its arguments
@@ -24,31 +24,31 @@ class Part:
 
 
 class PartBegin(NamedTuple):
-    part: Part
+    part: AnswerPart
 
 
 class PartMore(NamedTuple):
     """`text` more of it; the part has it already."""
 
-    part: Part
+    part: AnswerPart
     text: str
     logprobs: list[Logprob | None]
 
 
 class PartEnd(NamedTuple):
-    part: Part
+    part: AnswerPart
 
 
 PartEvent = PartBegin | PartMore | PartEnd
-_NOTHING = Part("call", 0)
+_NOTHING = AnswerPart("call", 0)
 
 
 class Parts:
     """Turns the events of an answer into those of its parts."""
 
     def __init__(self) -> None:
-        self.found = list[Part]()
-        self._open: Part | None = None
+        self.found = list[AnswerPart]()
+        self._open: AnswerPart | None = None
         self._blank = _NOTHING  # what a stretch of text begins with, until something follows
 
     def tell(self, event: AnswerEvent) -> list[PartEvent]:
@@ -56,14 +56,14 @@ class Parts:
             case Text():
                 return self._text(event)
             case CallBegin():
-                return [*self._close(), self._begin(Part("call", len(self.found), id=event.id, name=event.name))]
+                return [*self._close(), self._begin(AnswerPart("call", len(self.found), id=event.id, name=event.name))]
             case CallArguments():
                 return [self._more(event.text, [])]
             case CallEnd() | AnswerEnd():
                 return self._close()
         return []
 
-    def tell_all(self, events: Iterable[AnswerEvent]) -> list[Part]:
+    def tell_all(self, events: Iterable[AnswerEvent]) -> list[AnswerPart]:
         """The parts of a whole answer."""
         for event in events:
             self.tell(event)
@@ -74,16 +74,16 @@ class Parts:
             return [self._more(event.text, event.drawn.logprobs)]
         found = list[PartEvent]() if self._open is None else self._close()
         if event.kind != self._blank.kind:
-            self._blank = Part(event.kind, 0)
+            self._blank = AnswerPart(event.kind, 0)
         blank = self._blank
         blank.text += event.text
         blank.logprobs += event.drawn.logprobs
         if not blank.text.isspace():
             self._blank = _NOTHING
-            found += [self._begin(Part(event.kind, len(self.found))), self._more(blank.text, blank.logprobs)]
+            found += [self._begin(AnswerPart(event.kind, len(self.found))), self._more(blank.text, blank.logprobs)]
         return found
 
-    def _begin(self, part: Part) -> PartBegin:
+    def _begin(self, part: AnswerPart) -> PartBegin:
         self._open = part
         self.found.append(part)
         return PartBegin(part)

@@ -21,7 +21,7 @@ from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import code_of, error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
-from m2lite.serve.parts import Part, PartBegin, PartEnd, PartEvent, PartMore, Parts
+from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.responses_body import Names, chat_body
 from m2lite.serve.server import Server
@@ -30,7 +30,7 @@ _PREFIXES = {"thinking": "rs", "content": "msg", "call": "fc"}
 
 
 @dataclass(frozen=True)
-class _Form:
+class _ResponseForm:
     is_stream: bool
     told: tuple[str, ...]
     names: Names
@@ -46,7 +46,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request) -> Response:
     data, request_id = await request.body(), request.state.request_id
-    chat, form = await server.off_loop(lambda: _parse(data, server.defaults()))
+    chat, form = await server.off_loop(lambda: read_response(data, server.defaults()))
     try:
         answering = await server.begin(AnswerRequest(chat=chat))
     except ContextError as error:
@@ -66,7 +66,7 @@ async def _answer(server: Server, request: Request) -> Response:
     return JSONResponse(stream.ended(found.end))
 
 
-def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def read_response(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _ResponseForm]:
     body = read_object(data)
     asked, told, names = chat_body(body)
     chat, more = parse_chat(asked, defaults)
@@ -75,10 +75,10 @@ def _parse(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
         for name in ("tool_choice", "parallel_tool_calls", "metadata", "user")
         if body.get(name) is not None
     }
-    return chat, _Form(read_flag(body, "stream"), (*told, *more), names, echo)
+    return chat, _ResponseForm(read_flag(body, "stream"), (*told, *more), names, echo)
 
 
-def _head(server: Server, chat: ChatRequest, form: _Form) -> dict[str, Any]:
+def _head(server: Server, chat: ChatRequest, form: _ResponseForm) -> dict[str, Any]:
     """A response before anything is said, but for its id and time."""
     return {
         "object": "response", "status": "in_progress", "background": False, "error": None, "incomplete_details": None,
@@ -105,7 +105,7 @@ class _Stream:
     """A response and its events, which are numbered."""
 
     def __init__(
-        self, body: dict[str, Any], form: _Form, answering: Answering | None = None, answer_id: str = ""
+        self, body: dict[str, Any], form: _ResponseForm, answering: Answering | None = None, answer_id: str = ""
     ) -> None:
         self.body, self.parts = body, Parts()
         self._form, self._answering, self._n = form, answering, 0
@@ -149,7 +149,7 @@ class _Stream:
         inner = place | {"content_index": 0}
         match event:
             case PartBegin():
-                item = self._item(Part(part.kind, part.number, id=part.id, name=part.name), "in_progress")
+                item = self._item(AnswerPart(part.kind, part.number, id=part.id, name=part.name), "in_progress")
                 content = item.pop("content", None)
                 item |= {} if content is None else {"content": []}
                 added = self.event("response.output_item.added", output_index=part.number, item=item)
@@ -168,7 +168,7 @@ class _Stream:
                 said = self._said(part, place, inner, item)
                 return [*said, self.event("response.output_item.done", output_index=part.number, item=item)]
 
-    def _said(self, part: Part, place: Any, inner: Any, item: dict[str, Any]) -> list[bytes]:
+    def _said(self, part: AnswerPart, place: Any, inner: Any, item: dict[str, Any]) -> list[bytes]:
         if part.kind == "call":
             fields = {"name": item["name"], "arguments": part.text}
             return [self.event("response.function_call_arguments.done", **place, **fields)]
@@ -180,10 +180,10 @@ class _Stream:
             self.event("response.content_part.done", **inner, part=item["content"][0]),
         ]
 
-    def _item_id(self, part: Part) -> str:
+    def _item_id(self, part: AnswerPart) -> str:
         return f"{_PREFIXES[part.kind]}_{self._id}_{part.number}"
 
-    def _item(self, part: Part, status: str) -> dict[str, Any]:
+    def _item(self, part: AnswerPart, status: str) -> dict[str, Any]:
         """An item of the output."""
         head = {"id": self._item_id(part), "status": status}
         if part.kind == "call":

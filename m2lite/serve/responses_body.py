@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m2lite.errors import UsageError
-from m2lite.serve.normal import MOST_MESSAGES, usable_tools
+from m2lite.serve.normal import MOST_MESSAGES, shortened, usable_tools
 
 # Fields that are brought to others here.
 _OWN = frozenset({"input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "top_logprobs"})
@@ -53,7 +53,7 @@ def chat_body(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], Names
     asked["max_completion_tokens"] = body.get("max_output_tokens")
     asked["tool_choice"] = _tool_choice(body.get("tool_choice"), names)
     asked |= _format(body.get("text")) | _logprobs(body)
-    return asked, list(dict.fromkeys(told)), names
+    return asked, shortened(told), names
 
 
 def _logprobs(body: Mapping[str, Any]) -> dict[str, Any]:

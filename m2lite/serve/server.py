@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from m2lite.errors import UsageError
 from m2lite.sampling.draw import Sampling, new_seed
 from m2lite.serve.answering import Answering, AnswerRequest, How
 from m2lite.serve.errors import Refused
-from m2lite.serve.kept import KeptAnswers
+from m2lite.serve.kept import KeptAnswers, KeptPrompts
 from m2lite.serve.metrics import Metrics
 from m2lite.system.byte_units import format_bytes
+from m2lite.system.streams import note
 from m2lite.text.template import encode_chat
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Server:
         self.created = int(time.time())  # seconds since 1970
         self.under_way = set[Answering]()
         self.metrics = Metrics()
-        self.kept = KeptAnswers()
+        self.kept, self._prompts = KeptAnswers(), KeptPrompts()
         self.is_draining = False
         self.n_warming = 0  # prompts that are computed before anybody asks
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,8 +174,12 @@ class Server:
         model = self.model
         if not self.keeps_thinking:
             return encode_chat(model.tokenizer, model.template, chat.messages, chat.tools)
-        recall = self.kept.recall()
-        ids = encode_kept(model.tokenizer, model.template, chat.messages, chat.tools, True, recall)
+        recall, prompts = self.kept.recall(), self._prompts
+        keys = prompts.keys(chat.messages, chat.tools)
+        ids = encode_kept(
+            model.tokenizer, model.template, chat.messages, chat.tools, True, recall, lambda n: prompts.get(keys[n])
+        )
+        prompts.keep(keys[-1], ids)
         self.metrics.n_recalled += recall.n_known
         self.metrics.n_rendered += recall.n_unknown
         return ids
@@ -227,6 +233,8 @@ class Server:
                 f"{len(completion.tokens):,} said{drafted}",
                 how,
             ]
+        if self.options.logs_prompts:
+            note(f"{answering.id} {json.dumps(self.model.tokenizer.decode(completion.tokens), ensure_ascii=False)}")
         if completion.finish_reason == "interrupted":
             return
         key = None

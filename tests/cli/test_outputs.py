@@ -22,6 +22,7 @@ NO_FILE = {
     "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget", "template",
     "prompt", "system", "stop_text", "type_name", "tensor_type", "target_size", "split_max_size", "alignment", "name",
     "session", "approve", "prompts", "decodes", "depths", "disk", "on_bad_line", "shard", "order", "ray",
+    "host", "alias", "allowed_host", "allowed_origin",
 }  # fmt: skip
 FOLDERS = {"tool_dir"}  # of tools, which write there: tests/chat/test_tools.py
 # What belongs to an input by its name: each of these files is tried.
@@ -29,7 +30,10 @@ MODEL = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mtp-m.gguf")
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
 INPUTS: dict[tuple[str, str], tuple[str, ...]] = {
     **{(name, "model"): MODEL for name in ("chat", "generate", "imatrix", "plan", "bench", "perplexity", "doctor")},
-    **{(name, "mtp"): ("modules.gguf",) for name in ("chat", "generate", "bench", "batch run")},
+    **{(name, "mtp"): ("modules.gguf",) for name in ("chat", "generate", "serve", "bench", "batch run")},
+    ("serve", "model"): MODEL,
+    ("serve", "api_key_file"): ("keys",),
+    ("serve", "warm"): ("warm.jsonl",),
     **{(name, "json_schema"): ("schema.json",) for name in ("chat", "generate", "batch run")},
     **{(name, "imatrix"): ("imatrix.gguf",) for name in ("convert", "quantize", "verify")},
     ("generate", "file"): ("text.txt",),

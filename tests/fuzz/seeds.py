@@ -288,5 +288,51 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "reply": lambda: [b"\xc0a\nb\xff\x07\n\nstop c\xff\x08" + _CALL.encode() + b"\xff\x09d\xff\x03"],
     "schema": lambda: [_bytes(_SCHEMA), _bytes({"name": "s", "schema": _SCHEMA})],
     "tools": lambda: [_bytes({"tools": [_TOOL]})],
+    "served": lambda: [_bytes({
+        "messages": [
+            {"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]},
+            {"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "system", "content": [{"text": "x"}]},
+        ],
+        "tools": [{"type": "namespace", "tools": [_TOOL]}, {"type": "web_search"}], "stream": True,
+        "stream_options": {"include_usage": True}, "thinking": {"type": "enabled", "budget_tokens": 5},
+        "chat_template_kwargs": {"enable_thinking": True}, "unknown": [1], "seed": 1,
+    })],
+    "messages": lambda: [_bytes({
+        "model": "m", "max_tokens": 9, "stream": True, "thinking": {"type": "enabled", "budget_tokens": 5},
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: a=1;"}, {"type": "text", "text": "Be brief."}],
+        "tools": [{"name": "f", "input_schema": _SCHEMA, "strict": True}, {"type": "web_search_20250305"}],
+        "tool_choice": {"type": "auto"}, "stop_sequences": ["x"], "unknown": [1],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "system", "content": "x"},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
+                {"type": "text", "text": "I look."}, {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "c", "is_error": True, "content": [
+                    {"type": "text", "text": "1"}, {"type": "image", "source": {"type": "base64", "data": "x"}}]},
+                {"type": "document", "source": {"type": "text", "data": "x"}}]},
+        ],
+    })],
+    "responses": lambda: [_bytes({
+        "model": "m", "max_output_tokens": 9, "stream": True, "instructions": "Be brief.", "truncation": "disabled",
+        "reasoning": {"effort": "low"}, "include": ["message.output_text.logprobs"], "top_logprobs": 1,
+        "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}, {"type": "function",
+                  "name": "f", "parameters": _SCHEMA, "strict": True}, {"type": "web_search"}],
+        "tool_choice": "auto", "metadata": {"a": "b"}, "unknown": [1],
+        "input": [
+            {"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "namespace": "n", "arguments": "{\"a\": 1}"},
+            {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]},
+            {"type": "web_search_call"}, {"role": "user", "content": "And?"},
+        ],
+    })],
+    "completions": lambda: [_bytes({
+        "model": "m", "prompt": ["Hi", [1, 2]], "echo": True, "logprobs": 1, "max_tokens": 0, "stop": ["x"], "seed": 1,
+        "stream": True, "stream_options": {"include_usage": True}, "best_of": 1, "suffix": "", "unknown": [1],
+    })],
     "request": lambda: [_bytes(_REQUEST), _bytes({"messages": _ASK, **_WITH_SCHEMA})],
 }  # fmt: skip

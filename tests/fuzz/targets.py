@@ -481,3 +481,49 @@ def fuzz_request(data: bytes) -> None:
 
     request = parse_request(parse_json(data), ChatRequest([], Sampling(seed=0)))
     check_text([request.messages, request.tools, request.schema, request.stop_texts])
+
+
+@target
+def fuzz_served(data: bytes) -> None:
+    """What a client of the server sends."""
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
+    from m2lite.serve.chat_completions import read_chat
+
+    request, form = read_chat(data, ChatRequest([], Sampling(seed=0)))
+    check_text([request.messages, request.tools, request.schema, request.stop_texts, form.told])
+
+
+@target
+def fuzz_messages(data: bytes) -> None:
+    """The same in Anthropic's form."""
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
+    from m2lite.serve.messages import read_message
+
+    request, form = read_message(data, ChatRequest([], Sampling(seed=0)))
+    check_text([request.messages, request.tools, request.schema, request.stop_texts, form.told])
+
+
+@target
+def fuzz_responses(data: bytes) -> None:
+    """The same as items of OpenAI's responses."""
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
+    from m2lite.serve.responses import read_response
+
+    request, form = read_response(data, ChatRequest([], Sampling(seed=0)))
+    check_text([request.messages, request.tools, request.schema, request.stop_texts, form.told, form.echo])
+    for name in form.names.inner:
+        assert form.names.ours(*form.names.inner[name]) == name
+
+
+@target
+def fuzz_completions(data: bytes) -> None:
+    """Raw prompts."""
+    from m2lite.dialogue.chat_request import ChatRequest
+    from m2lite.sampling.draw import Sampling
+    from m2lite.serve.completions import read_completion
+
+    request, form, prompts = read_completion(data, ChatRequest([], Sampling(seed=0)))
+    check_text([request.stop_texts, request.schema, form.told, prompts])

@@ -129,7 +129,7 @@ def test_a_key_from_a_file(command_env: dict[str, str], model_files: dict[str, P
         url = process.url.replace("0.0.0.0", "127.0.0.1")
         assert httpx.post(url + CHAT, json=BODY).status_code == 401
         assert httpx.post(url + CHAT, json=BODY, headers={"authorization": "Bearer two"}).status_code == 200
-        lines = [process.read_line() for _ in range(3)]
+        lines = [process.read_line() for _ in range(4)]
         assert any('"content":"Hello"' in line.replace(" ", "") for line in lines)
 
 

@@ -113,6 +113,18 @@ def test_nothing_but_the_prompt(served: Served) -> None:
     assert all(len(top) == 1 for top in told["top_logprobs"][1:])
 
 
+def test_the_end_has_a_logprob(tiny: Model) -> None:
+    """Harnesses take the last one for that of a token that they did not ask for: else the prompt's last would be it."""
+    end = [tiny.tokenizer.eos_id]
+    with serving(tiny, script=lambda _: end) as served:
+        found = choice(served, prompt="Hello there", echo=True, max_tokens=1, logprobs=1, temperature=0)
+    ids = tiny.encode_prompt("Hello there")
+    assert len(found["logprobs"]["token_logprobs"]) == len(ids) + 1
+    assert found["text"] == "Hello there"
+    assert (found["logprobs"]["tokens"][-1], found["logprobs"]["text_offset"][-1]) == ("[e~[", len("Hello there"))
+    assert found["finish_reason"] == "stop"
+
+
 def test_prompts_of_one_request(served: Served, tiny: Model) -> None:
     prompts = ["One", "Two", "Three", "Four", "Five", "Six", "One"]
     found = post(served, prompt=prompts, echo=True, logprobs=1)

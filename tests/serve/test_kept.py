@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from m2lite import Model
+from m2lite import Model, Sampling
+from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.dialogue.encode import encode_kept
 from m2lite.model.cache import PAGE
 from m2lite.serve.kept import KeptAnswers, said
+from m2lite.serve.server import ServeOptions, Server
 from m2lite.text.messages import check_messages
-from m2lite.text.template import encode_chat
+from m2lite.text.template import Template, encode_chat
 from tests.serve.conftest import serving
 from tests.serve.test_chat_completions import WEATHER
 
@@ -127,3 +130,25 @@ def test_an_answer_without_its_thinking_is_the_templates(tiny: Model, n_answers:
     row = encode_kept(tiny.tokenizer, tiny.template, messages, None, True, KeptAnswers().recall())
     text = tiny.tokenizer.decode(encode_chat(tiny.tokenizer, tiny.template, messages))
     assert tiny.tokenizer.decode(row) == text
+
+
+def test_only_what_is_new_is_rendered(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt goes on from that of the last request of its conversation, and is what it would be without."""
+    server = Server(tiny, ServeOptions())
+    messages: list[Any] = [{"role": "system", "content": "word " * 100}, {"role": "user", "content": "Hi"}]
+    rendered = list[int]()
+
+    def count(messages: list[Any], *arguments: Any, **options: Any) -> str:
+        rendered.append(len(json.dumps(messages)))
+        return Template.render_checked(tiny.template, messages, *arguments, **options)
+
+    for n in range(4):
+        request = ChatRequest(check_messages(messages), Sampling(seed=0))
+        expected = Server(tiny, ServeOptions()).encode(request)
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny.template, "render_checked", count)
+            assert server.encode(request) == expected
+        assert (max(rendered) > 500) == (n == 0), rendered
+        rendered.clear()
+        answer = {"role": "assistant", "content": "Hello.", "reasoning_content": "hm" * (n % 2)}
+        messages += [answer, {"role": "user", "content": f"And {n}?"}]

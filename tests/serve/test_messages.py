@@ -212,6 +212,7 @@ def test_a_body_as_an_agent_sends_it(served: Served) -> None:
         ({"thinking": 3}, "thinking is a int"),
         ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "think_budget is -1"),
         ({"tool_choice": {"type": "some"}}, "tool_choice is of type 'some'"),
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice is of type"),
         ({"tools": 3}, "tools is no list"),
         ({"tools": [{"description": "x"}]}, "Tool 0 has no name"),
         ({"stop_sequences": 3}, "stop is neither"),
