@@ -10,13 +10,31 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.clients.agents import AGENTS
 from tests.clients.checks import Client, Report, Trial
+from tests.clients.evaluation import NAME, PACKAGE, evaluate
 from tests.clients.install import install
+from tests.clients.packages import PACKAGES
 
-CLIENTS = {client.name.lower().replace(" ", "-"): client for client in AGENTS}
+Try = Callable[[Path], Report]
+
+
+def _short(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _trial(client: Client) -> Try:
+    return lambda root: Trial(client, root).run()
+
+
+# Name -> package, and what runs it in a directory that is not there yet.
+CLIENTS: dict[str, tuple[str, Try]] = {
+    **{_short(client.name): (client.package, _trial(client)) for client in [*AGENTS, *PACKAGES]},
+    NAME: (PACKAGE, evaluate),
+}
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -29,29 +47,29 @@ def main() -> int:
     unknown = set(options.names) - set(CLIENTS)
     if unknown:
         parser.error(f"there is no {', '.join(unknown)}")
-    chosen = [CLIENTS[name] for name in options.names or CLIENTS]
+    chosen = options.names or list(CLIENTS)
     if options.alone:
         _raise_loopback()
     else:
-        for client in chosen:
-            install(client.package)
+        for name in chosen:
+            install(CLIENTS[name][0])
         command = _isolated()
         if command:
             arguments = [sys.executable, "-m", "tests.clients", "--alone", *sys.argv[1:]]
             return subprocess.call([*command, *arguments])
         print("unshare cannot make a network of its own here: nothing keeps clients from other addresses")
     with tempfile.TemporaryDirectory(prefix="m2lite-clients-") as folder:
-        reports = [_try(client, options.keep or Path(folder)) for client in chosen]
+        reports = [_try(name, options.keep or Path(folder)) for name in chosen]
     _print(reports)
     return 0 if all(report.is_good for report in reports) else 1
 
 
-def _try(client: Client, root: Path) -> Report:
-    print(f"{client.name} ...", flush=True)
-    place = root.resolve() / client.name.lower().replace(" ", "-")
+def _try(name: str, root: Path) -> Report:
+    print(f"{name} ...", flush=True)
+    place = root.resolve() / name
     if place.exists():
         shutil.rmtree(place)
-    return Trial(client, place).run()
+    return CLIENTS[name][1](place)
 
 
 def _isolated() -> list[str]:
@@ -74,20 +92,20 @@ def _raise_loopback() -> None:
 
 
 def _print(reports: list[Report]) -> None:
-    names = list(reports[0].steps)
+    names = list(dict.fromkeys(name for report in reports for name in report.steps))
     head = ["client", "package", *names, "prompt tokens", "cached in the follow-up"]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for report in reports:
+        shown = ["yes" if report.steps[name] == "ok" else "NO" if name in report.steps else "-" for name in names]
+        prompt = f"{report.n_prompt:,}" if report.n_prompt else "-"
         hit = f"{report.n_cached:,} of {report.n_known:,}" if report.n_known else "-"
-        shown = ["yes" if report.steps.get(name) == "ok" else "NO" for name in names]
-        package = report.client.package.lstrip("@")
-        print(f"| {' | '.join([report.client.name, package, *shown, f'{report.n_prompt:,}', hit])} |")
+        print(f"| {' | '.join([report.name, report.package, *shown, prompt, hit])} |")
     for report in reports:
         for name, how in report.steps.items():
             if how != "ok":
-                print(f"\n{report.client.name}, {name}: {how}")
+                print(f"\n{report.name}, {name}: {how}")
         for line in report.refused:
-            print(f"\n{report.client.name}, refused: {line}")
+            print(f"\n{report.name}, refused: {line}")
 
 
 if __name__ == "__main__":

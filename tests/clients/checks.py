@@ -56,7 +56,8 @@ class Client:
 class Report:
     """What worked, a step each."""
 
-    client: Client
+    name: str
+    package: str
     steps: dict[str, str] = field(default_factory=dict)  # "ok", or why not
     n_prompt: int = 0  # tokens of the first question
     n_cached: int = 0  # tokens of the follow-up that were known, of
@@ -82,7 +83,7 @@ class Trial:
     """One client against one server."""
 
     def __init__(self, client: Client, root: Path) -> None:
-        self._client, self.report = client, Report(client)
+        self._client, self.report = client, Report(client.name, client.package)
         self._root = root
         (root / "home").mkdir(parents=True)
         (root / "project").mkdir()
@@ -98,7 +99,7 @@ class Trial:
         }  # fmt: skip
         try:
             self._server.start()
-            self._env = _environment(self._place) | self._client.configure(self._place)
+            self._env = environment(self._place.home, self._place.programs) | self._client.configure(self._place)
             for name, step in steps.items():
                 try:
                     step()
@@ -179,9 +180,9 @@ class Trial:
         with (self._root / "output.txt").open("a") as kept:
             kept.write(f"\n=== {text}: {found.returncode}\n{found.stdout}\n--- stderr\n{found.stderr}\n")
         if found.returncode:
-            raise Failed(f"it ended with {found.returncode}: {_last_line(found.stderr or found.stdout)}")
+            raise Failed(f"it ended with {found.returncode}: {last_line(found.stderr or found.stdout)}")
         if expected not in found.stdout:
-            raise Failed(f"{expected!r} is missing in {_last_line(found.stdout)!r}")
+            raise Failed(f"{expected!r} is missing in {last_line(found.stdout)!r}")
         wait_for(lambda: self._server.metric("requests_processing") == 0, "the end of requests beside the question")
         answered = self._server.answered(mark)
         if not answered:
@@ -189,12 +190,12 @@ class Trial:
         return max(answered, key=lambda each: each.n_prompt)
 
 
-def _environment(place: Place) -> dict[str, str]:
+def environment(home: Path, programs: Path) -> dict[str, str]:
     """Nothing of whoever runs this but the path."""
-    path = f"{place.programs}{os.pathsep}{os.environ['PATH']}"
-    return {"HOME": str(place.home), "PATH": path, "LANG": "C.UTF-8", "TERM": "dumb", "NO_COLOR": "1"}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    return {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8", "TERM": "dumb", "NO_COLOR": "1"}
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""
