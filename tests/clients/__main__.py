@@ -19,7 +19,7 @@ from tests.clients.evaluation import NAME, PACKAGE, evaluate
 from tests.clients.install import install
 from tests.clients.packages import PACKAGES
 
-Try = Callable[[Path], Report]
+Try = Callable[[Path, int | None], Report]
 
 
 def _short(name: str) -> str:
@@ -27,7 +27,7 @@ def _short(name: str) -> str:
 
 
 def _trial(client: Client) -> Try:
-    return lambda root: Trial(client, root).run()
+    return lambda root, n_layers: Trial(client, root, n_layers).run()
 
 
 # Name -> package, and what runs it in a directory that is not there yet.
@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(CLIENTS)}; all by default")
     parser.add_argument("--keep", metavar="DIRECTORY", type=Path, help="where what was said and logged stays")
+    parser.add_argument("--layers", metavar="N", type=int, help="of a slow model, which is asked one question only")
     parser.add_argument("--alone", action="store_true", help="no network but loopback, which is given already")
     options = parser.parse_args()
     unknown = set(options.names) - set(CLIENTS)
@@ -59,17 +60,17 @@ def main() -> int:
             return subprocess.call([*command, *arguments])
         print("unshare cannot make a network of its own here: nothing keeps clients from other addresses")
     with tempfile.TemporaryDirectory(prefix="m2lite-clients-") as folder:
-        reports = [_try(name, options.keep or Path(folder)) for name in chosen]
+        reports = [_try(name, options.keep or Path(folder), options.layers) for name in chosen]
     _print(reports)
     return 0 if all(report.is_good for report in reports) else 1
 
 
-def _try(name: str, root: Path) -> Report:
+def _try(name: str, root: Path, n_layers: int | None) -> Report:
     print(f"{name} ...", flush=True)
     place = root.resolve() / name
     if place.exists():
         shutil.rmtree(place)
-    return CLIENTS[name][1](place)
+    return CLIENTS[name][1](place, n_layers)
 
 
 def _isolated() -> list[str]:
@@ -93,13 +94,13 @@ def _raise_loopback() -> None:
 
 def _print(reports: list[Report]) -> None:
     names = list(dict.fromkeys(name for report in reports for name in report.steps))
-    head = ["client", "package", *names, "prompt tokens", "cached in the follow-up"]
+    head = ["client", "package", *names, "prompt tokens", "s", "cached in the follow-up"]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for report in reports:
         shown = ["yes" if report.steps[name] == "ok" else "NO" if name in report.steps else "-" for name in names]
         prompt = f"{report.n_prompt:,}" if report.n_prompt else "-"
         hit = f"{report.n_cached:,} of {report.n_known:,}" if report.n_known else "-"
-        print(f"| {' | '.join([report.name, report.package, *shown, prompt, hit])} |")
+        print(f"| {' | '.join([report.name, report.package, *shown, prompt, f'{report.seconds:.1f}', hit])} |")
     for report in reports:
         for name, how in report.steps.items():
             if how != "ok":

@@ -118,5 +118,6 @@ AGENTS = [
             "qwen", "--approval-mode", "auto-edit", *(["--continue"] if is_more else []), text,
         ],
         lambda place: call("write_file", {"file_path": str(place.project / MADE), "content": "ok"}),
+        changes="its first message lists the project's files as they are now",
     ),
 ]  # fmt: skip

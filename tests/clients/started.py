@@ -22,10 +22,10 @@ CONTEXT = 131_072
 MODEL = "m2-test"
 _LINE = re.compile(
     r"^req_\w+ POST (?P<path>\S+) (?P<status>\d+) · (?P<prompt>[\d,]+) tokens \((?P<cached>[\d,]+) cached\)"
-    r" · (?P<said>[\d,]+) said.*? · (?P<end>\w+)",
+    r" · (?P<said>[\d,]+) said.*? · (?P<end>\w+) · (?P<seconds>[\d.]+) s$",
     re.MULTILINE,
 )
-_FAILED = re.compile(r"^req_\w+ \w+ \S+ (?:[45]\d\d|no answer)\b.*$|^.*internal error.*$", re.MULTILINE)
+_FAILED = re.compile(r"^req_\w+ \w+ \S+ [45]\d\d\b.*$|^.*internal error.*$", re.MULTILINE)
 
 
 class Failed(Exception):
@@ -40,22 +40,23 @@ class Answered(NamedTuple):
     n_cached: int
     n_said: int
     end: str
+    seconds: float
 
 
-def write_test_model(folder: Path) -> Path:
+def write_test_model(folder: Path, n_layers: int) -> Path:
     """Small, with a context that clients' prompts fit into, and with m2-tiny's tokenizer, so that text is text."""
     tiny = ROOT / "models" / "m2-tiny" / "m2-tiny.gguf"
-    shape = Shape(n_heads=2, n_kv_heads=1, n_ctx=CONTEXT, n_vocab=4096)
+    shape = Shape(n_layers=n_layers, n_heads=2, n_kv_heads=1, n_ctx=CONTEXT, n_vocab=4096)
     return write_model(folder / f"{MODEL}.gguf", shape=shape, tokenizer=tiny)
 
 
 class Started:
     """The server of one client. May be stopped and started again: its port and its pages on disk stay."""
 
-    def __init__(self, folder: Path, script: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, script: list[dict[str, Any]], n_layers: int = 2) -> None:
         self._folder, self._log = folder, folder / "server.log"
         self._log.touch()
-        self._model = write_test_model(folder)
+        self._model = write_test_model(folder, n_layers)
         (folder / "script.json").write_text(json.dumps(script))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
@@ -81,7 +82,7 @@ class Started:
     def stop(self) -> None:
         if self._child is not None:
             self._child.send_signal(signal.SIGTERM)
-            self._child.wait(60)
+            self._child.wait(600)  # it writes its pages
 
     def mark(self) -> int:
         """A place in the log."""
@@ -95,7 +96,7 @@ class Started:
         found = list[Answered]()
         for line in _LINE.finditer(self.log(since)):
             numbers = [int(line[name].replace(",", "")) for name in ("prompt", "cached", "said")]
-            found.append(Answered(line["path"], *numbers, line["end"]))
+            found.append(Answered(line["path"], *numbers, line["end"], float(line["seconds"])))
         return found
 
     def refused(self, since: int) -> list[str]:
