@@ -40,6 +40,7 @@ class Shape:
     n_ff: int = 32
     n_ctx: int = 4096
     rope_theta: float = 10_000.0
+    n_vocab: int = N_VOCAB
 
 
 # Every row is whole super-blocks of 256.
@@ -84,9 +85,11 @@ def write_model(
     phrase: str | None = None,
     end: int = END,
     embedded: float = 1.0,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write a model to `path` and return it. Without a script the weights are random.
 
+    `tokenizer`: a model whose tokenizer it has, of `shape.n_vocab` tokens, and not the one of bytes.
     `end`: what the file calls the end of a reply, right or wrong.
     `embedded`: the length of a token's direction; the longer, the more follows from the last token, and ids vary.
     `phrase`: the text of the token PHRASE, for a script that has to say the same letter twice.
@@ -95,7 +98,11 @@ def write_model(
     """
     shape = shape or Shape()
     writer = gguf.GGUFWriter(path, arch)
-    _write_metadata(writer, arch, shape, phrase, end)
+    _write_metadata(writer, arch, shape)
+    if tokenizer is None:
+        _write_bytes(writer, phrase, end)
+    else:
+        _copy_tokenizer(writer, tokenizer)
     for key, value in (metadata or {}).items():
         add = {int: writer.add_uint32, str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
         add[type(value)](key, value)  # type: ignore[operator]
@@ -169,13 +176,13 @@ def _tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
         "ffn_up_exps.weight": ((e, ff, d), "experts"),
         "ffn_down_exps.weight": ((e, d, ff), "experts"),
     }
-    tensors: dict[str, tuple[tuple[int, ...], str]] = {"token_embd.weight": ((N_VOCAB, d), "exact")}
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {"token_embd.weight": ((shape.n_vocab, d), "exact")}
     for i in range(shape.n_layers):
         tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
-    return tensors | {"output_norm.weight": ((d,), "norm"), "output.weight": ((N_VOCAB, d), "exact")}
+    return tensors | {"output_norm.weight": ((d,), "norm"), "output.weight": ((shape.n_vocab, d), "exact")}
 
 
-def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: str | None, end: int) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape) -> None:
     for key, value in {
         "block_count": shape.n_layers,
         "context_length": shape.n_ctx,
@@ -190,11 +197,21 @@ def _write_metadata(writer: gguf.GGUFWriter, arch: str, shape: Shape, phrase: st
         "expert_count": shape.n_experts,
         "expert_used_count": shape.n_experts_used,
         "expert_gating_func": 2,
-        "vocab_size": N_VOCAB,
+        "vocab_size": shape.n_vocab,
     }.items():
         writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_float32(f"{arch}.rope.freq_base", shape.rope_theta)
+
+
+def _copy_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
+    for key, field in gguf.GGUFReader(path).fields.items():
+        if key.startswith("tokenizer.ggml."):
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+
+
+def _write_bytes(writer: gguf.GGUFWriter, phrase: str | None, end: int) -> None:
     plain = PLAIN if phrase is None else (*PLAIN, phrase)
     added = [*CONTROL, *plain]
     n_unused = N_VOCAB - 256 - len(added) - 1

@@ -44,8 +44,10 @@ def serve(
         str | None, typer.Option("--warm", metavar="FILE", help="Bodies of chat completions, one a line, to compute")
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked and answered")] = False,
+    test_script: Annotated[str | None, typer.Option("--test-script", hidden=True)] = None,
 ) -> None:
     """Answer clients of OpenAI's interface over HTTP, until Ctrl-C."""
+    from m2lite.serve.scripted import read_script
     from m2lite.serve.server import ServeOptions, Server
     from m2lite.serve.warm import read_bodies
 
@@ -67,6 +69,7 @@ def serve(
             allowed_hosts=(host, *(allowed_host or [])), allowed_origins=tuple(allowed_origin or []),
             logs_prompts=log_prompts, sampling=defaults.sampling, max_tokens=defaults.max_tokens,
             think_tokens=defaults.think_tokens, seed=settings.seed,
+            script=None if test_script is None else read_script(test_script, model.tokenizer),
         )  # fmt: skip
         server = Server(model, options)
         for line in server.describe():
