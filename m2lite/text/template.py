@@ -17,7 +17,6 @@ from m2lite.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
 
-__all__ = ["Template", "encode_chat", "load_template"]
 
 KEY: Final = "tokenizer.chat_template"
 # Templates that were read by a person and need no child process: MiniMax-M2's own and the built-in one.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
     from m2lite.text.pieces import SentencePieces
 
-__all__ = ["DecodeStream", "Tokenizer", "load_tokenizer"]
-
 
 class Tokenizer:
     """The vocabulary of one model file. Added tokens come from `encode(control=True)` only."""
