@@ -147,8 +147,7 @@ class ReplyStream:
         assert self._pending is not None
         ids = self._pending[1:]
         is_closed = ids[-1:] == [self._tokenizer.tool_close_id]
-        stream = self._tokenizer.stream()
-        text = b"".join(map(stream.next_bytes, ids[:-1] if is_closed else ids)).decode(errors="replace")
+        text = self._tokenizer.decode(ids[:-1] if is_closed else ids)
         if not is_whole_call(text, self._tools or ()):
             return self._give_up()
         pending, self._pending, self._ended_by_call = self._pending, None, True
