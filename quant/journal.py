@@ -114,7 +114,7 @@ class Journal:
 
     def begin(self, ticket: Ticket) -> None:
         """A journal of this job, in which nothing is done."""
-        self._log.clear()
+        self._log.cut(0)
         self.entries = {}
         self._log.append([ticket.line()])
 

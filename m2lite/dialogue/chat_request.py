@@ -162,10 +162,6 @@ def _schema(name: str, value: Any) -> Schema | None:
     return schema
 
 
-def _stop(name: str, value: Any) -> tuple[str, ...]:
-    return check_stop_texts(value)
-
-
 # Field -> how its value is read. The names of `ChatRequest` and `Sampling` where those have it.
 FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "messages": parse_messages,
@@ -182,7 +178,7 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "seed": _whole(0, 2**64 - 1),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
-    "stop": _stop,
+    "stop": lambda name, value: check_stop_texts(value),
     "response_format": _schema,
     "logprobs": _flag,
     "top_logprobs": _whole(0, MOST_LOGPROBS),
@@ -242,21 +238,12 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
 
     `m2lite_warnings`, where there are any, says what was wrong with its tool calls or may have been meant otherwise.
     """
-    reply, stats = answer.reply, answer.stats
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
-    if reply.thinking:
-        message["reasoning_content"] = reply.thinking
+    reply = answer.reply
+    message = reply.message()
     if reply.tool_calls:
+        start = f"call_{_hash(name, answer)}_"
         message["tool_calls"] = [
-            {
-                "id": f"call_{_hash(name, answer)}_{n}",
-                "type": "function",
-                "function": {
-                    "name": call["function"]["name"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for n, call in enumerate(reply.tool_calls)
+            _written_call(f"{start}{n}", **call["function"]) for n, call in enumerate(reply.tool_calls)
         ]
     is_called = reply.tool_calls and answer.finish_reason == "stop"
     choice = {
@@ -265,21 +252,21 @@ def response_body(answer: Completion, tokenizer: Tokenizer, name: str, model: st
         "logprobs": response_logprobs(answer.logprobs, tokenizer),
         "finish_reason": "tool_calls" if is_called else answer.finish_reason,
     }
-    n_out = len(answer.tokens)
-    warnings = {"m2lite_warnings": reply.errors} if reply.errors else {}
-    return {
+    n_in, n_out = answer.stats.n_prompt, len(answer.tokens)
+    body = {
         "id": name,
         "object": "chat.completion",
         "created": created,
         "model": model,
         "choices": [choice],
-        "usage": {
-            "prompt_tokens": stats.n_prompt,
-            "completion_tokens": n_out,
-            "total_tokens": stats.n_prompt + n_out,
-        },
-        **warnings,
+        "usage": {"prompt_tokens": n_in, "completion_tokens": n_out, "total_tokens": n_in + n_out},
     }
+    return body | ({"m2lite_warnings": reply.errors} if reply.errors else {})
+
+
+def _written_call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def _hash(name: str, answer: Completion) -> str:

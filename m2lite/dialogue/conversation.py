@@ -309,10 +309,5 @@ class Conversation:
                     "larger --ctx."
                 )
                 break
-        return ContextError(
-            f"This message needs {needed:,} tokens; {free:,} are free of {error.limit:,}.",
-            todo,
-            needed=needed,
-            free=free,
-            limit=error.limit,
-        )
+        what = f"This message needs {needed:,} tokens; {free:,} are free of {error.limit:,}."
+        return ContextError(what, todo, needed=needed, free=free, limit=error.limit)

@@ -16,8 +16,6 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, field
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -77,16 +75,20 @@ def foresee(logits: Logits, sampling: Sampling, stream: int = 0, position: int =
     With the random number that the model's own draw will use: where a draft's logits rank the candidates as the
     model's do, both draw the same. Greedy, the share is that of the largest logit against the second.
     """
+    from m2lite.kernels.draw import choose_largest  # late: options are parsed before Numba is needed
+
     if sampling.temperature == 0:
-        token, share = _compiled().choose_largest(logits)
+        token, share = choose_largest(logits)
     else:
         token, share = _draw(logits, sampling, stream, position)
     return _checked(int(token), position), float(share)
 
 
 def _draw(logits: Logits, sampling: Sampling, stream: int, position: int) -> tuple[int, float]:
-    kernels, n = _compiled(), min(sampling.top_k or logits.size, logits.size)
-    among = kernels.draw_top_k if n <= kernels.MAX_TOP_K else kernels.draw_sorted
+    from m2lite.kernels.draw import MAX_TOP_K, draw_sorted, draw_top_k
+
+    n = min(sampling.top_k or logits.size, logits.size)
+    among = draw_top_k if n <= MAX_TOP_K else draw_sorted
     options = n, sampling.temperature, sampling.top_p, sampling.min_p
     token, share = among(logits, *options, np.uint64(sampling.seed), np.uint64(stream), np.uint64(position))
     return int(token), share
@@ -99,14 +101,6 @@ def _checked(token: int, position: int) -> int:
             "The weights may be damaged: download or convert the file again.",
         )
     return token
-
-
-@cache
-def _compiled() -> ModuleType:
-    """Imported late: options are parsed before Numba is needed."""
-    from m2lite.kernels import draw
-
-    return draw
 
 
 def ranked(logits: Logits, top_k: int) -> npt.NDArray[np.int64]:

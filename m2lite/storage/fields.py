@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,8 @@ Words = NDArray[np.uint32]
 Parts = tuple[NDArray[Any], Floats, Floats | None]
 
 
-def quiet(unpack: Callable[[Bytes], Floats]) -> Callable[[Bytes], Floats]:
-    """Without warnings: a block may hold any bytes, so a scale may be infinite or NaN."""
-
-    @wraps(unpack)
-    def wrapped(blocks: Bytes) -> Floats:
-        with np.errstate(all="ignore"):
-            return unpack(blocks)
-
-    return wrapped
+# Decorates functions that unpack: a block may hold any bytes, so a scale may be infinite or NaN.
+quiet = np.errstate(all="ignore")
 
 
 def weights_of(take_apart: Callable[[Bytes], Parts]) -> Callable[[Bytes], Floats]:

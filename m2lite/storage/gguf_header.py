@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -40,6 +40,8 @@ KEY_HEADER_HASH = "m2lite.header_xxh64"  # of the header with these eight bytes 
 _KEY_TEMPLATE = "tokenizer.chat_template"
 
 _ASK_AGAIN = "Download or convert it again."
+_DOWNLOAD = "Download the model again."
+_CONVERT = "Convert the model again."
 _INCOMPLETE = "Is the download incomplete? Fetch the whole file."
 
 
@@ -74,19 +76,15 @@ VALUE_TYPES = (
 )
 
 # (how a file begins, what that means), for files that are not GGUF.
-_FOREIGN = (
+_FOREIGN: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, the model itself was not fetched", "Run `git lfs pull` there."),
-    (b"<!doctype html", "an HTML page, likely an error or login page saved as the model", "Download the model again."),
-    (b"<html", "an HTML page, likely an error or login page saved as the model", "Download the model again."),
-    (b"<?xml", "an XML page, likely an error message saved as the model", "Download the model again."),
-    (b'{"error', "an error message in JSON saved as the model", "Download the model again."),
-    (b"invalid username or password", "an error message saved as the model", "Download the model again."),
-    (b"entry not found", "an error message saved as the model", "Download the model again."),
+    ((b"<!doctype html", b"<html"), "an HTML page, likely an error or login page saved as the model", _DOWNLOAD),
+    (b"<?xml", "an XML page, likely an error message saved as the model", _DOWNLOAD),
+    (b'{"error', "an error message in JSON saved as the model", _DOWNLOAD),
+    ((b"invalid username or password", b"entry not found"), "an error message saved as the model", _DOWNLOAD),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"pk\x03\x04", "a zip archive or a PyTorch checkpoint", "Convert the checkpoint's safetensors instead."),
-    (b"ggjt", "a GGML file from before GGUF", "Convert the model again."),
-    (b"tjgg", "a GGML file from before GGUF", "Convert the model again."),
-    (b"lmgg", "a GGML file from before GGUF", "Convert the model again."),
+    ((b"ggjt", b"tjgg", b"lmgg"), "a GGML file from before GGUF", _CONVERT),
     (b"fuug", "a GGUF file in swapped byte order", "Convert it again on a little-endian machine."),
     (b"\0\0\0\0", "zeros where the format's name belongs, an unfinished download or conversion", _ASK_AGAIN),
 )
@@ -117,7 +115,7 @@ class GGUFArray:
             raise BadModelError(
                 f"{self._path}: key '{self.key}' is an array of {self.item_type.name}, expected "
                 f"{type_name or kind.__name__}.",
-                "Convert the model again.",
+                _CONVERT,
             )
         if self.item_type is not _STRING:
             return cast("list[Item]", self.numpy().tolist())
@@ -126,8 +124,12 @@ class GGUFArray:
             return strings
         try:
             return [string.decode() for string in strings]
-        except UnicodeDecodeError:
-            raise self._not_utf8(strings) from None
+        except UnicodeDecodeError as error:
+            raise BadModelError(
+                f"{self._path}: key '{self.key}': string {strings.index(error.object)} of {self.n_items} is not UTF-8 "
+                f"({error.reason} at its byte {error.start}: {error.object[:32]!r}).",
+                _CONVERT,
+            ) from None
 
     def __repr__(self) -> str:
         """For a person who reads an error."""
@@ -174,18 +176,6 @@ class GGUFArray:
             strings.append(raw[start:position])
         return strings
 
-    def _not_utf8(self, strings: list[bytes]) -> BadModelError:
-        for index, string in enumerate(strings):
-            try:
-                string.decode()
-            except UnicodeDecodeError as error:
-                return BadModelError(
-                    f"{self._path}: key '{self.key}': string {index} of {self.n_items} is not UTF-8 "
-                    f"({error.reason} at its byte {error.start}: {string[:32]!r}).",
-                    "Convert the model again.",
-                )
-        raise AssertionError("every string is UTF-8")
-
 
 Value = Scalar | GGUFArray
 
@@ -206,7 +196,6 @@ class TensorInfo:
 class Header:
     """What one file says of itself. `spans` are the bytes of each key's type and value, `n_bytes` the header's own."""
 
-    version: int
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
     alignment: int
@@ -281,12 +270,8 @@ class _Cursor:
         self.position = position
 
 
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
 def _parse_value(cursor: _Cursor, key: str) -> Value:
-    what = f"key '{_printable(key)}'"
+    what = f"key '{key}'"
     value_type = _parse_type(cursor, what)
     start = cursor.position
     if value_type is _ARRAY:
@@ -337,7 +322,7 @@ def _parse_metadata(cursor: _Cursor, n_keys: int) -> tuple[dict[str, Value], dic
         start = cursor.position
         key = cursor.name(f"metadata key {index} of {n_keys}", _MAX_KEY_BYTES)
         if key in metadata:
-            raise cursor.error(f"key '{_printable(key)}' appears a second time at byte {start}")
+            raise cursor.error(f"key '{key}' appears a second time at byte {start}")
         start = cursor.position
         metadata[key] = _parse_value(cursor, key)
         spans[key] = start, cursor.position
@@ -352,19 +337,10 @@ def _parse_metadata(cursor: _Cursor, n_keys: int) -> tuple[dict[str, Value], dic
     return metadata, spans
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A row of the tensor table as it is in the file."""
-
-    name: str
-    dims: tuple[int, ...]  # fastest first
-    format: BlockFormat
-    relative_offset: int
-
-
-def _parse_entry(cursor: _Cursor, index: int, n_tensors: int) -> _Entry:
+def _parse_entry(cursor: _Cursor, index: int, n_tensors: int, part: int) -> TensorInfo:
+    """A row of the tensor table as it is in the file: its offset is from where the data begins."""
     name = cursor.name(f"name of tensor {index} of {n_tensors}", _MAX_NAME_BYTES)
-    what = f"tensor '{_printable(name)}'"
+    what = f"tensor '{name}'"
     start = cursor.position
     n_dims = cursor.u32(f"number of dimensions of {what}")
     if not 1 <= n_dims <= _MAX_DIMS:
@@ -395,28 +371,26 @@ def _parse_entry(cursor: _Cursor, index: int, n_tensors: int) -> _Entry:
         raise cursor.error(
             f"{what} has rows of {dims[0]} weights, which are not whole {fmt.name} blocks of {fmt.n_weights}"
         )
-    return _Entry(name, dims, fmt, cursor.u64(f"offset of {what}"))
+    n_bytes = math.prod(dims) // fmt.n_weights * fmt.n_bytes
+    return TensorInfo(name, fmt, dims[::-1], cursor.u64(f"offset of {what}"), n_bytes, part)
 
 
-def _place(cursor: _Cursor, entries: Sequence[_Entry], alignment: int, part: int) -> dict[str, TensorInfo]:
+def _place(cursor: _Cursor, entries: Sequence[TensorInfo], alignment: int) -> dict[str, TensorInfo]:
     """Absolute offsets, checked to be aligned, ascending, apart and within the file."""
     data_offset = cursor.position + -cursor.position % alignment
     tensors: dict[str, TensorInfo] = {}
     free_from, before = data_offset, ""
     for entry in entries:
-        what = f"tensor '{_printable(entry.name)}'"
+        what = f"tensor '{entry.name}'"
         if entry.name in tensors:
             raise cursor.error(f"{what} appears twice")
-        if entry.relative_offset % alignment:
-            raise cursor.error(
-                f"{what} has offset {entry.relative_offset}, not a multiple of the alignment {alignment}"
-            )
-        offset = data_offset + entry.relative_offset
+        if entry.offset % alignment:
+            raise cursor.error(f"{what} has offset {entry.offset}, not a multiple of the alignment {alignment}")
+        offset = data_offset + entry.offset
         if offset < free_from:
             raise cursor.error(f"{what} begins at byte {offset}, before {before} ends at byte {free_from}")
-        n_bytes = math.prod(entry.dims) // entry.format.n_weights * entry.format.n_bytes
-        tensors[entry.name] = TensorInfo(entry.name, entry.format, entry.dims[::-1], offset, n_bytes, part)
-        free_from, before = offset + n_bytes, what
+        tensors[entry.name] = replace(entry, offset=offset)
+        free_from, before = offset + entry.n_bytes, what
     if free_from > cursor.size and before:
         raise cursor.error(
             f"the file is {free_from - cursor.size} bytes short: {before} ends at byte {free_from}, the file at byte "
@@ -435,7 +409,7 @@ def parse_header(data: mmap.mmap | bytes, path: str = "file", part: int = 0) -> 
     if version not in _VERSIONS:
         if version & 0xFFFF == 0 and version:
             raise cursor.error("is a big-endian GGUF file, only little-endian ones are supported", "Convert it again.")
-        raise cursor.error(f"is GGUF version {version}, supported are versions 2 and 3", "Convert the model again.")
+        raise cursor.error(f"is GGUF version {version}, supported are versions 2 and 3", _CONVERT)
     n_tensors = cursor.u64("number of tensors")
     n_keys = cursor.u64("number of metadata keys")
     for found, limit, what in ((n_tensors, _MAX_TENSORS, "tensors"), (n_keys, _MAX_KEYS, "metadata keys")):
@@ -443,9 +417,9 @@ def parse_header(data: mmap.mmap | bytes, path: str = "file", part: int = 0) -> 
             raise cursor.error(f"claims {found} {what}, at most {limit} are allowed")
     metadata, spans = _parse_metadata(cursor, n_keys)
     alignment = cast("int", metadata.get(KEY_ALIGNMENT, _DEFAULT_ALIGNMENT))
-    entries = [_parse_entry(cursor, index, n_tensors) for index in range(n_tensors)]
+    entries = [_parse_entry(cursor, index, n_tensors, part) for index in range(n_tensors)]
     n_bytes = cursor.position
-    return Header(version, metadata, _place(cursor, entries, alignment, part), alignment, spans, n_bytes)
+    return Header(metadata, _place(cursor, entries, alignment), alignment, spans, n_bytes)
 
 
 def check_magic(start: bytes, size: int, path: str) -> None:

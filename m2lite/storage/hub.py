@@ -33,11 +33,6 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def repository_name(path: Path) -> str:
-    """models--ORG--NAME -> ORG/NAME, as it is called on the hub."""
-    return path.name.removeprefix(REPOSITORY).replace("--", "/", 1)
-
-
 def _snapshot_of(repository: Path, snapshots: Path) -> Path:
     commit = _read_ref(repository / "refs" / BRANCH)
     if commit is not None and (snapshots / commit).is_dir():
@@ -45,7 +40,7 @@ def _snapshot_of(repository: Path, snapshots: Path) -> Path:
     found = sorted(child for child in snapshots.iterdir() if child.is_dir() and not child.name.startswith("."))
     if len(found) == 1:
         return found[0]
-    name = repository_name(repository)
+    name = repository.name.removeprefix(REPOSITORY).replace("--", "/", 1)  # ORG/NAME, as on the hub
     if not found:
         raise BadModelError(f"{repository} holds no snapshot of {name}.", f"Fetch it: hf download {name}")
     raise UsageError(

@@ -20,10 +20,8 @@ _LAYER = (
 )  # fmt: skip
 _SIZES = ("embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
 
-ReadRow = Callable[[str], npt.NDArray[np.float32]]
 
-
-def hash_trunk(sizes: Iterable[int], n_layers: int, read_row: ReadRow) -> str:
+def hash_trunk(sizes: Iterable[int], n_layers: int, read_row: Callable[[str], npt.NDArray[np.float32]]) -> str:
     """Identity of a trunk from its sizes, norms, selection biases and the first row of every router.
 
     `read_row(name)` gives the first row (all of a vector) in float32. An F32, Q8_0 and Q4_0 file of one checkpoint

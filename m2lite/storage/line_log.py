@@ -27,7 +27,8 @@ class LineLog:
         with disk_errors(self.path, _BLOCK_BYTES):
             self._fd: int | None = open_locked(self.path, 0o600)
             if keeps_lines:
-                data = _read_all(self._fd)
+                with os.fdopen(self._fd, "rb", closefd=False) as file:
+                    data = file.read()
                 self._size = data.rfind(b"\n") + 1
                 self.lines = data[: self._size].split(b"\n")[:-1]
             else:
@@ -67,10 +68,6 @@ class LineLog:
             durable.fsops.close(fd)
             sync_directory(self.path.parent)
 
-    def clear(self) -> None:
-        """No line is left, on disk too."""
-        self.cut(0)
-
     def cut(self, n_lines: int) -> None:
         """The first `n_lines` are left, on disk too."""
         assert self._keeps_lines
@@ -107,13 +104,6 @@ class LineLog:
             fd, self._fd = self._fd, None
             with disk_errors(self.path, 0):
                 durable.fsops.close(fd)
-
-
-def _read_all(fd: int) -> bytes:
-    chunks: list[bytes] = []
-    while chunk := os.pread(fd, 1 << 20, sum(map(len, chunks))):
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def _end_of_lines(fd: int) -> int:

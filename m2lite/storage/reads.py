@@ -78,10 +78,6 @@ class Reads(ABC):
         """Where the byte is, or will be once a range with it was read."""
 
     @abstractmethod
-    def missing_bytes(self, r: Range) -> int:
-        """How much of a range that was read before has left memory since."""
-
-    @abstractmethod
     def adopt(self, r: Range) -> bool:
         """Whether an earlier run left the whole range where `read` would put it; what else it left of it is let go."""
 
@@ -115,19 +111,16 @@ class MappedReads(Reads):
         super().__init__(files)
         self._pieces = [piece_bytes(file.fd) for file in files]
         self._probes = [None if syscalls.tells_residency(file.fd) else open_probe(file.fd) for file in files]
-        self._scratch = threading.local()
 
     def address(self, part: int, offset: int) -> int:
         return self._files[part].address + offset
 
     def missing_bytes(self, r: Range) -> int:
+        """How much of a range that was read before has left memory since."""
         start, size = syscalls.whole_pages(self.address(r.part, r.offset), r.n_bytes)
         probe = self._probes[r.part]
         if probe is None:
-            into = getattr(self._scratch, "pages", None)
-            if into is None or len(into) * syscalls.PAGE < size:
-                into = self._scratch.pages = np.empty(size // syscalls.PAGE, np.uint8)
-            return min(r.n_bytes, size - syscalls.PAGE * syscalls.mincore(start, size, into))
+            return min(r.n_bytes, size - syscalls.PAGE * syscalls.mincore(start, size))
         return 0 if _is_cached(probe, r) else r.n_bytes
 
     def adopt(self, r: Range) -> bool:
@@ -200,9 +193,6 @@ class DirectReads(Reads):
 
     def address(self, part: int, offset: int) -> int:
         return self._addresses[part] + offset
-
-    def missing_bytes(self, r: Range) -> int:
-        return 0  # memory of our own stays
 
     def adopt(self, r: Range) -> bool:
         advise(self._files[r.part].fd, r.offset, r.n_bytes, "DONTNEED")  # else it would be in memory twice

@@ -57,21 +57,21 @@ def madvise(address: int, n_bytes: int, advice: int) -> int:
     return ctypes.get_errno() or -1
 
 
-def mincore(address: int, n_bytes: int, into: NDArray[np.uint8]) -> int:
-    """How many of the range's pages are in memory, whoever read them; `into` has a byte for each page.
+def mincore(address: int, n_bytes: int) -> int:
+    """How many of the range's whole pages are in memory, whoever read them.
 
     For a file that the caller neither owns nor may write, Linux says that all of them are: see `tells_residency`.
     """
-    n_pages = n_bytes // PAGE
-    if _libc().mincore(address, n_bytes, into.ctypes.data):
+    pages = np.empty(n_bytes // PAGE, np.uint8)
+    if _libc().mincore(address, n_bytes, pages.ctypes.data):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(np.count_nonzero(into[:n_pages] & 1))
+    return int(np.count_nonzero(pages & 1))
 
 
 def resident_bytes(memory: NDArray[Any]) -> int:
     """How much of memory of our own was touched."""
     start, size = whole_pages(memory.ctypes.data, memory.nbytes)
-    return PAGE * mincore(start, size, np.empty(size // PAGE, np.uint8)) if size else 0
+    return PAGE * mincore(start, size) if size else 0
 
 
 def tells_residency(fd: int) -> bool:

@@ -6,7 +6,6 @@ one, and the next one that is read into it needs no new page, which spares the p
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
@@ -18,52 +17,15 @@ from m2lite.storage.reads import DirectReads, MappedReads, Range, reserve_memory
 RangesOf = Callable[[int], list[Range]]
 
 
-class Units(ABC):
-    """Where units are and how they come; one thread calls, but for `fill`."""
-
-    @abstractmethod
-    def fetch(self, unit: int, leaving: Sequence[int]) -> list[Future[int]]:
-        """Begin to read a unit into the memory that others leave; the results add up to the bytes that were read."""
-
-    def cancel(self, flight: Sequence[Future[int]]) -> bool:
-        """Call off what of a fetch was not begun and wait for the rest; whether something was called off."""
-        cancelled = [future.cancel() for future in flight]
-        wait([future for future in flight if not future.cancelled()])
-        return any(cancelled)
-
-    @abstractmethod
-    def reserve(self, unit: int) -> None:
-        """Before `fill`."""
-
-    @abstractmethod
-    def fill(self, unit: int) -> int:
-        """Read a unit on the caller's thread; returns how many bytes were read."""
-
-    @abstractmethod
-    def drop(self, unit: int) -> None:
-        """Give a unit's memory back."""
-
-    @abstractmethod
-    def adopt(self, unit: int) -> bool:
-        """Whether an earlier run left the unit whole where it belongs; what else it left of it is let go."""
-
-    @abstractmethod
-    def is_damaged(self, unit: int) -> bool:
-        """Whether something of a unit has left memory without our doing."""
-
-    @abstractmethod
-    def place(self, unit: int, index: int) -> int:
-        """How many units lie before it from the base of its kind on; `index` is its own among those of the file."""
-
-
-class MappedUnits(Units):
-    """In the page cache."""
+class MappedUnits:
+    """In the page cache. One thread calls, but for `fill`."""
 
     def __init__(self, reads: MappedReads, ranges: RangesOf) -> None:
         self._reads, self._ranges = reads, ranges
         self._leaving: dict[int, Future[int]] = {}  # units that left last, and the job that releases them
 
     def fetch(self, unit: int, leaving: Sequence[int]) -> list[Future[int]]:
+        """Begin to read a unit into the memory that others leave; the results add up to the bytes that were read."""
         after = self._leaving.pop(unit, None)  # its own memory may still be on its way back
         first, *others = self._ranges(unit)
         released = [r for other in leaving for r in self._ranges(other)]
@@ -72,36 +34,43 @@ class MappedUnits(Units):
         return flight + [self._reads.submit(r, (), after) for r in others]
 
     def cancel(self, flight: Sequence[Future[int]]) -> bool:
+        """Call off what of a fetch was not begun and wait for the rest; whether something was called off."""
         wait(flight[:1])  # it releases others
-        return super().cancel(flight[1:])
+        return _cancel(flight[1:])
 
     def reserve(self, unit: int) -> None:
+        """Before `fill`."""
         after = self._leaving.pop(unit, None)
         if after is not None:
             wait([after])
 
     def fill(self, unit: int) -> int:
+        """Read a unit on the caller's thread; returns how many bytes were read."""
         return sum(self._reads.read(r) for r in self._ranges(unit))
 
     def drop(self, unit: int) -> None:
+        """Give a unit's memory back."""
         for r in self._ranges(unit):
             self._reads.release(r)
 
     def adopt(self, unit: int) -> bool:
+        """Whether an earlier run left the unit whole where it belongs; what else it left of it is let go."""
         there = [self._reads.adopt(r) for r in self._ranges(unit)]
         if any(there) and not all(there):
             self.drop(unit)
         return all(there)
 
     def is_damaged(self, unit: int) -> bool:
+        """Whether something of a unit has left memory without our doing."""
         return any(self._reads.missing_bytes(r) for r in self._ranges(unit))
 
     def place(self, unit: int, index: int) -> int:
+        """How many units lie before it from the base of its kind on; `index` is its own among those of the file."""
         return index
 
 
-class SlotUnits(Units):
-    """In slots; units whose ranges have the same sizes share them."""
+class SlotUnits:
+    """In slots; units whose ranges have the same sizes share them. Its methods are those of `MappedUnits`."""
 
     def __init__(self, reads: DirectReads, ranges: RangesOf, n_units: int) -> None:
         self._reads, self._ranges = reads, ranges
@@ -117,6 +86,9 @@ class SlotUnits(Units):
     def fetch(self, unit: int, leaving: Sequence[int]) -> list[Future[int]]:
         self._take(unit, leaving)
         return [self._reads.submit_into(r, address) for r, address in self._targets(unit)]
+
+    def cancel(self, flight: Sequence[Future[int]]) -> bool:
+        return _cancel(flight)
 
     def reserve(self, unit: int) -> None:
         self._take(unit, ())
@@ -150,6 +122,15 @@ class SlotUnits(Units):
 
     def place(self, unit: int, index: int) -> int:
         return self._slot[unit]
+
+
+Units = MappedUnits | SlotUnits
+
+
+def _cancel(flight: Sequence[Future[int]]) -> bool:
+    cancelled = [future.cancel() for future in flight]
+    wait([future for future in flight if not future.cancelled()])
+    return any(cancelled)
 
 
 class _Slots:

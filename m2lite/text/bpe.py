@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from tokenizers import Regex, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from m2lite.text.vocabulary import KEY, NORMAL, UNUSED, Vocabulary, check_choice
+from m2lite.text.vocabulary import KEY, NORMAL, UNUSED, Keys, Vocabulary
 
 if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
@@ -44,7 +44,7 @@ class BytePairs:
     """Bytes joined by the file's merges."""
 
     def __init__(self, gguf: GGUFFile, vocabulary: Vocabulary) -> None:
-        pattern = PATTERNS[check_choice(gguf, "pre", tuple(PATTERNS))]
+        pattern = PATTERNS[Keys(gguf).choice("pre", tuple(PATTERNS))]
         if vocabulary.add_space_prefix:
             raise vocabulary.error(f"key '{KEY}add_space_prefix' is true, which byte-level BPE does not have.")
         self._vocabulary = vocabulary

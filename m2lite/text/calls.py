@@ -19,7 +19,7 @@ from m2lite.text.schema import ANYTHING, Allowed, Arguments, Schema, SchemaError
 
 _TAG = re.compile(r"<(invoke|parameter)\s+name=|</(invoke|parameter)>")
 _NAME = re.compile(r"\s*(?:\"([^\"<>\n]*)\"|'([^'<>\n]*)'|\"([^\n]{0,1000}?)\"|([^>\s\"']*))\s*>")
-_BLANKS = re.compile(r"\s*")
+_NEXT_CALL = re.compile(r"\s*(<invoke|\Z)")  # or nothing more
 _MOST_TRIES = 64  # of ends of a value that is JSON
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _MOST_ERRORS = 20
@@ -34,22 +34,22 @@ def parse_tool_calls(
 
     A call that is cut off is an error and no call. A value that does not fit its schema is an error and stays a string.
     """
-    reading = _Reading(text, {function["name"]: function for tool in tools or () for function in [_function(tool)]})
-    reading.read()
+    reading = _read(text, tools or ())
     errors, more = reading.errors[:_MOST_ERRORS], len(reading.errors) - _MOST_ERRORS
     return reading.calls, [*errors, f"There are {more:,} more warnings of this kind."] if more > 0 else errors
 
 
 def is_whole_call(text: str, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `text` is calls of these tools and nothing else; their values need not fit."""
-    reading = _Reading(text, {function["name"]: function for tool in tools for function in [_function(tool)]})
-    reading.read()
+    reading = _read(text, tools)
     return bool(reading.calls) and reading.is_whole
 
 
-def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = tool.get("function", tool)
-    return found
+def _read(text: str, tools: Sequence[Mapping[str, Any]]) -> _Reading:
+    functions = [tool.get("function", tool) for tool in tools]
+    reading = _Reading(text, {function["name"]: function for function in functions})
+    reading.read()
+    return reading
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,9 @@ class _Reading:
             return opened is not None and opened[0] in missing
         if following.opens("parameter"):
             return True
-        end = _blank_until(self.text, following.end)
         return following.closes("invoke") and (
             n + 1 in (self.last_close, len(self.tags) - 1)
-            or end == len(self.text)
-            or self.text.startswith("<invoke", end)
+            or _NEXT_CALL.match(self.text, following.end) is not None
             or self.last_invoke > n
         )
 
@@ -256,12 +254,6 @@ def _required(alternatives: Sequence[Arguments]) -> frozenset[str]:
 def _allowed(key: str, alternatives: Sequence[Arguments]) -> list[Allowed]:
     """What each alternative that says something of the argument allows."""
     return [allowed for each in alternatives if (allowed := each.of(key)) is not None]
-
-
-def _blank_until(text: str, place: int) -> int:
-    match = _BLANKS.match(text, place)
-    assert match is not None
-    return match.end()
 
 
 def _convert(raw: str, allowed: Allowed | None) -> tuple[Any, bool]:

@@ -124,10 +124,6 @@ class InProcess:
 
     def __init__(self, source: str, now: int | None = None) -> None:
         moment = datetime.fromtimestamp(now_s() if now is None else now).astimezone()
-
-        def strftime_now(form: str) -> str:
-            return moment.strftime(form)
-
         self._environment = minijinja.Environment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -135,7 +131,7 @@ class InProcess:
             debug=False,
             auto_escape_callback=lambda name: False,
             filters={"tojson": _tojson},
-            globals={"raise_exception": _raise_exception, "strftime_now": strftime_now},
+            globals={"raise_exception": _raise_exception, "strftime_now": moment.strftime},
         )
         self._environment.remove_global("debug")  # prints addresses
         try:
@@ -217,11 +213,7 @@ class InChild:
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
     child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream:
-            with contextlib.suppress(OSError):  # what was still to be written is of no use
-                stream.close()
+    child.communicate()  # closes both pipes: what was still to be written is of no use
 
 
 def _send(stream: BinaryIO | Any, payload: bytes) -> None:

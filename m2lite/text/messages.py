@@ -14,6 +14,7 @@ from m2lite.errors import UsageError
 from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.reply import Said
 from m2lite.text.schema import Schema, SchemaError
+from m2lite.text.tokenizer import check_text
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -114,12 +115,7 @@ def to_json(context: Mapping[str, Any]) -> str:
         text.encode()
     except UnicodeEncodeError:
         for place, string in _strings("", context):
-            half = next((n for n, c in enumerate(string) if "\ud800" <= c <= "\udfff"), None)
-            if half is not None:
-                raise UsageError(
-                    f"{place} holds U+{ord(string[half]):04X}, half of a character, at position {half}.",
-                    "Give the text as valid Unicode.",
-                ) from None
+            check_text(string, place)
     return text
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import sentencepiece
 
-from m2lite.text.vocabulary import BYTE, CONTROL, KEY, UNKNOWN, UNUSED, Vocabulary
+from m2lite.text.vocabulary import BYTE, CONTROL, KEY, UNKNOWN, UNUSED, Keys, Vocabulary
 
 if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
@@ -33,10 +33,7 @@ class SentencePieces:
                     "Use a file converted from a MiniMax-M2 checkpoint.",
                 )
         scores = gguf.array(KEY + "scores", float, "FLOAT32")
-        if len(scores) != len(vocabulary.tokens):
-            raise vocabulary.error(
-                f"key '{KEY}scores' has {len(scores)} items, expected {len(vocabulary.tokens)}, one for each token."
-            )
+        Keys(gguf).check_length("scores", len(scores), len(vocabulary.tokens))
         bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
         if bad is not None:
             raise vocabulary.error(f"key '{KEY}scores': token {bad} has score {scores[bad]}.")

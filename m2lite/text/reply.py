@@ -11,8 +11,6 @@ from m2lite.text.calls import is_whole_call, parse_tool_calls
 from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
 
-__all__ = ["Piece", "Reply", "ReplyStream", "Said", "close_thinking", "opens_thinking", "parse_tool_calls"]
-
 Kind = Literal["thinking", "content", "tool_call"]
 KINDS: Final[tuple[Kind, ...]] = ("thinking", "content", "tool_call")
 
@@ -74,29 +72,24 @@ class ReplyStream:
         self._tokenizer, self._tools = tokenizer, tools
         self._stops = StopTexts(stop_texts)
         has_tags = tokenizer.think_open_id is not None and tokenizer.think_close_id is not None
-        self._kind: Kind = "thinking" if in_thinking and has_tags else "content"
+        # What the next token belongs to, unless it is a tag.
+        self.kind: Kind = "thinking" if in_thinking and has_tags else "content"
         # (kind, tag) -> the kind that follows, the line breaks dropped after the tag, the one dropped before it
         self._tags: dict[tuple[Kind, int | None], tuple[Kind, int, bool]] = {
             ("thinking", tokenizer.think_close_id): ("content", 2, True),
             ("content", tokenizer.tool_open_id): ("tool_call", 0, True),
             ("tool_call", tokenizer.tool_close_id): ("content", 0, False),
         }
-        self._may_open = self._kind == "content" and has_tags  # `<think>` opens the thinking: nothing was said yet
+        self._may_open = self.kind == "content" and has_tags  # `<think>` opens the thinking: nothing was said yet
         self._decoder = tokenizer.stream(start=False)
         self._skip = 0  # line breaks still to drop at the start of this stretch
         self._held = ""  # a line break that a tag may yet claim
         self._blank = True  # nothing of this stretch but white space so far
         self._texts: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
         self._blocks: list[int] = []  # where in the texts of calls each block begins
-        self._pending: list[int] | None = (
-            None  # the ids of what may be a call inside the thinking, its opening tag first
-        )
+        # The ids of what may be a call inside the thinking, its opening tag first.
+        self._pending: list[int] | None = None
         self._ended_by_call = False
-
-    @property
-    def kind(self) -> Kind:
-        """What the next token belongs to, unless it is a tag."""
-        return self._kind
 
     @property
     def is_stopped(self) -> bool:
@@ -113,7 +106,7 @@ class ReplyStream:
         if index in self._tokenizer.stop_ids or self.is_stopped:
             return []
         tokenizer = self._tokenizer
-        if self._kind == "thinking" and self._tools and index == tokenizer.tool_open_id:
+        if self.kind == "thinking" and self._tools and index == tokenizer.tool_open_id:
             pieces = self._give_up()
             self._pending = [index]
             return pieces
@@ -142,13 +135,13 @@ class ReplyStream:
         return Reply(thinking, content, calls, errors)
 
     def _push(self, index: int) -> list[Piece]:
-        if (self._kind, index) in self._tags:
-            kind, skip, claims = self._tags[self._kind, index]
+        if (self.kind, index) in self._tags:
+            kind, skip, claims = self._tags[self.kind, index]
             return self._turn(kind, skip, claims)
-        if self._ended_by_call and self._blank and self._kind == "content" and index == self._tokenizer.think_close_id:
+        if self._ended_by_call and self._blank and self.kind == "content" and index == self._tokenizer.think_close_id:
             return self._turn("content", 2, True)  # it closes what the call has closed
         if self._blank and index == self._tokenizer.think_open_id:
-            if self._kind == "thinking":
+            if self.kind == "thinking":
                 return self._turn("thinking", 1, True)  # the prompt has opened the thinking already
             if self._may_open:
                 return self._turn("thinking", 1, False)
@@ -159,8 +152,7 @@ class ReplyStream:
         assert self._pending is not None
         ids = self._pending[1:]
         is_closed = ids[-1:] == [self._tokenizer.tool_close_id]
-        stream = self._tokenizer.stream()
-        text = b"".join(map(stream.next_bytes, ids[:-1] if is_closed else ids)).decode(errors="replace")
+        text = self._tokenizer.decode(ids[:-1] if is_closed else ids)
         if not is_whole_call(text, self._tools or ()):
             return self._give_up()
         pending, self._pending, self._ended_by_call = self._pending, None, True
@@ -181,7 +173,7 @@ class ReplyStream:
             pieces += self._release()
         pieces += self._let_go()
         self._decoder = self._tokenizer.stream()
-        self._kind, self._skip, self._held, self._blank = kind, skip, "", True
+        self.kind, self._skip, self._held, self._blank = kind, skip, "", True
         self._may_open = False
         if kind == "tool_call":
             self._blocks.append(len(self._texts[kind]))
@@ -195,7 +187,7 @@ class ReplyStream:
         self._skip = 0
         self._blank = self._blank and text.isspace()
         text, self._held = self._held + text, ""
-        if self._kind != "tool_call" and text.endswith("\n"):
+        if self.kind != "tool_call" and text.endswith("\n"):
             text, self._held = text[:-1], "\n"
         return self._piece(text)
 
@@ -208,13 +200,13 @@ class ReplyStream:
         return self._keep(self._stops.flush())
 
     def _piece(self, text: str) -> list[Piece]:
-        return self._keep(self._stops.push(text) if self._kind == "content" else text)
+        return self._keep(self._stops.push(text) if self.kind == "content" else text)
 
     def _keep(self, text: str) -> list[Piece]:
         if not text:
             return []
-        self._texts[self._kind].append(text)
-        return [Piece(self._kind, text)]
+        self._texts[self.kind].append(text)
+        return [Piece(self.kind, text)]
 
 
 def opens_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:

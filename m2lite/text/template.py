@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from m2lite.errors import BadModelError, UsageError
 from m2lite.text import m2_template
@@ -17,7 +17,6 @@ from m2lite.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
 
-__all__ = ["Template", "encode_chat", "load_template"]
 
 KEY: Final = "tokenizer.chat_template"
 # Templates that were read by a person and need no child process: MiniMax-M2's own and the built-in one.
@@ -31,10 +30,6 @@ _M2_MARKS: Final = ("]~!b[", "]~b]", "[e~[")
 _PROBE: Final = "Good morning"
 
 
-class _Engine(Protocol):
-    def render(self, context: str) -> str: ...
-
-
 class Template:
     """One chat template. `warning` says why it is not the file's own, if it ought to be, or not always the same."""
 
@@ -43,7 +38,7 @@ class Template:
         self.origin = origin
         self.warning = warning
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
-        self._engine: _Engine = InProcess(source) if self.sha256 in _KNOWN_SHA256 else InChild(source)
+        self._engine = InProcess(source) if self.sha256 in _KNOWN_SHA256 else InChild(source)
 
     @cached_property
     def date(self) -> str | None:
@@ -124,7 +119,6 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-    **values: Any,
 ) -> list[int]:
     """The ids of a conversation. Added tokens come from the template alone, whatever the messages and tools hold."""
     if template.origin == "builtin":
@@ -135,15 +129,14 @@ def encode_chat(
                 "Use a MiniMax-M2 model, or feed the text as it is with --no-template.",
             )
     checked, checked_tools = check_messages(messages), check_tools(tools)
-    guard = _Guard(
-        tokenizer.control_strings, to_json({"messages": checked, "tools": checked_tools, **values}), template.source
-    )
+    written = to_json({"messages": checked, "tools": checked_tools})
+    guard = _Guard(tokenizer.control_strings, written, template.source)
     tokens = {"bos_token": tokenizer.token_text(tokenizer.bos_id), "eos_token": tokenizer.token_text(tokenizer.eos_id)}
     text = template.render_checked(
         [guard.message(message) for message in checked],
         [guard.message(tool) for tool in checked_tools] if checked_tools else None,
         add_generation_prompt,
-        {name: guard.value(value) for name, value in values.items()} | tokens,
+        tokens,
     )
     ids: list[int] = []
     for part in tokenizer.split_control(text):

@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from m2lite.errors import UsageError
 from m2lite.text.bpe import BytePairs
@@ -14,21 +14,13 @@ from m2lite.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from m2lite.storage.gguf_reader import GGUFFile
-
-__all__ = ["DecodeStream", "Tokenizer", "load_tokenizer"]
-
-
-class TextEncoder(Protocol):
-    """Ordinary text and ordinary tokens; never an added token."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def token_bytes(self, index: int) -> bytes: ...
+    from m2lite.text.pieces import SentencePieces
 
 
 class Tokenizer:
     """The vocabulary of one model file. Added tokens come from `encode(control=True)` only."""
 
-    def __init__(self, vocabulary: Vocabulary, engine: TextEncoder) -> None:
+    def __init__(self, vocabulary: Vocabulary, engine: BytePairs | SentencePieces) -> None:
         self._vocabulary = vocabulary
         self._engine = engine
         self.n_vocab = len(vocabulary.tokens)
@@ -120,12 +112,12 @@ def load_tokenizer(gguf: GGUFFile) -> Tokenizer:
     return Tokenizer(vocabulary, SentencePieces(gguf, vocabulary))
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, what: str = "The text") -> None:
     """Raises UsageError for a string that no UTF-8 can spell (half of a surrogate pair)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"The text holds U+{ord(text[error.start]):04X}, half of a character, at position {error.start}.",
+            f"{what} holds U+{ord(text[error.start]):04X}, half of a character, at position {error.start}.",
             "Give the text as valid Unicode.",
         ) from None

@@ -54,7 +54,7 @@ class Vocabulary:
 
 def load_vocabulary(gguf: GGUFFile) -> Vocabulary:
     """The vocabulary of an open file; raises BadModelError naming the key and the token."""
-    keys = _Keys(gguf)
+    keys = Keys(gguf)
     model = keys.choice("model", tuple(_TYPES_OF_MODEL))
     tokens = gguf.array(KEY + "tokens", str)
     types = gguf.array(KEY + "token_type", int, "INT32")
@@ -101,7 +101,7 @@ def _ordinary(index: int, tokens: list[str]) -> str:
     return f"{index} {tokens[index]!r}, an ordinary token that any text can hold"
 
 
-def _added_tokens(keys: _Keys, model: str, tokens: list[str], types: list[int]) -> dict[str, int]:
+def _added_tokens(keys: Keys, model: str, tokens: list[str], types: list[int]) -> dict[str, int]:
     added: dict[str, int] = {}
     for index, kind in enumerate(types):
         if kind not in ADDED:
@@ -117,7 +117,7 @@ def _added_tokens(keys: _Keys, model: str, tokens: list[str], types: list[int]) 
     return added
 
 
-class _Keys:
+class Keys:
     """Single values under `tokenizer.ggml.`, each with its type and range checked."""
 
     def __init__(self, gguf: GGUFFile) -> None:
@@ -173,8 +173,3 @@ class _Keys:
 
 def _is_id(value: object, n_tokens: int) -> bool:
     return type(value) is int and 0 <= value < n_tokens
-
-
-def check_choice(gguf: GGUFFile, name: str, accepted: tuple[str, ...]) -> str:
-    """The string `tokenizer.ggml.<name>`, which must be one of those accepted."""
-    return _Keys(gguf).choice(name, accepted)

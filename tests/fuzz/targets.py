@@ -419,8 +419,8 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type
 @target
 def fuzz_calls(data: bytes) -> None:
     """{"tools": [...], "text": "..."}: a request's tools, and what a model writes."""
+    from m2lite.text.calls import parse_tool_calls
     from m2lite.text.messages import check_tools
-    from m2lite.text.reply import parse_tool_calls
 
     case = parse_object(data)
     tools, text = case.get("tools"), case.get("text")

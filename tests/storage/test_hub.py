@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m2lite.errors import BadModelError, UsageError
-from m2lite.storage.hub import find_snapshot, repository_name
+from m2lite.storage.hub import find_snapshot
 
 OLD, NEW = "1" * 40, "a" * 40
 
@@ -76,5 +76,7 @@ def test_the_cache_itself_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     assert find_snapshot(tmp_path) == tmp_path
 
 
-def test_names() -> None:
-    assert repository_name(Path("/x/models--a--b--c")) == "a/b--c"
+def test_names(tmp_path: Path) -> None:
+    (tmp_path / "models--a--b--c" / "snapshots").mkdir(parents=True)
+    with pytest.raises(BadModelError, match="holds no snapshot of a/b--c"):
+        find_snapshot(tmp_path / "models--a--b--c")

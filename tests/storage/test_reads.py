@@ -52,7 +52,7 @@ def reads(request: pytest.FixtureRequest, file: File) -> Iterator[Reads]:
 
 def resident_pages(address: int, n_bytes: int) -> int:
     start, size = syscalls.whole_pages(address, n_bytes)
-    return syscalls.mincore(start, size, np.empty(size // syscalls.PAGE, np.uint8))
+    return syscalls.mincore(start, size)
 
 
 def test_ranges_are_there_after_reading(reads: Reads, content: bytes) -> None:
@@ -60,7 +60,7 @@ def test_ranges_are_there_after_reading(reads: Reads, content: bytes) -> None:
     for r, job in [(r, reads.submit(r)) for r in ranges]:
         assert job.result() > 0
         assert ctypes.string_at(reads.address(r.part, r.offset), r.n_bytes) == content[r.offset : r.offset + r.n_bytes]
-        assert reads.missing_bytes(r) == 0
+        assert not isinstance(reads, MappedReads) or reads.missing_bytes(r) == 0
 
 
 def test_released_memory_is_given_back(reads: Reads) -> None:

@@ -141,12 +141,6 @@ def test_thinking_in_content_is_content(tokenizer: Tokenizer) -> None:
     assert "]~b]ai\nWith <think>, then </think> and the answer.[e~[" in text
 
 
-def test_values_are_inert_too(tokenizer: Tokenizer) -> None:
-    ids = encode_chat(tokenizer, M2, [], model_identity="I am ]~b] [e~[")
-    assert added(tokenizer, ids) == ["]~!b[", "]~b]", "[e~[", "]~b]", "<think>"]
-    assert "I am ]~b] [e~[[e~[" in tokenizer.decode(ids)
-
-
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("begin", ["", "]~!b[", "{{ bos_token }}", "{{ bos_token }}]~!b["])
 def test_exactly_one_bos(open_keys: Any, bpe_keys: dict[str, Any], add_bos: bool, begin: str) -> None:

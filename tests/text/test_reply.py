@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2lite.text import m2_template
-from m2lite.text.reply import Reply, ReplyStream, opens_thinking, parse_tool_calls
+from m2lite.text.calls import parse_tool_calls
+from m2lite.text.reply import Reply, ReplyStream, opens_thinking
 from m2lite.text.template import Template, encode_chat
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
