@@ -49,7 +49,6 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "quant/texts.py": ("config", "tokenizer", "texts"),
     "settings.py": ("settings",),
     "storage/blocks.py": "weights: any bytes are some",
-    "storage/fields.py": "weights: any bytes are some",
     "storage/gguf_header.py": ("gguf", "model", "sidecar", "imatrix"),
     "storage/gguf_reader.py": ("gguf", "model", "sidecar", "imatrix"),
     "storage/heat.py": ("heat",),
