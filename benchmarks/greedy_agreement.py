@@ -16,6 +16,7 @@ from pathlib import Path
 
 from m2lite import Model
 from m2lite.sampling.draw import Sampling
+from m2lite.text.messages import check_messages
 from m2lite.text.template import encode_chat
 
 NEAR_TIE = 0.05  # nats: less than this between two logits is a tie that rounding decides
@@ -58,7 +59,7 @@ def main() -> None:
         for messages in conversations:
             prompt = messages[-1]["content"]
             ids = encode_chat(model.tokenizer, model.template, messages)
-            text = model.template.render(messages)
+            text = model.template.render(check_messages(messages), None)
             with model.session() as session:
                 ours = list(session.generate(ids, max_tokens=args.n, sampling=Sampling(temperature=0.0)))
             theirs = llama_text(args.llama, args.model, text, args.n + 8, args.threads)  # a few spare

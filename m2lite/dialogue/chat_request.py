@@ -30,8 +30,6 @@ _ANY_JSON: Schema = {"type": "object"}  # of response_format json_object
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What to answer, and how."""
-
     messages: list[Message]
     sampling: Sampling
     tools: list[Tool] | None = None

@@ -32,8 +32,6 @@ SUMMARY_REQUEST = (
 
 
 class AnswerOptions(TypedDict, total=False):
-    """How to answer."""
-
     sampling: Sampling
     max_tokens: int | None  # of the answer, its thinking included
     think_tokens: int | None  # after so many tokens of thinking it is closed; 0: there is none
@@ -48,8 +46,6 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass
 class Turn(Completion):
-    """An answer of a conversation."""
-
     attempt: int = 0  # earlier answers to the same question
     n_given: int = 0  # of its ids, those that it already had when it was continued
     is_aside: bool = False  # no part of the messages
@@ -103,7 +99,6 @@ class Conversation:
         self.messages, self.said = [message for message in self.messages if message["role"] == "system"], _COMPLETE
 
     def restore(self, messages: Sequence[Message], said: Turn) -> None:
-        """Go on from there."""
         self.messages, self.said = list(messages), said
 
     def keep(self, stop: Stop | None = None) -> None:
@@ -211,7 +206,6 @@ class Conversation:
         return follow()
 
     def encode(self, messages: Sequence[Message], is_to_answer: bool = True) -> list[int]:
-        """The row that the messages are."""
         model = self.session.model
         if self.keep_thinking:
             return encode_kept(model.tokenizer, model.template, messages, self.tools, is_to_answer)

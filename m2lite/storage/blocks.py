@@ -175,8 +175,8 @@ def _integers(name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Ca
     return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), parts=parts)
 
 
-def _from_gguf(name: str, ggml_type: int, n_weights: int, n_bytes: int) -> BlockFormat:
-    """As the gguf package unpacks it; all its versions from 0.17 on give the same bits."""
+def _from_gguf(name: str, ggml_type: int, n_bytes: int) -> BlockFormat:
+    """Blocks of 256, as the gguf package unpacks them; all its versions from 0.17 on give the same bits."""
 
     @quiet
     def unpack(blocks: Bytes) -> Floats:
@@ -184,9 +184,9 @@ def _from_gguf(name: str, ggml_type: int, n_weights: int, n_bytes: int) -> Block
 
         row = np.ascontiguousarray(blocks).reshape(1, -1)  # of more it takes 16 at a time
         weights: Floats = gguf.quants.dequantize(row, gguf.GGMLQuantizationType(ggml_type))
-        return weights.reshape(*blocks.shape[:-1], n_weights)
+        return weights.reshape(*blocks.shape[:-1], 256)
 
-    return BlockFormat(name, ggml_type, n_weights, n_bytes, unpack)
+    return BlockFormat(name, ggml_type, 256, n_bytes, unpack)
 
 
 _TABLE = (
@@ -199,32 +199,32 @@ _TABLE = (
     BlockFormat("Q5_1", 7, 32, 24, _unpack_q5_1, parts=_parts_q5_1),
     _integers("Q8_0", 8, 32, 34, _parts_q8_0),
     # 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin: w = (d s) q - (dmin m)
-    _from_gguf("Q2_K", 10, 256, 84),
+    _from_gguf("Q2_K", 10, 84),
     # 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d: w = d (s - 32) (q + 4 h - 4)
-    _from_gguf("Q3_K", 11, 256, 110),
+    _from_gguf("Q3_K", 11, 110),
     _integers("Q4_K", 12, 256, 144, kquants.parts_q4_k),
     _integers("Q5_K", 13, 256, 176, kquants.parts_q5_k),
     _integers("Q6_K", 14, 256, 210, kquants.parts_q6_k),
     # d, 8 x (4 codes of 8 bits, 4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 4 value sign
-    _from_gguf("IQ2_XXS", 16, 256, 66),
+    _from_gguf("IQ2_XXS", 16, 66),
     # d, 32 x (code of 9 bits, sign code of 7 bits), 16 scales of 4 bits: w as in IQ2_XXS
-    _from_gguf("IQ2_XS", 17, 256, 74),
+    _from_gguf("IQ2_XS", 17, 74),
     # d, 32 low bytes of codes, 32 of signs, 8 x four high pairs, 16 scales of 4 bits: w as in IQ2_XXS
-    _from_gguf("IQ2_S", 22, 256, 82),
+    _from_gguf("IQ2_S", 22, 82),
     # d, 64 codes, 8 x (4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 2 value sign
-    _from_gguf("IQ3_XXS", 18, 256, 98),
+    _from_gguf("IQ3_XXS", 18, 98),
     # d, 64 low bytes of codes, 64 high bits, 32 bytes of signs, 8 scales: w = d (1 + 2 s) value sign
-    _from_gguf("IQ3_S", 21, 256, 110),
+    _from_gguf("IQ3_S", 21, 110),
     # d, 32 low bytes of codes, 8 x (four high triples, scale of 3 bits, sign of delta): w = d (2 s + 1) (value + delta)
-    _from_gguf("IQ1_S", 19, 256, 50),
+    _from_gguf("IQ1_S", 19, 50),
     # 32 low bytes of codes, 32 x (high triple, sign of delta), 4 x (four 3-bit scales, a nibble of d): w as in IQ1_S
-    _from_gguf("IQ1_M", 29, 256, 56),
+    _from_gguf("IQ1_M", 29, 56),
     _integers("IQ4_NL", 20, 32, 18, iquants.parts_iq4_nl),
     _integers("IQ4_XS", 23, 256, 136, iquants.parts_iq4_xs),
     # 32 and 16 x five, 4 x four digits of base 3, d: digit k is the top of 3 (byte 3**k mod 256) / 256; w = d (q - 1)
-    _from_gguf("TQ1_0", 34, 256, 54),
+    _from_gguf("TQ1_0", 34, 54),
     # 64 x four 2-bit numbers, d: w = d (q - 1)
-    _from_gguf("TQ2_0", 35, 256, 66),
+    _from_gguf("TQ2_0", 35, 66),
     _integers("MXFP4", 39, 32, 17, _parts_mxfp4),
     BlockFormat("NVFP4", 40, 64, 36, _unpack_nvfp4),
 )

@@ -401,7 +401,6 @@ def _place(cursor: _Cursor, entries: Sequence[TensorInfo], alignment: int) -> di
 
 
 def parse_header(data: mmap.mmap | bytes, path: str = "file", part: int = 0) -> Header:
-    """The header of the GGUF file whose bytes are `data`."""
     check_magic(bytes(data[:64]), len(data), path)
     cursor = _Cursor(data, path)
     cursor.position = 4

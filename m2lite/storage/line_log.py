@@ -107,7 +107,6 @@ class LineLog:
 
 
 def _end_of_lines(fd: int) -> int:
-    """Where the last whole line ends."""
     end = os.fstat(fd).st_size
     while end:
         start = max(0, end - (1 << 16))

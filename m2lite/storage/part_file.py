@@ -105,7 +105,6 @@ class PartFile:
             self._sync_all()
 
     def publish(self) -> None:
-        """The complete file has its name."""
         with durable.disk_errors(self.path, self.n_bytes):
             durable.fsops.replace(self.part_path, self.path)
             self._is_named = True
@@ -143,5 +142,4 @@ class PartFile:
 
 
 def part_path(path: Path) -> Path:
-    """Under which name a large file grows."""
     return path.with_name(path.name + ".part")

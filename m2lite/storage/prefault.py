@@ -27,7 +27,6 @@ class Prefault:
         self._thread.start()
 
     def is_running(self) -> bool:
-        """Whether pages are still being mapped."""
         return self._thread.is_alive()
 
     def wait(self, stop: Callable[[], bool] | None = None) -> None:

@@ -204,7 +204,6 @@ class DirectReads(Reads):
         return r.n_bytes
 
     def submit_into(self, r: Range, address: int) -> Future[int]:
-        """`read_into` on one of the threads."""
         return self._pool.submit(self.read_into, r, address)
 
     def read_into(self, r: Range, address: int) -> int:

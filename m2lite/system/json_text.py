@@ -1,7 +1,7 @@
 """Reads JSON that a stranger wrote, within bounds, and refuses what another reader might take otherwise.
 
-Refused: what is no UTF-8, halves of surrogate pairs, a key given twice, NaN and numbers beyond float64, and more
-bytes, items or levels than the caller allows. A limit on bytes bounds the memory: Python needs about 30 times as much.
+Refused: what is no UTF-8, halves of surrogate pairs, a key given twice, NaN and numbers beyond float64, and more bytes
+or items than the caller allows, or too many levels. A limit on bytes bounds the memory: Python needs 30 times as much.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any, NoReturn
 
-MOST_DEPTH = 100
+_MOST_DEPTH = 100
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _HALF_ESCAPED = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 
@@ -20,9 +20,7 @@ class JsonError(ValueError):
     """Not JSON, or JSON that is refused: a phrase that says why."""
 
 
-def parse_json(
-    data: bytes | str, *, most_bytes: int | None = None, most_items: int | None = None, most_depth: int = MOST_DEPTH
-) -> Any:
+def parse_json(data: bytes | str, *, most_bytes: int | None = None, most_items: int | None = None) -> Any:
     """The value that `data` spells; JsonError for everything else, never another error.
 
     `most_items` counts the elements of all arrays and objects together.
@@ -30,7 +28,7 @@ def parse_json(
     if most_bytes is not None and len(data) > most_bytes:
         raise JsonError(f"more than {most_bytes:,} bytes")
     text = _decode(data) if isinstance(data, bytes) else data
-    _check_structure(text, most_items, most_depth)
+    _check_structure(text, most_items)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except JsonError:
@@ -64,11 +62,11 @@ def _decode(data: bytes) -> str:
         raise JsonError(f"no UTF-8: byte {error.start:,} is 0x{data[error.start]:02x}") from None
 
 
-def _check_structure(text: str, most_items: int | None, most_depth: int) -> None:
+def _check_structure(text: str, most_items: int | None) -> None:
     """Items and depth, before any of it takes memory. Exact counting leaves out strings, and is rarely needed."""
     n_open = text.count("[") + text.count("{")
     is_many = most_items is not None and n_open + text.count(",") > most_items
-    if not is_many and n_open <= most_depth:
+    if not is_many and n_open <= _MOST_DEPTH:
         return
     bare = _STRINGS.sub("", text)
     if most_items is not None and bare.count(",") + bare.count("[") + bare.count("{") > most_items:
@@ -76,8 +74,8 @@ def _check_structure(text: str, most_items: int | None, most_depth: int) -> None
     depth = 0
     for match in re.finditer(r"[\[{]|[\]}]", bare):
         depth += 1 if match[0] in "[{" else -1
-        if depth > most_depth:
-            raise JsonError(f"more than {most_depth} levels deep")
+        if depth > _MOST_DEPTH:
+            raise JsonError(f"more than {_MOST_DEPTH} levels deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -98,7 +98,6 @@ def _model_proto(vocabulary: Vocabulary, scores: list[float]) -> bytes:
 
 
 def _field(number: int, value: bytes | int | float) -> bytes:
-    """One field of a protocol buffer message."""
     if isinstance(value, bytes):
         return _varint(number << 3 | _BYTES) + _varint(len(value)) + value
     if isinstance(value, float):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from m2lite.errors import BadModelError, UsageError
 from m2lite.text import m2_template
 from m2lite.text.jinja import CONTEXT_LIMIT_BYTES, InChild, InProcess, RenderError
-from m2lite.text.messages import check_messages, check_tools, to_json
+from m2lite.text.messages import Message, Tool, check_messages, check_tools, to_json
 from m2lite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,28 +45,15 @@ class Template:
         """What a prompt says of the time: a hash of one, where the template reads the clock."""
         if "strftime_now" not in self.source:
             return None
-        return hashlib.sha256(self.render([{"role": "user", "content": _PROBE}]).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.render([{"role": "user", "content": _PROBE}], None).encode()).hexdigest()[:16]
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **values: Any,
+        self, messages: list[Message], tools: list[Tool] | None, add_generation_prompt: bool = True, **values: Any
     ) -> str:
-        """The conversation as text. Raises UsageError for wrong messages, BadModelError for a failing template."""
-        return self.render_checked(check_messages(messages), check_tools(tools), add_generation_prompt, values)
-
-    def render_checked(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        values: Mapping[str, Any],
-    ) -> str:
+        """Canonical messages and tools as text. BadModelError if the template fails, UsageError where it refuses."""
         no_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
         chat = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        context = to_json(no_tokens | dict(values) | chat)
+        context = to_json(no_tokens | values | chat)
         if len(context) > CONTEXT_LIMIT_BYTES:
             raise UsageError(
                 f"The messages have {len(context)} characters, limit {CONTEXT_LIMIT_BYTES}.", "Send less text."
@@ -95,7 +82,7 @@ def load_template(gguf: GGUFFile, builtin: bool = False) -> Template:
         )
     try:
         template = Template(source, "file")
-        text = template.render([{"role": "user", "content": _PROBE}])
+        text = template.render([{"role": "user", "content": _PROBE}], None)
     except (BadModelError, RenderError, UsageError) as error:
         what = error.what if isinstance(error, BadModelError | UsageError) else f"it failed: {error}."
         return _builtin(f"The model file's chat template cannot be used ({what.rstrip('.')})")
@@ -132,11 +119,11 @@ def encode_chat(
     written = to_json({"messages": checked, "tools": checked_tools})
     guard = _Guard(tokenizer.control_strings, written, template.source)
     tokens = {"bos_token": tokenizer.token_text(tokenizer.bos_id), "eos_token": tokenizer.token_text(tokenizer.eos_id)}
-    text = template.render_checked(
+    text = template.render(
         [guard.message(message) for message in checked],
         [guard.message(tool) for tool in checked_tools] if checked_tools else None,
         add_generation_prompt,
-        tokens,
+        **tokens,
     )
     ids: list[int] = []
     for part in tokenizer.split_control(text):

@@ -55,7 +55,6 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "commands/serve.py": "a file of the user's whose lines are compared",
     "settings.py": ("settings",),
     "storage/blocks.py": "weights: any bytes are some",
-    "storage/fields.py": "weights: any bytes are some",
     "storage/gguf_header.py": ("gguf", "model", "sidecar", "imatrix"),
     "storage/gguf_reader.py": ("gguf", "model", "sidecar", "imatrix"),
     "storage/heat.py": ("heat",),

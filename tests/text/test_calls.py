@@ -19,6 +19,7 @@ from m2lite.text.reply import ReplyStream
 from m2lite.text.schema import Schema
 from m2lite.text.template import Template, encode_chat
 from m2lite.text.tokenizer import Tokenizer
+from tests.text.rendered import rendered
 
 M2 = Template(m2_template.SOURCE, "builtin")
 USER = {"role": "user", "content": "a"}
@@ -41,8 +42,8 @@ def invoke(*values: tuple[str, str], name: str = "f") -> str:
 def written(calls: list[dict[str, Any]]) -> str:
     """What stands between the tags of the block where the template writes these calls."""
     message = {"role": "assistant", "content": "", "tool_calls": calls}
-    text = M2.render([USER, message], add_generation_prompt=False)
-    whole = M2.render([USER], add_generation_prompt=False) + "]~b]ai\n\n<minimax:tool_call>"
+    text = rendered(M2, [USER, message], add_generation_prompt=False)
+    whole = rendered(M2, [USER], add_generation_prompt=False) + "]~b]ai\n\n<minimax:tool_call>"
     assert text.startswith(whole)
     return text.removeprefix(whole).removesuffix("</minimax:tool_call>[e~[\n")
 

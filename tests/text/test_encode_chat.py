@@ -13,6 +13,7 @@ from m2lite.errors import BadModelError, UsageError
 from m2lite.text import m2_template
 from m2lite.text.template import Template, encode_chat, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
+from tests.text.rendered import rendered
 
 Messages = list[dict[str, Any]]
 M2 = Template(m2_template.SOURCE, "builtin")
@@ -84,7 +85,7 @@ def check_inert(tokenizer: Tokenizer, template: Template, text: str) -> None:
     ids = encode_chat(tokenizer, template, messages, tools)
     plain = encode_chat(tokenizer, template, *conversation("word"))
     assert added(tokenizer, ids) == added(tokenizer, plain)
-    assert tokenizer.decode(ids) == template.render(messages, tools)
+    assert tokenizer.decode(ids) == rendered(template, messages, tools)
     assert ids.count(tokenizer.bos_id or -1) == 1
 
 
@@ -113,7 +114,7 @@ def test_content_beside_halves_of_control_strings(tokenizer: Tokenizer, text: st
     template = Template(TIGHT, "file")
     ids = encode_chat(tokenizer, template, messages)
     assert added(tokenizer, ids) == ["]~!b[", "[e~["]
-    assert tokenizer.decode(ids) == template.render(messages)
+    assert tokenizer.decode(ids) == rendered(template, messages)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -122,13 +123,13 @@ def test_content_in_escaped_json(tokenizer: Tokenizer, text: str) -> None:
     template = Template(ESCAPED, "file")
     ids = encode_chat(tokenizer, template, messages)
     assert added(tokenizer, ids) == ["]~!b[", "]~b]", "[e~["]
-    assert tokenizer.decode(ids) == template.render(messages)
+    assert tokenizer.decode(ids) == rendered(template, messages)
 
 
 def test_ids_are_those_of_the_text(tokenizer: Tokenizer) -> None:
     """Where content is harmless, the ids are those of the rendered text as a whole."""
     messages, tools = conversation("Hello there, it's 12345.\n\n")
-    assert encode_chat(tokenizer, M2, messages, tools) == tokenizer.encode(M2.render(messages, tools), control=True)
+    assert encode_chat(tokenizer, M2, messages, tools) == tokenizer.encode(rendered(M2, messages, tools), control=True)
 
 
 def test_thinking_in_content_is_content(tokenizer: Tokenizer) -> None:
@@ -173,16 +174,16 @@ def test_messages_in_other_spellings_render_alike() -> None:
     user = {"role": "user", "content": "a"}
 
     def chat(call: dict[str, Any], **extra: Any) -> str:
-        return M2.render([user, {"role": "assistant", "tool_calls": [call], **extra}])
+        return rendered(M2, [user, {"role": "assistant", "tool_calls": [call], **extra}])
 
     expected = chat({"type": "function", "function": {"name": "f", "arguments": {"x": [1, "b"]}}}, content="")
     assert chat({"function": {"name": "f", "arguments": '{"x": [1, "b"]}'}}, content=None) == expected
     assert chat({"name": "f", "arguments": {"x": [1, "b"]}}, reasoning_content=None, name=None) == expected
     empty = chat({"function": {"name": "f", "arguments": {}}})
     assert empty == chat({"function": {"name": "f", "arguments": ""}}) == chat({"function": {"name": "f"}})
-    assert "None" not in M2.render([user, {"role": "assistant", "content": None}])
-    assert M2.render([user], [TOOL]) == M2.render([user], [TOOL["function"]])  # type: ignore[list-item]
-    assert M2.render([user], []) == M2.render([user], None)
+    assert "None" not in rendered(M2, [user, {"role": "assistant", "content": None}])
+    assert rendered(M2, [user], [TOOL]) == rendered(M2, [user], [TOOL["function"]])  # type: ignore[list-item]
+    assert rendered(M2, [user], []) == rendered(M2, [user], None)
 
 
 USER = {"role": "user", "content": "a"}
@@ -221,11 +222,11 @@ WRONG: dict[str, tuple[list[Any], str]] = {
 def test_wrong_messages(tokenizer: Tokenizer, case: str) -> None:
     messages, match = WRONG[case]
     with pytest.raises(UsageError, match=match):
-        M2.render(messages)
+        rendered(M2, messages)
     with pytest.raises(UsageError, match=match):
         encode_chat(tokenizer, M2, messages)
 
 
 def test_wrong_tools() -> None:
     with pytest.raises(UsageError, match="Tool 1 has no name"):
-        M2.render([USER], [TOOL, {"function": {"description": "d"}}])
+        rendered(M2, [USER], [TOOL, {"function": {"description": "d"}}])

@@ -12,6 +12,7 @@ from m2lite.text import m2_template
 from m2lite.text.messages import check_messages, check_tools, to_json
 from m2lite.text.reply import Said
 from m2lite.text.template import Template
+from tests.text.rendered import rendered
 
 M2 = Template(m2_template.SOURCE, "builtin")
 USER = {"role": "user", "content": "Hi"}
@@ -58,7 +59,7 @@ def test_thinking_is_thinking_wherever_it_stands(case: str) -> None:
     found = checked(message)
     assert found == {"role": "assistant", "content": "b", "reasoning_content": "why"}
     assert checked(found) == found
-    text = M2.render([USER, message], add_generation_prompt=False)
+    text = rendered(M2, [USER, message], add_generation_prompt=False)
     assert text.endswith("]~b]ai\n<think>\nwhy\n</think>\n\nb[e~[\n")
 
 
@@ -87,14 +88,14 @@ HARMLESS = {
 
 
 def test_fields_that_change_nothing() -> None:
-    plain = M2.render([USER, assistant()], add_generation_prompt=False)
-    assert M2.render([USER, assistant(**HARMLESS)], add_generation_prompt=False) == plain
+    plain = rendered(M2, [USER, assistant()], add_generation_prompt=False)
+    assert rendered(M2, [USER, assistant(**HARMLESS)], add_generation_prompt=False) == plain
     for name, value in (HARMLESS | {"refusal": "no", "annotations": [{"type": "url_citation"}]}).items():
-        assert M2.render([USER, assistant(**{name: value})], add_generation_prompt=False) == plain
+        assert rendered(M2, [USER, assistant(**{name: value})], add_generation_prompt=False) == plain
     parts = [
         {"type": "text", "text": "b", "annotations": [], "citations": None, "cache_control": {"type": "ephemeral"}}
     ]
-    assert M2.render([USER, assistant(content=parts)], add_generation_prompt=False) == plain
+    assert rendered(M2, [USER, assistant(content=parts)], add_generation_prompt=False) == plain
     for kind in ("input_text", "output_text"):
         assert checked(assistant(content=[{"type": kind, "text": "b"}]))["content"] == "b"
     assert checked(assistant(content=[{"type": "refusal", "refusal": "no"}]))["content"] == "no"
@@ -144,7 +145,7 @@ def test_the_deprecated_function_call() -> None:
     call = {"name": "f", "arguments": '{"a": 1}'}
     old = [USER, assistant(content=None, function_call=call), {"role": "function", "name": "f", "content": "2"}]
     new = [USER, assistant(content=None, tool_calls=[{"function": call}]), {"role": "tool", "content": "2"}]
-    assert M2.render(old) == M2.render(new)
+    assert rendered(M2, old) == rendered(M2, new)
 
 
 def test_half_a_character_is_told_by_field_and_place() -> None:
@@ -158,7 +159,7 @@ def test_half_a_character_is_told_by_field_and_place() -> None:
     ]
     for message, match in cases:
         with pytest.raises(UsageError, match=match):
-            M2.render([USER, message])
+            rendered(M2, [USER, message])
     with pytest.raises(UsageError, match=r"values.x\[1\] holds U\+DC00"):
         to_json({"values": {"x": ["a", "\udc00"]}})
     assert json.loads(to_json({"a": "é"})) == {"a": "é"}

@@ -20,6 +20,7 @@ from m2lite.errors import BadModelError, UsageError
 from m2lite.text import m2_template
 from m2lite.text.jinja import InChild, InProcess, RenderError, without_generation
 from m2lite.text.template import Template, load_template
+from tests.text.rendered import rendered
 
 # What MiniMax-M2's own template renders under jinja2; the text is expected, not computed, here.
 CHATS = json.loads((Path(__file__).parent / "m2_chats.json").read_text())
@@ -64,7 +65,7 @@ def by_jinja2(source: str, context: dict[str, Any]) -> str:
 @pytest.mark.parametrize("chat", CHATS, ids=[chat["name"] for chat in CHATS])
 def test_builtin_renders_what_m2_renders(chat: dict[str, Any]) -> None:
     template = Template(m2_template.SOURCE, "builtin")
-    assert template.render(chat["messages"], chat["tools"], **chat["values"]) == chat["text"]
+    assert rendered(template, chat["messages"], chat["tools"], **chat["values"]) == chat["text"]
 
 
 @pytest.mark.parametrize("source", [m2_template.SOURCE, CHATML], ids=["m2", "chatml"])
@@ -108,8 +109,8 @@ def test_engines_agree_on_anything(messages: list[dict[str, Any]], system: str |
 def test_keep_reasoning() -> None:
     messages = [*USER, {"role": "assistant", "content": "b", "reasoning_content": "why"}, *USER]
     template = Template(m2_template.SOURCE, "builtin")
-    assert "why" not in template.render(messages)
-    assert "]~b]ai\n<think>\nwhy\n</think>\n\nb[e~[" in template.render(messages, keep_reasoning=True)
+    assert "why" not in rendered(template, messages)
+    assert "]~b]ai\n<think>\nwhy\n</think>\n\nb[e~[" in rendered(template, messages, keep_reasoning=True)
 
 
 # --- which template is used
@@ -119,7 +120,7 @@ def test_the_files_template_is_used(open_keys: Any, bpe_keys: dict[str, Any]) ->
     template = load_template(open_keys(bpe_keys | {"chat_template": CHATML}))
     assert (template.origin, template.warning, template.source) == ("file", None, CHATML)
     assert len(template.sha256) == 64
-    assert template.render(USER).startswith("<|im_start|>system\nDefault")
+    assert rendered(template, USER).startswith("<|im_start|>system\nDefault")
     assert isinstance(template._engine, InChild)
 
 
@@ -171,7 +172,7 @@ def test_unusable_templates(open_keys: Any, bpe_keys: dict[str, Any], case: str)
     assert template.warning is not None
     assert template.warning.endswith("; the built-in MiniMax-M2 template is used.")
     assert re.search(match, template.warning), template.warning
-    assert template.render(USER).endswith("Hi[e~[\n]~b]ai\n<think>\n")
+    assert rendered(template, USER).endswith("Hi[e~[\n]~b]ai\n<think>\n")
 
 
 def test_template_of_the_wrong_type(open_keys: Any, bpe_keys: dict[str, Any]) -> None:
@@ -221,12 +222,12 @@ def test_the_clock_is_read_once(open_keys: Any, bpe_keys: dict[str, Any], monkey
     template = load_template(open_keys(bpe_keys | {"chat_template": source}))
     assert template.origin == "file" and "reads the clock" in (template.warning or "")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    assert template.render(USER) == "01 January 1971 Hi"
+    assert rendered(template, USER) == "01 January 1971 Hi"
     assert isinstance(template._engine, InChild)
     template._engine.close()  # another process, the same time
-    assert template.render(USER) == "01 January 1971 Hi"
+    assert rendered(template, USER) == "01 January 1971 Hi"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    assert str(time.gmtime().tm_year)[:2] in Template(source, "file").render(USER)
+    assert str(time.gmtime().tm_year)[:2] in rendered(Template(source, "file"), USER)
     monkeypatch.undo()
     time.tzset()
 
@@ -237,16 +238,16 @@ def test_a_template_cannot_change_the_messages() -> None:
     source = "{{ messages.append(1) }}{{ messages[0].update({'content': 'x'}) }}{{ messages[0].name.clear() }}"
     for engine in (InProcess(source), InChild(source)):
         engine.render(json.dumps({"messages": messages}))
-    Template(source, "file").render(messages)
+    rendered(Template(source, "file"), messages)
     assert json.dumps(messages) == before
 
 
 def test_refusal_while_rendering() -> None:
     template = Template("{{ raise_exception('roles must alternate') }}", "file")
     with pytest.raises(UsageError, match="refuses these messages: roles must alternate"):
-        template.render(USER)
+        rendered(template, USER)
     with pytest.raises(BadModelError, match=r"failed: .*--template builtin"):
-        Template("{{ a.b.c }}", "file").render(USER)
+        rendered(Template("{{ a.b.c }}", "file"), USER)
 
 
 def test_numbers_come_out_as_they_went_in() -> None:
@@ -279,4 +280,4 @@ def test_long_conversation() -> None:
     for engine in (InProcess(m2_template.SOURCE), InChild(m2_template.SOURCE)):
         assert engine.render(json.dumps({"messages": messages})).count("Hello") == 50_000
     with pytest.raises(UsageError, match="limit 16777216"):
-        Template(m2_template.SOURCE, "builtin").render([{"role": "user", "content": "x" * (1 << 24)}])
+        rendered(Template(m2_template.SOURCE, "builtin"), [{"role": "user", "content": "x" * (1 << 24)}])
