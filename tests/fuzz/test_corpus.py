@@ -51,6 +51,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "quant/texts.py": ("config", "tokenizer", "texts"),
     "serve/bodies.py": ("served", "messages", "responses", "completions"),
     "serve/messages.py": "arguments that we wrote as JSON a moment ago",
+    "serve/scripted.py": "what a tester wrote: no user has it",
     "serve/warm.py": ("served",),
     "commands/serve.py": "a file of the user's whose lines are compared",
     "settings.py": ("settings",),
