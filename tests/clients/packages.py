@@ -71,7 +71,7 @@ _AGENTS, _PYDANTIC = "openai-agents==0.24.0", "pydantic-ai-slim[openai,anthropic
 PACKAGES = [
     Client(
         "aider", "aider-chat==0.86.2", _aider, _ask_aider, lambda place: f"{MADE}\n{_FENCE}\nok\n{_FENCE}\n",
-        has_results=False,
+        has_results=False, changes="a reminder and the files stand behind what was said, and thinking is not sent",
     ),
     Client("llm", "llm==0.36", _llm, _ask_llm, _write_file),
     Client(
