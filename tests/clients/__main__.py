@@ -97,7 +97,7 @@ def _print(reports: list[Report]) -> None:
     head = ["client", "package", *names, "prompt tokens", "s", "cached in the follow-up", "after a restart"]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for report in reports:
-        shown = ["yes" if report.steps[name] == "ok" else "NO" if name in report.steps else "-" for name in names]
+        shown = [{"ok": "yes", "-": "-"}.get(report.steps.get(name, "-"), "NO") for name in names]
         prompt = f"{report.n_prompt:,}" if report.n_prompt else "-"
         hits = [(report.n_cached, report.n_known), (report.n_cached_later, report.n_known_later)]
         numbers = [f"{report.seconds:.1f}", *(f"{n:,} of {known:,}" if known else "-" for n, known in hits)]
