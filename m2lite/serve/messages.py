@@ -25,6 +25,7 @@ from m2lite.serve.normal import shortened
 from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
 from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
+from m2lite.text.reply import opens_thinking
 
 # Claude Code puts a line before its system prompt that differs in each request.
 _BILLING = "x-anthropic-billing-header"
@@ -39,6 +40,7 @@ _SILENT = frozenset(
 )  # fmt: skip
 _THINKING = ("enabled", "disabled", "adaptive")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_SIGNATURE = "m2lite"  # of thoughts; nobody checks it, but without one some clients send them back as a user's text
 _UNSEEN = "[{}, which this model cannot read]"  # in place of a part of a tool's result
 
 Told = list[str]  # what is ignored, a sentence each
@@ -282,11 +284,11 @@ def _ending(end: AnswerEnd) -> dict[str, Any]:
 
 
 def _block(part: AnswerPart) -> dict[str, Any]:
-    """A part that is whole. Nobody signs what it thought."""
+    """A part that is whole."""
     if part.kind == "call":
         return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(part.text)}
     if part.kind == "thinking":
-        return {"type": "thinking", "thinking": part.text, "signature": ""}
+        return {"type": "thinking", "thinking": part.text, "signature": _SIGNATURE}
     return {"type": "text", "text": part.text}
 
 
@@ -315,7 +317,7 @@ def _part_events(event: PartEvent) -> list[bytes]:
             kind, field = _DELTAS[part.kind]
             return [_event("content_block_delta", index=index, delta={"type": kind, field: event.text})]
         case PartEnd():
-            signed = {"type": "signature_delta", "signature": ""}
+            signed = {"type": "signature_delta", "signature": _SIGNATURE}
             delta = [_event("content_block_delta", index=index, delta=signed)] if part.kind == "thinking" else []
             return [*delta, _event("content_block_stop", index=index)]
 
@@ -324,14 +326,17 @@ async def _chunks(
     server: Server, answering: Answering, form: _MessageForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
     parts, is_begun = Parts(), False
+    thinks = answering.asked.chat.think_tokens != 0 and opens_thinking(answering.tokenizer, answering.prompt)
     try:
         async for event in events:
+            # Claude Code gives up after five minutes in which nothing came but pings, so some more nothing comes, too.
+            waits = is_begun and thinks and isinstance(event, Reading | Beat)
             if not is_begun:  # only now: by the first event it is known what was cached
                 yield _event("message_start", message=_message(server, answering))
                 is_begun = True
             if isinstance(event, Reading | Beat):
                 yield _event("ping")
-            for each in parts.tell(event):
+            for each in parts.wait() if waits else parts.tell(event):
                 for chunk in _part_events(each):
                     yield chunk
             if isinstance(event, AnswerEnd):

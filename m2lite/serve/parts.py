@@ -63,6 +63,11 @@ class Parts:
                 return self._close()
         return []
 
+    def wait(self) -> list[PartEvent]:
+        """Nothing was said: nothing more of the part that is open. Before there is any that is the thinking."""
+        begun = [] if self.found else [self._begin(AnswerPart("thinking", 0))]
+        return [*begun, *([] if self._open is None else [self._more("", [])])]
+
     def tell_all(self, events: Iterable[AnswerEvent]) -> list[AnswerPart]:
         """The parts of a whole answer."""
         for event in events:

@@ -27,7 +27,7 @@ def read_script(name: str, tokenizer: Tokenizer) -> Callable[[Sequence[int]], Se
             (rule["match"], tokenizer.encode(rule["text"], control=True))
             for rule in parse_json(read_input(name, _MOST_BYTES))
         ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{name} is no script ({error}).", "Give a list of match and text.") from None
 
     def script(prompt: Sequence[int]) -> Sequence[int] | None:

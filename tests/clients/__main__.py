@@ -94,13 +94,14 @@ def _raise_loopback() -> None:
 
 def _print(reports: list[Report]) -> None:
     names = list(dict.fromkeys(name for report in reports for name in report.steps))
-    head = ["client", "package", *names, "prompt tokens", "s", "cached in the follow-up"]
+    head = ["client", "package", *names, "prompt tokens", "s", "cached in the follow-up", "after a restart"]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for report in reports:
-        shown = ["yes" if report.steps[name] == "ok" else "NO" if name in report.steps else "-" for name in names]
+        shown = [{"ok": "yes", "-": "-"}.get(report.steps.get(name, "-"), "NO") for name in names]
         prompt = f"{report.n_prompt:,}" if report.n_prompt else "-"
-        hit = f"{report.n_cached:,} of {report.n_known:,}" if report.n_known else "-"
-        print(f"| {' | '.join([report.name, report.package, *shown, prompt, f'{report.seconds:.1f}', hit])} |")
+        hits = [(report.n_cached, report.n_known), (report.n_cached_later, report.n_known_later)]
+        numbers = [f"{report.seconds:.1f}", *(f"{n:,} of {known:,}" if known else "-" for n, known in hits)]
+        print(f"| {' | '.join([report.name, report.package, *shown, prompt, *numbers])} |")
     for report in reports:
         for name, how in report.steps.items():
             if how != "ok":

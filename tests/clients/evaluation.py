@@ -88,7 +88,7 @@ def _run(root: Path, server: Started) -> list[dict[str, Any]]:
 def _by_logits(root: Path, pairs: list[list[str]]) -> list[float]:
     """Of each continuation, from the logits of the model in this process."""
     found = list[float]()
-    with Model.open(root / f"{MODEL}.gguf") as model:
+    with Model.open(root / "test.gguf") as model:
         for context, more in pairs:
             n, ids = len(model.tokenizer.encode(context)), model.tokenizer.encode(context + more)
             logits = model.logits(ids)

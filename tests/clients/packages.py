@@ -1,4 +1,4 @@
-"""Clients from PyPI: how each is told where the server is, and how it is asked."""
+"""Clients from PyPI: how each is asked, and how the model writes a file with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.clients.checks import MADE, Client, Place
+from tests.clients.documented import documented
 from tests.clients.started import MODEL, call
 
 _PROGRAMS = Path(__file__).resolve().parent / "programs"
@@ -19,30 +20,7 @@ def write_file(path: str, content: str) -> str:
 '''
 
 
-def _llm(place: Place) -> dict[str, str]:
-    model = {"model_id": "m2", "model_name": MODEL, "api_base": f"{place.url}/v1", "supports_tools": "true"}
-    lines = "\n  ".join(f"{name}: {value}" for name, value in model.items())
-    place.write("llm/extra-openai-models.yaml", f"- {lines}\n")
-    return {"LLM_USER_PATH": str(place.home / "llm"), "OPENAI_API_KEY": "none"}
-
-
-def _aider(place: Place) -> dict[str, str]:
-    place.write(
-        ".aider.conf.yml",
-        f"""model: openai/{MODEL}
-openai-api-base: {place.url}/v1
-openai-api-key: none
-edit-format: whole
-timeout: 3600
-map-tokens: 0
-git: false
-check-update: false
-analytics-disable: true
-show-model-warnings: false
-""",
-    )
-    place.write(".aider.model.settings.yml", "")
-    return {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+_QUIET = {"AIDER_GIT": "false", "AIDER_CHECK_UPDATE": "false", "AIDER_ANALYTICS_DISABLE": "true"}
 
 
 def _ask_aider(place: Place, text: str, is_more: bool) -> list[str]:
@@ -58,6 +36,10 @@ def _program(name: str, kind: str, path: str = "") -> Callable[[Place, str, bool
     return lambda place, text, is_more: ["python", str(_PROGRAMS / name), place.url + path, MODEL, kind, text]
 
 
+def _llm(place: Place) -> dict[str, str]:
+    return documented("llm")(place) | {"LLM_USER_PATH": str(place.home)}
+
+
 def _nothing(place: Place) -> dict[str, str]:
     return {}
 
@@ -70,8 +52,9 @@ _AGENTS, _PYDANTIC = "openai-agents==0.24.0", "pydantic-ai-slim[openai,anthropic
 
 PACKAGES = [
     Client(
-        "aider", "aider-chat==0.86.2", _aider, _ask_aider, lambda place: f"{MADE}\n{_FENCE}\nok\n{_FENCE}\n",
-        has_results=False,
+        "aider", "aider-chat==0.86.2", documented("aider", _QUIET), _ask_aider,
+        lambda place: f"{MADE}\n{_FENCE}\nok\n{_FENCE}\n",
+        has_results=False, changes="a reminder and the files stand behind what was said, and thinking is not sent",
     ),
     Client("llm", "llm==0.36", _llm, _ask_llm, _write_file),
     Client(

@@ -19,7 +19,7 @@ from tests.tinymodel import Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT = 131_072
-MODEL = "m2-test"
+MODEL = "m2"  # as docs/agents.md calls it
 _LINE = re.compile(
     r"^req_\w+ POST (?P<path>\S+) (?P<status>\d+) · (?P<prompt>[\d,]+) tokens \((?P<cached>[\d,]+) cached\)"
     r" · (?P<said>[\d,]+) said.*? · (?P<end>\w+) · (?P<seconds>[\d.]+) s$",
@@ -47,7 +47,7 @@ def write_test_model(folder: Path, n_layers: int) -> Path:
     """Small, with a context that clients' prompts fit into, and with m2-tiny's tokenizer, so that text is text."""
     tiny = ROOT / "models" / "m2-tiny" / "m2-tiny.gguf"
     shape = Shape(n_layers=n_layers, n_heads=2, n_kv_heads=1, n_ctx=CONTEXT, n_vocab=4096)
-    return write_model(folder / f"{MODEL}.gguf", shape=shape, tokenizer=tiny)
+    return write_model(folder / "test.gguf", shape=shape, tokenizer=tiny)
 
 
 class Started:
@@ -69,7 +69,8 @@ class Started:
     def start(self) -> None:
         kernels = os.environ.get("M2LITE_CACHE_DIR") or f"{Path.home()}/.cache/m2lite"
         env = os.environ | {"XDG_CACHE_HOME": str(self._folder / "cache"), "M2LITE_CACHE_DIR": kernels}
-        options = ["--port", str(self.port), "--ctx", str(CONTEXT), "--test-script", str(self._folder / "script.json")]
+        options = ["--port", str(self.port), "--ctx", str(CONTEXT), "--alias", MODEL]
+        options += ["--test-script", str(self._folder / "script.json")]
         command = [sys.executable, "-m", "m2lite", "serve", str(self._model), *options]
         before = self.mark()
         with self._log.open("ab") as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,6 +18,7 @@ from m2lite.serve.messages import chat_body
 from tests.serve.conftest import Serve, Served, serving
 from tests.serve.sse import events
 from tests.serve.test_chat_completions import CALL
+from tests.tinymodel import ENDLESS, write_model
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -30,6 +32,7 @@ def test_an_answer_is_what_python_gives(served: Served, tiny: Model) -> None:
     assert [block.type for block in found.content] == ["thinking", "text"]
     thinking, text = found.content
     assert isinstance(thinking, anthropic.types.ThinkingBlock)
+    assert thinking.signature, "clients send a thought back as one only where it is signed"
     assert isinstance(text, anthropic.types.TextBlock)
     assert (thinking.thinking, text.text) == (expected["reasoning_content"], expected["content"])
     assert found.stop_reason == "end_turn"
@@ -115,6 +118,22 @@ def test_many_at_once(served: Served) -> None:
     assert len({each.id for each in found}) == 20
     for seed in (0, 19):
         assert ask(seed).content == found[seed].content
+
+
+def test_a_long_prompt_is_waited_for(tmp_path: Path) -> None:
+    """More comes than pings, which clients do not count: nothing, again and again, of the thinking to come."""
+    asked = ASKED | {"messages": [{"role": "user", "content": "word " * 780}], "max_tokens": 20}
+    with Model.open(write_model(tmp_path / "m.gguf", ENDLESS), ctx=4096) as model, serving(model) as served:
+        told = [data for _, data in events(served.http, "/v1/messages", asked)]
+        whole = served.http.post("/v1/messages", json=asked).json()
+        without = events(served.http, "/v1/messages", asked | {"thinking": {"type": "disabled"}})
+    n_pings = [data["type"] for data in told].count("ping")
+    assert n_pings > 1
+    nothing = {"type": "thinking_delta", "thinking": ""}
+    assert [data.get("delta") for data in told].count(nothing) == n_pings - 1
+    thinking = [data["delta"]["thinking"] for data in told if "thinking" in data.get("delta", {})]
+    assert "".join(thinking) == whole["content"][0]["thinking"]
+    assert all(data.get("content_block", {}).get("type") != "thinking" for _, data in without)
 
 
 def test_errors_are_anthropics(serve: Serve) -> None:

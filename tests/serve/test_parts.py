@@ -13,7 +13,7 @@ from m2lite import Model
 from m2lite.engine.answer import Token
 from m2lite.engine.request import Request
 from m2lite.engine.sequence import Event, Finished
-from m2lite.serve.events import AnswerEvent, CallBegin, Narration, Text
+from m2lite.serve.events import AnswerEvent, CallArguments, CallBegin, CallEnd, Drawn, Narration, Text
 from m2lite.serve.parts import PartBegin, PartEnd, PartMore, Parts
 
 SAID = (
@@ -76,3 +76,26 @@ def test_blanks_are_no_part(tiny: Model) -> None:
     assert [kind for kind, _ in found] == ["call", "content"]
     assert found[1][1].strip() == "x"
     assert found[1][1].startswith("\n")
+
+
+def test_waiting_adds_nothing() -> None:
+    """Whatever is open goes on with nothing; before there is anything the thinking begins, which then goes on."""
+    parts, nothing = Parts(), Drawn([], [])
+    begun, more = parts.wait()
+    assert isinstance(begun, PartBegin)
+    assert isinstance(more, PartMore)
+    assert (begun.part.kind, more.text) == ("thinking", "")
+    for event in (Text("thinking", "Hm.", nothing), Text("content", "Yes.", nothing)):
+        parts.tell(event)
+        [more] = parts.wait()
+        assert isinstance(more, PartMore)
+        assert (more.part.kind, more.text) == (event.kind, "")
+    parts.tell(CallBegin(0, "id", "f", nothing))
+    parts.tell(CallArguments(0, "{}"))
+    parts.tell(CallEnd(0))
+    assert parts.wait() == []
+    assert [(part.kind, part.text) for part in parts.found] == [
+        ("thinking", "Hm."),
+        ("content", "Yes."),
+        ("call", "{}"),
+    ]
