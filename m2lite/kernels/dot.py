@@ -36,24 +36,15 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import intrinsic
 
 from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import GROUP, PANEL, Vectors
 from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
-from m2lite.kernels.packs import PackType, pack_get
+from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
-from m2lite.kernels.simd import (
-    fma,
-    load_f32,
-    scratch,
-    splat,
-    store_f32,
-    tree_sum,
-    write_f32,
-)
+from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
 from m2lite.kernels.tiles import TILES
 from m2lite.storage.blocks import FORMATS
 
@@ -138,17 +129,9 @@ assert TILES.keys() == FAST_FORMATS
 
 def unpack_of(name: str) -> Any:
     """unpack(w) -> a pack of 2 vectors: 32 weights at address w as float32."""
-    form = WEIGHTS[name]
-
-    @intrinsic
-    def unpack(typingctx: Any, w: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            assert form.unpack is not None
-            return emit.pack_of(builder, form.unpack(builder, args[0]))
-
-        return PackType(simd.f32x16, 2)(types.int64), codegen
-
-    return unpack
+    unpack = WEIGHTS[name].unpack
+    signature = PackType(simd.f32x16, 2)(types.int64)
+    return operation(signature)(lambda builder, w: emit.pack_of(builder, unpack(builder, w)))
 
 
 # Weight rows and activation rows whose sums are in registers at once.
@@ -158,47 +141,38 @@ N_SUMS = W_ROWS * X_ROWS
 
 def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
     """add_products(sums, w, stride, x): sums[r * n_x + t] after 32 weights of row r times those of activation row t."""
-    form, kind = WEIGHTS[name], PackType(simd.f32x16, n_rows * n_x)
+    unpack, kind = WEIGHTS[name].unpack, PackType(simd.f32x16, n_rows * n_x)
 
-    @intrinsic
-    def add_products(typingctx: Any, sums: Any, w: Any, stride: Any, x: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            assert form.unpack is not None
-            pack, w_value, stride_value, x_value = args
-            values = [
-                [emit.load(builder, x_value, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)
-            ]
-            out = []
-            for r in range(n_rows):
-                row = builder.add(w_value, builder.mul(stride_value, emit.I64(r)))
-                weights = form.unpack(builder, row)
-                for t in range(n_x):
-                    total = builder.extract_value(pack, r * n_x + t)
-                    for weight, value in zip(weights, values[t], strict=True):
-                        total = emit.fma_values(builder, weight, value, total)
-                    out.append(total)
-            return emit.pack_of(builder, out)
-
-        return kind(kind, *[types.int64] * 3), codegen
+    @operation(kind(kind, *[types.int64] * 3))
+    def add_products(builder, sums, w, stride, x):
+        values = [[emit.load(builder, x, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)]
+        out = []
+        for r in range(n_rows):
+            weights = unpack(builder, emit.row_at(builder, w, stride, r))
+            for t in range(n_x):
+                total = builder.extract_value(sums, r * n_x + t)
+                for weight, value in zip(weights, values[t], strict=True):
+                    total = emit.fma_values(builder, weight, value, total)
+                out.append(total)
+        return emit.pack_of(builder, out)
 
     return add_products
 
 
-@intrinsic(prefer_literal=True)
-def write_sums(typingctx: Any, sums: Any, out: Any, out_stride: Any, n_x: Any) -> Any:
-    """The lanes of sums[r * n_x + t] added as a tree, to out[t, r]; out_stride in bytes, n_x a literal."""
-    n = n_x.literal_value
+def _write_sums_of(n_x: int) -> Any:
+    """write_sums(sums, out, out_stride): the lanes of sums[r * n_x + t] added as a tree, to out[t, r]."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pack, at, stride, _ = args
-        for i in range(sums.n):
-            total = emit.tree_of(builder, builder.extract_value(pack, i))
-            row = builder.add(at, builder.mul(stride, emit.I64(i % n)))
-            emit.store(builder, total, builder.add(row, emit.I64(4 * (i // n))))
-        return context.get_dummy_value()
+    @operation(lambda sums, out, out_stride: types.void(sums, types.int64, types.int64))
+    def write_sums(builder, sums, out, out_stride):
+        for i in range(sums.type.count):
+            total = emit.tree_of(builder, builder.extract_value(sums, i))
+            row = emit.row_at(builder, out, out_stride, i % n_x)
+            emit.store(builder, total, builder.add(row, emit.I64(4 * (i // n_x))))
 
-    return types.void(sums, types.int64, types.int64, n_x), codegen
+    return write_sums
 
+
+write_together, write_apart = _write_sums_of(X_ROWS), _write_sums_of(1)
 
 # Names that `specialise` fills in: the templates below see them as globals.
 step_bytes = x_bytes = 0
@@ -219,7 +193,7 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
             sums = no_sums(1)
             for b in range(n_blocks):
                 sums = add_single(sums, w + b * step_bytes, stride, x + (b * n_x + t) * 128)
-            write_sums(sums, out + t * out_stride, out_stride, 1)
+            write_apart(sums, out + t * out_stride, out_stride)
     else:
         n_together = n_x // X_ROWS * X_ROWS
         for r in range(0, n_store, W_ROWS):
@@ -228,12 +202,12 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
                 sums = no_sums(N_SUMS)
                 for b in range(n_blocks):
                     sums = add_together(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
-                write_sums(sums, at + t * out_stride, out_stride, X_ROWS)
+                write_together(sums, at + t * out_stride, out_stride)
             for t in range(n_together, n_x):
                 sums = no_sums(W_ROWS)
                 for b in range(n_blocks):
                     sums = add_apart(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
-                write_sums(sums, at + t * out_stride, out_stride, 1)
+                write_apart(sums, at + t * out_stride, out_stride)
 
 
 def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -274,9 +248,7 @@ def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
 
 def _unpack_row(w, n_blocks, out):
     for b in range(n_blocks):
-        values = unpack(w + b * step_bytes)
-        store_f32(out + b * 128, pack_get(values, 0))
-        store_f32(out + b * 128 + 64, pack_get(values, 1))
+        store_rows(out + b * 128, 64, unpack(w + b * step_bytes))
 
 
 def _unpack_row_of_blocks(w, n_blocks, out):

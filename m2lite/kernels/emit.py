@@ -140,6 +140,12 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
+def call_address(builder: ir.IRBuilder, address: ir.Value, args: list[ir.Value]) -> None:
+    """Call a function that returns nothing."""
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), args)
+
+
 def fma_values(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
@@ -166,6 +172,11 @@ def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return builder.extract_element(v, I32(0))
 
 
+def row_at(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:
+    """The address of row i."""
+    return builder.add(address, builder.mul(stride, I64(i))) if i else address
+
+
 @dataclass(frozen=True)
 class RowAddresses:
     """Where 16 or 8 rows are: the addresses of every fourth, and the bytes from row to row."""
@@ -178,8 +189,7 @@ class RowAddresses:
         return 4 * len(self.fours)
 
     def at(self, builder: ir.IRBuilder, row: int) -> ir.Value:
-        four = self.fours[row // 4]
-        return builder.add(four, builder.mul(self.stride, I64(row % 4))) if row % 4 else four
+        return row_at(builder, self.fours[row // 4], self.stride, row % 4)
 
 
 def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int = LANES) -> RowAddresses:
