@@ -23,30 +23,13 @@ V_I16 = ir.VectorType(I16, LANES)
 
 # --- the form of integer dots -----------------------------------------------------------------------------------
 
-FORMS = ("avx512vnni", "avxvnni", "avx2", "neondot", "portable")
-
 
 def host_features() -> frozenset[str]:
     """The features that Numba compiles for: an intrinsic outside them would abort the process."""
-    if numba_config.CPU_FEATURES is not None:
-        text = numba_config.CPU_FEATURES
-    elif numba_config.CPU_NAME is not None and numba_config.CPU_NAME != "host":
-        text = _features_of(numba_config.CPU_NAME)
-    else:
-        text = llvm.get_host_cpu_features().flatten()
+    text = numba_config.CPU_FEATURES
+    if text is None:  # who names a processor, but no features, gets what every one has
+        text = llvm.get_host_cpu_features().flatten() if numba_config.CPU_NAME in (None, "host") else ""
     return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
-
-
-_NAMED = {  # what a processor name implies, as far as the forms ask; used when a test names a processor
-    "nehalem": "",
-    "haswell": "+avx2,+fma,+f16c",
-    "alderlake": "+avx2,+fma,+f16c,+avxvnni",
-    "icelake-server": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512vnni",
-}
-
-
-def _features_of(cpu: str) -> str:
-    return _NAMED.get(cpu, "")
 
 
 def choose_form(features: frozenset[str]) -> str:
