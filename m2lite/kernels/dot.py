@@ -10,7 +10,7 @@ w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes 
 n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes; ahead: what will be read soon, as many bytes
 as the 16 rows are: they are asked for, never touched. x is an activation panel:
 
-  int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.PANEL)
+  int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.SUM_AT)
   float32  128 bytes per row and block: 32 float32
 
 A panel holds its rows in groups of up to 32 (only the last one is smaller); a group of T rows is laid out
@@ -39,7 +39,7 @@ from numba.core import types
 
 from m2lite.kernels import FAST_FORMATS, emit, simd
 from m2lite.kernels import unpack as loops
-from m2lite.kernels.dots import GROUP, PANEL, Vectors
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
 from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
@@ -51,7 +51,7 @@ from m2lite.storage.blocks import FORMATS
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
 
-STEP_BYTES = {"int8": PANEL.BYTES, "float32": 128}  # of an activation panel, per row and block
+STEP_BYTES = {"int8": PANEL_BYTES, "float32": 128}  # of an activation panel, per row and block
 
 
 def panel_bytes(kind: str, n_rows: int, n: int) -> int:

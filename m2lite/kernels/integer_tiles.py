@@ -13,16 +13,15 @@ from llvmlite import ir
 from numba.core import types
 
 from m2lite.kernels import emit, simd
-from m2lite.kernels.dots import GROUP, PANEL, Vectors, integer_dots, prepare
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, Vectors, integer_dots, prepare
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
-from m2lite.kernels.row_dots import ROW_FORMS, row_dots
+from m2lite.kernels.row_dots import row_dots
 from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes, zeros_of
 from m2lite.kernels.tiles import TILES, TileForm
 
 ZERO = np.float32(0)
-PANEL_BYTES = PANEL.BYTES
 
 
 def _add_step(
@@ -30,11 +29,11 @@ def _add_step(
 ) -> ir.Value:
     """acc after one fma per group, and one for the minimum."""
     n = acc.type.count
-    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE), n)
+    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, SCALE_AT), n)
     for dot, scale in zip(dots, scales, strict=True):
         acc = emit.fma_values(builder, builder.sitofp(dot, acc.type), builder.fmul(scale, x_scale), acc)
     if minimum is not None:
-        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM), n)
+        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, SCALED_SUM_AT), n)
         acc = emit.fma_values(builder, minimum, scaled_sum, acc)
     return acc
 
@@ -76,15 +75,15 @@ def _dot_block_of(form: TileForm) -> Any:
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
             nonlocal acc
             s = next(steps)
-            row = builder.add(x, emit.I64(PANEL.BYTES * s))
+            row = builder.add(x, emit.I64(PANEL_BYTES * s))
             _prefetch_step(builder, form, ahead, s, AT_ONCE)
             if emit.FORM == "avx2":
-                dots = row_dots(builder, form.integers, ROW_FORMS[form.name], rows, s, row)
+                dots = row_dots(builder, form, rows, s, row)
             else:
                 dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
             acc = _add_step(builder, acc, dots, scales, minimum, row)
 
-        form.read(builder, rows, step)
+        form.read(builder, form, rows, step)
         return acc
 
     return dot_block
@@ -103,9 +102,9 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
             nonlocal x
             _prefetch_step(builder, form, ahead, next(steps))
             _add_rows(builder, form, sums, prepare(builder, form.integers, weights), scales, minimum, x)
-            x = builder.add(x, emit.I64(n_rows * PANEL.BYTES))
+            x = builder.add(x, emit.I64(n_rows * PANEL_BYTES))
 
-        form.read(builder, emit.rows_of(builder, w, stride), step)
+        form.read(builder, form, emit.rows_of(builder, w, stride), step)
         return emit.pack_of(builder, sums)
 
     return dot_few
@@ -116,7 +115,7 @@ def _add_rows(
     x: ir.Value,
 ) -> None:  # fmt: skip
     """Adds a step's products with the rows at x to `sums`, one for each."""
-    rows = [builder.add(x, emit.I64(PANEL.BYTES * r)) for r in range(len(sums))]
+    rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(len(sums))]
     for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
         sums[r] = _add_step(builder, sums[r], dots, scales, minimum, rows[r])
 
@@ -145,7 +144,7 @@ def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
             _add_rows(builder, form, accs, tile, scales, minimum, x)
             x = builder.add(x, x_step)
 
-        form.read(builder, emit.rows_of(builder, w, stride), step)
+        form.read(builder, form, emit.rows_of(builder, w, stride), step)
         for acc, place in zip(accs, places, strict=True):
             emit.store(builder, acc, place)
 
@@ -169,7 +168,7 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
     @operation(lambda step, x, sums: types.void(step, types.int64, types.int64))
     def dot_rows(builder, step, x, sums):
         vectors = [builder.extract_value(step, i) for i in range(form.step_vectors)]
-        rows = [builder.add(x, emit.I64(PANEL.BYTES * r)) for r in range(n_rows)]
+        rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(n_rows)]
         dots = integer_dots(builder, form.integers, vectors[:8], rows)
         floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
         scales = floats[: form.integers.n_groups]
@@ -187,15 +186,8 @@ zeros = zeros_of(_SUMS)
 # Names that `specialise` fills in: the templates below see them as globals.
 block_bytes = step_vectors = tile_vectors = 0
 n_steps = n_rows = n_first = 1
-dot_block: Any = None
-dot_few: Any = None
-unpack_tile: Any = None
-load_step: Any = None
-dot_four: Any = None
-dot_two: Any = None
-dot_one: Any = None
-few_rows: Any = None
-other_rows: Any = None
+dot_block = dot_few = unpack_tile = load_step = dot_four = dot_two = dot_one = None
+few_rows = other_rows = None
 
 
 def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -260,9 +252,10 @@ def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:
     return kernel(specialise(_by_rows, f"by_rows_{n_rows}_{name}", **names))
 
 
-def _names_of(form: TileForm) -> dict[str, Any]:
-    """What the templates of integer tiles see."""
-    return {
+def tile_function(name: str) -> Any:
+    """The compiled kernel of a format, for 1 to GROUP activation rows."""
+    form = TILES[name]
+    names = {
         "block_bytes": form.block_bytes,
         "n_steps": form.n_steps,
         "step_vectors": form.step_vectors,
@@ -275,12 +268,6 @@ def _names_of(form: TileForm) -> dict[str, Any]:
         "dot_two": _dot_rows_of(form, 2),
         "dot_one": _dot_rows_of(form, 1),
     }
-
-
-def tile_function(name: str) -> Any:
-    """The compiled kernel of a format, for 1 to GROUP activation rows."""
-    form = TILES[name]
-    names = _names_of(form)
     rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
     for n in range(2, FEW + 1):
         few = names | {"n_rows": n, "dot_few": _dot_few_of(form, n)}
