@@ -14,8 +14,12 @@ from tests.children import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# form -> (a processor whose features lead to it, the host feature without which it cannot run here)
-FORMS = {"avxvnni": ("alderlake", "avxvnni"), "avx2": ("haswell", "avx2"), "portable": ("nehalem", "sse4.2")}
+# form -> (processor, its features), which lead to it
+FORMS = {
+    "avxvnni": ("alderlake", "+avx2,+fma,+f16c,+avxvnni"),
+    "avx2": ("haswell", "+avx2,+fma,+f16c"),
+    "portable": ("nehalem", "+fma"),  # without it, every fma is a call
+}
 
 
 def run_script(script: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +36,8 @@ def run_script(script: str, *arguments: str | Path, **env: str) -> subprocess.Co
 
 def run_form(form: str, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a script in a form; skips where this processor cannot run it."""
-    processor, feature = FORMS[form]
-    if not llvm.get_host_cpu_features().get(feature):
-        pytest.skip(f"this processor has no {feature}, so the {form} form cannot run here")
-    return run_script(script, *arguments, NUMBA_CPU_NAME=processor)
+    processor, features = FORMS[form]
+    here = llvm.get_host_cpu_features()
+    if not all(here.get(feature[1:]) for feature in features.split(",")):
+        pytest.skip(f"this processor has not all of {features}, so the {form} form cannot run here")
+    return run_script(script, *arguments, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES=features)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from m2lite.kernels.elementwise import exp16
 from m2lite.kernels.jit import address_of, kernel, specialise
@@ -95,7 +95,8 @@ def state_places(scratch, group, head_dim):
 # --- a tile of 16 lanes and H query heads, whose sums stay in registers --------------------------------------------
 
 # Names that `specialise` fills in. Sums of 6 heads, a vector of the tile and a factor: 15 of AVX2's 16 registers.
-H = 0
+H = item = 0  # heads; bytes of a number of K or V
+is_q8 = False
 load = scores_6 = scores_4 = scores_2 = scores_1 = values_6 = values_4 = values_2 = values_1 = None
 tile_scores = tile_values = page_scores = page_values = None
 
@@ -223,18 +224,12 @@ def page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work):
         factors += 128
 
 
-def _page_scores_f16(scores, q, k, n_valid, group, head_dim, ahead):
-    """scores[group, 64] = q . k of the first n_valid positions, in whole tiles."""
+def _page_scores(scores, q, k, n_valid, group, head_dim, ahead):
+    """scores[group, 64] = q . k of the first n_valid positions, in whole tiles; behind int8 k are its scales."""
     for lane in range(0, n_valid, 16):
-        next_k = ahead + 2 * lane * head_dim
-        tile_scores(scores + 4 * lane, q, k + 2 * lane, 2 * PAGE, 0, group, head_dim, next_k, 32)
-
-
-def _page_scores_q8_0(scores, q, k, n_valid, group, head_dim, ahead):
-    """The same for int8 k with scales."""
-    for lane in range(0, n_valid, 16):
-        scales, next_k = k + PAGE * head_dim + 2 * lane, ahead + lane * head_dim
-        tile_scores(scores + 4 * lane, q, k + lane, PAGE, scales, group, head_dim, next_k, 16)
+        scales = k + PAGE * head_dim + 2 * lane if is_q8 else 0
+        next_k = ahead + item * lane * head_dim
+        tile_scores(scores + 4 * lane, q, k + item * lane, item * PAGE, scales, group, head_dim, next_k, 16 * item)
 
 
 @kernel
@@ -246,20 +241,13 @@ def scale_weights(weights, p, scales, group):
             store_f32(weights + at, mul(load_f32(p + at), scale))
 
 
-def _page_values_f16(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
-    """acc[group, head_dim] takes sum of p * v in."""
+def _page_values(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
+    """acc[group, head_dim] takes sum of p * v in, for int8 v with scales. weights: scratch [group, 64]."""
     for d in range(0, head_dim, 16):
-        next_v = ahead + 2 * PAGE * d
-        tile_values(acc + 4 * d, factors, p, v + 2 * d, 2 * head_dim, n_valid, group, head_dim, next_v, 32)
-
-
-def _page_values_q8_0(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
-    """The same for int8 v with scales; weights: scratch [group, 64]."""
-    for d in range(0, head_dim, 16):
-        if d % 32 == 0:
+        if is_q8 and d % 32 == 0:
             scale_weights(weights, p, v + PAGE * head_dim + 2 * PAGE * (d // 32), group)
-        next_v = ahead + PAGE * d
-        tile_values(acc + 4 * d, factors, weights, v + d, head_dim, n_valid, group, head_dim, next_v, 16)
+        w, next_v = weights if is_q8 else p, ahead + item * PAGE * d
+        tile_values(acc + 4 * d, factors, w, v + item * d, item * head_dim, n_valid, group, head_dim, next_v, 16 * item)
 
 
 def _attend_page(state, q, k, v, n_valid, group, head_dim, scale, ahead, work):
@@ -270,27 +258,22 @@ def _attend_page(state, q, k, v, n_valid, group, head_dim, scale, ahead, work):
     page_values(state, factors, scores, v, n_valid, group, head_dim, ahead + v - k, weights)
 
 
-_PAGES = {
-    "f16": (load_f16, _page_scores_f16, _page_values_f16),
-    "q8_0": (load_q8, _page_scores_q8_0, _page_values_q8_0),
-}
-
-
 @functools.cache
 def attend_address(kv):
     """Compile _attend_page for a type of KV and return its address."""
-    load, scores, values = _PAGES[kv]
+    names = {"is_q8": False, "item": 2, "load": load_f16}
+    if kv == "q8_0":
+        names = {"is_q8": True, "item": 1, "load": load_q8}
 
-    def build(template, end="", **names):
-        return kernel(specialise(template, f"{template.__name__[1:]}_{kv}{end}", **names))
+    def build(template, end="", **more):
+        name = template.__name__[1:]
+        names[name + end] = kernel(specialise(template, f"{name}_{kv}{end}", **names, **more))
 
-    inner = {
-        f"{template.__name__[1:]}_{n}": build(template, f"_{n}", H=n, load=load)
-        for template in (_scores, _values)
-        for n in (6, 4, 2, 1)
-    }
-    tiles = {"tile_scores": build(_tile_scores, **inner), "tile_values": build(_tile_values, **inner)}
-    names = {"page_scores": build(scores, **tiles), "page_values": build(values, **tiles)}
+    for n in (6, 4, 2, 1):
+        build(_scores, f"_{n}", H=n)
+        build(_values, f"_{n}", H=n)
+    for template in (_tile_scores, _tile_values, _page_scores, _page_values):
+        build(template)
     signature = types.void(*[types.int64] * 7, types.float32, *[types.int64] * 2)
     return address_of(specialise(_attend_page, f"attend_page_{kv}", **names), signature)
 
@@ -458,7 +441,10 @@ def attend_part(
 
 
 @kernel
-def join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, scratch, scratch_bytes):
+def join_parts(
+    n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page, head_bytes,
+    scratch, scratch_bytes,
+):  # fmt: skip
     """Rows that were cut: the later parts' blocks are merged, in order, into the state of the part with block 0."""
     group = n_heads // n_kv_heads
     step, owner = state_bytes(group, head_dim), 0
@@ -478,23 +464,10 @@ def join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, s
             owner = part
 
 
-@kernel(parallel=True)
-def attend_parallel(
-    n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
-    head_bytes, scratch, scratch_bytes,
-):  # fmt: skip
-    for part in prange(n_parts):
-        attend_part(
-            part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
-            head_bytes, scratch, scratch_bytes,
-        )  # fmt: skip
-    join_parts(n_parts, out, positions, n_rows, n_heads, n_kv_heads, head_dim, scratch, scratch_bytes)
-
-
 def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positions: int) -> int:
     """Scratch of one thread for rows at positions below n_positions."""
     group, n_blocks = n_heads // n_kv_heads, (n_positions - 1) // (PAGE * BLOCK) + 1
     return int(state_places(0, group, head_dim)[2]) + n_blocks * int(state_bytes(group, head_dim))
 
 
-attend = Split(attend_part, parallel=attend_parallel)
+attend = Split(attend_part, end=join_parts)

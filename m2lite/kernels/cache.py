@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from numba.core.caching import _Cache
+from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
@@ -57,35 +57,21 @@ def choose_directory(name: str) -> Path:
     return path
 
 
-class KernelCache(_Cache):  # type: ignore[misc]
+class KernelCache(NullCache):  # type: ignore[misc]
     """Of one function, in the form that Numba asks for."""
 
     def __init__(self, function: Callable[..., Any], directory: Path) -> None:
-        self._directory, self._is_on = directory, True
+        self._directory = directory
         code = function.__code__
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         self._key = (function.__module__, function.__qualname__, code.co_firstlineno, code.co_code, dumps(cells))
         self._name = function.__qualname__.replace("<locals>.", "").replace("/", "")
 
-    @property
-    def cache_path(self) -> str:
-        return str(self._directory)
-
-    def enable(self) -> None:
-        self._is_on = True
-
-    def disable(self) -> None:
-        self._is_on = False
-
-    def flush(self) -> None:
-        for path in self._directory.glob(f"{self._name}-*.kernel"):
-            path.unlink(missing_ok=True)
-
     def load_overload(self, signature: Any, target: Any) -> CompileResult | None:
         """What was compiled for this signature and processor; None where that is not there, or not whole."""
         target.refresh()  # as Numba's does: it may not have been used yet
         try:
-            found = self._path(signature, target.codegen()).read_bytes() if self._is_on else b""
+            found = self._path(signature, target.codegen()).read_bytes()
         except OSError:
             return None
         if hashlib.sha256(found[32:]).digest() != found[:32]:
@@ -94,7 +80,7 @@ class KernelCache(_Cache):  # type: ignore[misc]
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         """Keep it, if there is room. What depends on this process's addresses is not kept."""
-        if not self._is_on or result.library.has_dynamic_globals or not all(x.can_cache for x in result.lifted):
+        if result.library.has_dynamic_globals or not all(x.can_cache for x in result.lifted):
             return
         data = dumps(result._reduce())
         path = self._path(signature, result.codegen)

@@ -10,14 +10,15 @@ w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes 
 n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes; ahead: what will be read soon, as many bytes
 as the 16 rows are: they are asked for, never touched. x is an activation panel:
 
-  int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.PANEL)
+  int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.SUM_AT)
   float32  128 bytes per row and block: 32 float32
 
 A panel holds its rows in groups of up to 32 (only the last one is smaller); a group of T rows is laid out
 [block][T][bytes], so that a block's weights are unpacked once for the T rows. A group that begins with row t begins at
 t * n_blocks * bytes: a panel of one row is simply the row.
 
-A format without a tile of integers runs on float32 panels: "fast" is a format with one, the others are "generic".
+A format without a tile of integers (tiles.py) runs on float32 panels: "fast" is a format with one, the others are
+"generic".
 
 Order of the sum, the same for every group size, tile and vector width:
   int8     per block of 32, in block order: one fma per scale of the weights (one, or two of 16 weights each),
@@ -28,39 +29,28 @@ Order of the sum, the same for every group size, tile and vector width:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import intrinsic
 
-from m2lite.kernels import FAST_FORMATS, emit, simd
+from m2lite.kernels import emit, simd
 from m2lite.kernels import unpack as loops
-from m2lite.kernels.dots import GROUP, PANEL, Vectors
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
 from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
-from m2lite.kernels.packs import PackType, pack_get
+from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
-from m2lite.kernels.simd import (
-    fma,
-    load_f32,
-    scratch,
-    splat,
-    store_f32,
-    tree_sum,
-    write_f32,
-)
+from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
 from m2lite.kernels.tiles import TILES
 from m2lite.storage.blocks import FORMATS
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
 
-STEP_BYTES = {"int8": PANEL.BYTES, "float32": 128}  # of an activation panel, per row and block
+STEP_BYTES = {"int8": PANEL_BYTES, "float32": 128}  # of an activation panel, per row and block
 
 
 def panel_bytes(kind: str, n_rows: int, n: int) -> int:
@@ -68,69 +58,24 @@ def panel_bytes(kind: str, n_rows: int, n: int) -> int:
     return n_rows * (n // BLOCK) * STEP_BYTES[kind]
 
 
-# --- weights to float32 -------------------------------------------------------------------------------------------
+# --- weights that are floats ---------------------------------------------------------------------------------------
 
 
-def _scale_of(builder: ir.IRBuilder, w: ir.Value) -> ir.Value:
-    half = emit.splat(builder, emit.load(builder, w, emit.I16))
-    return emit.half_to_f32(builder, half)
-
-
-def _bytes_to_f32(builder: ir.IRBuilder, v: ir.Value, offset: int) -> ir.Value:
-    """16 unsigned bytes minus `offset`, as float32."""
-    wide = builder.sub(builder.zext(v, emit.V_I32), emit.const(offset))
-    return builder.sitofp(wide, emit.V_F32)
-
-
-def _q4_0_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
-    raw = emit.load(builder, w, ir.VectorType(emit.I8, 16), 2)
-    low = builder.and_(raw, emit.const(15, 16, emit.I8))
-    high = builder.lshr(raw, emit.const(4, 16, emit.I8))
-    scale = _scale_of(builder, w)
-    return [builder.fmul(_bytes_to_f32(builder, v, 8), scale) for v in (low, high)]
-
-
-def _q8_0_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
-    scale = _scale_of(builder, w)
-    raw = [emit.load(builder, w, ir.VectorType(emit.I8, 16), o) for o in (2, 18)]
-    return [builder.fmul(builder.sitofp(builder.sext(v, emit.V_I32), emit.V_F32), scale) for v in raw]
-
-
-def _f32_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
+def _f32(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
     return [emit.load(builder, w, emit.V_F32, o) for o in (0, 64)]
 
 
-def _f16_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
+def _f16(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
     return [emit.half_to_f32(builder, emit.load(builder, w, emit.V_I16, o)) for o in (0, 32)]
 
 
-def _bf16_unpack(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
+def _bf16(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
     raw = [builder.zext(emit.load(builder, w, emit.V_I16, o), emit.V_I32) for o in (0, 32)]
     return [builder.bitcast(builder.shl(v, emit.const(16)), emit.V_F32) for v in raw]
 
 
-@dataclass(frozen=True)
-class WeightForm:
-    """How kernels turn one block format into float32.
-
-    `unpack` brings a step of 32 weights into registers; without it, kernels/unpack.py writes a whole block to scratch.
-    """
-
-    step_bytes: int
-    unpack: Callable[[ir.IRBuilder, ir.Value], Vectors] | None = None
-    step: int = BLOCK  # weights
-
-
-WEIGHTS = {
-    "Q4_0": WeightForm(18, _q4_0_unpack),
-    "Q8_0": WeightForm(34, _q8_0_unpack),
-    "F16": WeightForm(64, _f16_unpack),
-    "BF16": WeightForm(64, _bf16_unpack),
-    "F32": WeightForm(128, _f32_unpack),
-} | {name: WeightForm(FORMATS[name].n_bytes, step=FORMATS[name].n_weights) for name in loops.NAMES}
-
-
-assert TILES.keys() == FAST_FORMATS
+# What brings 32 weights into registers as float32; of other formats kernels/unpack.py writes a whole block to memory.
+FLOATS = {"F16": _f16, "BF16": _bf16, "F32": _f32}
 
 
 # --- tile kernels, built from the tables ---------------------------------------------------------------------------
@@ -138,17 +83,8 @@ assert TILES.keys() == FAST_FORMATS
 
 def unpack_of(name: str) -> Any:
     """unpack(w) -> a pack of 2 vectors: 32 weights at address w as float32."""
-    form = WEIGHTS[name]
-
-    @intrinsic
-    def unpack(typingctx: Any, w: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            assert form.unpack is not None
-            return emit.pack_of(builder, form.unpack(builder, args[0]))
-
-        return PackType(simd.f32x16, 2)(types.int64), codegen
-
-    return unpack
+    signature = PackType(simd.f32x16, 2)(types.int64)
+    return operation(signature)(lambda builder, w: emit.pack_of(builder, FLOATS[name](builder, w)))
 
 
 # Weight rows and activation rows whose sums are in registers at once.
@@ -158,58 +94,44 @@ N_SUMS = W_ROWS * X_ROWS
 
 def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
     """add_products(sums, w, stride, x): sums[r * n_x + t] after 32 weights of row r times those of activation row t."""
-    form, kind = WEIGHTS[name], PackType(simd.f32x16, n_rows * n_x)
+    unpack, kind = FLOATS[name], PackType(simd.f32x16, n_rows * n_x)
 
-    @intrinsic
-    def add_products(typingctx: Any, sums: Any, w: Any, stride: Any, x: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            assert form.unpack is not None
-            pack, w_value, stride_value, x_value = args
-            values = [
-                [emit.load(builder, x_value, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)
-            ]
-            out = []
-            for r in range(n_rows):
-                row = builder.add(w_value, builder.mul(stride_value, emit.I64(r)))
-                weights = form.unpack(builder, row)
-                for t in range(n_x):
-                    total = builder.extract_value(pack, r * n_x + t)
-                    for weight, value in zip(weights, values[t], strict=True):
-                        total = emit.fma_values(builder, weight, value, total)
-                    out.append(total)
-            return emit.pack_of(builder, out)
-
-        return kind(kind, *[types.int64] * 3), codegen
+    @operation(kind(kind, *[types.int64] * 3))
+    def add_products(builder, sums, w, stride, x):
+        values = [[emit.load(builder, x, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)]
+        out = []
+        for r in range(n_rows):
+            weights = unpack(builder, builder.add(w, builder.mul(stride, emit.I64(r))))
+            for t in range(n_x):
+                total = builder.extract_value(sums, r * n_x + t)
+                for weight, value in zip(weights, values[t], strict=True):
+                    total = emit.fma_values(builder, weight, value, total)
+                out.append(total)
+        return emit.pack_of(builder, out)
 
     return add_products
 
 
-@intrinsic(prefer_literal=True)
-def write_sums(typingctx: Any, sums: Any, out: Any, out_stride: Any, n_x: Any) -> Any:
-    """The lanes of sums[r * n_x + t] added as a tree, to out[t, r]; out_stride in bytes, n_x a literal."""
-    n = n_x.literal_value
+def _write_sums_of(n_x: int) -> Any:
+    """write_sums(sums, out, out_stride): the lanes of sums[r * n_x + t] added as a tree, to out[t, r]."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pack, at, stride, _ = args
-        for i in range(sums.n):
-            total = emit.tree_of(builder, builder.extract_value(pack, i))
-            row = builder.add(at, builder.mul(stride, emit.I64(i % n)))
-            emit.store(builder, total, builder.add(row, emit.I64(4 * (i // n))))
-        return context.get_dummy_value()
+    @operation(lambda sums, out, out_stride: types.void(sums, types.int64, types.int64))
+    def write_sums(builder, sums, out, out_stride):
+        for i in range(sums.type.count):
+            total = emit.tree_of(builder, builder.extract_value(sums, i))
+            row = builder.add(out, builder.mul(out_stride, emit.I64(i % n_x)))
+            emit.store(builder, total, builder.add(row, emit.I64(4 * (i // n_x))))
 
-    return types.void(sums, types.int64, types.int64, n_x), codegen
+    return write_sums
 
+
+write_together, write_apart = _write_sums_of(X_ROWS), _write_sums_of(1)
 
 # Names that `specialise` fills in: the templates below see them as globals.
 step_bytes = x_bytes = 0
 step = 32
 n_vectors = 2
-group_rows: Any = None
-add_together: Any = None
-add_apart: Any = None
-add_single: Any = None
-unpack: Any = None
-unpack_block: Any = None
+group_rows = add_together = add_apart = add_single = unpack = unpack_block = None
 
 
 def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -219,7 +141,7 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
             sums = no_sums(1)
             for b in range(n_blocks):
                 sums = add_single(sums, w + b * step_bytes, stride, x + (b * n_x + t) * 128)
-            write_sums(sums, out + t * out_stride, out_stride, 1)
+            write_apart(sums, out + t * out_stride, out_stride)
     else:
         n_together = n_x // X_ROWS * X_ROWS
         for r in range(0, n_store, W_ROWS):
@@ -228,12 +150,12 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
                 sums = no_sums(N_SUMS)
                 for b in range(n_blocks):
                     sums = add_together(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
-                write_sums(sums, at + t * out_stride, out_stride, X_ROWS)
+                write_together(sums, at + t * out_stride, out_stride)
             for t in range(n_together, n_x):
                 sums = no_sums(W_ROWS)
                 for b in range(n_blocks):
                     sums = add_apart(sums, rows + b * step_bytes, stride, x + (b * n_x + t) * 128)
-                write_sums(sums, at + t * out_stride, out_stride, 1)
+                write_apart(sums, at + t * out_stride, out_stride)
 
 
 def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -274,9 +196,7 @@ def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
 
 def _unpack_row(w, n_blocks, out):
     for b in range(n_blocks):
-        values = unpack(w + b * step_bytes)
-        store_f32(out + b * 128, pack_get(values, 0))
-        store_f32(out + b * 128 + 64, pack_get(values, 1))
+        store_rows(out + b * 128, 64, unpack(w + b * step_bytes))
 
 
 def _unpack_row_of_blocks(w, n_blocks, out):
@@ -284,34 +204,40 @@ def _unpack_row_of_blocks(w, n_blocks, out):
         unpack_block(w + s * step_bytes, out + 4 * s * step)
 
 
-def _names_of_blocks(name: str) -> dict[str, Any]:
-    """What the templates with `unpack_block` see."""
-    form = WEIGHTS[name]
-    names = {"step_bytes": form.step_bytes, "step": form.step, "n_vectors": form.step // 16}
+def step_of(name: str) -> int:
+    """Weights that are unpacked together: a block, or 32 floats."""
+    return max(BLOCK, FORMATS[name].n_weights)
+
+
+def _names_of(name: str) -> dict[str, Any]:
+    """What the templates see of a format that float32 panels are multiplied with, or that is unpacked."""
+    step = step_of(name)
+    names = {"step": step, "step_bytes": FORMATS[name].row_bytes(step), "n_vectors": step // 16}
+    if name in FLOATS:
+        return names | {"unpack": unpack_of(name)}
     return names | {"unpack_block": loops.block_function(name)}
 
 
 def _tile_function(name: str, kind: str) -> Any:
     """The tile kernel of one format and kind of activations."""
-    form = WEIGHTS[name]
     if kind == "int8":
         rows = tile_function(name)
-    elif form.unpack is not None:
-        names = {
-            "step_bytes": form.step_bytes, "add_together": _add_products_of(name, W_ROWS, X_ROWS),
-            "add_apart": _add_products_of(name, W_ROWS, 1), "add_single": _add_products_of(name, 1, 1),
+    elif name in FLOATS:
+        products = {
+            "add_together": _add_products_of(name, W_ROWS, X_ROWS), "add_apart": _add_products_of(name, W_ROWS, 1),
+            "add_single": _add_products_of(name, 1, 1),
         }  # fmt: skip
-        rows = kernel(specialise(_float32, f"rows_{name}_float32", **names))
+        rows = kernel(specialise(_float32, f"rows_{name}_float32", **_names_of(name), **products))
     else:
-        names = _names_of_blocks(name)
+        names = _names_of(name)
         one, many = (kernel(specialise(f, f"{f.__name__[1:]}_{name}", **names)) for f in (_blocks_one, _blocks_many))
         rows = by_rows(f"{name}_float32", 1, one, many)
     return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], group_rows=rows)
 
 
-def activation_kind(name: str, generic: bool = False) -> str:
-    """ "int8" where the format has an integer tile, else "float32"; `generic` forces float32."""
-    return "int8" if name in FAST_FORMATS and not generic else "float32"
+def activation_kind(name: str) -> str:
+    """ "int8" where the format has an integer tile, else "float32"."""
+    return "int8" if name in TILES else "float32"
 
 
 @cache
@@ -323,9 +249,5 @@ def tile_address(name: str, kind: str) -> int:
 @cache
 def unpack_address(name: str) -> int:
     """Compile unpack_row(w, n_blocks, out): one row of weights to float32, and return its address."""
-    form = WEIGHTS[name]
-    if form.unpack is None:
-        template, names = _unpack_row_of_blocks, _names_of_blocks(name)
-    else:
-        template, names = _unpack_row, {"unpack": unpack_of(name), "step_bytes": form.step_bytes}
-    return address_of(specialise(template, f"unpack_{name}", **names), types.void(*([types.int64] * 3)))
+    template = _unpack_row if name in FLOATS else _unpack_row_of_blocks
+    return address_of(specialise(template, f"unpack_{name}", **_names_of(name)), types.void(*([types.int64] * 3)))

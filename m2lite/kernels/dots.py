@@ -1,7 +1,7 @@
 """Exact integer dots of 16 weight rows with rows of activations, in every vector form, as LLVM IR. Sees no format.
 
 A tile holds 32 weights of 16 rows: lane i of vector d has weights 4d..4d+3 of row i, a byte each. An activation row is
-at an address: 32 int8, then what panels keep about them (PANEL). The sums are exact in int32, so every form agrees.
+at an address: 32 int8, then what panels keep about them (SCALE_AT ...). The sums are exact in int32: all forms agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from m2lite.kernels.emit import (
     I16,
     I32,
     LANES,
-    V_I32,
     call_llvm,
     const,
     halves,
@@ -33,14 +32,12 @@ Vectors = list[ir.Value]
 GROUP = 32  # rows of a panel that share one pass over a tile
 
 
-class PANEL:
-    """A block of 32 activations in a panel: byte offsets of what follows its 32 int8, and its size."""
-
-    SCALE = 32  # float32: activation = scale x int8
-    SUM = 36  # two int16: -8 x (sum of those of the 32 whose place modulo 4 is below 2), -8 x (sum of the others)
-    SCALED_SUM = 40  # float32: -(scale x sum), for formats whose blocks have a minimum
-    HALF_SUM = 44  # as SUM, of the first 16, for formats with a scale per 16
-    BYTES = 48
+# A block of 32 activations in a panel: byte offsets of what follows its 32 int8, and its size.
+SCALE_AT = 32  # float32: activation = scale x int8
+SUM_AT = 36  # two int16: -8 x (sum of those of the 32 whose place modulo 4 is below 2), -8 x (sum of the others)
+SCALED_SUM_AT = 40  # float32: -(scale x sum), for formats whose blocks have a minimum
+HALF_SUM_AT = 44  # as SUM_AT, of the first 16, for formats with a scale per 16
+PANEL_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def starts_of(builder: ir.IRBuilder, kind: Integers, row: ir.Value, n_lanes: int
     if offset == 0:
         return [None] * kind.n_groups
     sums = []
-    for place in [PANEL.SUM] if kind.n_groups == 1 else [PANEL.HALF_SUM, PANEL.SUM]:
+    for place in [SUM_AT] if kind.n_groups == 1 else [HALF_SUM_AT, SUM_AT]:
         both = load(builder, row, I32, place)
         low = builder.sext(builder.trunc(both, I16), I32)
         sums.append(splat(builder, builder.add(low, builder.ashr(both, I32(16))), n_lanes))
@@ -113,48 +110,26 @@ def _dots_dot4(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vecto
     return out
 
 
+_DOT4 = {  # per form: the instruction, and the lanes of 32 bits that it works on
+    "avx512vnni": ("llvm.x86.avx512.vpdpbusd.512", 16),
+    "avxvnni": ("llvm.x86.avx512.vpdpbusd.256", 8),
+    "neondot": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4),
+}
+
+
 def dot4(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, s: ir.Value) -> ir.Value:
     """acc[i] + sum of 4 (byte of w[i]) x (signed byte of s); bytes of w are unsigned, in the sdot form signed."""
-    return _DOT4[FORM](builder, acc, w, s)
-
-
-def _dot4_vpdpbusd(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    v = ir.VectorType(I8, 64)
-    args = [acc, builder.bitcast(u, v), builder.bitcast(splat(builder, s), v)]
-    return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", V_I32, args)
-
-
-def _dot4_vpdpbusd_256(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    v, half = ir.VectorType(I8, 32), ir.VectorType(I32, 8)
-    signed = builder.bitcast(splat(builder, s, 8), v)
-    parts = zip(halves(builder, acc), halves(builder, u), strict=True)
-    name = "llvm.x86.avx512.vpdpbusd.256"
-    low, high = (call_llvm(builder, name, half, [a, builder.bitcast(w, v), signed]) for a, w in parts)
-    return joined(builder, low, high)
-
-
-def _dot4_neon(builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, s: ir.Value) -> ir.Value:
-    v, quarter = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
-    signed = builder.bitcast(splat(builder, s, 4), v)
-    parts = zip(split(builder, acc, 4), split(builder, w, 4), strict=True)
-    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-    return merged(builder, [call_llvm(builder, name, quarter, [a, builder.bitcast(q, v), signed]) for a, q in parts])
-
-
-def _dot4_portable(builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    for byte in range(4):
-        weight = builder.and_(builder.lshr(u, const(8 * byte)), const(0xFF))
-        signed = builder.ashr(builder.shl(s, I32(24 - 8 * byte)), I32(24))
-        acc = builder.add(acc, builder.mul(weight, splat(builder, signed)))
-    return acc
-
-
-_DOT4 = {
-    "avx512vnni": _dot4_vpdpbusd,
-    "avxvnni": _dot4_vpdpbusd_256,
-    "neondot": _dot4_neon,
-    "portable": _dot4_portable,
-}
+    if FORM not in _DOT4:
+        for byte in range(4):
+            weight = builder.and_(builder.lshr(w, const(8 * byte)), const(0xFF))
+            signed = builder.ashr(builder.shl(s, I32(24 - 8 * byte)), I32(24))
+            acc = builder.add(acc, builder.mul(weight, splat(builder, signed)))
+        return acc
+    name, n = _DOT4[FORM]
+    lanes, v = ir.VectorType(I32, n), ir.VectorType(I8, 4 * n)
+    signed = builder.bitcast(splat(builder, s, n), v)
+    parts = zip(split(builder, acc, LANES // n), split(builder, w, LANES // n), strict=True)
+    return merged(builder, [call_llvm(builder, name, lanes, [a, builder.bitcast(u, v), signed]) for a, u in parts])
 
 
 # --- AVX2: pairs of products in 16 bits -------------------------------------------------------------------------------
@@ -205,8 +180,8 @@ def _pair_sums(builder: ir.IRBuilder, kind: Integers, row: ir.Value, group: int)
         return builder.bitcast(splat(builder, load(builder, row, I32, place), 8), _WORDS)
 
     if kind.n_groups == 1:
-        return sums(PANEL.SUM)
-    return builder.sub(sums(PANEL.SUM), sums(PANEL.HALF_SUM)) if group else sums(PANEL.HALF_SUM)
+        return sums(SUM_AT)
+    return builder.sub(sums(SUM_AT), sums(HALF_SUM_AT)) if group else sums(HALF_SUM_AT)
 
 
 def _shifted(builder: ir.IRBuilder, pair_sums: ir.Value, center: int) -> ir.Value:

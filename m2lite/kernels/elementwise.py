@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.dots import GROUP, PANEL
+from m2lite.kernels.dots import GROUP, HALF_SUM_AT, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, SUM_AT
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import add as add16
 from m2lite.kernels.simd import (
+    add,
     call_unpack,
     clamp_and_store_i8,
     div,
@@ -46,8 +46,6 @@ C7, C6, C5, C4, C3, C2 = F(1 / 5040), F(1 / 720), F(1 / 120), F(1 / 24), F(1 / 6
 
 SMALLEST_AMAX = F(1e-30)  # a block of activations below this counts as zeros
 INT8_MAX = F(127.0)
-PANEL_BYTES, SCALE_AT, SUM_AT = PANEL.BYTES, PANEL.SCALE, PANEL.SUM
-SCALED_SUM_AT, HALF_SUM_AT = PANEL.SCALED_SUM, PANEL.HALF_SUM
 
 
 @kernel
@@ -70,7 +68,7 @@ def exp16(x):
 @kernel
 def sigmoid16(x):
     """1 / (1 + exp(-x)) per lane."""
-    return div(splat(ONE), add16(splat(ONE), exp16(mul(x, splat(MINUS_ONE)))))
+    return div(splat(ONE), add(splat(ONE), exp16(mul(x, splat(MINUS_ONE)))))
 
 
 @kernel
@@ -84,7 +82,7 @@ def embed_rows(unpack, w, row_bytes, n_blocks, tokens, n_rows, out, out_stride):
 def add_rows(x, y, n_rows, n):
     """x[t] += y[t]; both [n_rows, n], contiguous."""
     for i in range(0, 4 * n_rows * n, 64):
-        store_f32(x + i, add16(load_f32(x + i), load_f32(y + i)))
+        store_f32(x + i, add(load_f32(x + i), load_f32(y + i)))
 
 
 @kernel
@@ -95,7 +93,7 @@ def read_part(part, n_parts, address, n_bytes, sums):
     for at in range(address + begin, address + end, 256):
         a, b = maximum(a, load_f32(at)), maximum(b, load_f32(at + 64))
         c, d = maximum(c, load_f32(at + 128)), maximum(d, load_f32(at + 192))
-    write_f32(sums + 4 * part, tree_sum(add16(add16(a, b), add16(c, d))))
+    write_f32(sums + 4 * part, tree_sum(add(add(a, b), add(c, d))))
 
 
 @kernel
@@ -155,7 +153,7 @@ def write_sums(at, both):
 
 @kernel
 def pack_row_int8(panel, step, x, n_blocks):
-    """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.PANEL); to nearest even."""
+    """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.SUM_AT); to nearest even."""
     for b in range(n_blocks):
         low, high = load_f32(x + 128 * b), load_f32(x + 128 * b + 64)
         amax = max_abs(low, high)

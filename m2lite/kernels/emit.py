@@ -6,6 +6,7 @@ look-ups differ between machines; their form is picked from the features that Nu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -23,30 +24,13 @@ V_I16 = ir.VectorType(I16, LANES)
 
 # --- the form of integer dots -----------------------------------------------------------------------------------
 
-FORMS = ("avx512vnni", "avxvnni", "avx2", "neondot", "portable")
-
 
 def host_features() -> frozenset[str]:
     """The features that Numba compiles for: an intrinsic outside them would abort the process."""
-    if numba_config.CPU_FEATURES is not None:
-        text = numba_config.CPU_FEATURES
-    elif numba_config.CPU_NAME is not None and numba_config.CPU_NAME != "host":
-        text = _features_of(numba_config.CPU_NAME)
-    else:
-        text = llvm.get_host_cpu_features().flatten()
+    text = numba_config.CPU_FEATURES
+    if text is None:  # who names a processor, but no features, gets what every one has
+        text = llvm.get_host_cpu_features().flatten() if numba_config.CPU_NAME in (None, "host") else ""
     return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
-
-
-_NAMED = {  # what a processor name implies, as far as the forms ask; used when a test names a processor
-    "nehalem": "",
-    "haswell": "+avx2,+fma,+f16c",
-    "alderlake": "+avx2,+fma,+f16c,+avxvnni",
-    "icelake-server": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512vnni",
-}
-
-
-def _features_of(cpu: str) -> str:
-    return _NAMED.get(cpu, "")
 
 
 def choose_form(features: frozenset[str]) -> str:
@@ -140,6 +124,12 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
+def call_address(builder: ir.IRBuilder, address: ir.Value, args: list[ir.Value]) -> None:
+    """Call a function that returns nothing."""
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), args)
+
+
 def fma_values(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
@@ -159,11 +149,20 @@ def half_to_f32(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(bits, sign), floats)
 
 
-def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
+def reduced(builder: ir.IRBuilder, v: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """The lanes of v combined: lane i with i + n / 2, and so on."""
     while v.type.count > 1:
-        low, high = halves(builder, v)
-        v = builder.fadd(low, high)
+        v = combine(*halves(builder, v))
     return builder.extract_element(v, I32(0))
+
+
+def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
+    return reduced(builder, v, builder.fadd)
+
+
+def row_at(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:
+    """The address of row i."""
+    return builder.add(address, builder.mul(stride, I64(i))) if i else address
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,7 @@ class RowAddresses:
         return 4 * len(self.fours)
 
     def at(self, builder: ir.IRBuilder, row: int) -> ir.Value:
-        four = self.fours[row // 4]
-        return builder.add(four, builder.mul(self.stride, I64(row % 4))) if row % 4 else four
+        return row_at(builder, self.fours[row // 4], self.stride, row % 4)
 
 
 def rows_of(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, n: int = LANES) -> RowAddresses:

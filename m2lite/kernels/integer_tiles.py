@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import intrinsic
 
 from m2lite.kernels import emit, simd
-from m2lite.kernels.dots import GROUP, PANEL, Vectors, integer_dots, prepare
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, Vectors, integer_dots, prepare
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
-from m2lite.kernels.row_dots import ROW_FORMS, row_dots
-from m2lite.kernels.simd import expect_to_write, load_f32, scratch, splat, store_f32, store_lanes, zeros_of
+from m2lite.kernels.row_dots import row_dots
+from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes, zeros_of
 from m2lite.kernels.tiles import TILES, TileForm
 
 ZERO = np.float32(0)
-PANEL_BYTES = PANEL.BYTES
 
 
 def _add_step(
@@ -31,11 +29,11 @@ def _add_step(
 ) -> ir.Value:
     """acc after one fma per group, and one for the minimum."""
     n = acc.type.count
-    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALE), n)
+    x_scale = emit.splat(builder, emit.load(builder, row, emit.F32, SCALE_AT), n)
     for dot, scale in zip(dots, scales, strict=True):
         acc = emit.fma_values(builder, builder.sitofp(dot, acc.type), builder.fmul(scale, x_scale), acc)
     if minimum is not None:
-        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, PANEL.SCALED_SUM), n)
+        scaled_sum = emit.splat(builder, emit.load(builder, row, emit.F32, SCALED_SUM_AT), n)
         acc = emit.fma_values(builder, minimum, scaled_sum, acc)
     return acc
 
@@ -70,27 +68,23 @@ def _dot_block_of(form: TileForm) -> Any:
     AVX2 multiplies the rows as they lie; nothing uses the tile's weights then, so they are not made.
     """
 
-    @intrinsic
-    def dot_block(typingctx: Any, acc: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            acc_value, w_value, stride_value, x_value, ahead_value = args
-            rows, steps = emit.rows_of(builder, w_value, stride_value, AT_ONCE), iter(range(form.n_steps))
+    @operation(_SUMS(_SUMS, *[types.int64] * 4))
+    def dot_block(builder, acc, w, stride, x, ahead):
+        rows, steps = emit.rows_of(builder, w, stride, AT_ONCE), iter(range(form.n_steps))
 
-            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
-                nonlocal acc_value
-                s = next(steps)
-                row = builder.add(x_value, emit.I64(PANEL.BYTES * s))
-                _prefetch_step(builder, form, ahead_value, s, AT_ONCE)
-                if emit.FORM == "avx2":
-                    dots = row_dots(builder, form.integers, ROW_FORMS[form.name], rows, s, row)
-                else:
-                    dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
-                acc_value = _add_step(builder, acc_value, dots, scales, minimum, row)
+        def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+            nonlocal acc
+            s = next(steps)
+            row = builder.add(x, emit.I64(PANEL_BYTES * s))
+            _prefetch_step(builder, form, ahead, s, AT_ONCE)
+            if emit.FORM == "avx2":
+                dots = row_dots(builder, form, rows, s, row)
+            else:
+                dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
+            acc = _add_step(builder, acc, dots, scales, minimum, row)
 
-            form.read(builder, rows, step)
-            return acc_value
-
-        return _SUMS(_SUMS, *[types.int64] * 4), codegen
+        form.read(builder, form, rows, step)
+        return acc
 
     return dot_block
 
@@ -99,24 +93,19 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
     """dot_few(accs, w, stride, x, ahead): the pack of n_rows sums after all steps of a block of 16 rows."""
     kind = PackType(simd.f32x16, n_rows)
 
-    @intrinsic
-    def dot_few(typingctx: Any, accs: Any, w: Any, stride: Any, x: Any, ahead: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pack, w_value, stride_value, x_value, ahead_value = args
-            steps = iter(range(form.n_steps))
-            sums = [builder.extract_value(pack, r) for r in range(n_rows)]
+    @operation(kind(kind, *[types.int64] * 4))
+    def dot_few(builder, accs, w, stride, x, ahead):
+        steps = iter(range(form.n_steps))
+        sums = [builder.extract_value(accs, r) for r in range(n_rows)]
 
-            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
-                nonlocal x_value
-                _prefetch_step(builder, form, ahead_value, next(steps))
-                tile = prepare(builder, form.integers, weights)
-                _add_rows(builder, form, sums, tile, scales, minimum, x_value)
-                x_value = builder.add(x_value, emit.I64(n_rows * PANEL.BYTES))
+        def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+            nonlocal x
+            _prefetch_step(builder, form, ahead, next(steps))
+            _add_rows(builder, form, sums, prepare(builder, form.integers, weights), scales, minimum, x)
+            x = builder.add(x, emit.I64(n_rows * PANEL_BYTES))
 
-            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
-            return emit.pack_of(builder, sums)
-
-        return kind(kind, *[types.int64] * 4), codegen
+        form.read(builder, form, emit.rows_of(builder, w, stride), step)
+        return emit.pack_of(builder, sums)
 
     return dot_few
 
@@ -126,7 +115,7 @@ def _add_rows(
     x: ir.Value,
 ) -> None:  # fmt: skip
     """Adds a step's products with the rows at x to `sums`, one for each."""
-    rows = [builder.add(x, emit.I64(PANEL.BYTES * r)) for r in range(len(sums))]
+    rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(len(sums))]
     for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
         sums[r] = _add_step(builder, sums[r], dots, scales, minimum, rows[r])
 
@@ -139,44 +128,36 @@ def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
     as the longer of them, but a processor does not see far enough ahead to overlap one after the other.
     """
 
-    @intrinsic
-    def unpack_tile(typingctx: Any, w: Any, stride: Any, out: Any, x: Any, x_step: Any, sums: Any, ahead: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            w_value, stride_value, at, x_value, x_step_value, sums_value, ahead_value = args
-            steps = iter(range(form.n_steps))
-            places = [builder.add(sums_value, emit.I64(64 * r)) for r in range(n_rows)]
-            accs = [emit.load(builder, place, emit.V_F32) for place in places]
+    @operation(types.void(*[types.int64] * 7))
+    def unpack_tile(builder, w, stride, out, x, x_step, sums, ahead):
+        steps = iter(range(form.n_steps))
+        places = [builder.add(sums, emit.I64(64 * r)) for r in range(n_rows)]
+        accs = [emit.load(builder, place, emit.V_F32) for place in places]
 
-            def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
-                nonlocal at, x_value
-                _prefetch_step(builder, form, ahead_value, next(steps))
-                tile = prepare(builder, form.integers, weights)
-                for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
-                    emit.store(builder, v, at)
-                    at = builder.add(at, emit.I64(64))
-                _add_rows(builder, form, accs, tile, scales, minimum, x_value)
-                x_value = builder.add(x_value, x_step_value)
+        def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+            nonlocal out, x
+            _prefetch_step(builder, form, ahead, next(steps))
+            tile = prepare(builder, form.integers, weights)
+            for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
+                emit.store(builder, v, out)
+                out = builder.add(out, emit.I64(64))
+            _add_rows(builder, form, accs, tile, scales, minimum, x)
+            x = builder.add(x, x_step)
 
-            form.read(builder, emit.rows_of(builder, w_value, stride_value), step)
-            for acc, place in zip(accs, places, strict=True):
-                emit.store(builder, acc, place)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), codegen
+        form.read(builder, form, emit.rows_of(builder, w, stride), step)
+        for acc, place in zip(accs, places, strict=True):
+            emit.store(builder, acc, place)
 
     return unpack_tile
 
 
 def _load_step_of(form: TileForm) -> Any:
     """load_step(at): the vectors of a step that `unpack_tile` has written, as a pack."""
-    kind = PackType(simd.i32x16, form.step_vectors)
+    n = form.step_vectors
 
-    @intrinsic
-    def load_step(typingctx: Any, at: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return emit.pack_of(builder, [emit.load(builder, args[0], emit.V_I32, 64 * i) for i in range(kind.n)])
-
-        return kind(types.int64), codegen
+    @operation(PackType(simd.i32x16, n)(types.int64))
+    def load_step(builder, at):
+        return emit.pack_of(builder, [emit.load(builder, at, emit.V_I32, 64 * i) for i in range(n)])
 
     return load_step
 
@@ -184,23 +165,18 @@ def _load_step_of(form: TileForm) -> Any:
 def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
     """dot_rows(step, x, sums): adds a step's products with n rows at x to their sums, a vector each in memory."""
 
-    @intrinsic
-    def dot_rows(typingctx: Any, step: Any, x: Any, sums: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            step_value, x_value, sums_value = args
-            vectors = [builder.extract_value(step_value, i) for i in range(form.step_vectors)]
-            rows = [builder.add(x_value, emit.I64(PANEL.BYTES * r)) for r in range(n_rows)]
-            dots = integer_dots(builder, form.integers, vectors[:8], rows)
-            floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
-            scales = floats[: form.integers.n_groups]
-            minimum = floats[-1] if form.has_minimum else None
-            for r, row in enumerate(rows):
-                acc = emit.load(builder, sums_value, emit.V_F32, 64 * r)
-                acc = _add_step(builder, acc, dots[r], scales, minimum, row)
-                emit.store(builder, acc, builder.add(sums_value, emit.I64(64 * r)))
-            return context.get_dummy_value()
-
-        return types.void(step, types.int64, types.int64), codegen
+    @operation(lambda step, x, sums: types.void(step, types.int64, types.int64))
+    def dot_rows(builder, step, x, sums):
+        vectors = [builder.extract_value(step, i) for i in range(form.step_vectors)]
+        rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(n_rows)]
+        dots = integer_dots(builder, form.integers, vectors[:8], rows)
+        floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
+        scales = floats[: form.integers.n_groups]
+        minimum = floats[-1] if form.has_minimum else None
+        for r, row in enumerate(rows):
+            acc = emit.load(builder, sums, emit.V_F32, 64 * r)
+            acc = _add_step(builder, acc, dots[r], scales, minimum, row)
+            emit.store(builder, acc, builder.add(sums, emit.I64(64 * r)))
 
     return dot_rows
 
@@ -210,15 +186,8 @@ zeros = zeros_of(_SUMS)
 # Names that `specialise` fills in: the templates below see them as globals.
 block_bytes = step_vectors = tile_vectors = 0
 n_steps = n_rows = n_first = 1
-dot_block: Any = None
-dot_few: Any = None
-unpack_tile: Any = None
-load_step: Any = None
-dot_four: Any = None
-dot_two: Any = None
-dot_one: Any = None
-few_rows: Any = None
-other_rows: Any = None
+dot_block = dot_few = unpack_tile = load_step = dot_four = dot_two = dot_one = None
+few_rows = other_rows = None
 
 
 def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -283,9 +252,10 @@ def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:
     return kernel(specialise(_by_rows, f"by_rows_{n_rows}_{name}", **names))
 
 
-def _names_of(form: TileForm) -> dict[str, Any]:
-    """What the templates of integer tiles see."""
-    return {
+def tile_function(name: str) -> Any:
+    """The compiled kernel of a format, for 1 to GROUP activation rows."""
+    form = TILES[name]
+    names = {
         "block_bytes": form.block_bytes,
         "n_steps": form.n_steps,
         "step_vectors": form.step_vectors,
@@ -298,12 +268,6 @@ def _names_of(form: TileForm) -> dict[str, Any]:
         "dot_two": _dot_rows_of(form, 2),
         "dot_one": _dot_rows_of(form, 1),
     }
-
-
-def tile_function(name: str) -> Any:
-    """The compiled kernel of a format, for 1 to GROUP activation rows."""
-    form = TILES[name]
-    names = _names_of(form)
     rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
     for n in range(2, FEW + 1):
         few = names | {"n_rows": n, "dot_few": _dot_few_of(form, n)}

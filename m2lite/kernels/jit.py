@@ -41,8 +41,6 @@ _SOURCES = (
 )  # fmt: skip
 _CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
 
-_VERSIONS = (numba.__version__, llvmlite.__version__, sys.version)
-
 OPTIONS: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",
@@ -63,7 +61,8 @@ def source_hash() -> str:
     for path in source_files():
         digest.update(path.name.encode() + path.read_bytes())
     environment = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and not _CODE_AS_EVER.search(k)}
-    digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), *_VERSIONS)).encode())
+    versions = (numba.__version__, llvmlite.__version__, sys.version)
+    digest.update(repr((sorted(environment.items()), sorted(OPTIONS.items()), *versions)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -99,12 +98,8 @@ numba_config.THREADING_LAYER = LAYER
 
 def warnings() -> list[str]:
     """What the user should know of the environment: a sentence each, and nothing where all is well."""
-    return WARNINGS if LAYER != "workqueue" else [*WARNINGS, SLOW_LAYER]
-
-
-SLOW_LAYER = (
-    "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
-)
+    slow = "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
+    return WARNINGS if LAYER != "workqueue" else [*WARNINGS, slow]
 
 
 class _CompileListener(event.Listener):  # type: ignore[misc]
@@ -127,15 +122,11 @@ def on_compile(callback: Callable[[], None]) -> None:
     event.register("numba:compile", _CompileListener(callback))
 
 
-def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
+def kernel(function: Callable[..., Any], *, parallel: bool = False) -> Any:
     """Compile with the project's options. `parallel` only for kernels that stream weights or many rows."""
-
-    def wrap(f: Callable[..., Any]) -> Any:
-        compiled = numba.njit(parallel=parallel, **OPTIONS)(f)
-        compiled._cache = KernelCache(f, CACHE_DIR)
-        return compiled
-
-    return wrap if function is None else wrap(function)
+    compiled = numba.njit(parallel=parallel, **OPTIONS)(function)
+    compiled._cache = KernelCache(function, CACHE_DIR)
+    return compiled
 
 
 def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:

@@ -8,105 +8,61 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
-from numba.core.extending import intrinsic, models, register_model
+from numba.core.extending import intrinsic, register_model
+from numba.core.types import int64, void
 
 from m2lite.kernels import emit
-from m2lite.kernels.simd import VectorType, f32x16
+from m2lite.kernels.simd import VectorType, _VectorModel, f32x16, operation
 
 
-class PackType(types.Type):
+class PackType(VectorType):
     """n vectors side by side, held in registers."""
 
     def __init__(self, element: VectorType, n: int) -> None:
-        super().__init__(name=f"Pack({element.name},{n})")
-        self.element, self.n = element, n
+        super().__init__(f"Pack({element.name},{n})", ir.ArrayType(element.llvm_type, n))
 
 
-@register_model(PackType)
-class _PackModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(fe_type.element.llvm_type, fe_type.n))
+register_model(PackType)(_VectorModel)
 
 
 @intrinsic(prefer_literal=True)
 def zeros(typingctx: Any, n: Any) -> Any:
     """A pack of n zero vectors; n is a literal."""
     kind = PackType(f32x16, n.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(ir.ArrayType(emit.V_F32, kind.n), None)
-
-    return kind(n), codegen
+    return kind(n), lambda context, builder, signature, args: ir.Constant(kind.llvm_type, None)
 
 
-@intrinsic(prefer_literal=True)
-def pack_get(typingctx: Any, pack: Any, i: Any) -> Any:
-    """Vector i of a pack; i is a literal."""
-    index = i.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.extract_value(args[0], index)
-
-    return pack.element(pack, i), codegen
-
-
-def _at_row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:
-    return builder.add(address, builder.mul(stride, emit.I64(i))) if i else address
-
-
-@intrinsic
-def fma_rows(typingctx: Any, acc: Any, factors: Any, stride: Any, v: Any) -> Any:
+@operation(lambda acc, factors, stride, v: acc(acc, int64, int64, f32x16))
+def fma_rows(builder, acc, factors, stride, v):
     """acc[i] += factor_i * v for every vector i of the pack; factor_i is the float32 at factors + i * stride."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        acc_value, address, step, vector = args
-        out = []
-        for i in range(acc.n):
-            wide = emit.splat(builder, emit.load(builder, _at_row(builder, address, step, i), emit.F32))
-            out.append(emit.fma_values(builder, wide, vector, builder.extract_value(acc_value, i)))
-        return emit.pack_of(builder, out)
-
-    return acc(acc, types.int64, types.int64, f32x16), codegen
+    out = []
+    for i in range(acc.type.count):
+        wide = emit.splat(builder, emit.load(builder, emit.row_at(builder, factors, stride, i), emit.F32))
+        out.append(emit.fma_values(builder, wide, v, builder.extract_value(acc, i)))
+    return emit.pack_of(builder, out)
 
 
-@intrinsic
-def store_rows(typingctx: Any, address: Any, stride: Any, pack: Any) -> Any:
+@operation(lambda address, stride, pack: void(int64, int64, pack))
+def store_rows(builder, address, stride, pack):
     """Write vector i of a pack to address + i * stride."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            emit.store(builder, builder.extract_value(args[2], i), _at_row(builder, args[0], args[1], i))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack), codegen
+    for i in range(pack.type.count):
+        emit.store(builder, builder.extract_value(pack, i), emit.row_at(builder, address, stride, i))
 
 
-@intrinsic
-def add_rows_scaled(typingctx: Any, address: Any, stride: Any, pack: Any, scale: Any) -> Any:
+@operation(lambda address, stride, pack, scale: void(int64, int64, pack, f32x16))
+def add_rows_scaled(builder, address, stride, pack, scale):
     """Row i at address + i * stride becomes fma(pack[i], scale, row i); `scale` is a vector."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            at = _at_row(builder, args[0], args[1], i)
-            old = emit.load(builder, at, emit.V_F32)
-            new = emit.fma_values(builder, builder.extract_value(args[2], i), args[3], old)
-            emit.store(builder, new, at)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack, f32x16), codegen
+    for i in range(pack.type.count):
+        at = emit.row_at(builder, address, stride, i)
+        old = emit.load(builder, at, emit.V_F32)
+        emit.store(builder, emit.fma_values(builder, builder.extract_value(pack, i), scale, old), at)
 
 
-@intrinsic
-def merge_rows(typingctx: Any, address: Any, stride: Any, pack: Any, keep: Any, take: Any) -> Any:
+@operation(lambda address, stride, pack, keep, take: void(int64, int64, pack, int64, int64))
+def merge_rows(builder, address, stride, pack, keep, take):
     """Row i at address + i * stride becomes fma(pack[i], take[i], row i * keep[i]); keep, take: addresses."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i in range(pack.n):
-            at = _at_row(builder, args[0], args[1], i)
-            kept, taken = (emit.splat(builder, emit.load(builder, a, emit.F32, 4 * i)) for a in args[3:])
-            old = builder.fmul(emit.load(builder, at, emit.V_F32), kept)
-            emit.store(builder, emit.fma_values(builder, builder.extract_value(args[2], i), taken, old), at)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, pack, types.int64, types.int64), codegen
+    for i in range(pack.type.count):
+        at = emit.row_at(builder, address, stride, i)
+        kept, taken = (emit.splat(builder, emit.load(builder, a, emit.F32, 4 * i)) for a in (keep, take))
+        old = builder.fmul(emit.load(builder, at, emit.V_F32), kept)
+        emit.store(builder, emit.fma_values(builder, builder.extract_value(pack, i), taken, old), at)

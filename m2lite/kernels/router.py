@@ -7,18 +7,7 @@ import numpy as np
 from m2lite.kernels.elementwise import sigmoid16
 from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import coming, tile_at
-from m2lite.kernels.simd import add as add16
-from m2lite.kernels.simd import (
-    fma,
-    load_f32,
-    mul,
-    read_f32,
-    read_i32,
-    splat,
-    store_f32,
-    write_f32,
-    write_i32,
-)
+from m2lite.kernels.simd import add, fma, load_f32, mul, read_f32, read_i32, splat, store_f32, write_f32, write_i32
 from m2lite.kernels.split import Split
 
 F = np.float32
@@ -200,7 +189,7 @@ def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, 
                     w = read_f32(weights + 4 * (t * n_used + j))
                     sums = fma(splat(w), load_f32(y + 4 * n * (slot - first) + i), sums)
             if last == n_pairs:
-                store_f32(x + at, add16(load_f32(x + at), sums))
+                store_f32(x + at, add(load_f32(x + at), sums))
             else:
                 store_f32(total + at, sums)
 

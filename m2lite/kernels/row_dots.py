@@ -7,121 +7,17 @@ several rows at the end. The sums are the same integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
 
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
-from m2lite.kernels.emit import I8, I32, RowAddresses, load, look_up_bytes
-from m2lite.kernels.tiles import IQ4_BYTES, MXFP4_BYTES, bits, nibbles
+from m2lite.kernels.emit import I8, I32, RowAddresses, load
+from m2lite.kernels.tiles import Nibbles, TileForm
 
-_SIXTEEN, _BYTES, _EIGHT = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I32, 8)
-
-
-@dataclass(frozen=True)
-class RowForm:
-    """How a format's weights come out of a row, as bytes that `Integers` describes, four to a lane; one of the two.
-
-    whole: (builder, address of the row's block, step) -> the 32 weights of the step in their order.
-    halves: (builder, addresses of two rows' blocks, step) -> the first 16 weights of both, the last 16 of both.
-    """
-
-    whole: Callable[[ir.IRBuilder, ir.Value, int], ir.Value] | None = None
-    halves: Callable[[ir.IRBuilder, list[ir.Value], int], Vectors] | None = None
-
-
-# --- weights that fill a vector --------------------------------------------------------------------------------------
-
-
-def _q8_0(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    return load(builder, at, _EIGHT, 2)
-
-
-def _q4_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    return bits(builder, load(builder, at, _EIGHT, 16 + 32 * (step // 2)), 4 * (step % 2), 15)
-
-
-def _q5_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    low = bits(builder, load(builder, at, _EIGHT, 48 + 32 * (step // 2)), 4 * (step % 2), 15)
-    return builder.or_(low, bits(builder, load(builder, at, _EIGHT, 16), step, 1, to=4))
-
-
-def _q6_k(builder: ir.IRBuilder, at: ir.Value, step: int) -> ir.Value:
-    half, quarter = divmod(step, 4)
-    low = load(builder, at, _EIGHT, 64 * half + 32 * (quarter % 2))
-    high = load(builder, at, _EIGHT, 128 + 32 * half)
-    return builder.or_(bits(builder, low, 4 * (quarter // 2), 15), bits(builder, high, 2 * quarter, 3, to=4))
-
-
-# --- weights of which 16 bytes hold 32 -------------------------------------------------------------------------------
-
-
-def _nibbles(builder: ir.IRBuilder, pair: list[ir.Value], offset: int) -> Vectors:
-    """Of 16 bytes in each of two rows: the low halves, then the high halves."""
-    quad = ir.VectorType(I32, 4)
-    return nibbles(builder, [emit.joined(builder, *(load(builder, at, quad, offset) for at in pair))])
-
-
-def _with_fifth(builder: ir.IRBuilder, low: Vectors, pair: list[ir.Value], offset: int) -> Vectors:
-    """Bit i of the four bytes at `offset` of a row above the nibble of its weight i."""
-    four = [emit.splat(builder, load(builder, at, I32, offset), 4) for at in pair]
-    both = builder.bitcast(emit.joined(builder, *four), _BYTES)
-    masks, out = ir.Constant(_BYTES, [1 << (i % 8) for i in range(32)]), []
-    for half, v in enumerate(low):
-        places = ir.Constant(ir.VectorType(I32, 32), [16 * (i // 16) + 2 * half + i % 16 // 8 for i in range(32)])
-        spread = builder.shuffle_vector(both, both, places)
-        is_set = builder.icmp_unsigned("==", builder.and_(spread, masks), masks)
-        fifth = builder.and_(builder.sext(is_set, _BYTES), emit.const(16, 32, I8))
-        out.append(builder.or_(v, builder.bitcast(fifth, _EIGHT)))
-    return out
-
-
-def _q4_0(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _nibbles(builder, pair, 2)
-
-
-def _q4_1(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _nibbles(builder, pair, 4)
-
-
-def _q5_0(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _with_fifth(builder, _nibbles(builder, pair, 6), pair, 2)
-
-
-def _q5_1(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return _with_fifth(builder, _nibbles(builder, pair, 8), pair, 4)
-
-
-def _iq4_nl(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return [look_up_bytes(builder, v, IQ4_BYTES) for v in _nibbles(builder, pair, 2)]
-
-
-def _iq4_xs(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return [look_up_bytes(builder, v, IQ4_BYTES) for v in _nibbles(builder, pair, 8 + 16 * step)]
-
-
-def _mxfp4(builder: ir.IRBuilder, pair: list[ir.Value], step: int) -> Vectors:
-    return [look_up_bytes(builder, v, MXFP4_BYTES) for v in _nibbles(builder, pair, 1)]
-
-
-ROW_FORMS = {
-    "Q4_0": RowForm(halves=_q4_0),
-    "Q4_1": RowForm(halves=_q4_1),
-    "Q5_0": RowForm(halves=_q5_0),
-    "Q5_1": RowForm(halves=_q5_1),
-    "Q8_0": RowForm(whole=_q8_0),
-    "IQ4_NL": RowForm(halves=_iq4_nl),
-    "MXFP4": RowForm(halves=_mxfp4),
-    "Q4_K": RowForm(whole=_q4_k),
-    "Q5_K": RowForm(whole=_q5_k),
-    "Q6_K": RowForm(whole=_q6_k),
-    "IQ4_XS": RowForm(halves=_iq4_xs),
-}
-
-
-# --- their dots ------------------------------------------------------------------------------------------------------
+_SIXTEEN, _BYTES = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
+_FOUR, _EIGHT = ir.VectorType(I32, 4), ir.VectorType(I32, 8)
 
 
 @dataclass
@@ -168,27 +64,53 @@ class _Adder:
         return (a, b) if fits else (self.widened(a), self.widened(b))
 
 
-def row_dots(
-    builder: ir.IRBuilder, kind: Integers, form: RowForm, rows: RowAddresses, step: int, x: ir.Value
-) -> Vectors:
+def _with_fifth(builder: ir.IRBuilder, low: Vectors, pair: list[ir.Value], offset: int) -> Vectors:
+    """Bit i of the four bytes at `offset` of a row above the nibble of its weight i."""
+    four = [emit.splat(builder, load(builder, at, I32, offset), 4) for at in pair]
+    both = builder.bitcast(emit.joined(builder, *four), _BYTES)
+    masks, out = ir.Constant(_BYTES, [1 << (i % 8) for i in range(32)]), []
+    for half, v in enumerate(low):
+        places = ir.Constant(ir.VectorType(I32, 32), [16 * (i // 16) + 2 * half + i % 16 // 8 for i in range(32)])
+        spread = builder.shuffle_vector(both, both, places)
+        is_set = builder.icmp_unsigned("==", builder.and_(spread, masks), masks)
+        fifth = builder.and_(builder.sext(is_set, _BYTES), emit.const(16, 32, I8))
+        out.append(builder.or_(v, builder.bitcast(fifth, _EIGHT)))
+    return out
+
+
+def _halves(builder: ir.IRBuilder, nibbles: Nibbles, pair: list[ir.Value], step: int) -> Vectors:
+    """The first 16 weights of a step of both rows' blocks, and the last 16 of both."""
+
+    def load_both(offset: int) -> Vectors:
+        return [emit.joined(builder, *(load(builder, at, _FOUR, offset) for at in pair))]
+
+    codes = nibbles(builder, load_both, step)
+    return codes if nibbles.fifth is None else _with_fifth(builder, codes, pair, nibbles.fifth)
+
+
+def row_dots(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: int, x: ir.Value) -> Vectors:
     """Per group of weights: 8 lanes of int32, the dots of one step of 8 rows with the activations at x."""
-    adder, at = _Adder(builder, kind), [rows.at(builder, row) for row in range(8)]
+    kind, weights, at = form.integers, form.weights, [rows.at(builder, row) for row in range(8)]
+    adder = _Adder(builder, kind)
 
-    def products(weights: ir.Value, signed: ir.Value) -> _Sums:
-        return _Sums(pairs_of(builder, kind, builder.bitcast(weights, _BYTES), signed), 1)
+    def products(w: ir.Value, signed: ir.Value) -> _Sums:
+        return _Sums(pairs_of(builder, kind, builder.bitcast(w, _BYTES), signed), 1)
 
-    if form.halves is not None:
+    if isinstance(weights, Nibbles):
         sixteen = [load(builder, x, _SIXTEEN, offset) for offset in (0, 16)]
         signed = [emit.joined(builder, v, v) for v in sixteen]
         sums = []
         for row in range(4):
-            halves = form.halves(builder, [at[row], at[row + 4]], step)
+            halves = _halves(builder, weights, [at[row], at[row + 4]], step)
             sums.append(adder.added(*map(products, halves, signed)))
         out = [adder.four(sums)]
     else:
-        assert form.whole is not None
         signed = load(builder, x, _BYTES)
-        fours = [adder.four([products(form.whole(builder, a, step), signed) for a in at[i : i + 4]]) for i in (0, 4)]
+
+        def products_of(row: ir.Value) -> _Sums:
+            return products(*weights(builder, lambda offset: [load(builder, row, _EIGHT, offset)], step), signed)
+
+        fours = [adder.four([products_of(row) for row in at[i : i + 4]]) for i in (0, 4)]
         low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         if kind.n_groups == 1:
             out = [adder.folded(*fours, low, high)]

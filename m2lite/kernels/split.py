@@ -18,6 +18,7 @@ CHUNKS = 8  # per thread: a slow core delays nobody for long
 
 # Names that `specialise` fills in: the templates below see them as globals.
 part: Any = None
+end: Any = None
 parallel: Any = None
 one_share: Any = None  # what a part is told that does all of the work alone
 
@@ -25,6 +26,12 @@ one_share: Any = None  # what a part is told that does all of the work alone
 def _parts(n_parts, *args):  # type: ignore[no-untyped-def]
     for i in prange(n_parts):
         part(i, n_parts, *args)
+
+
+def _parts_to_end(n_parts, *args):  # type: ignore[no-untyped-def]
+    for i in prange(n_parts):
+        part(i, n_parts, *args)
+    end(n_parts, *args)
 
 
 def _chunks(n_parts, *args):  # type: ignore[no-untyped-def]
@@ -47,15 +54,15 @@ def _shared(n_parts, *args):  # type: ignore[no-untyped-def]
 class Split:
     """A kernel in two compiled forms: one call for all of it, or a parallel region with a part per thread.
 
-    `in_chunks`: the threads take chunks instead. `parallel`: a region of the caller's own, for one with an end.
+    `in_chunks`: the threads take chunks instead. `end`: called behind a region, as end(n, *args).
     """
 
-    def __init__(self, part: Any, *, in_chunks: bool = False, parallel: Any = None) -> None:
+    def __init__(self, part: Any, *, in_chunks: bool = False, end: Any = None) -> None:
         # The name is what tells functions of one template apart in Numba's cache.
         name = f"{part.__module__}.{part.__name__}".replace(".", "_")
-        region, one_share = (_chunks, (0, 1, 0)) if in_chunks else (_parts, (0, 1))
+        region, one_share = (_chunks, (0, 1, 0)) if in_chunks else (_parts_to_end if end else _parts, (0, 1))
         self.part, self._one_share = part, one_share
-        self.parallel = parallel or kernel(specialise(region, f"{name}_parallel", part=part), parallel=True)
+        self.parallel = kernel(specialise(region, f"{name}_parallel", part=part, end=end), parallel=True)
         forms = {"part": part, "parallel": self.parallel, "one_share": one_share}
         self.compiled = kernel(specialise(_shared, f"{name}_shared", **forms))  # for other kernels to call
 

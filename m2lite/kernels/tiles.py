@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from llvmlite import ir
@@ -27,7 +28,23 @@ class Step(Protocol):
     def __call__(self, weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None: ...
 
 
-Reader = Callable[[ir.IRBuilder, RowAddresses, Step], None]
+Load = Callable[[int], Vectors]  # the bytes at an offset of every row: 16, or 32 where weights are not of nibbles
+
+
+@dataclass(frozen=True)
+class Nibbles:
+    """Weights of which 16 bytes hold 32: the low halves, then the high halves."""
+
+    at: int  # offset of the bytes
+    step: int = 0  # bytes from step to step
+    fifth: int | None = None  # offset of four bytes, of which bit i belongs above the nibble of weight i
+    table: list[int] | None = None  # what the nibbles stand for
+
+    def __call__(self, builder: ir.IRBuilder, load: Load, step: int) -> Vectors:
+        """The weights of a step, without their fifth bits."""
+        raw = load(self.at + self.step * step)
+        found = [bits(builder, v, shift, 15) for shift in (0, 4) for v in raw]
+        return found if self.table is None else [emit.look_up_bytes(builder, v, self.table) for v in found]
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,8 @@ class TileForm:
 
     name: str
     integers: Integers
-    read: Reader
+    read: Callable[[ir.IRBuilder, TileForm, RowAddresses, Step], None]
+    weights: Callable[[ir.IRBuilder, Load, int], Vectors]  # of a step
     has_minimum: bool = False
 
     @property
@@ -52,11 +70,6 @@ class TileForm:
     def step_vectors(self) -> int:
         """Vectors of 64 bytes that a step is."""
         return 8 + self.integers.n_groups + self.has_minimum
-
-
-# What codes of 4 bits stand for, as `Integers` has it.
-IQ4_BYTES = IQ4_VALUES.tolist()
-MXFP4_BYTES = [v + 16 for v in E2M1_DOUBLED.tolist()]
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -78,11 +91,6 @@ def bits(builder: ir.IRBuilder, v: ir.Value, shift: int, mask: int, to: int = 0)
     elif shift < to:
         v = builder.shl(v, _const(v, to - shift))
     return builder.and_(v, _const(v, (mask << to) * 0x01010101))
-
-
-def nibbles(builder: ir.IRBuilder, raw: Vectors) -> Vectors:
-    """16 low halves, then 16 high halves."""
-    return [bits(builder, v, shift, 15) for shift in (0, 4) for v in raw]
 
 
 def _byte_of(builder: ir.IRBuilder, v: ir.Value, i: int) -> ir.Value:
@@ -110,17 +118,37 @@ def _negative(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     return builder.fmul(v, ir.Constant(v.type, [-1.0] * v.type.count))
 
 
+def _with_bits(builder: ir.IRBuilder, low: Vectors, high: Vectors) -> Vectors:
+    return [builder.or_(a, b) for a, b in zip(low, high, strict=True)]
+
+
+def _loads_of(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses) -> Load:
+    """What was loaded for one step is there for the next."""
+    n_bytes = 16 if isinstance(form.weights, Nibbles) else 32
+    return cache(lambda offset: [v for at in range(offset, offset + n_bytes, 16) for v in load_tile(builder, rows, at)])
+
+
 # --- blocks of 32 ----------------------------------------------------------------------------------------------------
 
 
-def _q4_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    step(nibbles(builder, load_tile(builder, rows, 2)), [_scale_at(builder, rows)])
+def _of_nibbles(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
+    """A float16 scale, a float16 minimum if there is one, nibbles."""
+    minimum = None
+    if form.has_minimum:
+        both = gather(builder, rows, 0, I32)
+        minimum = _negative(builder, _high_half(builder, both))
+    weights = form.weights(builder, _loads_of(builder, form, rows), 0)
+    step(weights, [_low_half(builder, both) if form.has_minimum else _scale_at(builder, rows)], minimum)
 
 
-def _q4_1(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    both = gather(builder, rows, 0, I32)
-    minimum = _negative(builder, _high_half(builder, both))
-    step(nibbles(builder, load_tile(builder, rows, 4)), [_low_half(builder, both)], minimum)
+def _of_five_bits(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
+    """The same with the fifth bits before the nibbles."""
+    both = gather(builder, rows, 0, I32) if form.has_minimum else None
+    fifth = gather(builder, rows, form.weights.fifth, I32)
+    low = form.weights(builder, _loads_of(builder, form, rows), 0)
+    minimum = _negative(builder, _high_half(builder, both)) if form.has_minimum else None
+    weights = _with_fifth(builder, low, fifth)
+    step(weights, [_low_half(builder, both) if form.has_minimum else _scale_at(builder, rows)], minimum)
 
 
 def _with_fifth(builder: ir.IRBuilder, low: Vectors, fifth: ir.Value) -> Vectors:
@@ -133,30 +161,11 @@ def _with_fifth(builder: ir.IRBuilder, low: Vectors, fifth: ir.Value) -> Vectors
     return out
 
 
-def _q5_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    fifth = gather(builder, rows, 2, I32)
-    low = nibbles(builder, load_tile(builder, rows, 6))
-    step(_with_fifth(builder, low, fifth), [_scale_at(builder, rows)])
+def _q8_0(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
+    step(form.weights(builder, _loads_of(builder, form, rows), 0), [_scale_at(builder, rows)])
 
 
-def _q5_1(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    both, fifth = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
-    low = nibbles(builder, load_tile(builder, rows, 8))
-    minimum = _negative(builder, _high_half(builder, both))
-    step(_with_fifth(builder, low, fifth), [_low_half(builder, both)], minimum)
-
-
-def _q8_0(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    raw = load_tile(builder, rows, 2) + load_tile(builder, rows, 18)
-    step(raw, [_scale_at(builder, rows)])
-
-
-def _iq4_nl(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    codes = nibbles(builder, load_tile(builder, rows, 2))
-    step([emit.look_up_bytes(builder, v, IQ4_BYTES) for v in codes], [_scale_at(builder, rows)])
-
-
-def _mxfp4(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
+def _mxfp4(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
     """The scale is half of 2**(e - 127), since the values are doubled; e below 2 makes it a denormal.
 
     (e - 1) 2**23 are its bits from e = 2 on, (e + 1) 2**21 below, and the larger number is the right one.
@@ -166,8 +175,8 @@ def _mxfp4(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
     normal = builder.sub(builder.shl(quarter, _const(e, 2)), _const(e, 1 << 23))
     denormal = builder.add(quarter, _const(e, 1 << 21))
     scale = builder.select(builder.icmp_signed(">", normal, denormal), normal, denormal)
-    codes = nibbles(builder, load_tile(builder, rows, 1))
-    step([emit.look_up_bytes(builder, v, MXFP4_BYTES) for v in codes], [builder.bitcast(scale, _floats(scale))])
+    weights = form.weights(builder, _loads_of(builder, form, rows), 0)
+    step(weights, [builder.bitcast(scale, _floats(scale))])
 
 
 # --- super-blocks of 256 ---------------------------------------------------------------------------------------------
@@ -192,75 +201,74 @@ def _scales_and_minima(builder: ir.IRBuilder, rows: RowAddresses) -> Callable[[i
     return group
 
 
-def _q4_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    scales_of = _scales_and_minima(builder, rows)
-    for pair in range(4):  # the low halves of 32 bytes, then their high halves
-        raw = load_tile(builder, rows, 16 + 32 * pair) + load_tile(builder, rows, 32 + 32 * pair)
-        for half in (0, 1):
-            g = 2 * pair + half
-            step([bits(builder, v, 4 * half, 15) for v in raw], *scales_of(g))
+def _q4_k_weights(builder: ir.IRBuilder, load: Load, step: int) -> Vectors:
+    """The low halves of 32 bytes, then their high halves."""
+    return [bits(builder, v, 4 * (step % 2), 15) for v in load(16 + 32 * (step // 2))]
 
 
-def _q5_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    scales_of = _scales_and_minima(builder, rows)
-    fifth = load_tile(builder, rows, 16) + load_tile(builder, rows, 32)
-    for pair in range(4):
-        raw = load_tile(builder, rows, 48 + 32 * pair) + load_tile(builder, rows, 64 + 32 * pair)
-        for half in (0, 1):
-            g = 2 * pair + half
-            low = [bits(builder, v, 4 * half, 15) for v in raw]
-            high = [bits(builder, v, g, 1, to=4) for v in fifth]
-            weights = [builder.or_(a, b) for a, b in zip(low, high, strict=True)]
-            step(weights, *scales_of(g))
+def _q5_k_weights(builder: ir.IRBuilder, load: Load, step: int) -> Vectors:
+    low = [bits(builder, v, 4 * (step % 2), 15) for v in load(48 + 32 * (step // 2))]
+    return _with_bits(builder, low, [bits(builder, v, step, 1, to=4) for v in load(16)])
 
 
-def _q6_k(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
-    """128 low nibbles in 64 bytes and their high pairs in 32, twice; then 16 int8 scales and d."""
+def _q45_k(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
+    scales_of, load = _scales_and_minima(builder, rows), _loads_of(builder, form, rows)
+    load(16)  # the first nibbles, or Q5_K's fifth bits
+    for g in range(8):
+        step(form.weights(builder, load, g), *scales_of(g))
+
+
+def _q6_k_weights(builder: ir.IRBuilder, load: Load, step: int) -> Vectors:
+    """128 low nibbles in 64 bytes and their high pairs in 32, twice."""
+    half, quarter = divmod(step, 4)
+    raw, high = [load(64 * half + 32 * i) for i in (0, 1)], load(128 + 32 * half)
+    low = [bits(builder, v, 4 * (quarter // 2), 15) for v in raw[quarter % 2]]
+    return _with_bits(builder, low, [bits(builder, v, 2 * quarter, 3, to=4) for v in high])
+
+
+def _q6_k(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
+    """The weights, then 16 int8 scales and d."""
     packed = load_tile(builder, rows, 192)
-    d = _scale_at(builder, rows, 208)
+    d, load = _scale_at(builder, rows, 208), _loads_of(builder, form, rows)
 
     def scale(i: int) -> ir.Value:
         four = packed[i // 4]
         byte = builder.ashr(builder.shl(four, _const(four, 24 - 8 * (i % 4))), _const(four, 24))
         return _times(builder, d, byte)
 
-    for half in (0, 1):
-        low = [load_tile(builder, rows, 64 * half + 16 * i) for i in range(4)]
-        high = load_tile(builder, rows, 128 + 32 * half) + load_tile(builder, rows, 144 + 32 * half)
-        for quarter in range(4):
-            part = low[2 * (quarter % 2)] + low[2 * (quarter % 2) + 1]
-            lower = [bits(builder, v, 4 * (quarter // 2), 15) for v in part]
-            top = [bits(builder, v, 2 * quarter, 3, to=4) for v in high]
-            first = 8 * half + 2 * quarter
-            weights = [builder.or_(a, b) for a, b in zip(lower, top, strict=True)]
-            step(weights, [scale(first), scale(first + 1)])
+    for s in range(8):
+        step(form.weights(builder, load, s), [scale(2 * s), scale(2 * s + 1)])
 
 
-def _iq4_xs(builder: ir.IRBuilder, rows: RowAddresses, step: Step) -> None:
+def _iq4_xs(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
     """d, 8 high pairs of scales, 8 low nibbles, then 8 x 16 bytes as in IQ4_NL; scales count from -32."""
     start, low = gather(builder, rows, 0, I32), gather(builder, rows, 4, I32)
-    d, high = _low_half(builder, start), builder.lshr(start, _const(low, 16))
+    d, high, load = _low_half(builder, start), builder.lshr(start, _const(low, 16)), _loads_of(builder, form, rows)
     for g in range(8):
         nibble = builder.and_(builder.lshr(low, _const(low, 4 * g)), _const(low, 15))
         pair = builder.and_(builder.lshr(high, _const(low, 2 * g)), _const(low, 3))
         scale = builder.sub(builder.or_(nibble, builder.shl(pair, _const(low, 4))), _const(low, 32))
-        codes = nibbles(builder, load_tile(builder, rows, 8 + 16 * g))
-        step([emit.look_up_bytes(builder, v, IQ4_BYTES) for v in codes], [_times(builder, d, scale)])
+        weights = form.weights(builder, load, g)
+        step(weights, [_times(builder, d, scale)])
 
+
+# What codes of 4 bits stand for, as `Integers` has it.
+_IQ4 = IQ4_VALUES.tolist()
+_MXFP4 = [v + 16 for v in E2M1_DOUBLED.tolist()]
 
 TILES = {
     form.name: form
     for form in (
-        TileForm("Q4_0", Integers(4, offset=8), _q4_0),
-        TileForm("Q4_1", Integers(4), _q4_1, has_minimum=True),
-        TileForm("Q5_0", Integers(5, offset=16), _q5_0),
-        TileForm("Q5_1", Integers(5), _q5_1, has_minimum=True),
-        TileForm("Q8_0", Integers(8), _q8_0),
-        TileForm("IQ4_NL", Integers(8, can_change_sign=True), _iq4_nl),
-        TileForm("MXFP4", Integers(5, offset=16), _mxfp4),
-        TileForm("Q4_K", Integers(4), _q4_k, has_minimum=True),
-        TileForm("Q5_K", Integers(5), _q5_k, has_minimum=True),
-        TileForm("Q6_K", Integers(6, offset=32, n_groups=2), _q6_k),
-        TileForm("IQ4_XS", Integers(8, can_change_sign=True), _iq4_xs),
+        TileForm("Q4_0", Integers(4, offset=8), _of_nibbles, Nibbles(2)),
+        TileForm("Q4_1", Integers(4), _of_nibbles, Nibbles(4), has_minimum=True),
+        TileForm("Q5_0", Integers(5, offset=16), _of_five_bits, Nibbles(6, fifth=2)),
+        TileForm("Q5_1", Integers(5), _of_five_bits, Nibbles(8, fifth=4), has_minimum=True),
+        TileForm("Q8_0", Integers(8), _q8_0, lambda builder, load, step: load(2)),
+        TileForm("IQ4_NL", Integers(8, can_change_sign=True), _of_nibbles, Nibbles(2, table=_IQ4)),
+        TileForm("MXFP4", Integers(5, offset=16), _mxfp4, Nibbles(1, table=_MXFP4)),
+        TileForm("Q4_K", Integers(4), _q45_k, _q4_k_weights, has_minimum=True),
+        TileForm("Q5_K", Integers(5), _q45_k, _q5_k_weights, has_minimum=True),
+        TileForm("Q6_K", Integers(6, offset=32, n_groups=2), _q6_k, _q6_k_weights),
+        TileForm("IQ4_XS", Integers(8, can_change_sign=True), _iq4_xs, Nibbles(8, step=16, table=_IQ4)),
     )
 }

@@ -1,4 +1,4 @@
-"""Blocks of weights to float32, one function per format without a tile. Sees two addresses, no row and no tensor.
+"""Blocks of weights to float32, one function per format. Sees two addresses, no row and no tensor.
 
 unpack_block(w, out): the block at address w becomes its float32 weights at address out, 16 at a time, with the
 multiplications of the format's definition (storage/blocks.py) in the same order, so that the bits agree. Nothing beyond
@@ -31,6 +31,7 @@ from m2lite.kernels.simd_bits import (
     and_bits,
     flip_signs,
     lane_bits,
+    load_i8,
     load_pair,
     load_quad,
     load_u8,
@@ -49,6 +50,7 @@ DELTA = iquants.IQ1_DELTA
 # Names that `specialise` fills in: the templates below see them as globals.
 grid = signs = powers = np.zeros(1, np.int8)
 look_up: Any = None
+nibbles = 0  # where they begin
 
 
 @kernel
@@ -101,6 +103,11 @@ def write_minus(out, scale, q, m):
 # --- blocks of 32 and 64 -------------------------------------------------------------------------------------------
 
 
+def _q4_0(w, out):
+    for i in range(2):
+        write_scaled(out + 64 * i, half_at(w), add_int(bits_at(w + 2, 4 * i, 15), -8))
+
+
 def _q4_1(w, out):
     for i in range(2):
         write_plus(out + 64 * i, half_at(w), bits_at(w + 4, 4 * i, 15), half_at(w + 2))
@@ -116,6 +123,11 @@ def _q5_1(w, out):
     for i in range(2):
         fifth = shift_left(lane_bits(long_at(w + 4) >> (16 * i)), 4)
         write_plus(out + 64 * i, half_at(w), or_i32(bits_at(w + 8, 4 * i, 15), fifth), half_at(w + 2))
+
+
+def _q8_0(w, out):
+    for i in range(2):
+        write_scaled(out + 64 * i, half_at(w), load_i8(w + 2 + 16 * i))
 
 
 def _iq4_nl(w, out):
@@ -167,23 +179,15 @@ def scale_and_min(w, g):
 
 
 def _q4_k(w, out):
+    """Q5_K as well: it has fifth bits behind the scales, so that its nibbles lie 32 bytes further on."""
     d, dmin = half_at(w), half_at(w + 2)
     for g in range(8):
         scale_bits, min_bits = scale_and_min(w + 4, g)
         scale, low = d * number(scale_bits), dmin * number(min_bits)
         for i in range(2):
-            q = bits_at(w + 16 + 32 * (g >> 1) + 16 * i, 4 * (g & 1), 15)
-            write_minus(out + 128 * g + 64 * i, scale, q, low)
-
-
-def _q5_k(w, out):
-    d, dmin = half_at(w), half_at(w + 2)
-    for g in range(8):
-        scale_bits, min_bits = scale_and_min(w + 4, g)
-        scale, low = d * number(scale_bits), dmin * number(min_bits)
-        for i in range(2):
-            fifth = shift_left(bits_at(w + 16 + 16 * i, g, 1), 4)
-            q = or_i32(bits_at(w + 48 + 32 * (g >> 1) + 16 * i, 4 * (g & 1), 15), fifth)
+            q = bits_at(w + nibbles + 32 * (g >> 1) + 16 * i, 4 * (g & 1), 15)
+            if nibbles == 48:
+                q = or_i32(q, shift_left(bits_at(w + 16 + 16 * i, g, 1), 4))
             write_minus(out + 128 * g + 64 * i, scale, q, low)
 
 
@@ -322,17 +326,19 @@ def _tq2_0(w, out):
         write_scaled(out + 64 * i, d, add_int(q, -1))
 
 
-_TEMPLATES: Mapping[str, Callable[..., None]] = {
-    "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "IQ4_NL": _iq4_nl, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
-    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+TEMPLATES: Mapping[str, Callable[..., None]] = {
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
+    "IQ4_NL": _iq4_nl, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q4_k, "Q6_K": _q6_k,
     "IQ2_XXS": _iq2_xxs, "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs, "IQ3_S": _iq3_s,
     "IQ1_S": _iq1_s, "IQ1_M": _iq1_m, "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0,
 }  # fmt: skip
-NAMES = tuple(_TEMPLATES)
 
 
 def _tables_of(name: str) -> dict[str, Any]:
-    """The tables that the template of a format reads, as flat arrays."""
+    """What the template of a format reads: tables as flat arrays."""
+    if name in ("Q4_K", "Q5_K"):
+        return {"nibbles": 16 if name == "Q4_K" else 48}
     if name in ("IQ4_NL", "IQ4_XS"):
         return {"look_up": lookup_of(iquants.IQ4_VALUES.tolist())}
     if name in ("MXFP4", "NVFP4"):
@@ -346,4 +352,4 @@ def _tables_of(name: str) -> dict[str, Any]:
 
 def block_function(name: str) -> Any:
     """unpack_block(w, out) of a format, as a kernel."""
-    return kernel(specialise(_TEMPLATES[name], f"unpack_block_{name}", **_tables_of(name)))
+    return kernel(specialise(TEMPLATES[name], f"unpack_block_{name}", **_tables_of(name)))

@@ -71,7 +71,7 @@ def bind_mtp(sidecar: GGUFFile, trunk: Weights) -> Mtp:
         raise BadModelError("The MTP modules have other dimensions than the model.", "Convert both again.")
     _check_choice(sidecar, "m2lite.mtp.concat", "embedding,hidden")
     hidden = _check_choice(sidecar, "m2lite.mtp.hidden", "pre_norm", "post_norm")
-    names = TensorNames(sidecar, config, load_kernels(), generic=False)
+    names = TensorNames(sidecar, config, load_kernels())
     shared_norm = _check_flag(sidecar, "m2lite.mtp.shared_norm", default=False)
     zero_at_0 = _check_flag(sidecar, "m2lite.mtp.zero_at_0", default=True)
     modules = []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,15 @@ from m2lite.kernels.dot import BLOCK, STEP_BYTES, activation_kind
 from m2lite.model.config import Config
 from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo
+
+
+def record_of(owner: Any, kind: np.dtype[Any]) -> npt.NDArray[np.void]:
+    """[1]: what kernels read of a matrix, a layer or a module; of vectors the addresses."""
+    record = np.zeros(1, kind)
+    for name in kind.names or ():
+        value = getattr(owner, name)
+        record[name] = getattr(value, "record", getattr(value, "address", value))
+    return record
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,7 @@ class Matrix:
 
     @cached_property
     def record(self) -> npt.NDArray[np.void]:
-        """records.MATRIX [1]: the same as kernels read it."""
-        record = np.zeros(1, records.MATRIX)
-        record[0] = tuple(getattr(self, field) for field in records.MATRIX.names or ())
-        return record
+        return record_of(self, records.MATRIX)
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,7 @@ class Layer:
 
     @cached_property
     def record(self) -> npt.NDArray[np.void]:
-        """records.LAYER [1]: the same as kernels read it."""
-        record = np.zeros(1, records.LAYER)
-        for name in records.LAYER.names or ():
-            value = getattr(self, name)
-            record[name] = value.address if isinstance(value, Vector) else value.record
-        return record
+        return record_of(self, records.LAYER)
 
 
 @dataclass(frozen=True)
@@ -127,21 +129,17 @@ def bind_weights(
     gguf: GGUFFile,
     config: Config,
     kernels: ModuleType | None = None,
-    generic: bool = False,
     address: Callable[[str], int] | None = None,
 ) -> Weights:
     """Bind every tensor of `gguf`. Raises BadModelError for a tensor that is missing, foreign or of another shape.
 
-    `address` says where a matrix is or will be, if not in the mapping. `generic` runs every matrix through the
-    unpack-to-float32 kernels (float32 activations): slower, no rounding of activations to int8. `kernels` is
-    kernels.fast or kernels.reference, by default what `load_kernels` says.
+    `address` says where a matrix is or will be, if not in the mapping. `kernels` is kernels.fast or kernels.reference,
+    by default what `load_kernels` says.
     """
     kernels = kernels or load_kernels()
-    names = TensorNames(gguf, config, kernels, generic, address)
-    token_embd, output = (
-        names.matrix("token_embd.weight", "vocab", "embd"),
-        names.matrix("output.weight", "vocab", "embd"),
-    )
+    names = TensorNames(gguf, config, kernels, address)
+    token_embd = names.matrix("token_embd.weight", "vocab", "embd")
+    output = names.matrix("output.weight", "vocab", "embd")
     output_norm = names.vector("output_norm.weight", "embd")
     layers = tuple(bind_layer(names, f"blk.{i}.") for i in range(config.n_layers))
     names.check_nothing_left()
@@ -198,10 +196,9 @@ class TensorNames:
         gguf: GGUFFile,
         config: Config,
         kernels: ModuleType,
-        generic: bool,
         address: Callable[[str], int] | None = None,
     ) -> None:
-        self.gguf, self.kernels, self.generic = gguf, kernels, generic
+        self.gguf, self.kernels = gguf, kernels
         self.address = address or gguf.address
         self.left = set(gguf.tensors)
         self.sizes: Mapping[str, int] = {
@@ -242,7 +239,7 @@ class TensorNames:
                 f"Tensor {info.name} has rows of {n_in} weights, expected a multiple of {max(BLOCK, fmt.n_weights)}.",
                 "Convert the model again.",
             )
-        kind = activation_kind(fmt.name, self.generic)
+        kind = activation_kind(fmt.name)
         return Matrix(
             address=address,
             n_out=n_out,

@@ -17,7 +17,7 @@ SERIAL, PARALLEL = 1, 2  # n_parts
 
 # The formats of the fast ring: those with a tile, those of one weight, and of the others one of each kind.
 FEW = ("Q4_0", "Q8_0", "F16", "BF16", "F32", "Q5_1", "Q4_K", "IQ2_XS", "IQ4_XS")
-ALL = tuple(dot.WEIGHTS)
+ALL = tuple(FORMATS)
 
 
 KV_TYPES = ("f16", "q8_0")
@@ -86,7 +86,7 @@ def both(name: str, arena: Arena, outputs: tuple[str, ...], *args: Any) -> Itera
 
 def shapes_of(name: str) -> Iterator[tuple[int, int, bool]]:
     """(rows, width, worst): few rows and many, even and odd numbers of blocks."""
-    unit = dot.WEIGHTS[name].step
+    unit = dot.step_of(name)
     if unit == 32:
         yield from ((64, 96, False), (16, 32, True), (1, 64, False), (5, 64, True), (37, 160, False))
     else:
@@ -99,7 +99,7 @@ def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
         for kind in sorted({"float32", dot.activation_kind(name)}):
             for n_out, k, worst in shapes_of(name):
                 w = weights_of(rng, name, (n_out, k), worst)
-                for n_x in (1, 2, 3, 4, 5, 8, 33) if dot.WEIGHTS[name].step == 32 else (1, 2, 3, 4, 33):
+                for n_x in (1, 2, 3, 4, 5, 8, 33) if dot.step_of(name) == 32 else (1, 2, 3, 4, 33):
                     x = rng.standard_normal((n_x, k)).astype(F)
                     if worst:
                         x = np.sign(x) * F(3.0)
@@ -118,7 +118,7 @@ def expert_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
     rng = np.random.default_rng(2)
     mixed = [("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16"), ("Q4_K", "Q4_0", "IQ4_XS")]
     for gate, up, down in mixed + [(name, name, name) for name in formats if name not in FEW]:
-        n, n_ff = (64, 96) if {dot.WEIGHTS[name].step for name in (gate, up, down)} == {32} else (256, 512)
+        n, n_ff = (64, 96) if {dot.step_of(name) for name in (gate, up, down)} == {32} else (256, 512)
         sizes = ((1, 16, 4), (3, 12, 2), (21, 32, 8), (2, 45, 1))
         for n_rows, n_experts, n_used in sizes if (gate, up, down) in mixed else sizes[1:2]:
             n_padded = (n_experts + 15) // 16 * 16
@@ -177,7 +177,7 @@ def row_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
             tokens=rng.integers(0, 50, n_rows).astype(np.int32),
         )  # fmt: skip
         for name in formats:
-            width = max(1, n // dot.WEIGHTS[name].step) * dot.WEIGHTS[name].step
+            width = max(1, n // dot.step_of(name)) * dot.step_of(name)
             arena.arrays["w"] = weights_of(rng, name, (50, width))
             arena.arrays["rows"] = np.zeros((n_rows, width), F)
             embed = ((name,), "@w", arena.arrays["w"].shape[-1], width // 32, "@tokens", n_rows, "@rows", 4 * width)
@@ -255,7 +255,7 @@ def attention_cases(n_parts: int) -> Iterator[tuple[Any, Any, str]]:
         table, _store = pages_of(rng, 34, n_kv, head_dim, is_q8)
         other, _other_store = pages_of(rng, 34, n_kv, head_dim, is_q8)
         scratch_bytes = fast.attend_scratch_bytes(n_heads, n_kv, head_dim, 34 * 64)
-        kv, page = KV_TYPES[is_q8], reference.kv_head_bytes(head_dim, is_q8)
+        kv, page = KV_TYPES[is_q8], reference.page_dtype(head_dim, is_q8).itemsize
         for positions in PLACES:
             n_rows = len(positions)
             tables = np.full(n_rows, table.ctypes.data, np.int64)

@@ -37,7 +37,7 @@ def guarded(values: np.ndarray[Any, Any], at_end: bool) -> int:
 
 def run_products(rng: np.random.Generator, at_end: bool, formats: tuple[str, ...]) -> None:
     for name in formats:
-        k = 3 * dot.WEIGHTS[name].step
+        k = 3 * dot.step_of(name)
         for kind in {"float32", dot.activation_kind(name)}:
             for n_out in (48, 37, 5):
                 w = cases.weights_of(rng, name, (n_out, k))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,9 @@ class Engine:
         jit.start(2)
         self.gguf = open_gguf(path)
         self.config = parse_config(self.gguf.metadata)
-        self.weights = bind_weights(self.gguf, self.config, kernels, generic)
+        kind = "m2lite.model.weights.activation_kind"
+        with mock.patch(kind, lambda name: "float32") if generic else nullcontext():  # no rounding to int8
+            self.weights = bind_weights(self.gguf, self.config, kernels)
         self.pool = KVPool(self.config, n_positions, kv, n_extra_layers)
         self.buffers = Buffers(self.config, n_rows, kernels, n_positions)
 
