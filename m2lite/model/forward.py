@@ -76,9 +76,9 @@ class Buffers:
 
     def __init__(
         self, config: Config, n_rows: int, kernels: ModuleType | None = None, n_positions: int | None = None,
-        most_pairs: int = MAX_PAIRS,
+        most_pairs: int | None = None,
     ) -> None:  # fmt: skip
-        """`most_pairs`: of (row, expert) that go through together, unless one expert has more."""
+        """`most_pairs`: of (row, expert) that go through together, unless one expert has more; by default MAX_PAIRS."""
         c = config
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
@@ -88,7 +88,7 @@ class Buffers:
         self.n_expert_reads: int | None = None  # experts that layers went through, where somebody counts them
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
-        self.n_pairs = n_pairs = min(n_all, max(n_rows, most_pairs, FEW_ROWS * c.n_experts_used))
+        self.n_pairs = n_pairs = min(n_all, max(n_rows, most_pairs or MAX_PAIRS, FEW_ROWS * c.n_experts_used))
         self._arrays: dict[str, npt.NDArray[Any]] = {}
         self.x = self._new("x", (n_rows, c.n_embd), f32)
         self.h = self._new("h", (n_rows, c.n_embd), f32)

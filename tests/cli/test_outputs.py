@@ -34,6 +34,7 @@ INPUTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("serve", "model"): MODEL,
     ("serve", "api_key_file"): ("keys",),
     ("serve", "warm"): ("warm.jsonl",),
+    ("serve", "test_script"): ("script.json",),
     **{(name, "json_schema"): ("schema.json",) for name in ("chat", "generate", "batch run")},
     **{(name, "imatrix"): ("imatrix.gguf",) for name in ("convert", "quantize", "verify")},
     ("generate", "file"): ("text.txt",),
