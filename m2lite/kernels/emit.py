@@ -6,7 +6,6 @@ look-ups differ between machines; their form is picked from the features that Nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -149,15 +148,11 @@ def half_to_f32(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(bits, sign), floats)
 
 
-def reduced(builder: ir.IRBuilder, v: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-    """The lanes of v combined: lane i with i + n / 2, and so on."""
-    while v.type.count > 1:
-        v = combine(*halves(builder, v))
-    return builder.extract_element(v, I32(0))
-
-
 def tree_of(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
-    return reduced(builder, v, builder.fadd)
+    while v.type.count > 1:
+        low, high = halves(builder, v)
+        v = builder.fadd(low, high)
+    return builder.extract_element(v, I32(0))
 
 
 def row_at(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, i: int) -> ir.Value:

@@ -9,30 +9,29 @@ team: (threads to use, multiply-adds below which one is enough), from jit.team()
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from m2lite.kernels.attention import attend
-from m2lite.kernels.elementwise import add_rows, norm_rope, pack, pack_groups, rms_norm
 from m2lite.kernels.jit import parts_of, specialise
-from m2lite.kernels.matmul import matmul
-from m2lite.kernels.pages import append_kv
-from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
+
+_INT, _FLOAT = "i8", "f4"
 
 
 def _record(*names: str, **others: Any) -> np.dtype[Any]:
     """A record of int64 fields, and of others."""
-    return np.dtype([(name, "i8") for name in names] + list(others.items()))
+    return np.dtype([(name, _INT) for name in names] + list(others.items()))
 
 
 MATRIX = _record("address", "n_out", "n_blocks", "row_bytes", "slice_bytes", "tile", "is_int8", "panel_row_bytes")
-LAYER = _record(
-    "attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm", "exp_probs_b",
-    attn_q=MATRIX, attn_k=MATRIX, attn_v=MATRIX, attn_output=MATRIX, ffn_gate_inp=MATRIX,
-    ffn_gate_exps=MATRIX, ffn_up_exps=MATRIX, ffn_down_exps=MATRIX,
+_MATRICES = (
+    "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
 )  # fmt: skip
+LAYER = _record(
+    "attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm", "exp_probs_b", **dict.fromkeys(_MATRICES, MATRIX)
+)
 MODULE = _record("enorm", "hnorm", eh_proj=MATRIX)
 PLACES = _record(
     "angles", "positions", "indices", "slots", "pages", "tables", "is_q8", "page_function", "kv_head_bytes"
@@ -44,52 +43,79 @@ SCRATCH = _record(
     "x", "h", "q", "k", "v", "attended", "router_scores", "ids", "expert_weights", "counts", "active", "starts",
     "pair_rows", "pair_slots", "pair_order", "expert_h", "expert_out", "expert_sums", "tiles", "tile_bytes",
     "panel_int8", "panel_float32", "pair_panel_int8", "pair_panel_float32", "attention_scratch", "attention_bytes",
-    eps="f4", attention_scale="f4",
+    eps=_FLOAT, attention_scale=_FLOAT,
 )  # fmt: skip
 
+# Names that are bound to kernels when the steps are made (`steps`).
+parts: Any = None
+rms_norm: Any = None
+norm_rope: Any = None
+append_kv: Any = None
+attend: Any = None
+add_rows: Any = None
+pack: Any = None
+pack_groups: Any = None
+matmul: Any = None
+route: Any = None
+group_pairs: Any = None
+experts_up: Any = None
+experts_down: Any = None
+combine: Any = None
+pack_dense: Any = None
+pack_pairs: Any = None
+pair_panel: Any = None
+multiply: Any = None
+product: Any = None
+project: Any = None
+attend_rows: Any = None
+choose: Any = None
+experts: Any = None
+add_experts: Any = None
+run_experts: Any = None
 
-def pack_dense(team, s, x, n_in, n, int8, float32):
+
+def _pack_dense(team, s, x, n_in, n, int8, float32):
     """Activation panels of x[n, n_in] in each kind that is asked for."""
-    n_parts = parts_of(team, 4 * n * n_in)
+    n_parts = parts(team, 4 * n * n_in)
     if int8:
         pack(n_parts, s.panel_int8, x, 4 * n_in, n, n_in // 32, 1)
     if float32:
         pack(n_parts, s.panel_float32, x, 4 * n_in, n, n_in // 32, 0)
 
 
-def pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32):
+def _pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32):
     """The same of x[rows[p]] for every (row, expert) pair p."""
-    n_parts = parts_of(team, 4 * n_pairs * n_in)
+    n_parts = parts(team, 4 * n_pairs * n_in)
     if int8:
         pack_groups(n_parts, s.pair_panel_int8, x, 4 * n_in, rows, starts, n_active, n_in // 32, 1)
     if float32:
         pack_groups(n_parts, s.pair_panel_float32, x, 4 * n_in, rows, starts, n_active, n_in // 32, 0)
 
 
-def pair_panel(s, m):
+def _pair_panel(s, m):
     """The panel of pairs that a stacked matrix reads."""
     return s.pair_panel_int8 if m.is_int8 else s.pair_panel_float32
 
 
-def multiply(team, s, out, out_stride, m, n):
+def _multiply(team, s, out, out_stride, m, n):
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
     panel = s.panel_int8 if m.is_int8 else s.panel_float32
-    n_parts = parts_of(team, n * m.n_out * m.n_blocks * 32)
+    n_parts = parts(team, n * m.n_out * m.n_blocks * 32)
     matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
 
 
-def product(team, s, out, out_stride, x, m, n):
+def _product(team, s, out, out_stride, x, m, n):
     """out[n, n_out] = x[n, n_in] @ m.T; out_stride in bytes."""
     pack_dense(team, s, x, m.n_blocks * 32, n, m.is_int8 > 0, m.is_int8 == 0)
     multiply(team, s, out, out_stride, m, n)
 
 
-def product_of_record(team, matrix, scratch, out, out_stride, x, n):
+def _product_of_record(team, matrix, scratch, out, out_stride, x, n):
     """out[n, n_out] = x[n, n_in] @ matrix.T, for a matrix that belongs to no layer; out_stride in bytes."""
     product(team, scratch[0], out, out_stride, x, matrix[0], n)
 
 
-def join(team, module, scratch, joined, previous, n):
+def _join(team, module, scratch, joined, previous, n):
     """x = [rms_norm(h, enorm), rms_norm(previous, hnorm)] @ eh_proj: what a prediction module's layer works on.
 
     joined: room for float32 [n, 2 n_embd].
@@ -103,7 +129,7 @@ def join(team, module, scratch, joined, previous, n):
     product(team, s, s.x, width, joined, m.eh_proj, n)
 
 
-def project(team, layer, scratch, places, n, layer_offset):
+def _project(team, layer, scratch, places, n, layer_offset):
     """h = rms_norm(x); q = rope(norm(h Wq)); k = rope(norm(h Wk)) and v = h Wv go into the pages."""
     la, s, p = layer[0], scratch[0], places[0]
     q, k, v = la.attn_q, la.attn_k, la.attn_v
@@ -118,18 +144,18 @@ def project(team, layer, scratch, places, n, layer_offset):
     append_kv(s.k, s.v, p.pages, layer_offset, p.slots, n, s.n_kv_heads, s.head_dim, p.is_q8)
 
 
-def attend_rows(team, scratch, places, first, n, macs, layer_offset):
+def _attend(team, scratch, places, first, n, macs, layer_offset):
     """attended = softmax(q K / sqrt(head_dim)) V for rows first to first + n, each up to its own position."""
     s, p = scratch[0], places[0]
     at = 4 * s.n_heads * s.head_dim * first
     attend(
-        parts_of(team, macs), s.attended + at, s.q + at, p.tables + 8 * first, p.indices + 4 * first, n, s.n_heads,
+        parts(team, macs), s.attended + at, s.q + at, p.tables + 8 * first, p.indices + 4 * first, n, s.n_heads,
         s.n_kv_heads, s.head_dim, layer_offset, s.attention_scale, p.page_function, p.kv_head_bytes,
         s.attention_scratch, s.attention_bytes,
     )  # fmt: skip
 
 
-def choose(team, layer, scratch, n):
+def _choose(team, layer, scratch, n):
     """x += attended Wo; h = rms_norm(x); experts chosen by h ffn_gate_inp, and the pairs sorted by expert.
 
     Returns (number of experts chosen, rows with a score that is NaN or infinite).
@@ -145,7 +171,7 @@ def choose(team, layer, scratch, n):
     return n_active, n_bad
 
 
-def experts(team, layer, scratch, active, starts, n_active, first, n_pairs, place):
+def _experts(team, layer, scratch, active, starts, n_active, first, n_pairs, place):
     """expert_out[place:] = what n_active experts make of h, for their n_pairs pairs, which begin with pair `first`."""
     la, s = layer[0], scratch[0]
     gate, up, down = la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps
@@ -153,7 +179,7 @@ def experts(team, layer, scratch, active, starts, n_active, first, n_pairs, plac
     pack_pairs(team, s, s.h, s.n_embd, s.pair_rows, starts, n_active, n_pairs, n_int8 > 0, n_int8 < 2)
     macs = n_pairs * s.n_embd * s.n_ff
     experts_up(
-        parts_of(team, 2 * macs), s.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
+        parts(team, 2 * macs), s.expert_h, gate.tile, gate.address, gate.slice_bytes, up.tile, up.address,
         up.slice_bytes, s.n_ff, gate.n_blocks, pair_panel(s, gate), gate.panel_row_bytes, pair_panel(s, up),
         up.panel_row_bytes, active, starts, n_active, s.tiles, s.tile_bytes,
     )  # fmt: skip
@@ -162,27 +188,27 @@ def experts(team, layer, scratch, active, starts, n_active, first, n_pairs, plac
         down.is_int8 == 0,
     )  # fmt: skip
     experts_down(
-        parts_of(team, macs), s.expert_out + 4 * s.n_embd * place, down.tile, down.address, down.slice_bytes, s.n_embd,
+        parts(team, macs), s.expert_out + 4 * s.n_embd * place, down.tile, down.address, down.slice_bytes, s.n_embd,
         down.n_blocks, pair_panel(s, down), down.panel_row_bytes, active, starts, n_active,
     )  # fmt: skip
 
 
-def add_experts(team, scratch, first, n_pairs, n):
+def _add_experts(team, scratch, first, n_pairs, n):
     """x += expert_out, which holds pairs first to first + n_pairs, each row's in ascending order of the experts."""
     s = scratch[0]
     combine(
-        parts_of(team, n_pairs * s.n_embd), s.x, s.expert_sums, s.expert_out, s.pair_slots, s.expert_weights, n,
-        s.n_used, s.n_embd, first, first + n_pairs,
+        parts(team, n_pairs * s.n_embd), s.x, s.expert_sums, s.expert_out, s.pair_slots, s.expert_weights, n, s.n_used,
+        s.n_embd, first, first + n_pairs,
     )  # fmt: skip
 
 
-def run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
+def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
     """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
     experts(team, layer, scratch, active, starts, n_active, first, n_pairs, 0)
     add_experts(team, scratch, first, n_pairs, n)
 
 
-def layer(team, layer, scratch, places, n, macs, layer_offset):
+def _layer(team, layer, scratch, places, n, macs, layer_offset):
     """All of a layer for rows whose pairs fit into the buffers; returns how many have a score that is NaN or infinite.
 
     macs: of attention, as for attend_rows.
@@ -195,10 +221,14 @@ def layer(team, layer, scratch, places, n, macs, layer_offset):
     return n_bad
 
 
-_HELPERS = (pack_dense, pack_pairs, pair_panel, multiply, product)  # each may call those before it
-_STEPS = (  # likewise
-    product_of_record, join, project, attend_rows, choose, experts, add_experts, run_experts, layer,
-)  # fmt: skip
+_HELPERS = {  # each may call those before it
+    "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "multiply": _multiply,
+    "product": _product,
+}  # fmt: skip
+_STEPS = {  # each may call those before it
+    "project": _project, "attend_rows": _attend, "choose": _choose, "experts": _experts, "add_experts": _add_experts,
+    "run_experts": _run_experts, "layer": _layer, "join": _join, "product": _product_of_record,
+}  # fmt: skip
 _KERNELS = (
     "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
     "group_pairs", "experts_up", "experts_down", "combine",
@@ -206,24 +236,37 @@ _KERNELS = (
 
 
 def steps(kernels: dict[str, Any], made: Any) -> SimpleNamespace:
-    """The functions in _STEPS on these kernels instead; `made` wraps every function that is built."""
-    names = {"parts_of": made(parts_of)} | {name: kernels[name] for name in _KERNELS}
-    for template in _HELPERS + _STEPS:
-        name = template.__name__
-        names[name] = made(specialise(template, name, **names))
-    return SimpleNamespace(**{step.__name__: names[step.__name__] for step in _STEPS})
+    """What _STEPS names, on these kernels; `made` wraps every function that is built."""
+    names = {"parts": made(parts_of)} | {name: kernels[name] for name in _KERNELS}
+    for name, template in _HELPERS.items():
+        names[name] = made(specialise(template, f"{name}_of_step", **names))
+    found: dict[str, Any] = {}
+    for name, template in _STEPS.items():
+        found[name] = made(specialise(template, name, **names, **found))
+    return SimpleNamespace(**found)
 
 
 def interpreted(kernels: Any) -> SimpleNamespace:
     """The steps call by call, on a module or object that has the kernels."""
     found = steps({name: getattr(kernels, name) for name in _KERNELS}, lambda f: f)
-    return SimpleNamespace(**{name: _on_records(step) for name, step in vars(found).items()})
+    plain = {name: _on_plain_records(step) for name, step in vars(found).items()}
+    return SimpleNamespace(**plain)
 
 
-def _on_records(step: Any) -> Any:
-    """Kernels that run in Python want records with attributes."""
-
+def _on_plain_records(step: Any) -> Any:
     def call(team: tuple[int, int], *args: Any) -> Any:
-        return step(team, *(a.view(np.recarray) if isinstance(a, np.ndarray) else a for a in args))
+        return step(team, *(_plain(a.dtype, a.tobytes()) if isinstance(a, np.ndarray) else a for a in args))
 
     return call
+
+
+@lru_cache(maxsize=4096)
+def _plain(kind: np.dtype[Any], content: bytes) -> list[SimpleNamespace]:
+    """Records as Python objects: kernels that run in Python want plain integers as addresses."""
+    return [_namespace(record) for record in np.frombuffer(content, kind)]
+
+
+def _namespace(record: Any) -> SimpleNamespace:
+    fields = {name: record[name] for name in record.dtype.names}
+    plain = (_namespace(v) if v.dtype.names else v if v.dtype == np.float32 else int(v) for v in fields.values())
+    return SimpleNamespace(**dict(zip(fields, plain, strict=True)))

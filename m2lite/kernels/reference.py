@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,14 +29,13 @@ GROUP = 32
 def array_at(address: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The memory at `address` as an array, without a copy."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(int(address)), dtype=dtype).reshape(shape)
+    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).reshape(shape)
 
 
-def strided_at(address: int, n_rows: int, stride: int, n: int, dtype: Any = F) -> npt.NDArray[Any]:
-    """[n_rows, n] whose rows are `stride` bytes apart."""
-    size = np.dtype(dtype).itemsize
-    flat = array_at(address, np.uint8, ((n_rows - 1) * stride + size * n,))
-    return np.lib.stride_tricks.as_strided(flat.view(dtype), (n_rows, n), (stride, size))
+def strided_at(address: int, n_rows: int, stride: int, n: int) -> F32:
+    """float32 [n_rows, n] whose rows are `stride` bytes apart."""
+    flat = array_at(address, np.uint8, ((n_rows - 1) * stride + 4 * n,))
+    return np.lib.stride_tricks.as_strided(flat.view(np.float32), (n_rows, n), (stride, 4))
 
 
 def fma32(a: Any, b: Any, c: Any) -> F32:
@@ -99,7 +96,9 @@ def weight_rows(
     key: int, w: int, stride: int, n_rows: int, n_blocks: int
 ) -> tuple[blocks.BlockFormat, npt.NDArray[np.uint8]]:
     fmt = blocks.FORMATS[_KEYS[key][0]]
-    return fmt, strided_at(w, n_rows, stride, fmt.row_bytes(32 * n_blocks), np.uint8)
+    n_bytes = n_blocks * 32 // fmt.n_weights * fmt.n_bytes
+    flat = array_at(w, np.uint8, ((n_rows - 1) * stride + n_bytes,))
+    return fmt, np.lib.stride_tricks.as_strided(flat, (n_rows, n_bytes), (stride, 1))
 
 
 def floats_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> F32:
@@ -119,22 +118,28 @@ def integers_of(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tu
 # --- activation panels ---------------------------------------------------------------------------------------------
 
 
-def panel_groups(kind: str, panel: int, n_rows: int, n_blocks: int) -> Iterator[tuple[slice, npt.NDArray[np.uint8]]]:
-    """The rows of each group of a panel, and their bytes in it as [row, block, bytes]."""
-    for first in range(0, n_rows, GROUP):
-        size, row_bytes = min(GROUP, n_rows - first), n_blocks * STEP_BYTES[kind]
-        group = array_at(panel + first * row_bytes, np.uint8, (n_blocks, size, STEP_BYTES[kind]))
-        yield slice(first, first + size), group.transpose(1, 0, 2)
+def groups_of(n_rows: int) -> list[tuple[int, int]]:
+    """(first row, size) of the groups of a panel."""
+    return [(start, min(GROUP, n_rows - start)) for start in range(0, n_rows, GROUP)]
 
 
 def read_panel(kind: str, panel: int, n_rows: int, n_blocks: int) -> npt.NDArray[np.uint8]:
     """The bytes of a panel as [row, block, bytes]."""
-    return np.concatenate([group for _, group in panel_groups(kind, panel, n_rows, n_blocks)])
+    step = STEP_BYTES[kind]
+    raw = array_at(panel, np.uint8, (n_rows * n_blocks * step,))
+    rows = np.empty((n_rows, n_blocks, step), np.uint8)
+    for start, size in groups_of(n_rows):
+        group = raw[start * n_blocks * step :][: size * n_blocks * step].reshape(n_blocks, size, step)
+        rows[start : start + size] = group.transpose(1, 0, 2)
+    return rows
 
 
 def write_panel(kind: str, panel: int, rows: npt.NDArray[np.uint8]) -> None:
-    for which, group in panel_groups(kind, panel, *rows.shape[:2]):
-        group[:] = rows[which]
+    n_rows, n_blocks, step = rows.shape
+    raw = array_at(panel, np.uint8, (n_rows * n_blocks * step,))
+    for start, size in groups_of(n_rows):
+        group = raw[start * n_blocks * step :][: size * n_blocks * step].reshape(n_blocks, size, step)
+        group[:] = rows[start : start + size].transpose(1, 0, 2)
 
 
 def panel_rows(x: F32, kind: str) -> npt.NDArray[np.uint8]:
@@ -159,23 +164,17 @@ def pack(n_parts: int, panel: int, x: int, x_stride: int, n_rows: int, n_blocks:
     write_panel(kind, panel, panel_rows(strided_at(x, n_rows, x_stride, 32 * n_blocks), kind))
 
 
-def groups_of(starts: int, n_groups: int) -> Iterator[tuple[int, int]]:
-    """(first pair, number of pairs) of each group; pairs are counted from starts[0]."""
-    first = array_at(starts, np.int32, (n_groups + 1,)).tolist()
-    return ((begin - first[0], end - begin) for begin, end in pairwise(first))
-
-
 def pack_groups(
     n_parts: int, panel: int, x: int, x_stride: int, rows: int, starts: int, n_groups: int, n_blocks: int, is_int8: int
 ) -> None:
     kind = "int8" if is_int8 else "float32"
     first = array_at(starts, np.int32, (n_groups + 1,))
     index = array_at(rows + 4 * int(first[0]), np.int32, (int(first[-1] - first[0]),))
+    first = first - first[0]
     values = strided_at(x, int(index.max()) + 1, x_stride, 32 * n_blocks)
-    for begin, n in groups_of(starts, n_groups):
-        write_panel(
-            kind, panel + begin * n_blocks * STEP_BYTES[kind], panel_rows(values[index[begin : begin + n]], kind)
-        )
+    for g in range(n_groups):
+        begin, end = int(first[g]), int(first[g + 1])
+        write_panel(kind, panel + begin * n_blocks * STEP_BYTES[kind], panel_rows(values[index[begin:end]], kind))
 
 
 # --- products ------------------------------------------------------------------------------------------------------
@@ -213,8 +212,10 @@ def experts_up(
     n_blocks: int, gate_panel: int, gate_row: int, up_panel: int, up_row: int, active: int, starts: int, n_active: int,
     scratch: int, scratch_bytes: int,
 ) -> None:  # fmt: skip
-    experts = array_at(active, np.int32, (n_active,)).tolist()
-    for e, (begin, n_x) in zip(experts, groups_of(starts, n_active), strict=True):
+    first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    first = first - first[0]
+    for i, e in enumerate(experts.tolist()):
+        begin, n_x = int(first[i]), int(first[i + 1] - first[i])
         g = product(
             gate_tile, gate + e * gate_slice, gate_slice // n_ff, n_ff, n_blocks, gate_panel + begin * gate_row, n_x
         )
@@ -226,8 +227,10 @@ def experts_down(
     n_parts: int, y: int, tile: int, w: int, slice_bytes: int, n_out: int, n_blocks: int, panel: int, panel_row: int,
     active: int, starts: int, n_active: int,
 ) -> None:  # fmt: skip
-    experts = array_at(active, np.int32, (n_active,)).tolist()
-    for e, (begin, n_x) in zip(experts, groups_of(starts, n_active), strict=True):
+    first, experts = array_at(starts, np.int32, (n_active + 1,)), array_at(active, np.int32, (n_active,))
+    first = first - first[0]
+    for i, e in enumerate(experts.tolist()):
+        begin, n_x = int(first[i]), int(first[i + 1] - first[i])
         out = product(tile, w + e * slice_bytes, slice_bytes // n_out, n_out, n_blocks, panel + begin * panel_row, n_x)
         array_at(y + 4 * begin * n_out, np.float32, (n_x, n_out))[:] = out
 
@@ -258,9 +261,16 @@ def rms_norm(out: int, x: int, weight: int, n_rows: int, n: int, eps: float) -> 
 
 
 def norm_rope(
-    x: int, weight: int, angles: int, positions: int, n_rows: int, n_heads: int, head_dim: int, rotary_dim: int,
+    x: int,
+    weight: int,
+    angles: int,
+    positions: int,
+    n_rows: int,
+    n_heads: int,
+    head_dim: int,
+    rotary_dim: int,
     eps: float,
-) -> None:  # fmt: skip
+) -> None:
     rows = array_at(x, np.float32, (n_rows, n_heads * head_dim))
     heads = normed(rows, weight, eps).reshape(n_rows, n_heads, head_dim)
     where, half = array_at(positions, np.int32, (n_rows,)), rotary_dim // 2
@@ -282,8 +292,7 @@ def route(
     out, w = array_at(ids, np.int32, (n_rows, n_used)), array_at(weights, np.float32, (n_rows, n_used))
     finite = np.isfinite(choice).all(axis=1)
     for t in range(n_rows):
-        # For a row that holds NaN any valid ids: the caller stops, but no index may leave the range.
-        order = np.argsort(-choice[t], kind="stable") if finite[t] else np.arange(n_experts)
+        order = np.argsort(-choice[t], kind="stable") if finite[t] else first_of(choice[t])
         out[t] = np.sort(order[:n_used])
         chosen = values[t, out[t]]
         total = F(0)
@@ -291,6 +300,11 @@ def route(
             total = total + s
         w[t] = chosen / total
     return int((~finite).sum())
+
+
+def first_of(choice: F32) -> npt.NDArray[np.int64]:
+    """Any valid ids for a row that holds NaN: the caller stops, but no index may leave the range."""
+    return np.arange(choice.shape[0])
 
 
 def group_pairs(
@@ -334,6 +348,10 @@ def page_dtype(head_dim: int, is_q8: int) -> np.dtype[Any]:
     scales = (np.float16, (head_dim // 32, PAGE))
     k, v = (np.int8, (head_dim, PAGE)), (np.int8, (PAGE, head_dim))
     return np.dtype([("k", *k), ("k_scales", *scales), ("v", *v), ("v_scales", *scales)])
+
+
+def kv_head_bytes(head_dim: int, is_q8: int) -> int:
+    return page_dtype(head_dim, is_q8).itemsize
 
 
 def rounded_blocks(x: F32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
@@ -386,12 +404,20 @@ def attend(
             result[t, h] = attend_group(queries[t, h], pages, where[t], F(scale))
 
 
-def merge(state: Sequence[F32], new: Sequence[F32]) -> tuple[F32, F32, F32]:
-    """Two (maximum [group], sum [group], vector [group, head_dim]) as one."""
-    top = np.where(new[0] > state[0], new[0], state[0])
-    keep, take = exp32(state[0] - top), exp32(new[0] - top)
-    total = fma32(new[1], take, state[1] * keep)
-    return top, total, fma32(new[2], take[:, None], state[2] * keep[:, None])
+class State:
+    """A running (maximum, sum, vector) of a group of heads."""
+
+    def __init__(self, group: int, head_dim: int) -> None:
+        self.top = np.full(group, -np.inf, F)
+        self.total = np.zeros(group, F)
+        self.vector = np.zeros((group, head_dim), F)
+
+    def merge(self, top: F32, total: F32, vector: F32) -> None:
+        new_top = np.where(top > self.top, top, self.top)
+        keep, take = exp32(self.top - new_top), exp32(top - new_top)
+        self.total = fma32(total, take, self.total * keep)
+        self.vector = fma32(vector, take[:, None], self.vector * keep[:, None])
+        self.top = new_top
 
 
 def attend_group(q: F32, pages: npt.NDArray[Any], position: int, scale: F) -> F32:
@@ -406,13 +432,13 @@ def attend_group(q: F32, pages: npt.NDArray[Any], position: int, scale: F) -> F3
     for j in range(0, PAGE, 16):
         totals = totals + p[..., j : j + 16]
     values = page_values(p, pages, is_seen)
-    row = empty = np.full(len(q), -np.inf, F), np.zeros(len(q), F), np.zeros_like(q)
+    row = State(*q.shape)
     for first in range(0, len(pages), BLOCK):
-        block = empty
+        block = State(*q.shape)
         for i in range(first, min(first + BLOCK, len(pages))):
-            block = merge(block, (tops[i], tree(totals[i]), values[i]))
-        row = merge(row, block)
-    return row[2] * (F(1) / row[1])[:, None]
+            block.merge(tops[i], tree(totals[i]), values[i])
+        row.merge(block.top, block.total, block.vector)
+    return row.vector * (F(1) / row.total)[:, None]
 
 
 def page_scores(q: F32, pages: npt.NDArray[Any]) -> F32:

@@ -119,18 +119,21 @@ def tree_sum(builder, value):
 @operation(float32(f32x16))
 def max_lanes(builder, v):
     """The largest of 16 lanes; a NaN lane loses against a number."""
-    return emit.reduced(builder, v, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+    while v.type.count > 1:
+        low, high = emit.halves(builder, v)
+        v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+    return builder.extract_element(v, emit.I32(0))
 
 
 @operation(float32(f32x16, f32x16))
 def max_abs(builder, a, b):
     """The largest |x| of two vectors; NaN counts as larger than infinity, so that it cannot be lost."""
-
-    def larger(x, y):
-        return builder.select(builder.icmp_signed(">", x, y), x, y)
-
-    sizes = (builder.and_(builder.bitcast(x, emit.V_I32), emit.const(0x7FFFFFFF)) for x in (a, b))
-    return builder.bitcast(emit.reduced(builder, larger(*sizes), larger), emit.F32)
+    v = [builder.and_(builder.bitcast(x, emit.V_I32), emit.const(0x7FFFFFFF)) for x in (a, b)]
+    while True:
+        larger = builder.select(builder.icmp_signed(">", v[0], v[1]), v[0], v[1])
+        if larger.type.count == 1:
+            return builder.bitcast(builder.extract_element(larger, emit.I32(0)), emit.F32)
+        v = emit.halves(builder, larger)
 
 
 @operation(f32x16(f32x16, f32x16))

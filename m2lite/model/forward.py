@@ -217,7 +217,7 @@ class Place:
 
 def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
     """out[n, n_out] = x[n, n_in] @ m.T, for a matrix that belongs to no layer."""
-    b.kernels.steps.product_of_record(jit.team(), m.record, b.record, out, 4 * m.n_out, x, n)
+    b.kernels.steps.product(jit.team(), m.record, b.record, out, 4 * m.n_out, x, n)
 
 
 def run_layer(

@@ -255,7 +255,7 @@ def attention_cases(n_parts: int) -> Iterator[tuple[Any, Any, str]]:
         table, _store = pages_of(rng, 34, n_kv, head_dim, is_q8)
         other, _other_store = pages_of(rng, 34, n_kv, head_dim, is_q8)
         scratch_bytes = fast.attend_scratch_bytes(n_heads, n_kv, head_dim, 34 * 64)
-        kv, page = KV_TYPES[is_q8], reference.page_dtype(head_dim, is_q8).itemsize
+        kv, page = KV_TYPES[is_q8], reference.kv_head_bytes(head_dim, is_q8)
         for positions in PLACES:
             n_rows = len(positions)
             tables = np.full(n_rows, table.ctypes.data, np.int64)

@@ -79,7 +79,7 @@ def test_bytes_of_a_position(engine: Engine, kv: str, n_bytes: int) -> None:
     pool = KVPool(engine.config, 3 * PAGE, kv)
     assert pool.n_bytes == 3 * PAGE * 2 * n_bytes
     assert pool.layer_bytes == PAGE * kv_layer_bytes(engine.config, kv) == PAGE * n_bytes
-    assert pool.layer_bytes == 2 * reference.page_dtype(32, int(kv == "q8_0")).itemsize
+    assert pool.layer_bytes == 2 * reference.kv_head_bytes(32, int(kv == "q8_0"))
 
 
 def test_heads_that_are_no_whole_blocks_are_refused_for_q8_0(engine: Engine) -> None:
