@@ -219,6 +219,7 @@ class ModelRunner:
             compute_thread().check()
             ask(stop)
 
+        self.check_files()
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
         rows, routing = self.pool.rows(parts), self.pool.routing
