@@ -28,14 +28,8 @@ def _whole_numbers(values: Floats) -> NDArray[np.int32]:
 
 
 def _q4_0(weights: Floats) -> Bytes:
-    """The weight of largest magnitude becomes -8 exactly: d = w / -8 (so d carries a sign)."""
-    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
-    with np.errstate(all="ignore"):
-        d = largest / np.float32(-8)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        q = _whole_numbers(weights * inverse + np.float32(8.5)).clip(0, 15).astype(np.uint8)
-        scale = _bytes_of(d.astype("<f2"))
-    return np.concatenate([scale, q[..., :16] | (q[..., 16:] << np.uint8(4))], axis=-1)
+    scale, q = _from_largest(weights, 8)
+    return np.concatenate([scale, _to_4_bits(q)], axis=-1)
 
 
 def _q8_0(weights: Floats) -> Bytes:
@@ -62,6 +56,19 @@ def _fifth_bits(q: Bytes) -> Bytes:
     return np.packbits(q >> np.uint8(4), axis=-1, bitorder="little")
 
 
+def _from_largest(weights: Floats, half: int) -> tuple[Bytes, Bytes]:
+    """d as float16 [..., 2 bytes] and q [..., 32] for w = d (q - half), q = 0 ... 2 half - 1.
+
+    The weight of largest magnitude becomes -half exactly: d = w / -half (so d carries a sign).
+    """
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
+    with np.errstate(all="ignore"):
+        d = largest / np.float32(-half)
+        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
+        q = _whole_numbers(weights * inverse + np.float32(half + 0.5)).clip(0, 2 * half - 1).astype(np.uint8)
+        return _bytes_of(d.astype("<f2")), q
+
+
 def _from_range(weights: Floats, largest: int) -> tuple[Bytes, Bytes]:
     """d, m as float16 [..., 4 bytes] and q [..., 32] for w = d q + m, q = 0 ... `largest`: m is the least weight."""
     low = weights.min(axis=-1, keepdims=True)
@@ -78,13 +85,7 @@ def _q4_1(weights: Floats) -> Bytes:
 
 
 def _q5_0(weights: Floats) -> Bytes:
-    """The weight of largest magnitude becomes -16 exactly, as it becomes -8 in Q4_0."""
-    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=-1, keepdims=True), axis=-1)
-    with np.errstate(all="ignore"):
-        d = largest / np.float32(-16)
-        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
-        q = _whole_numbers(weights * inverse + np.float32(16.5)).clip(0, 31).astype(np.uint8)
-        scale = _bytes_of(d.astype("<f2"))
+    scale, q = _from_largest(weights, 16)
     return np.concatenate([scale, _fifth_bits(q), _to_4_bits(q)], axis=-1)
 
 
