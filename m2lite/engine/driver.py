@@ -33,7 +33,8 @@ class Driver:
     """Drives a model's loop on a thread of its own. `submit` and `later` may be called on any thread."""
 
     def __init__(self, engine: Engine, deliver: Callable[[list[News]], None]) -> None:
-        """`deliver` gets the news of a burst, on the driver's thread; it must not wait."""
+        """`deliver` gets the news of a burst, on the driver's thread, or on the compute thread in the middle of a long
+        call; it must not wait."""
         self._engine, self._deliver = engine, deliver
         self._changed = threading.Condition()
         self._asked = list[tuple[Any, Handle]]()
