@@ -26,3 +26,11 @@ def read_flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool
     if not isinstance(value, bool | None):
         raise UsageError(f"{name} is {value!r}.", "Use true or false.")
     return default if value is None else value
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream shall end with what it cost: OpenAI's stream_options.include_usage."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, Mapping):
+        raise UsageError(f"stream_options is a {type(options).__name__}, expected an object.")
+    return read_flag(options, "include_usage")

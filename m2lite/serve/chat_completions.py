@@ -10,12 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from m2lite import __version__
 from m2lite.dialogue.chat_request import FIELDS, ChatRequest, parse_request, response_logprobs
 from m2lite.errors import UsageError
-from m2lite.model.numerics import NUMERICS_VERSION
 from m2lite.serve.answering import Answering, AnswerRequest
-from m2lite.serve.bodies import read_flag, read_object
+from m2lite.serve.bodies import read_flag, read_object, wants_usage
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import (
     AnswerEnd,
@@ -29,7 +27,7 @@ from m2lite.serve.events import (
     WholeAnswer,
 )
 from m2lite.serve.normal import merge_system, shortened, usable_tools
-from m2lite.serve.replies import PING, EventStream, own_fields, sse, whole_answer
+from m2lite.serve.replies import PING, EventStream, completion_head, own_fields, sse, whole_answer
 from m2lite.serve.server import Server
 
 # Fields that are read here and not by `parse_request`.
@@ -99,13 +97,11 @@ def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequ
 def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
     """What a client asks for, and in what form."""
     body = read_object(data)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise UsageError(f"stream_options is a {type(options).__name__}, expected an object.")
+    has_usage = wants_usage(body)
     chat, told = parse_chat(body, defaults)
     return chat, _Form(
         is_stream=read_flag(body, "stream"),
-        has_usage=read_flag(options, "include_usage"),
+        has_usage=has_usage,
         has_ids=read_flag(body, "return_token_ids"),
         has_progress=read_flag(body, "return_progress"),
         told=tuple(told),
@@ -123,16 +119,6 @@ def _thinking(body: Mapping[str, Any]) -> dict[str, Any]:
         return {"think_budget": 0}
     budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
     return {} if budget is None else {"think_budget": budget}
-
-
-def _head(server: Server, answering: Answering, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{answering.id}",
-        "object": kind,
-        "created": answering.created,
-        "model": server.name,
-        "system_fingerprint": f"m2lite-{__version__}-{NUMERICS_VERSION}-{server.model.kv}",
-    }
 
 
 def _usage(end: AnswerEnd) -> dict[str, Any]:
@@ -171,7 +157,7 @@ def _body(server: Server, answering: Answering, form: _Form, found: WholeAnswer)
         "index": 0, "message": message, **_logprobs(server, answering, Drawn(found.ids, found.logprobs)),
         "finish_reason": end.reason,
     }  # fmt: skip
-    head = _head(server, answering, "chat.completion")
+    head = completion_head(server, answering, "chatcmpl", "chat.completion")
     if form.has_ids:
         choice["token_ids"], head["prompt_token_ids"] = found.ids, list(answering.prompt)
     return {**head, "choices": [choice], "usage": _usage(end), **_own(answering, form, end)}
@@ -185,7 +171,7 @@ def _thoughts(text: str) -> dict[str, str]:
 async def _chunks(
     server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
-    head = _head(server, answering, "chat.completion.chunk")
+    head = completion_head(server, answering, "chatcmpl", "chat.completion.chunk")
     if form.has_usage:
         head["usage"] = None
 

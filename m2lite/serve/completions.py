@@ -12,17 +12,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from m2lite import __version__
 from m2lite.dialogue.chat_request import FIELDS, MOST_LOGPROBS, ChatRequest, parse_request
 from m2lite.errors import UsageError
-from m2lite.model.numerics import NUMERICS_VERSION
 from m2lite.sampling.rules import Logprob
 from m2lite.serve.answering import Answering, AnswerRequest
-from m2lite.serve.bodies import read_flag, read_object
+from m2lite.serve.bodies import read_flag, read_object, wants_usage
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, CallBegin, Reading, Text
 from m2lite.serve.normal import shortened
-from m2lite.serve.replies import PING, EventStream, first_of, own_fields, sse
+from m2lite.serve.replies import PING, EventStream, completion_head, first_of, own_fields, sse
 from m2lite.serve.server import Server
 from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
@@ -87,13 +85,10 @@ def _parse(server: Server, data: bytes) -> tuple[ChatRequest, _TextForm, list[li
 def read_completion(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _TextForm, list[Prompt]]:
     """What a body asks for, how the answer is given, and what is to go on."""
     body = read_object(data)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise UsageError(f"stream_options is a {type(options).__name__}, expected an object.")
-    told = _check_fields(body)
+    has_usage, told = wants_usage(body), _check_fields(body)
     form = _TextForm(
         is_stream=read_flag(body, "stream"),
-        has_usage=read_flag(options, "include_usage"),
+        has_usage=has_usage,
         has_ids=read_flag(body, "return_token_ids"),
         is_echo=read_flag(body, "echo"),
         n_logprobs=_whole(body, "logprobs", None, MOST_LOGPROBS),
@@ -253,16 +248,6 @@ def _drawn(event: AnswerEvent) -> tuple[Iterable[int], Sequence[Logprob | None]]
     return event.drawn if isinstance(event, Text | CallBegin | AnswerEnd) else ((), ())
 
 
-def _head(server: Server, answering: Answering) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{answering.id}",
-        "object": "text_completion",
-        "created": answering.created,
-        "model": server.name,
-        "system_fingerprint": f"m2lite-{__version__}-{NUMERICS_VERSION}-{server.model.kv}",
-    }
-
-
 def _usage(form: _TextForm, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
     stats = [end.completion.stats for end in ends]
     n_prompt, n_out = sum(each.n_prompt for each in stats), sum(len(end.completion.tokens) for end in ends)
@@ -302,7 +287,7 @@ async def _all(server: Server, form: _TextForm, asked: Sequence[AnswerRequest]) 
                 await task
     _, first, end = found[0]
     body = {"choices": [choice for choice, _, _ in found], "usage": _usage(form, [end for _, _, end in found])}
-    return _head(server, first) | body | own_fields(first, form.told, end)
+    return completion_head(server, first, "cmpl", "text_completion") | body | own_fields(first, form.told, end)
 
 
 async def _choice(server: Server, answering: Answering, form: _TextForm) -> tuple[dict[str, Any], AnswerEnd]:
@@ -323,7 +308,8 @@ async def _choice(server: Server, answering: Answering, form: _TextForm) -> tupl
 async def _chunks(
     server: Server, answering: Answering, form: _TextForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
-    head, writer = _head(server, answering), _RawText(server.model.tokenizer, answering, form)
+    head = completion_head(server, answering, "cmpl", "text_completion")
+    writer = _RawText(server.model.tokenizer, answering, form)
     is_begun = not form.is_echo
 
     def chunk(text: str, reason: str | None = None) -> dict[str, Any]:

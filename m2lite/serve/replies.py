@@ -12,9 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from m2lite import __version__
+from m2lite.model.numerics import NUMERICS_VERSION
 from m2lite.serve.answering import Answering
 from m2lite.serve.errors import ClientGone
 from m2lite.serve.events import AnswerEnd, AnswerEvent, WholeAnswer
+from m2lite.serve.server import Server
 
 BEAT_S = 10.0  # without anything to send, after which something is sent
 
@@ -33,6 +36,17 @@ def own_fields(answering: Answering, told: Sequence[str], end: AnswerEnd) -> dic
     """What only m2lite tells: what the same answer can be had again with, and what was odd or left out (`told`)."""
     warnings = [*told, *end.completion.reply.errors, *answering.cut_short(end)]
     return {"m2lite": {"seed": answering.seed}} | ({"m2lite_warnings": warnings} if warnings else {})
+
+
+def completion_head(server: Server, answering: Answering, prefix: str, kind: str) -> dict[str, Any]:
+    """What OpenAI's completions begin with, chats and older ones, whole and in chunks."""
+    return {
+        "id": f"{prefix}-{answering.id}",
+        "object": kind,
+        "created": answering.created,
+        "model": server.name,
+        "system_fingerprint": f"m2lite-{__version__}-{NUMERICS_VERSION}-{server.model.kv}",
+    }
 
 
 class EventStream(Response):

@@ -259,7 +259,7 @@ class Server:
                 self.kept.save(key)
 
     def _deliver(self, news: list[News]) -> None:
-        """On the driver's thread: one call into the event loop for a whole burst."""
+        """On another thread: one call into the event loop for a whole burst."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(_hand_out, news)
