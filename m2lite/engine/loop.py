@@ -38,6 +38,7 @@ _OF_ALL = BadModelError, ResourceError  # errors that are no sequence's own
 _SHORT = 256  # tokens of a prompt that is computed between the layers of a longer one
 _HEAD_ROWS = 64  # of a prompt whose logits are there at once
 _MOST_NOTED = 256  # such rows of one call: their logits take as long as some layers, and others wait
+_PROMPT_SHARE = 0.7  # of what a step of others took: for so long they wait for a long prompt
 BURST_S = 0.004  # for which one job goes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 
 
@@ -215,7 +216,7 @@ class Loop:
             self.scheduler.in_flight = []
 
     def _let_others_go_on(self, stop: Stop | None) -> None:
-        """A step of all but those in flight, to whom the next as much time belongs."""
+        """A step of all but those in flight, to whom the next time belongs: not quite as much, as pieces overrun it."""
         began = time.perf_counter()
         if began < self._others_from:
             return
@@ -230,7 +231,7 @@ class Loop:
                 self.scheduler.in_flight = in_flight
             self.on_news()
         now = time.perf_counter()
-        self._others_from = 2 * now - began
+        self._others_from = now + _PROMPT_SHARE * (now - began)
 
     def _paced(self, slices: list[Slice]) -> list[Slice]:
         """The slices, with no more of prompts than what keeps answers waiting for a moment."""

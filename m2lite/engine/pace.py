@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 STEP_S = 0.5  # that a step may take beside others, or twice what a token takes, if that is longer
+_SHORT_S, _TOKENS = 0.1, 3  # but no more than so long, or so many tokens take, if that is longer
 MOST_ROWS = 64  # of a prompt in such a step; more are computed with other steps between their layers
 _FIRST_ROWS = 8  # until it is known what a row takes
 _RATE = 0.25  # of what was seen last
@@ -26,5 +27,7 @@ class Pace:
         """Of prompts, in a step with n_decoding tokens of answers."""
         if not self.row_s:
             return _FIRST_ROWS
-        seconds = max(STEP_S, 2 * self.decode_s) - self.decode_s * (n_decoding > 0)
+        seconds = max(STEP_S, 2 * self.decode_s)
+        if n_decoding:
+            seconds = min(seconds, max(_SHORT_S, _TOKENS * self.decode_s)) - self.decode_s
         return max(1, min(MOST_ROWS, int(seconds / self.row_s)))

@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Matrix, Weights
 
 Stop = Callable[[], bool]
-# Of a call that lets others go on: enough for each of M2's experts to get several rows, and few pairs of (row, expert)
-# at a time, so that the others' turn comes soon.
-_ASIDE_ROWS, _ASIDE_PAIRS = 512, 1024
+# Of a call that lets others go on: enough rows for each of M2's experts to get several, and pieces of two thousand
+# million multiply-adds at M2's widths, a hundredth of a second on few cores, so that the others' turn comes soon.
+_ASIDE_ROWS, _ASIDE_PIECES = 512, (64, 128, 2e9)
 
 
 def ask(stop: Stop | None) -> None:
@@ -188,11 +188,11 @@ class ModelRunner:
     def make_room_aside(self) -> None:
         """Buffers for calls between whose layers others are made, if the model is in memory. On the compute thread."""
         if self._aside is None and self.stream is None:
-            from m2lite.model.forward import Buffers
+            from m2lite.model.forward import Buffers, Pieces
 
-            n_rows = min(self.buffers.n_rows, _ASIDE_ROWS)
-            n_positions = self.buffers.n_positions
-            self._aside = Buffers(self.weights.config, n_rows, n_positions=n_positions, most_pairs=_ASIDE_PAIRS)
+            n_rows, n_positions = min(self.buffers.n_rows, _ASIDE_ROWS), self.buffers.n_positions
+            pieces = Pieces(*_ASIDE_PIECES)
+            self._aside = Buffers(self.weights.config, n_rows, n_positions=n_positions, pieces=pieces)
 
     @property
     def n_rows_aside(self) -> int:

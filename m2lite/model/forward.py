@@ -33,16 +33,27 @@ from m2lite.model.observer import Observer
 from m2lite.model.stream import Stream
 from m2lite.model.weights import Layer, Matrix, Vector, Weights, load_kernels
 
-MAX_ATTEND_MACS = 25e9  # of one kernel call: far into a long context, attention is most of a chunk's work
 FEW_ROWS = 8  # that go through a layer in one kernel call
-MAX_PAIRS = 4096  # of (row, expert) that go through the buffers together, unless one expert has more
 Check = Callable[[], None]
+_PLACE_BYTES = {"positions": 4, "indices": 4, "slots": 4, "pages": 8, "tables": 8}  # of a row
 _PLACES = Struct(f"{len(records.PLACES.names or ())}q")
 _DAMAGED = "The weights may be damaged: download or convert the file again."
 
 
 def go_on() -> None:
     """The check of callers who do not stop."""
+
+
+class Pieces(NamedTuple):
+    """How much one kernel call does, where a layer takes several."""
+
+    n_rows: int  # of the products with the layer's own matrices
+    n_pairs: int  # of (row, expert), unless one expert has more
+    attend_macs: float  # far into a long context, attention is most of a chunk's work
+
+
+WHOLE = Pieces(1 << 30, 4096, 25e9)
+_OF_ROWS = ("x", "h", "q", "k", "v", "attended", "router_scores", "ids", "expert_weights")  # buffers of a line a row
 
 
 class Rerouting(Protocol):
@@ -76,9 +87,9 @@ class Buffers:
 
     def __init__(
         self, config: Config, n_rows: int, kernels: ModuleType | None = None, n_positions: int | None = None,
-        most_pairs: int | None = None,
+        pieces: Pieces = WHOLE,
     ) -> None:  # fmt: skip
-        """`most_pairs`: of (row, expert) that go through together, unless one expert has more; by default MAX_PAIRS."""
+        """`pieces`: in which calls of more than FEW_ROWS rows are computed, between two looks up."""
         c = config
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
@@ -88,7 +99,8 @@ class Buffers:
         self.n_expert_reads: int | None = None  # experts that layers went through, where somebody counts them
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
-        self.n_pairs = n_pairs = min(n_all, max(n_rows, most_pairs or MAX_PAIRS, FEW_ROWS * c.n_experts_used))
+        self.n_pairs = n_pairs = min(n_all, max(n_rows, pieces.n_pairs, FEW_ROWS * c.n_experts_used))
+        self.pieces = pieces
         self._arrays: dict[str, npt.NDArray[Any]] = {}
         self.x = self._new("x", (n_rows, c.n_embd), f32)
         self.h = self._new("h", (n_rows, c.n_embd), f32)
@@ -121,6 +133,15 @@ class Buffers:
         self.pair_panel_int8, self.pair_panel_float32 = self._panels("pair panel", n_pairs, width)
         self.logits = _on_a_line((1, c.n_vocab), f32)
         self.record = self._record()
+        firsts = range(0, n_rows, min(pieces.n_rows, n_rows))
+        self.rows_records = [(first, self._from_row(first)) for first in firsts]  # of each piece's first row
+
+    def _from_row(self, first: int) -> npt.NDArray[np.void]:
+        """The record for rows from `first` on."""
+        record = self.record.copy()
+        for name in _OF_ROWS:
+            record[name] += first * self._arrays[name].strides[0]
+        return record
 
     def _record(self) -> npt.NDArray[np.void]:
         """records.SCRATCH [1]: sizes and addresses as kernels read them."""
@@ -214,6 +235,15 @@ class Place:
         packed = _PLACES.pack(pool.angles_address, *addresses, *cache)
         self.record = np.frombuffer(bytearray(packed), records.PLACES)  # in half the time of filling a record
 
+    def from_row(self, first: int) -> npt.NDArray[np.void]:
+        """The record for rows from `first` on."""
+        if not first:
+            return self.record
+        record = self.record.copy()
+        for name, size in _PLACE_BYTES.items():
+            record[name] += first * size
+        return record
+
 
 def multiply(b: Buffers, out: int, m: Matrix, x: int, n: int) -> None:
     """out[n, n_out] = x[n, n_in] @ m.T, for a matrix that belongs to no layer."""
@@ -237,8 +267,9 @@ def run_layer(
     """
     assert place.n_positions <= b.n_positions, (place.n_positions, b.n_positions)
     macs = n * 2 * c.n_q * place.n_positions
+    is_short = n <= FEW_ROWS and macs <= b.pieces.attend_macs
     is_plain = b.rerouting is None and stream is None and place.leave is None and place.observer is None
-    if n <= FEW_ROWS and macs <= MAX_ATTEND_MACS and is_plain:
+    if is_short and is_plain:
         is_bad = int(b.kernels.steps.layer(jit.team(), layer.record, b.record, place.record, n, macs, layer_offset))
         if b.n_expert_reads is not None:
             b.n_expert_reads += len(set(b.array("ids")[:n].ravel().tolist()))
@@ -270,11 +301,12 @@ def attention(
 ) -> None:
     """attended = attend(rope(norm(h Wq)), rope(norm(h Wk)), h Wv) with h = rms_norm(x)."""
     steps = b.kernels.steps
-    steps.project(jit.team(), layer.record, b.record, place.record, n, layer_offset)
+    for first, size, scratch in _pieces(b, n, check):
+        steps.project(jit.team(), layer.record, scratch, place.from_row(first), size, layer_offset)
     if place.observer is not None:
         place.observer.dense((layer.attn_q, layer.attn_k, layer.attn_v), b.h, c.n_embd, n)
     macs = 2 * c.n_q * place.n_positions
-    step = max(1, int(MAX_ATTEND_MACS / macs))
+    step = max(1, int(b.pieces.attend_macs / macs))
     for first in range(0, n, step):
         if first:
             check()
@@ -284,12 +316,25 @@ def attention(
 
 def choose(layer: Layer, b: Buffers, place: Place, n: int, check: Check = go_on) -> tuple[int, int]:
     """x += attended Wo; the experts for h = rms_norm(x), sorted: (their number, rows with a NaN or infinite score)."""
-    check()
-    n_active, n_bad = b.kernels.steps.choose(jit.team(), layer.record, b.record, n)
+    n_active = n_bad = 0
+    for _, size, scratch in _pieces(b, n, check):
+        n_active, n_more = b.kernels.steps.choose(jit.team(), layer.record, scratch, size)
+        n_bad += n_more
+    if n > b.pieces.n_rows:
+        n_active = _group_pairs(b.config, b, n)
     if place.observer is not None:
         place.observer.dense((layer.attn_output,), b.attended, layer.attn_output.n_in, n)
         place.observer.dense((layer.ffn_gate_inp,), b.h, layer.ffn_gate_inp.n_in, n)
     return int(n_active), int(n_bad)
+
+
+def _pieces(b: Buffers, n: int, check: Check) -> Iterator[tuple[int, int, npt.NDArray[np.void]]]:
+    """(first row, number of rows, scratch record for them) of n rows, with a look up before each."""
+    for first, record in b.rows_records:
+        if first >= n:
+            return
+        check()
+        yield first, min(b.pieces.n_rows, n - first), record
 
 
 def _group_pairs(c: Config, b: Buffers, n: int) -> int:
@@ -344,13 +389,14 @@ class Slab(NamedTuple):
 
 
 def slabs(b: Buffers, n_active: int, n_pairs: int) -> Iterator[Slab]:
-    """The chosen experts, ascending, in slabs of at most b.n_pairs pairs: one where they all fit, as in decode."""
-    if n_pairs <= b.n_pairs:
+    """The chosen experts, ascending, in slabs: one where all their pairs go together, as in decode."""
+    most = b.pieces.n_pairs
+    if n_pairs <= most:
         yield Slab(b.active, b.starts, n_active, 0, n_pairs)
         return
     starts, i = b.array("starts")[: n_active + 1].tolist(), 0
     while i < n_active:
-        end = bisect_right(starts, starts[i] + b.n_pairs) - 1
+        end = max(i + 1, bisect_right(starts, starts[i] + most) - 1)
         yield Slab(b.active + 4 * i, b.starts + 4 * i, end - i, starts[i], starts[end] - starts[i])
         i = end
 

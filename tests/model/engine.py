@@ -15,7 +15,7 @@ import numpy.typing as npt
 from m2lite.kernels import jit
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.config import parse_config
-from m2lite.model.forward import Buffers, forward
+from m2lite.model.forward import WHOLE, Buffers, Pieces, forward
 from m2lite.model.observer import Observer
 from m2lite.model.weights import bind_weights
 from m2lite.storage.gguf_reader import open_gguf
@@ -35,6 +35,7 @@ class Engine:
         generic: bool = False,
         n_extra_layers: int = 0,
         kv: str = "f16",
+        pieces: Pieces = WHOLE,
     ) -> None:
         jit.start(2)
         self.gguf = open_gguf(path)
@@ -43,7 +44,7 @@ class Engine:
         with mock.patch(kind, lambda name: "float32") if generic else nullcontext():  # no rounding to int8
             self.weights = bind_weights(self.gguf, self.config, kernels)
         self.pool = KVPool(self.config, n_positions, kv, n_extra_layers)
-        self.buffers = Buffers(self.config, n_rows, kernels, n_positions)
+        self.buffers = Buffers(self.config, n_rows, kernels, n_positions, pieces)
 
     def run(self, timeline: Timeline, tokens: Sequence[int], outputs: str = "all") -> F32:
         """Append tokens in one call; logits of all of them (or of the last), copied."""

@@ -11,7 +11,7 @@ import pytest
 
 import tinymodel
 from m2lite.kernels import fast, jit, reference
-from m2lite.model import forward
+from m2lite.model.forward import Pieces, forward
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import drawn_ids, hash_logits
@@ -127,17 +127,19 @@ def test_vector_forms_do_not_matter(bundled_model: Path, form: str) -> None:
     assert done.stdout.splitlines() == expected, done.stderr[-2000:]
 
 
-def test_slabs_of_experts_do_not_matter(
-    model_files: dict[str, Path], tokens: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Long chunks go through the expert buffers a slab at a time; here slabs of 40 pairs, where one expert has most."""
+@pytest.mark.parametrize("pieces", [Pieces(1 << 30, 1, 25e9), Pieces(7, 3, 1e5), Pieces(16, 40, 1.0)])
+def test_pieces_of_a_layer_do_not_matter(model_files: dict[str, Path], tokens: list[int], pieces: Pieces) -> None:
+    """Long chunks go through a layer piece by piece; here through few buffers for experts, too, where one has most."""
     ids = [t % 50 for t in tokens[:40]]
-    expected = Engine(model_files["random"]).logits(ids)
+    expected, looks = Engine(model_files["random"]).logits(ids), list[int]()
     for kernels in (fast, reference):
-        monkeypatch.setattr(forward, "MAX_PAIRS", 1)
-        engine = Engine(model_files["random"], n_rows=40, kernels=kernels)
-        assert engine.buffers.n_pairs == 40 < 40 * engine.config.n_experts_used
+        engine = Engine(model_files["random"], n_rows=40, kernels=kernels, pieces=pieces)
+        assert engine.buffers.n_pairs == max(40, 8 * engine.config.n_experts_used) < 40 * engine.config.n_experts_used
         assert same(engine.logits(ids), expected)
+        rows, timeline = engine.pool.rows, engine.pool.timeline()
+        forward(engine.weights, engine.pool, engine.buffers, rows([(timeline, ids)]), check=lambda: looks.append(0))
+    n_layers = engine.config.n_layers
+    assert len(looks) >= 2 * n_layers * (40 // min(40, pieces.n_rows))
 
 
 def test_odd_dimensions_equal_the_reference(tmp_path: Path) -> None:
