@@ -17,13 +17,13 @@ from m2lite.drafting.cost import CallCost
 MOST_AT_ONCE = 64  # drafts of a call, unless more sequences decode: each has logits of the whole vocabulary
 PLAN_EVERY, PLAN_SELDOM = 32, 256  # calls between two looks at the estimates; where nothing is drafted
 PROBE_SHARE = 0.002  # of the time, for trying each number of modules that is expected to be slower
+LEARN_SHARE = 0.01  # the same of what is not well known
 PROBE_AFTER = 64  # calls for which something was not tried, at least
 PLAIN_AFTER = 256  # calls without one in which no module was at work, at most
 TRIAL, TRIAL_COLD = 6, 2  # calls of a trial; of these not measured: what was not used before is not in the caches
 _LEAST = 1e-6  # of an estimate that is divided by
 _MARGIN = 0.01  # of a call: what drafts must promise at least, since what looks best among estimates rarely is as good
 _WELL_KNOWN = 16  # calls with so many modules at work; what has had fewer is tried sooner
-_EXPECTED = 4  # such calls, for which what is expected counts
 _OTHERS = 1.25  # times as many sequences as were planned for: plan again
 
 
@@ -121,8 +121,8 @@ class Planner:
         """Something else than the best, so seldom that its price is a small share of what calls cost."""
         for k, loss in enumerate(self._losses):
             price = TRIAL * loss + self.cost.catch_up(behind[k])
-            known = max(self._known[k], _EXPECTED) / _WELL_KNOWN
-            pause = max(PROBE_AFTER if self._known[k] else 0, price / (PROBE_SHARE * self._plain) * known)
+            share = PROBE_SHARE if self._known[k] >= _WELL_KNOWN else LEARN_SHARE
+            pause = max(PROBE_AFTER if self._known[k] else 0, price / (share * self._plain))
             if k == 0:  # the price itself may be wrong, and this is what everything is compared with
                 pause = min(pause, PLAIN_AFTER)
             if k == self._wanted:
