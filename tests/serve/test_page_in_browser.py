@@ -426,7 +426,7 @@ def test_what_goes_wrong_is_said(visit: Open) -> None:
     page.get_by_role("button", name="Regenerate").click()
     expect(page.locator(".answer .content")).to_have_text("Fine.")
     found.answered("x " * 40_000)
-    expect(page.locator(".note").last).to_contain_text("context")
+    expect(page.locator(".note").last).to_contain_text("Shorten it.")
     page.locator("#new").click()
     assert found.answered() == "Fine."
     found.complaints.clear()

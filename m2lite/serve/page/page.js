@@ -127,7 +127,7 @@ function showCost(turn, timings) {
 }
 
 function showFigures(timings) {
-  const set = (id, value, unit = "") => byId(id).replaceChildren(value, element("small", "", unit));
+  const set = (id, value, unit = "") => byId(id).replaceChildren(value, " ", element("small", "", unit));
   const speed = timings?.predicted_per_second;
   set("speed", speed ? rate(speed) : "–", speed ? "tokens/s" : "");
   if (!timings) {
