@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pytest
 
 from m2lite import Model, Request, Sampling
-from m2lite.text.template import encode_chat
 from m2lite.engine.answer import Completion
 from m2lite.engine.thread import compute_thread
 from m2lite.model import residency
 from m2lite.model.observer import Observer
 from m2lite.storage import syscalls
+from m2lite.text.template import encode_chat
 from tests.budgets import budget_beyond
 
 Ids = npt.NDArray[Any]

@@ -98,7 +98,8 @@ export class Grid {
 
   /** Tokens came: the last one's cells light up. */
   flash() {
-    if (this.isStill.matches) this.light.fill(0);
+    const fade = this.isStill.matches ? 0 : 0.5;
+    for (let i = 0; i < this.light.length; i++) this.light[i] *= fade; // of many tokens a second, the last few
     for (const cell of this.touched.last) this.light[cell] = 1;
     this.frame ||= requestAnimationFrame((now) => this.animate(now));
   }
@@ -132,12 +133,13 @@ export class Grid {
     if (!touched || !room) return;
     const { n_layers, n_experts } = touched.shape;
     const density = devicePixelRatio || 1;
-    const width = Math.max(1, Math.floor((room * density) / n_experts));
+    const fit = (room * density) / n_experts;
+    const width = fit < 4 ? fit : Math.floor(fit); // pixels of a cell; small ones are not all as wide
     const height = Math.round(density * Math.max(3, Math.min(28, TALLEST / n_layers)));
-    if (canvas.width !== width * n_experts || canvas.height !== height * n_layers) {
-      canvas.width = width * n_experts;
-      canvas.height = height * n_layers;
-      canvas.style.width = `${canvas.width / density}px`;
+    const size = [Math.floor(width * n_experts), height * n_layers];
+    if (canvas.width !== size[0] || canvas.height !== size[1]) {
+      [canvas.width, canvas.height] = size;
+      canvas.style.width = canvas.nextElementSibling.style.width = `${canvas.width / density}px`;
       canvas.style.height = `${canvas.height / density}px`;
     }
     const style = getComputedStyle(canvas);
@@ -156,13 +158,13 @@ export class Grid {
     context.strokeRect(x * width, y * height, width, height);
   }
 
-  /** A pixel for each cell: from `none` to `often` by the logarithm of its count, and towards `now` by its light. */
+  /** A pixel for each cell: from `none` to `often` by the root of its count, and towards `now` by its light. */
   paint(none, often, now) {
     const { counts, most } = this.touched;
     const context = this.cells.getContext("2d");
     const image = context.createImageData(this.cells.width, this.cells.height);
     for (let i = 0; i < counts.length; i++) {
-      const share = counts[i] ? 0.25 + (0.75 * Math.log(counts[i])) / Math.log(Math.max(2, most)) : 0;
+      const share = counts[i] ? 0.15 + 0.85 * Math.sqrt(counts[i] / most) : 0;
       for (let c = 0; c < 3; c++) {
         const still = none[c] + (often[c] - none[c]) * share;
         image.data[4 * i + c] = still + (now[c] - still) * this.light[i];

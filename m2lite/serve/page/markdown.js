@@ -207,8 +207,9 @@ function firstFrom(lines, at, isIt) {
 
 // Lines
 
-const SPECIAL = /[\\`*_~[\n]|https?:\/\//g;
+const SPECIAL = /[\\`*_~[<\n]|https?:\/\//g;
 const ADDRESS = /https?:\/\/[^\s<>"`]+/y;
+const NAKED = /<(https?:\/\/[^\s<>]+)>/y;
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "s"], ["*", "em"], ["_", "em"]];
 
 /** Appends the text of a line to a node. */
@@ -244,6 +245,7 @@ function span(text, at, missing, depth) {
       return code(text, at, missing);
     case "[":
       return named(text, at);
+    case "<":
     case "h":
       return bare(text, at);
     default:
@@ -275,13 +277,14 @@ function named(text, at) {
 }
 
 function bare(text, at) {
-  ADDRESS.lastIndex = at;
+  NAKED.lastIndex = ADDRESS.lastIndex = at;
+  const inner = NAKED.exec(text)?.[1];
   const whole = ADDRESS.exec(text)?.[0] ?? "";
   const found = whole.replace(whole.includes("(") ? /[.,;:!?\]*_]{1,9}$/ : /[.,;:!?)\]*_]{1,9}$/, "");
-  const node = link(found);
+  const node = link(inner ?? found);
   if (node === null) return null;
-  node.textContent = found;
-  return { node, end: at + found.length };
+  node.textContent = inner ?? found;
+  return { node, end: at + (inner ? inner.length + 2 : found.length) };
 }
 
 /** A link to another page, which learns nothing of this one; null for any other kind of address. */

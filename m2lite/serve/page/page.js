@@ -137,11 +137,11 @@ function showFigures(timings) {
   }
   const { predicted_n, predicted_ms, cache_n, prompt_n, bytes_read, bytes_read_dense, hit_rate } = timings;
   set("length", number(predicted_n), `token${predicted_n === 1 ? "" : "s"} in ${seconds(predicted_ms / 1000)}`);
-  set("reused", number(cache_n), `of ${count(cache_n + prompt_n, "token")}`);
+  set("reused", number(cache_n), `of ${number(cache_n + prompt_n)}`);
   if (bytes_read === undefined) set("bytes", "Nothing", "all in memory");
   else set("bytes", bytes(bytes_read + bytes_read_dense), hit_rate === null ? "" : `${Math.round(100 * hit_rate)} % hits`);
-  const touched = grid.touched?.tokens ? ` · ${number(grid.touched.cells)} experts` : "";
-  byId("strip").textContent = `${speed ? `${rate(speed)} tokens/s` : ""}${touched}`;
+  const touched = grid.touched?.tokens ? `${number(grid.touched.cells)} experts` : "";
+  byId("strip").textContent = `${speed ? `${rate(speed)} tokens/s` : ""}\n${touched}`;
 }
 
 function rate(perSecond) {
@@ -270,13 +270,14 @@ byId("key-form").addEventListener("submit", (event) => {
 async function greet() {
   try {
     const props = await (await ask("/props")).json();
-    byId("model").textContent = `${props.model_alias} · ${number(props.default_generation_settings.n_ctx)} tokens of context`;
+    byId("name").textContent = props.model_alias;
+    byId("context").textContent = ` · ${number(props.default_generation_settings.n_ctx)} tokens of context`;
     document.title = `${props.model_alias} · m2lite`;
     shape = props.m2lite_experts;
     if (!grid.touched) grid.show(new Touched(shape));
   } catch (error) {
     if (error.status === 401) askForKey(byId("key-why").textContent);
-    else byId("model").textContent = error.message;
+    else byId("name").textContent = error.message;
   }
 }
 

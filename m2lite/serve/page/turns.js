@@ -20,7 +20,7 @@ export class AnswerTurn {
     this.node = clone("answer-turn");
     this.frame = 0;
     this.isOpen = false; // whether it goes on
-    copies(this.part(".copy"), () => this.message.content);
+    copies(this.part("footer .copy"), () => this.message.content);
     this.part(".again").addEventListener("click", onAgain);
     this.part("button.touched").addEventListener("click", onTouched);
   }
@@ -86,7 +86,7 @@ export class AnswerTurn {
     this.part(".note").textContent = own.why ?? "";
     this.part(".note").classList.toggle("bad", own.how === "failed");
     this.part("footer").hidden = this.isOpen;
-    this.part(".copy").hidden = !content;
+    this.part("footer .copy").hidden = !content;
     this.part("button.touched").hidden = !this.touched?.tokens;
     this.part(".cost").textContent = own.cost ?? "";
     this.onUpdate?.();
