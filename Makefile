@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Tests that run at once: half of the time goes into compiling and into waiting for commands, on one core each.
 WORKERS ?= 2
+# What is installed for tests: dev, or dev,browser to test the page in a real one (apt-get install chromium).
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -14,10 +16,10 @@ chat: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-fast: $(VENV)/installed-dev
+fast: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,8 +33,8 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) -e '.[dev]'
+$(VENV)/installed-$(EXTRAS): pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@ $(VENV)/installed
 
 clean:

@@ -50,7 +50,8 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
     python |= {f"m2lite/quant/{p.name}" for p in (ROOT / "quant").glob("*.py")}
     assert python <= names[0]
     assert not [name for name in names[0] if name.startswith("m2lite/models/") and not name.endswith(".gguf")]
-    assert "m2lite/models/m2-tiny/m2-tiny.gguf" in names[0]
+    page = {f"m2lite/serve/page/{p.name}" for p in (ROOT / "m2lite" / "serve" / "page").iterdir()}
+    assert len(page) > 5 and {"m2lite/models/m2-tiny/m2-tiny.gguf", *page} <= names[0]
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheels[0]).extractall(site)

@@ -85,7 +85,9 @@ def _run(server: Server, listener: socket.socket, bodies: Sequence[dict[str, Any
     process = Listener(create_app(server, bodies), server)
     listener.listen(BACKLOG)
     address, port = listener.getsockname()[:2]
-    note(f"http://{f'[{address}]' if ':' in address else address}:{port}/v1")
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    note(f"a chat in the browser: {url}/")
+    note(f"{url}/v1")
     with leave_afterwards(process.leave):
         process.run(sockets=[listener])
 

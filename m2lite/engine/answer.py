@@ -33,6 +33,9 @@ class Completion:
     stats: Stats = field(default_factory=Stats)
     logprobs: list[Logprob | None] = field(default_factory=list)  # by token, where they were asked for
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # by token from the prompt's second on, likewise
+    # By token, where they were asked for: what the call that drew it chose, [n_layers, n_used] of Config.expert_dtype;
+    # None of those that nobody drew.
+    experts: list[bytes | None] = field(default_factory=list)
     stop_id: int | None = None  # that ended it
     stop_logprob: Logprob | None = None  # of that
 
@@ -130,7 +133,7 @@ class Answer:
     def is_finished(self) -> bool:
         return self.completion.finish_reason != "interrupted"
 
-    def draw(self, logits: Logits) -> None:
+    def draw(self, logits: Logits, experts: bytes | None = None) -> None:
         """The answer goes on with a token drawn from `logits` [V], and with those that close the thinking behind it.
 
         Raises M2liteError where the schema cannot be followed or the logits are not finite.
@@ -147,7 +150,7 @@ class Answer:
             self.completion.stop_logprob = None if self._noted is None else self._noted.found[-1]
             self.end("stop")
             return
-        self._append(token)
+        self._append(token, experts)
         if self._reply.is_stopped:
             self.end("stop")
         elif not self.n_left:
@@ -191,9 +194,11 @@ class Answer:
         if not self.n_left and not self.is_finished:
             self.end("length")
 
-    def _append(self, token: int) -> None:
+    def _append(self, token: int, experts: bytes | None = None) -> None:
         self.ids.append(token)
         self.completion.tokens.append(token)
+        if self.request.experts:
+            self.completion.experts.append(experts)
         self.completion.stats.n_generated += 1
         self.new.append(Token(token, self._reply.push(token)))
         if self._n_think is not None and self._reply.kind == "thinking":

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from m2lite import machine
@@ -247,7 +248,8 @@ class Loop:
         if computed is None:
             news = [self._advance([each], time.perf_counter(), stop) for each in slices]
             return any(news)
-        news = [self._commit(slice, logits) for slice, logits in computed]
+        ends = accumulate(len(slice.ids) for slice, _ in computed)
+        news = [self._commit(*each, end - len(each[1])) for each, end in zip(computed, ends, strict=True)]
         self._note_prompts([slice for slice, _ in computed])
         self._learn(computed, time.perf_counter() - called)
         if self._runner.n_rows_aside and not self.scheduler.in_flight:
@@ -307,7 +309,8 @@ class Loop:
         leave = self._drafter.cut_off() if len(slices) == 1 and slices[0].n_drafts else None
         try:
             parts, outputs = [(each.timeline, each.ids) for each in slices], [each.n_outputs for each in slices]
-            logits = self._runner.evaluate_rows(parts, outputs, is_stopped, leave, is_aside)
+            has_experts = any(each.sequence.request.experts for each in slices)
+            logits = self._runner.evaluate_rows(parts, outputs, is_stopped, leave, is_aside, has_experts)
         except (Stopped, Abandoned):
             raise
         except _Cancelled:
@@ -329,18 +332,21 @@ class Loop:
             at += each.n_outputs
         return found
 
-    def _commit(self, slice: Slice, logits: Logits) -> bool:
-        """The sequence goes on with what its logits say, right drafts included. Whether there is something to see."""
+    def _commit(self, slice: Slice, logits: Logits, first_row: int) -> bool:
+        """The sequence goes on with what its logits say, right drafts included. Whether there is something to see.
+
+        `first_row`: of the call, whose logits are the first of these.
+        """
         sequence, counts, start, end = slice.sequence, self.counts, slice.start, slice.end
         answer, timeline, n_accepted = sequence.answer, slice.timeline, 0
         n_prompt, n_drawn = len(sequence.request.prompt), len(answer.completion.tokens)
         counts.n_recomputed += max(0, min(end, sequence.n_counted) - start)
         counts.n_prompt += max(0, min(end, n_prompt) - max(start, sequence.n_counted))
-        drafts = slice.drafts
+        drafts, experts = slice.drafts, self._runner.experts if sequence.request.experts else None
         try:
-            for row in logits:
+            for i, row in enumerate(logits, first_row):
                 at = len(answer.ids)
-                answer.draw(row)
+                answer.draw(row, None if experts is None else experts[:, i].tobytes())
                 if answer.ids[at:] != list(drafts[n_accepted : n_accepted + 1]):
                     break
                 n_accepted += n_accepted < len(drafts)

@@ -28,6 +28,7 @@ class Request:
     schema: Schema | None = None  # the content is JSON of it
     logprobs: int | None = None  # note each token's, and those of so many of the likeliest
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed anew for it
+    experts: bool = False  # note which ones each token was drawn with
     tools: Sequence[Mapping[str, Any]] | None = None  # OpenAI schemas of what may be called
     tool_choice: ToolChoice = "auto"  # "none", "required" or one of them: what comes behind the thinking
     parallel_tool_calls: bool = True  # several calls at once

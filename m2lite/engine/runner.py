@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from m2lite import machine
 from m2lite.drafting.options import DraftOptions
@@ -82,6 +83,7 @@ class ModelRunner:
             self.stream.ledger.warm(np.zeros(len(self.stream.ledger.sizes)))  # those tokens were nobody's
         if options["heat"] and drafting.mode == "auto":
             self.drafter.remember(kept_path(self.weights, self.mtp, self.n_threads, options["load"]))
+        self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
 
@@ -168,17 +170,19 @@ class ModelRunner:
         stop: Stop | None = None,
         leave: Leave | None = None,
         is_aside: bool = False,
+        has_experts: bool = False,
     ) -> Any:
         """float32 [sum(outputs), vocab] = logits after each part's last tokens, so many as `outputs` says.
 
         The tokens stand behind the part's timeline. As `evaluate`, and counts what it goes through in `n_expert_reads`.
         With `leave`, of a single part whose logits are all wanted, there may be fewer. One call that `is_aside` has
-        buffers of its own (see `make_room_aside`): `stop` may make other calls.
+        buffers of its own (see `make_room_aside`): `stop` may make other calls. With `has_experts`, those of all rows
+        are in `experts` [n_layers, n_rows, n_used] until the next call, ascending; else it is None.
         """
         buffers = self.buffers if not is_aside else self._aside
         assert buffers is not None
         buffers.n_expert_reads = 0
-        logits = self._compute(parts, outputs if leave is None else "all", stop, leave, buffers=buffers)
+        logits = self._compute(parts, outputs if leave is None else "all", stop, leave, None, buffers, has_experts)
         if is_aside:
             n = sum(len(ids) for _, ids in parts)
             self.buffers.array("x")[:n] = buffers.array("x")[:n]  # where prediction modules find the trunk's states
@@ -212,6 +216,7 @@ class ModelRunner:
         leave: Leave | None,
         observer: Observer | None = None,
         buffers: Buffers | None = None,
+        has_experts: bool = False,
     ) -> Any:
         buffers = buffers or self.buffers
 
@@ -225,10 +230,15 @@ class ModelRunner:
         rows, routing = self.pool.rows(parts), self.pool.routing
         if observer is None and routing is not None:
             observer = routing.observe(rows)
+        if has_experts:
+            c = self.pool.config
+            rows.chosen = np.zeros((c.n_layers, rows.n, c.n_experts_used), c.expert_dtype)
         try:
-            return self._forward(self.weights, self.pool, buffers, rows, outputs, check, leave, observer)
+            logits = self._forward(self.weights, self.pool, buffers, rows, outputs, check, leave, observer)
         finally:
             self.check_files()  # of one that was cut meanwhile, zeros were seen
+        self.experts = rows.chosen  # only now: calls that others made meanwhile had theirs
+        return logits
 
     # For measurements
 

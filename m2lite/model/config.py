@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from m2lite.errors import BadModelError
 from m2lite.storage.gguf_header import GGUFArray
 
@@ -41,6 +43,11 @@ class Config:
     def n_q(self) -> int:
         """Width of all query heads together."""
         return self.n_heads * self.head_dim
+
+    @property
+    def expert_dtype(self) -> np.dtype[Any]:
+        """Of ids of experts where many are kept: uint8, or uint16 for more than 256."""
+        return np.min_scalar_type(self.n_experts - 1)
 
     @property
     def n_kv(self) -> int:

@@ -206,6 +206,8 @@ def forward(
         n = run_layer(c, layer, b, place, n, i * pool.layer_bytes, check, b.stream)
         if not n:
             raise M2liteError(f"NaN or infinity in layer {i}.", _DAMAGED)
+        if rows.chosen is not None:
+            rows.chosen[i, :n] = b.array("ids")[:n]
     if b.stream is not None:
         b.stream.enter(c.n_layers, n, is_last=True)
     logits = _head(weights, b, rows, outputs) if outputs != "all" else head(weights, b, b.x, weights.output_norm, n)

@@ -23,7 +23,7 @@ class Routing:
         c = pool.config
         self._first, self._page_bytes, self._n_experts = pool.page_address(0), pool.page_bytes, c.n_experts
         shape = pool.n_pages, c.n_layers, PAGE, c.n_experts_used
-        self.ids = np.zeros(shape, np.min_scalar_type(c.n_experts - 1))  # takes memory as it is written to
+        self.ids = np.zeros(shape, c.expert_dtype)  # takes memory as it is written to
 
     def observe(self, rows: Rows) -> Observer:
         """What notes the rows' experts while they are computed."""

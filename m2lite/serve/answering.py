@@ -30,6 +30,7 @@ class AnswerRequest:
     chat: ChatRequest
     prompt: Sequence[int] | None = None
     prompt_logprobs: int | None = None  # as in the engine's requests
+    has_experts: bool = False  # which ones each token was drawn with
     rng_stream: int | None = None  # by default as in `Model.chat`
 
 

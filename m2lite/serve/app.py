@@ -14,14 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from m2lite.serve import chat_completions, completions, info, messages, metrics, responses
+from m2lite.serve import chat_completions, completions, info, messages, metrics, responses, web_page
 from m2lite.serve.errors import Refused, dialect_of, error_response
 from m2lite.serve.gate import Gate
 from m2lite.serve.server import Server
 from m2lite.serve.warm import warm
 
 # A dialect is a module with `routes(server)`.
-_DIALECTS = (chat_completions, completions, messages, responses, info, metrics)
+_DIALECTS = (chat_completions, completions, messages, responses, info, metrics, web_page)
 
 
 def create_app(server: Server, bodies: Sequence[dict[str, Any]] = ()) -> Starlette:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,23 @@ from m2lite.serve.events import (
     WholeAnswer,
 )
 from m2lite.serve.normal import merge_system, shortened, usable_tools
-from m2lite.serve.replies import PING, EventStream, completion_head, own_fields, sse, whole_answer
+from m2lite.serve.replies import (
+    PING,
+    EventStream,
+    completion_head,
+    expert_shape,
+    own_fields,
+    sse,
+    timings,
+    whole_answer,
+)
 from m2lite.serve.server import Server
 
 # Fields that are read here and not by `parse_request`.
 _OWN = frozenset(
     {
-        "stream", "stream_options", "return_token_ids", "return_progress", "reasoning_effort", "reasoning", "thinking",
-        "enable_thinking", "chat_template_kwargs",
+        "stream", "stream_options", "return_token_ids", "return_progress", "return_experts", "timings_per_token",
+        "reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs",
     }
 )  # fmt: skip
 # Fields that cannot change the answer: nobody is told that they are ignored.
@@ -42,7 +52,7 @@ _SILENT = frozenset(
     {
         "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
         "verbosity", "cache_prompt", "include_reasoning", "separate_reasoning", "cache_control", "id_slot",
-        "provider", "timings_per_token",
+        "provider",
     }
 )  # fmt: skip
 # Fields whose value would change the answer.
@@ -57,6 +67,8 @@ class _Form:
     has_usage: bool = False  # in a last chunk of its own
     has_ids: bool = False
     has_progress: bool = False
+    has_experts: bool = False
+    has_timings: bool = False  # in every chunk, and not in the last one only
     told: tuple[str, ...] = ()  # what was ignored
 
 
@@ -71,7 +83,7 @@ def routes(server: Server) -> list[Route]:
 async def _answer(server: Server, request: Request) -> Response:
     data = await request.body()
     chat, form = await server.off_loop(lambda: read_chat(data, server.defaults()))
-    answering = await server.begin(AnswerRequest(chat=chat))
+    answering = await server.begin(AnswerRequest(chat=chat, has_experts=form.has_experts))
     if form.is_stream:
         return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
     return JSONResponse(_body(server, answering, form, await whole_answer(request, answering)))
@@ -104,6 +116,8 @@ def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
         has_usage=has_usage,
         has_ids=read_flag(body, "return_token_ids"),
         has_progress=read_flag(body, "return_progress"),
+        has_experts=read_flag(body, "return_experts"),
+        has_timings=read_flag(body, "timings_per_token"),
         told=tuple(told),
     )
 
@@ -133,13 +147,25 @@ def _usage(end: AnswerEnd) -> dict[str, Any]:
 
 
 def _own(answering: Answering, form: _Form, end: AnswerEnd) -> dict[str, Any]:
-    return own_fields(answering, form.told, end)
+    return own_fields(answering, form.told, end) | {"timings": timings(end.completion)}
 
 
-def _logprobs(server: Server, answering: Answering, drawn: Drawn) -> dict[str, Any]:
-    if answering.asked.chat.logprobs is None:
-        return {"logprobs": None}
-    return {"logprobs": response_logprobs(drawn.logprobs, server.model.tokenizer)}
+def _beside(server: Server, answering: Answering, form: _Form, drawn: Drawn) -> dict[str, Any]:
+    """What of a choice stands beside its text, token by token."""
+    found: dict[str, Any] = {"logprobs": None}
+    if answering.asked.chat.logprobs is not None:
+        found["logprobs"] = response_logprobs(drawn.logprobs, server.model.tokenizer)
+    if form.has_ids:
+        found["token_ids"] = drawn.ids
+    if form.has_experts:
+        found["experts"] = [each and b64encode(each).decode() for each in drawn.experts]
+    return found
+
+
+def _first(server: Server, answering: Answering, form: _Form) -> dict[str, Any]:
+    """What is told once: in the body, or in a stream's first chunk."""
+    prompt = {"prompt_token_ids": list(answering.prompt)} if form.has_ids else {}
+    return prompt | (expert_shape(server) if form.has_experts else {})
 
 
 def _body(server: Server, answering: Answering, form: _Form, found: WholeAnswer) -> dict[str, Any]:
@@ -154,12 +180,10 @@ def _body(server: Server, answering: Answering, form: _Form, found: WholeAnswer)
             for call in found.calls
         ]
     choice = {
-        "index": 0, "message": message, **_logprobs(server, answering, Drawn(found.ids, found.logprobs)),
-        "finish_reason": end.reason,
+        "index": 0, "message": message, "finish_reason": end.reason,
+        **_beside(server, answering, form, Drawn(found.ids, found.logprobs, found.experts)),
     }  # fmt: skip
-    head = completion_head(server, answering, "chatcmpl", "chat.completion")
-    if form.has_ids:
-        choice["token_ids"], head["prompt_token_ids"] = found.ids, list(answering.prompt)
+    head = completion_head(server, answering, "chatcmpl", "chat.completion") | _first(server, answering, form)
     return {**head, "choices": [choice], "usage": _usage(end), **_own(answering, form, end)}
 
 
@@ -176,14 +200,12 @@ async def _chunks(
         head["usage"] = None
 
     def chunk(delta: dict[str, Any], drawn: Drawn | None = None, reason: str | None = None) -> dict[str, Any]:
-        drawn = drawn or Drawn([], [])
-        choice = {"index": 0, "delta": delta, **_logprobs(server, answering, drawn), "finish_reason": reason}
-        if form.has_ids:
-            choice["token_ids"] = drawn.ids
-        return {**head, "choices": [choice]}
+        beside = _beside(server, answering, form, drawn or Drawn([], [], []))
+        choice = {"index": 0, "delta": delta, **beside, "finish_reason": reason}
+        more = {"timings": timings(answering.handle.completion)} if form.has_timings and drawn else {}
+        return {**head, "choices": [choice], **more}
 
-    first = chunk({"role": "assistant", "content": ""})
-    yield sse(first | ({"prompt_token_ids": list(answering.prompt)} if form.has_ids else {}))
+    yield sse(chunk({"role": "assistant", "content": ""}) | _first(server, answering, form))
     try:
         async for event in events:
             match event:

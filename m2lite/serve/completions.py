@@ -245,7 +245,7 @@ class _RawText:
 
 
 def _drawn(event: AnswerEvent) -> tuple[Iterable[int], Sequence[Logprob | None]]:
-    return event.drawn if isinstance(event, Text | CallBegin | AnswerEnd) else ((), ())
+    return event.drawn[:2] if isinstance(event, Text | CallBegin | AnswerEnd) else ((), ())
 
 
 def _usage(form: _TextForm, ends: Sequence[AnswerEnd]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ TextKind = Literal["thinking", "content"]
 
 
 class Drawn(NamedTuple):
-    """Ids of the answer that came with an event, tags included; `logprobs` beside them where they were asked for."""
+    """Ids of the answer that came with an event, tags included; what stands beside them where it was asked for."""
 
     ids: list[int]
     logprobs: list[Logprob | None]
+    experts: list[bytes | None]  # as in `Completion`
 
 
 class Reading(NamedTuple):
@@ -128,7 +129,7 @@ class Narration:
         ids, self._ids = self._ids[:n], self._ids[n:]
         start, self._n_told = self._n_told, self._n_told + len(ids)
         noted = self._handle.answer.logprobs[start : self._n_told]
-        return Drawn(ids, noted)
+        return Drawn(ids, noted, self._handle.completion.experts[start : self._n_told])
 
     def _calls(self) -> list[AnswerEvent]:
         """The calls of a block that is whole, or was cut off by the end."""
@@ -177,6 +178,7 @@ class WholeAnswer:
     calls: list[WholeCall] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob | None] = field(default_factory=list)
+    experts: list[bytes | None] = field(default_factory=list)
     end: AnswerEnd | None = None
     events: list[AnswerEvent] = field(default_factory=list)  # all of it, for dialects that keep its order
 
@@ -195,3 +197,4 @@ class WholeAnswer:
         if isinstance(event, Text | CallBegin | AnswerEnd):
             self.ids += event.drawn.ids
             self.logprobs += event.drawn.logprobs
+            self.experts += event.drawn.experts

@@ -15,6 +15,7 @@ from m2lite.errors import M2liteError
 from m2lite.serve import log
 from m2lite.serve.errors import ClientGone, Refused, code_of, dialect_of, error_response
 from m2lite.serve.server import ServeOptions
+from m2lite.serve.web_page import PAGE_PATHS
 from m2lite.system.streams import note
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -23,7 +24,7 @@ _BODY_S = 300.0  # for all of it
 _TIMES_READ = 8  # the limit, of a body that is too large
 _CLOSE = {"connection": "close"}
 _MOST_HELD = 256 << 20  # bytes of all bodies that are coming in
-_OPEN = ("/", "/health", "/v1/health")  # for which no key is asked
+_OPEN = ("/health", "/v1/health", *PAGE_PATHS)  # for which no key is asked
 
 
 class Gate:

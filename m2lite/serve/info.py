@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from m2lite import __version__
@@ -15,14 +15,12 @@ from m2lite.errors import UsageError
 from m2lite.sampling.draw import Sampling
 from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.normal import merge_system, usable_tools
+from m2lite.serve.replies import expert_shape
 from m2lite.serve.server import Server
 from m2lite.text.messages import check_tools
 
 
 def routes(server: Server) -> list[Route]:
-    async def index(_: Request) -> Response:
-        return PlainTextResponse("m2lite: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/messages\n")
-
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(server)], "models": []})
 
@@ -53,7 +51,6 @@ def routes(server: Server) -> list[Route]:
         return JSONResponse(await server.off_loop(lambda: _apply_template(server, read_object(data))))
 
     return [
-        Route("/", index, methods=["GET"]),
         *(Route(path, models, methods=["GET"]) for path in ("/v1/models", "/models")),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         *(Route(path, health, methods=["GET"]) for path in ("/health", "/v1/health")),
@@ -99,6 +96,7 @@ def _props(server: Server) -> dict[str, Any]:
         "chat_template": model.template.source,
         "chat_template_caps": dict.fromkeys(caps, True),
         "build_info": f"m2lite {__version__}",
+        **expert_shape(server),
     }
 
 

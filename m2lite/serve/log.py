@@ -10,6 +10,7 @@ from m2lite.system.streams import note
 
 _MOST_SHOWN = 200  # characters of a path
 _QUIET = ("/health", "/metrics")  # asked every few seconds by programs that watch
+_PAGE = "/page/"  # files of the page, asked for whenever it is opened
 
 
 @dataclass
@@ -24,7 +25,7 @@ class RequestLog:
     began: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
-        if self.path in _QUIET and self.status < 400:
+        if (self.path in _QUIET or self.path.startswith(_PAGE)) and self.status < 400:
             return
         seconds = time.monotonic() - self.began
         what = f"{self.id} {self.method} {self.path[:_MOST_SHOWN]} {self.status or 'no answer'}"

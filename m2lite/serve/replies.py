@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from m2lite import __version__
+from m2lite.engine.answer import Completion
 from m2lite.model.numerics import NUMERICS_VERSION
 from m2lite.serve.answering import Answering
 from m2lite.serve.errors import ClientGone
@@ -36,6 +37,27 @@ def own_fields(answering: Answering, told: Sequence[str], end: AnswerEnd) -> dic
     """What only m2lite tells: what the same answer can be had again with, and what was odd or left out (`told`)."""
     warnings = [*told, *end.completion.reply.errors, *answering.cut_short(end)]
     return {"m2lite": {"seed": answering.seed}} | ({"m2lite_warnings": warnings} if warnings else {})
+
+
+def expert_shape(server: Server) -> dict[str, Any]:
+    """What is to be known of the experts that were chosen: each token has [n_layers, n_used] ids of this type."""
+    c = server.model.config
+    sizes = {"n_layers": c.n_layers, "n_experts": c.n_experts, "n_used": c.n_experts_used}
+    return {"m2lite_experts": sizes | {"dtype": c.expert_dtype.name}}
+
+
+def timings(completion: Completion) -> dict[str, Any]:
+    """What an answer took so far, under llama-server's names; for a streamed model also what was read."""
+    stats, drafted = completion.stats, completion.stats.drafted
+    found: dict[str, Any] = {
+        "cache_n": stats.n_reused, "prompt_n": stats.n_prompt - stats.n_reused,
+        "prompt_ms": 1e3 * stats.prompt_s, "prompt_per_second": stats.prompt_tokens_per_s,
+        "predicted_n": stats.n_generated,
+        "predicted_ms": 1e3 * stats.decode_s, "predicted_per_second": stats.tokens_per_s,
+    }  # fmt: skip
+    if drafted is not None:
+        found |= {"draft_n": drafted.n_proposed, "draft_n_accepted": drafted.n_accepted}
+    return found | (stats.traffic.as_dict() if stats.traffic else {})
 
 
 def completion_head(server: Server, answering: Answering, prefix: str, kind: str) -> dict[str, Any]:

@@ -211,6 +211,8 @@ class Server:
         if stream is None:
             stream = turn_stream(asked.chat.messages) if asked.prompt is None else 0
         request = asked.chat.to_engine(answering.prompt, stream, answering.id)
+        if asked.has_experts:
+            request = replace(request, experts=True)
         if asked.prompt_logprobs is not None:  # nobody's next prompt begins with it
             request = replace(request, prompt_logprobs=asked.prompt_logprobs, keep="nothing")
         script = self.options.script

@@ -80,7 +80,7 @@ def test_blanks_are_no_part(tiny: Model) -> None:
 
 def test_waiting_adds_nothing() -> None:
     """Whatever is open goes on with nothing; before there is anything the thinking begins, which then goes on."""
-    parts, nothing = Parts(), Drawn([], [])
+    parts, nothing = Parts(), Drawn([], [], [])
     begun, more = parts.wait()
     assert isinstance(begun, PartBegin)
     assert isinstance(more, PartMore)
