@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from m2lite.serve.progress import ReadProgress, ReadingSpeed
+from m2lite.serve.progress import ReadingSpeed, ReadProgress
 
 
 class Clock:
