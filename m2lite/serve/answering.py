@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.engine.answer import Token
 from m2lite.engine.driver import News
 from m2lite.engine.handle import Handle
+from m2lite.engine.sequence import Prompt
 from m2lite.serve import log
 from m2lite.serve.errors import Refused
-from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Narration, WholeAnswer
+from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Narration, WholeAnswer, WholeCall
 from m2lite.serve.metrics import Metrics
+from m2lite.serve.progress import LONG_S, ReadProgress
+from m2lite.system.streams import note
 from m2lite.text.tokenizer import Tokenizer
+from m2lite.text.values import closed
 
 How = Literal["stop", "tool_calls", "length", "cancelled", "failed"]
 
@@ -51,8 +57,10 @@ class Answering:
         self._handle: Handle | None = None
         self._is_over = False
         self._ended_by: Exception | None = None
+        self._calls: Sequence[WholeCall] = ()
         self._began, self._last = time.monotonic(), 0.0  # of its last tokens; 0: none came
         self._first_s: float | None = None  # until its first token
+        self.progress, self._is_wait_told = ReadProgress(len(prompt), metrics.reading), False
 
     @property
     def seed(self) -> int:
@@ -70,6 +78,7 @@ class Answering:
         """On the event loop: something happened."""
         self._news.append(news)
         self._came.set()
+        self._follow_prompt(news)
         n_tokens = sum(isinstance(event, Token) for event in news.events)
         if n_tokens:
             now = time.monotonic()
@@ -79,6 +88,21 @@ class Answering:
                 self._first_s = now - self._began
                 self._metrics.first_token.add(self._first_s)
             self._last = now
+
+    def _follow_prompt(self, news: News) -> None:
+        """How far it is read; that it will take long is told once."""
+        progress = self.progress
+        for event in news.events:
+            if isinstance(event, Token):
+                progress.end()
+            elif isinstance(event, Prompt) and not progress.is_over:
+                computed_s = math.inf if self._handle is None else self._handle.completion.stats.prompt_s
+                progress.saw(event.n_done, event.n_cached, computed_s)
+        left = None if progress.is_over or self._is_wait_told else progress.seconds_left
+        if left is not None and left >= LONG_S and self.log is not None:
+            self._is_wait_told = True
+            done = f"{progress.n_done:,} of {progress.n_total:,} tokens read ({progress.n_cached:,} cached)"
+            note(f"{self.log.id} · {done} · about {left:.0f} s to go")
 
     def end(self, error: Exception) -> None:
         """It ends now, with this error for whoever waits."""
@@ -92,6 +116,7 @@ class Answering:
         Raises the request's own error, or what the server ended it with.
         """
         narration = Narration(self.tokenizer, self.handle)
+        self._calls = narration.calls
         how: How = "cancelled"
         try:
             while True:
@@ -116,6 +141,15 @@ class Answering:
         finally:
             self._finish(how)
 
+    def message(self) -> dict[str, Any]:
+        """What was said, as it comes back: with the ids of its calls."""
+        message = self.handle.completion.reply.message()
+        calls = [
+            {"id": call.id, "function": {"name": call.name, "arguments": json.loads(closed(call.arguments))}}
+            for call in self._calls
+        ]
+        return message | ({"tool_calls": calls} if calls else {})
+
     def cut_short(self, end: AnswerEnd) -> list[str]:
         """What is to be told of an answer that the context ended before `max_tokens` did."""
         most, n_tokens = self.asked.chat.max_tokens, len(end.completion.tokens)
@@ -137,6 +171,7 @@ class Answering:
     def _finish(self, how: How) -> None:
         if not self._is_over:
             self._is_over = True
+            self.progress.end()
             if self._handle is not None:
                 self._handle.cancel()
                 if self._first_s is not None:  # what was not computing was waiting

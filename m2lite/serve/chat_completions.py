@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from m2lite.dialogue.chat_request import FIELDS, ChatRequest, parse_request, response_logprobs
 from m2lite.errors import UsageError
-from m2lite.serve.answering import Answering, AnswerRequest
+from m2lite.serve.answering import Answering
 from m2lite.serve.bodies import read_flag, read_object, wants_usage
 from m2lite.serve.errors import error_body
 from m2lite.serve.events import (
@@ -22,21 +22,24 @@ from m2lite.serve.events import (
     Beat,
     CallArguments,
     CallBegin,
+    CallEnd,
     Drawn,
     Reading,
     Text,
     WholeAnswer,
 )
-from m2lite.serve.normal import merge_system, shortened, usable_tools
+from m2lite.serve.normal import join_answers, merge_system, shortened, usable_tools
 from m2lite.serve.replies import (
     PING,
-    EventStream,
+    Form,
     completion_head,
     expert_shape,
     own_fields,
+    progress_of,
+    read_form,
+    respond,
     sse,
     timings,
-    whole_answer,
 )
 from m2lite.serve.server import Server
 
@@ -59,40 +62,25 @@ _SILENT = frozenset(
 _REFUSED = ("logit_bias", "functions", "function_call", "audio", "grammar", "guided_regex", "guided_grammar")
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How the answer is given."""
-
-    is_stream: bool = False
+@dataclass(frozen=True, kw_only=True)
+class _ChatForm(Form):
     has_usage: bool = False  # in a last chunk of its own
     has_ids: bool = False
-    has_progress: bool = False
-    has_experts: bool = False
     has_timings: bool = False  # in every chunk, and not in the last one only
-    told: tuple[str, ...] = ()  # what was ignored
 
 
 def routes(server: Server) -> list[Route]:
     async def answer(request: Request) -> Response:
-        return await _answer(server, request)
+        return await respond(server, request, read_chat, _chunks, _body)
 
     paths = ("/v1/chat/completions", "/chat/completions")
     return [Route(path, answer, methods=["POST"]) for path in paths]
 
 
-async def _answer(server: Server, request: Request) -> Response:
-    data = await request.body()
-    chat, form = await server.off_loop(lambda: read_chat(data, server.defaults()))
-    answering = await server.begin(AnswerRequest(chat=chat, has_experts=form.has_experts))
-    if form.is_stream:
-        return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
-    return JSONResponse(_body(server, answering, form, await whole_answer(request, answering)))
-
-
 def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequest, list[str]]:
     """What a body asks for, and what of it is ignored, a sentence each."""
     known = {name: value for name, value in body.items() if name in FIELDS and name not in _OWN}
-    known["messages"] = merge_system(body.get("messages"))
+    known["messages"] = join_answers(merge_system(body.get("messages")))
     tools, skipped = usable_tools(body.get("tools"))
     if tools or "tools" in known:
         known["tools"] = tools
@@ -106,19 +94,18 @@ def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequ
     return parse_request(known | _thinking(body), defaults), shortened(told)
 
 
-def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Form]:
+def read_chat(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _ChatForm]:
     """What a client asks for, and in what form."""
     body = read_object(data)
     has_usage = wants_usage(body)
     chat, told = parse_chat(body, defaults)
-    return chat, _Form(
-        is_stream=read_flag(body, "stream"),
+    return chat, _ChatForm(
         has_usage=has_usage,
         has_ids=read_flag(body, "return_token_ids"),
-        has_progress=read_flag(body, "return_progress"),
         has_experts=read_flag(body, "return_experts"),
         has_timings=read_flag(body, "timings_per_token"),
         told=tuple(told),
+        **read_form(body),
     )
 
 
@@ -146,11 +133,11 @@ def _usage(end: AnswerEnd) -> dict[str, Any]:
     }
 
 
-def _own(answering: Answering, form: _Form, end: AnswerEnd) -> dict[str, Any]:
-    return own_fields(answering, form.told, end) | {"timings": timings(end.completion)}
+def _own(answering: Answering, form: Form, end: AnswerEnd) -> dict[str, Any]:
+    return own_fields(answering, form, end) | {"timings": timings(end.completion)}
 
 
-def _beside(server: Server, answering: Answering, form: _Form, drawn: Drawn) -> dict[str, Any]:
+def _beside(server: Server, answering: Answering, form: _ChatForm, drawn: Drawn) -> dict[str, Any]:
     """What of a choice stands beside its text, token by token."""
     found: dict[str, Any] = {"logprobs": None}
     if answering.asked.chat.logprobs is not None:
@@ -162,13 +149,13 @@ def _beside(server: Server, answering: Answering, form: _Form, drawn: Drawn) -> 
     return found
 
 
-def _first(server: Server, answering: Answering, form: _Form) -> dict[str, Any]:
+def _first(server: Server, answering: Answering, form: _ChatForm) -> dict[str, Any]:
     """What is told once: in the body, or in a stream's first chunk."""
     prompt = {"prompt_token_ids": list(answering.prompt)} if form.has_ids else {}
     return prompt | (expert_shape(server) if form.has_experts else {})
 
 
-def _body(server: Server, answering: Answering, form: _Form, found: WholeAnswer) -> dict[str, Any]:
+def _body(server: Server, answering: Answering, form: _ChatForm, found: WholeAnswer) -> dict[str, Any]:
     end = found.end
     assert end is not None
     message: dict[str, Any] = {"role": "assistant", "content": found.content, "refusal": None}
@@ -193,7 +180,7 @@ def _thoughts(text: str) -> dict[str, str]:
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _Form, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: _ChatForm, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
     head = completion_head(server, answering, "chatcmpl", "chat.completion.chunk")
     if form.has_usage:
@@ -209,12 +196,9 @@ async def _chunks(
     try:
         async for event in events:
             match event:
-                case Reading():
-                    if form.has_progress:
-                        progress = {"total": event.n_total, "cache": event.n_cached, "processed": event.n_done}
-                        yield sse({**head, "choices": [], "prompt_progress": progress})
-                    else:
-                        yield PING
+                case Reading() | Beat():
+                    progress = progress_of(answering, form, event)
+                    yield sse({**head, "choices": [], **progress}) if progress else PING
                 case Text(kind="thinking"):
                     yield sse(chunk(_thoughts(event.text), event.drawn))
                 case Text():
@@ -225,9 +209,12 @@ async def _chunks(
                     yield sse(chunk({"tool_calls": [call]}, event.drawn))
                 case CallArguments():
                     function = {"arguments": event.text}
-                    yield sse(chunk({"tool_calls": [{"index": event.number, "function": function}]}))
-                case Beat():
-                    yield PING
+                    yield sse(chunk({"tool_calls": [{"index": event.number, "function": function}]}, event.drawn))
+                case CallEnd():
+                    if event.drawn.ids and (
+                        form.has_ids or form.has_experts or answering.asked.chat.logprobs is not None
+                    ):
+                        yield sse(chunk({}, event.drawn))
                 case AnswerEnd():
                     last = chunk({}, event.drawn, event.reason) | _own(answering, form, event)
                     yield sse(last)

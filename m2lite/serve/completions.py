@@ -18,16 +18,29 @@ from m2lite.sampling.rules import Logprob
 from m2lite.serve.answering import Answering, AnswerRequest
 from m2lite.serve.bodies import read_flag, read_object, wants_usage
 from m2lite.serve.errors import error_body
-from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, CallBegin, Reading, Text
+from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
 from m2lite.serve.normal import shortened
-from m2lite.serve.replies import PING, EventStream, completion_head, first_of, own_fields, sse
+from m2lite.serve.replies import (
+    PING,
+    EventStream,
+    Form,
+    completion_head,
+    first_of,
+    own_fields,
+    progress_of,
+    read_form,
+    sse,
+)
 from m2lite.serve.server import Server
 from m2lite.text.stop_text import StopTexts
 from m2lite.text.tokenizer import Tokenizer
 
 MOST_PROMPTS = 1_000
 _USUAL_TOKENS = 16  # of an answer, where nothing is said: OpenAI's
-_OWN = ("prompt", "echo", "logprobs", "max_tokens", "stream", "stream_options", "return_token_ids", "parse_special")
+_OWN = (
+    "prompt", "echo", "logprobs", "max_tokens", "stream", "stream_options", "return_token_ids", "return_progress",
+    "parse_special",
+)  # fmt: skip
 _SILENT = ("user", "metadata", "store", "service_tier", "cache_prompt", "add_special_tokens", "skip_special_tokens")
 _ONLY = {"best_of": 1, "suffix": "", "use_beam_search": False}  # fields of which one value can be done
 _NOT_HERE = ("messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "top_logprobs")
@@ -36,16 +49,14 @@ _NOT_HERE = ("messages", "tools", "tool_choice", "parallel_tool_calls", "max_com
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True)
-class _TextForm:
-    is_stream: bool
+@dataclass(frozen=True, kw_only=True)
+class _TextForm(Form):
     has_usage: bool
     has_ids: bool
     is_echo: bool
     n_logprobs: int | None
     max_tokens: int
     is_special: bool  # texts of control tokens in a prompt are these tokens
-    told: tuple[str, ...]
 
 
 def routes(server: Server) -> list[Route]:
@@ -87,7 +98,7 @@ def read_completion(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _T
     body = read_object(data)
     has_usage, told = wants_usage(body), _check_fields(body)
     form = _TextForm(
-        is_stream=read_flag(body, "stream"),
+        **read_form(body),
         has_usage=has_usage,
         has_ids=read_flag(body, "return_token_ids"),
         is_echo=read_flag(body, "echo"),
@@ -245,7 +256,7 @@ class _RawText:
 
 
 def _drawn(event: AnswerEvent) -> tuple[Iterable[int], Sequence[Logprob | None]]:
-    return event.drawn[:2] if isinstance(event, Text | CallBegin | AnswerEnd) else ((), ())
+    return ((), ()) if isinstance(event, Reading | Beat) else event.drawn[:2]
 
 
 def _usage(form: _TextForm, ends: Sequence[AnswerEnd]) -> dict[str, Any]:
@@ -287,7 +298,7 @@ async def _all(server: Server, form: _TextForm, asked: Sequence[AnswerRequest]) 
                 await task
     _, first, end = found[0]
     body = {"choices": [choice for choice, _, _ in found], "usage": _usage(form, [end for _, _, end in found])}
-    return completion_head(server, first, "cmpl", "text_completion") | body | own_fields(first, form.told, end)
+    return completion_head(server, first, "cmpl", "text_completion") | body | own_fields(first, form, end)
 
 
 async def _choice(server: Server, answering: Answering, form: _TextForm) -> tuple[dict[str, Any], AnswerEnd]:
@@ -319,7 +330,8 @@ async def _chunks(
     try:
         async for event in events:
             if isinstance(event, Reading | Beat):
-                yield PING
+                progress = progress_of(answering, form, event)
+                yield sse({**head, "choices": [], **progress}) if progress else PING
                 continue
             if not is_begun:  # only now are the logprobs of the prompt there
                 yield sse(chunk(writer.prompt()))
@@ -327,7 +339,7 @@ async def _chunks(
             text = writer.push(*_drawn(event))
             if isinstance(event, AnswerEnd):
                 last = chunk(text + writer.finish(), _reason(writer, event))
-                yield sse(last | own_fields(answering, form.told, event))
+                yield sse(last | own_fields(answering, form, event))
                 if form.has_usage:
                     yield sse({**head, "choices": [], "usage": _usage(form, [event])})
             elif text:

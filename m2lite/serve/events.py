@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from m2lite.engine.answer import Completion, Token
 from m2lite.engine.handle import Handle
 from m2lite.engine.sequence import Event, Finished, Prompt
 from m2lite.sampling.rules import Logprob
-from m2lite.text.calls import parse_tool_calls
+from m2lite.text.calls import CallPiece, CallReader
 from m2lite.text.tokenizer import Tokenizer
 
 TextKind = Literal["thinking", "content"]
@@ -24,6 +23,9 @@ class Drawn(NamedTuple):
     ids: list[int]
     logprobs: list[Logprob | None]
     experts: list[bytes | None]  # as in `Completion`
+
+    def joined(self, more: Drawn) -> Drawn:
+        return Drawn(self.ids + more.ids, self.logprobs + more.logprobs, self.experts + more.experts)
 
 
 class Reading(NamedTuple):
@@ -52,10 +54,14 @@ class CallArguments(NamedTuple):
 
     number: int
     text: str
+    drawn: Drawn
 
 
 class CallEnd(NamedTuple):
+    """Its arguments are JSON, unless the answer ended in the middle of the call."""
+
     number: int
+    drawn: Drawn
 
 
 class Beat(NamedTuple):
@@ -80,14 +86,21 @@ def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
+@dataclass
+class WholeCall:
+    id: str
+    name: str
+    arguments: str = ""  # JSON, of which the end is missing where the call was cut off
+
+
 class Narration:
     """Turns the engine's events of one answer into those of this file."""
 
     def __init__(self, tokenizer: Tokenizer, handle: Handle) -> None:
         self._tokenizer, self._handle = tokenizer, handle
         self._tools: Sequence[Mapping[str, Any]] | None = handle.request.tools
-        self._block = ""  # of a tool call, as far as it has come
-        self._n_calls = 0
+        self._block: CallReader | None = None  # of calls, as far as it has come
+        self.calls, self._is_calling = list[WholeCall](), False  # whether the last one has not ended
         self._ids, self._n_told = list[int](), 0  # ids that no event has told yet, and how many were told
 
     def tell(self, events: Sequence[Event]) -> list[AnswerEvent]:
@@ -106,17 +119,20 @@ class Narration:
                 continue
             if isinstance(event, Token):
                 self._ids.append(event.id)
-            is_end = isinstance(event, Finished) or event.id == self._tokenizer.tool_close_id
             for piece in event.pieces:
                 if piece.kind == "tool_call":
-                    self._block += piece.text
+                    flush()
+                    self._block = self._block or CallReader(self._tools)
+                    self._add_calls(found, self._block.push(piece.text))
                     continue
                 if piece.kind != kind:
                     flush()
                 kind, text, n_own = piece.kind, text + piece.text, len(self._ids)
-            if is_end and self._block:
-                flush()
-                found += self._calls()
+            is_end = isinstance(event, Finished) or event.id == self._tokenizer.tool_close_id
+            if is_end and self._block is not None:
+                self._add_calls(found, self._block.finish())
+                self._end_call(found)
+                self._block = None
             if isinstance(event, Finished):
                 flush()
                 found.append(self._end(event.completion))
@@ -131,24 +147,30 @@ class Narration:
         noted = self._handle.answer.logprobs[start : self._n_told]
         return Drawn(ids, noted, self._handle.completion.experts[start : self._n_told])
 
-    def _calls(self) -> list[AnswerEvent]:
-        """The calls of a block that is whole, or was cut off by the end."""
-        calls, _ = parse_tool_calls(self._block, self._tools)
-        self._block = ""
-        found = list[AnswerEvent]()
-        for call in calls:
-            function, index = call["function"], self._n_calls
-            found += [
-                CallBegin(index, call_id(), function["name"], self._drawn()),
-                CallArguments(index, json.dumps(function["arguments"], ensure_ascii=False)),
-                CallEnd(index),
-            ]
-            self._n_calls += 1
-        return found
+    def _add_calls(self, found: list[AnswerEvent], pieces: Sequence[CallPiece]) -> None:
+        """What is new of calls; arguments that came together are one event."""
+        for kind, text in pieces:
+            if kind == "begin":
+                self._end_call(found)
+                self.calls.append(WholeCall(call_id(), text))
+                self._is_calling = True
+                found.append(CallBegin(len(self.calls) - 1, self.calls[-1].id, text, self._drawn()))
+                continue
+            self.calls[-1].arguments += text
+            drawn, last = self._drawn(), found[-1] if found else None
+            if isinstance(last, CallArguments):
+                text, drawn = last.text + text, last.drawn.joined(drawn)
+                found.pop()
+            found.append(CallArguments(len(self.calls) - 1, text, drawn))
+
+    def _end_call(self, found: list[AnswerEvent]) -> None:
+        if self._is_calling:
+            self._is_calling = False
+            found.append(CallEnd(len(self.calls) - 1, self._drawn()))
 
     def _end(self, completion: Completion) -> AnswerEnd:
         reason = completion.finish_reason
-        is_called = self._n_calls and reason == "stop"
+        is_called = self.calls and reason == "stop"
         close, tokens = self._tokenizer.think_close_id, completion.tokens
         n_thinking = 0
         if completion.reply.thinking:
@@ -160,13 +182,6 @@ class Narration:
             n_thinking,
             self._drawn(),
         )
-
-
-@dataclass
-class WholeCall:
-    id: str
-    name: str
-    arguments: str  # JSON
 
 
 @dataclass
@@ -189,12 +204,12 @@ class WholeAnswer:
         elif isinstance(event, Text):
             self.content += event.text
         elif isinstance(event, CallBegin):
-            self.calls.append(WholeCall(event.id, event.name, ""))
+            self.calls.append(WholeCall(event.id, event.name))
         elif isinstance(event, CallArguments):
             self.calls[event.number].arguments += event.text
         elif isinstance(event, AnswerEnd):
             self.end = event
-        if isinstance(event, Text | CallBegin | AnswerEnd):
+        if not isinstance(event, Reading | Beat):
             self.ids += event.drawn.ids
             self.logprobs += event.drawn.logprobs
             self.experts += event.drawn.experts

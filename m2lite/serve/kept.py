@@ -1,7 +1,8 @@
 """The ids of answers by what stood before them and what they say: for clients that send them back as messages.
 
 A message that is rendered again has other ids than the answer had (arguments are written anew, line breaks taken off),
-so each turn's hit in the prefix cache would end where the last answer began. The ids of prompts are kept, too, so that
+so each turn's hit in the prefix cache would end where the last answer began. A client that leaves out the thinking of a
+call still sends its id, which nobody else knows: by that the answer is found, too. The ids of prompts are kept, so that
 only what is new in a conversation is rendered. Knows ids and messages, no requests.
 """
 
@@ -12,7 +13,7 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # this imports Numba
@@ -58,17 +59,21 @@ class KeptAnswers:
         self._ids = _KeptIds(most_bytes)
         self.disk: KVDisk | None = None  # below it
 
-    def keep(self, row: Sequence[int], message: Mapping[str, Any], ids: Sequence[int]) -> bytes:
-        """`message` is what `ids` behind `row` said; returns the key for `save`."""
-        key = _key(hashlib.sha256(_bytes(row)), message)
+    def keep(self, row: Sequence[int], message: Mapping[str, Any], ids: Sequence[int]) -> list[bytes]:
+        """`message` is what `ids` behind `row` said; returns the keys for `save`."""
+        key, by_call = _key(hashlib.sha256(_bytes(row)), message), _key_by_call(message)
         self._ids.add(key, array("i", ids))
-        return key
+        if by_call is None:
+            return [key]
+        self._ids.add(by_call, array("i", key))
+        return [key, by_call]
 
-    def save(self, key: bytes) -> None:
+    def save(self, keys: Iterable[bytes]) -> None:
         """Also on disk, where pages are."""
-        ids = self._ids.get(key)
-        if ids is not None and self.disk is not None:
-            self.disk.write_answer(key, memoryview(ids).cast("B"))
+        for key in keys:
+            ids = self._ids.get(key)
+            if ids is not None and self.disk is not None:
+                self.disk.write_answer(key, memoryview(ids).cast("B"))
 
     def get(self, key: bytes) -> array[int] | None:
         ids = self._ids.get(key)
@@ -77,6 +82,12 @@ class KeptAnswers:
             ids = array("i", data)
             self._ids.add(key, ids)
         return ids
+
+    def get_by_call(self, message: Mapping[str, Any]) -> array[int] | None:
+        """The answer that called so, whatever stood before it, where its thinking is left out."""
+        by_call = None if message.get("reasoning_content") else _key_by_call(message)
+        key = None if by_call is None else self.get(by_call)
+        return None if key is None else self.get(key.tobytes())
 
     def recall(self) -> Recalling:
         """To be asked about the answers of one row, in their order."""
@@ -97,6 +108,8 @@ class Recalling:
         whole = self._hash.copy()
         whole.update(_bytes(row[n_settled:]))
         ids = self._kept.get(_key(whole, message))
+        if ids is None:
+            ids = self._kept.get_by_call(message)
         self.n_known += ids is not None
         self.n_unknown += ids is None
         return ids
@@ -128,6 +141,14 @@ def _key(row: Any, message: Mapping[str, Any]) -> bytes:
     row.update(b"\0" + said(message))
     digest: bytes = row.digest()
     return digest
+
+
+def _key_by_call(message: Mapping[str, Any]) -> bytes | None:
+    """By the id of its first call, and what it says beside its thinking."""
+    call_id = next((call.get("id") for call in message.get("tool_calls") or []), None)
+    if not isinstance(call_id, str):
+        return None
+    return _key(hashlib.sha256(f"call {call_id}".encode()), {**message, "reasoning_content": ""})
 
 
 def said(message: Mapping[str, Any]) -> bytes:

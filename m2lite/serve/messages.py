@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -16,16 +15,18 @@ from starlette.routing import Route
 
 from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.errors import UsageError
-from m2lite.serve.answering import Answering, AnswerRequest
+from m2lite.serve.answering import Answering
 from m2lite.serve.bodies import read_flag, read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import error_body
-from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
+from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading, WholeAnswer
 from m2lite.serve.normal import shortened
 from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
-from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
+from m2lite.serve.replies import Form, own_fields, progress_of, read_form, respond, sse
 from m2lite.serve.server import Server
+from m2lite.text.messages import part_kind
 from m2lite.text.reply import opens_thinking
+from m2lite.text.values import closed
 
 # Claude Code puts a line before its system prompt that differs in each request.
 _BILLING = "x-anthropic-billing-header"
@@ -46,15 +47,9 @@ _UNSEEN = "[{}, which this model cannot read]"  # in place of a part of a tool's
 Told = list[str]  # what is ignored, a sentence each
 
 
-@dataclass(frozen=True)
-class _MessageForm:
-    is_stream: bool
-    told: tuple[str, ...]
-
-
 def routes(server: Server) -> list[Route]:
     async def answer(request: Request) -> Response:
-        return await _answer(server, request)
+        return await respond(server, request, read_message, _chunks, _body)
 
     async def count(request: Request) -> Response:
         data = await request.body()
@@ -67,24 +62,11 @@ def routes(server: Server) -> list[Route]:
     ]
 
 
-async def _answer(server: Server, request: Request) -> Response:
-    data = await request.body()
-    chat, form = await server.off_loop(lambda: read_message(data, server.defaults()))
-    answering = await server.begin(AnswerRequest(chat=chat))
-    if form.is_stream:
-        return EventStream(answering, lambda events: _chunks(server, answering, form, events, request.state.request_id))
-    found = await whole_answer(request, answering)
-    assert found.end is not None
-    message = _message(server, answering) | _ending(found.end) | {"usage": _usage(answering, found.end)}
-    message["content"] = [_block(part) for part in Parts().tell_all(found.events)]
-    return JSONResponse(message | own_fields(answering, form.told, found.end))
-
-
-def read_message(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _MessageForm]:
+def read_message(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, Form]:
     body = read_object(data)
     asked, told = chat_body(body)
     chat, more = parse_chat(asked, defaults)
-    return chat, _MessageForm(read_flag(body, "stream"), (*told, *more))
+    return chat, Form(told=(*told, *more), **read_form(body))
 
 
 # What is asked
@@ -187,11 +169,6 @@ def _blocks(content: Any, where: str) -> Sequence[Any]:
     return content
 
 
-def _kind(block: Any) -> str:
-    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-    return kind if isinstance(kind, str) else repr(kind)
-
-
 def _string(block: Mapping[str, Any], name: str, where: str) -> str:
     value = block.get(name)
     if not isinstance(value, str):
@@ -201,7 +178,7 @@ def _string(block: Mapping[str, Any], name: str, where: str) -> str:
 
 def _text(block: Any, where: str) -> str:
     """The text of a block that is to be read."""
-    kind = _kind(block)
+    kind = part_kind(block)
     if kind == "text":
         return _string(block, "text", where)
     source = block.get("source") if kind == "document" else None
@@ -214,7 +191,7 @@ def _user(message: Mapping[str, Any], where: str, told: Told) -> list[dict[str, 
     """The results of tools in front, right behind the calls; then what the user says."""
     results, texts = list[dict[str, Any]](), list[str]()
     for block in _blocks(message.get("content"), where):
-        if _kind(block) == "tool_result":
+        if part_kind(block) == "tool_result":
             text = _result(block, where, told)
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
         else:
@@ -231,8 +208,8 @@ def _result(block: Mapping[str, Any], where: str, told: Told) -> str:
         try:
             texts.append(_text(each, where))
         except UsageError:
-            texts.append(_UNSEEN.format(_kind(each)))
-            told.append(f"{where}: a tool's result holds a block of type {_kind(each)!r}, which was left out.")
+            texts.append(_UNSEEN.format(part_kind(each)))
+            told.append(f"{where}: a tool's result holds a block of type {part_kind(each)!r}, which was left out.")
     text = "\n".join(texts)
     is_said = "error" in text[:100].lower()
     return f"Error: {text}" if read_flag(block, "is_error") and not is_said else text
@@ -241,7 +218,7 @@ def _result(block: Mapping[str, Any], where: str, told: Told) -> str:
 def _assistant(message: Mapping[str, Any], where: str, told: Told) -> dict[str, Any]:
     thinking, text, calls = "", "", list[dict[str, Any]]()
     for block in _blocks(message.get("content"), where):
-        match _kind(block):
+        match part_kind(block):
             case "thinking":
                 thinking += _string(block, "thinking", where)
             case "tool_use":
@@ -256,6 +233,13 @@ def _assistant(message: Mapping[str, Any], where: str, told: Told) -> dict[str, 
 
 
 # What is answered
+
+
+def _body(server: Server, answering: Answering, form: Form, found: WholeAnswer) -> dict[str, Any]:
+    assert found.end is not None
+    message = _message(server, answering) | _ending(found.end) | {"usage": _usage(answering, found.end)}
+    message["content"] = [_block(part) for part in Parts().tell_all(found.events)]
+    return message | own_fields(answering, form, found.end)
 
 
 def _message(server: Server, answering: Answering) -> dict[str, Any]:
@@ -286,7 +270,7 @@ def _ending(end: AnswerEnd) -> dict[str, Any]:
 def _block(part: AnswerPart) -> dict[str, Any]:
     """A part that is whole."""
     if part.kind == "call":
-        return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(part.text)}
+        return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(closed(part.text))}
     if part.kind == "thinking":
         return {"type": "thinking", "thinking": part.text, "signature": _SIGNATURE}
     return {"type": "text", "text": part.text}
@@ -323,24 +307,24 @@ def _part_events(event: PartEvent) -> list[bytes]:
 
 
 async def _chunks(
-    server: Server, answering: Answering, form: _MessageForm, events: AsyncIterator[AnswerEvent], request_id: str
+    server: Server, answering: Answering, form: Form, events: AsyncIterator[AnswerEvent], request_id: str
 ) -> AsyncIterator[bytes]:
     parts, is_begun = Parts(), False
     thinks = answering.asked.chat.think_tokens != 0 and opens_thinking(answering.tokenizer, answering.prompt)
     try:
         async for event in events:
             # Claude Code gives up after five minutes in which nothing came but pings, so some more nothing comes, too.
-            waits = is_begun and thinks and isinstance(event, Reading | Beat)
+            waits = is_begun and isinstance(event, Reading | Beat)
             if not is_begun:  # only now: by the first event it is known what was cached
                 yield _event("message_start", message=_message(server, answering))
                 is_begun = True
             if isinstance(event, Reading | Beat):
-                yield _event("ping")
-            for each in parts.wait() if waits else parts.tell(event):
+                yield _event("ping", **progress_of(answering, form, event))
+            for each in parts.wait("thinking" if thinks else "content") if waits else parts.tell(event):
                 for chunk in _part_events(each):
                     yield chunk
             if isinstance(event, AnswerEnd):
-                own = own_fields(answering, form.told, event)
+                own = own_fields(answering, form, event)
                 yield _event("message_delta", delta=_ending(event), usage=_usage(answering, event), **own)
                 yield _event("message_stop")
     except Exception as error:

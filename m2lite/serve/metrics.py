@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from m2lite.drafting.drafted import Drafted
 from m2lite.engine.answer import Completion
+from m2lite.serve.progress import ReadingSpeed
 
 if TYPE_CHECKING:
     from m2lite.serve.server import Server
@@ -59,6 +60,7 @@ class Metrics:
     first_token: Histogram = field(default_factory=Histogram)
     between_tokens: Histogram = field(default_factory=Histogram)
     queue: Histogram = field(default_factory=Histogram)
+    reading: ReadingSpeed = field(default_factory=ReadingSpeed)
 
     def ended(self, completion: Completion, how: str) -> None:
         stats, n_answer = completion.stats, len(completion.tokens)

@@ -45,6 +45,24 @@ def merge_system(messages: object) -> list[Any]:
     return [{**system[0], "role": "system", "content": parts}, *others]
 
 
+def join_answers(messages: Sequence[Any]) -> list[Any]:
+    """`messages` where an answer's text and its calls are one message: some clients send two."""
+    found = list[Any]()
+    for message in messages:
+        before: Any = found[-1] if found else None
+        if _is_answer(before) and _is_answer(message) and not before.get("tool_calls"):
+            said = {name: value for name, value in message.items() if value not in (None, "", [])}
+            if said.keys() == {"role", "tool_calls"}:
+                found[-1] = {**before, **said}
+                continue
+        found.append(message)
+    return found
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
 def usable_tools(tools: object) -> tuple[list[Any], list[str]]:
     """The functions among `tools`, those of namespaces too, and the types of what cannot be called here."""
     if tools is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from m2lite.sampling.rules import Logprob
-from m2lite.serve.events import AnswerEnd, AnswerEvent, CallArguments, CallBegin, CallEnd, Text
+from m2lite.serve.events import AnswerEnd, AnswerEvent, CallArguments, CallBegin, CallEnd, Text, TextKind
 
 
 @dataclass
@@ -63,9 +63,9 @@ class Parts:
                 return self._close()
         return []
 
-    def wait(self) -> list[PartEvent]:
-        """Nothing was said: nothing more of the part that is open. Before there is any that is the thinking."""
-        begun = [] if self.found else [self._begin(AnswerPart("thinking", 0))]
+    def wait(self, first: TextKind = "thinking") -> list[PartEvent]:
+        """Nothing was said: nothing more of the part that is open. Before there is any that is the `first`."""
+        begun = [] if self.found else [self._begin(AnswerPart(first, 0))]
         return [*begun, *([] if self._open is None else [self._more("", [])])]
 
     def tell_all(self, events: Iterable[AnswerEvent]) -> list[AnswerPart]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from m2lite import __version__
+from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.engine.answer import Completion
 from m2lite.model.numerics import NUMERICS_VERSION
-from m2lite.serve.answering import Answering
+from m2lite.serve.answering import Answering, AnswerRequest
+from m2lite.serve.bodies import read_flag
 from m2lite.serve.errors import ClientGone
-from m2lite.serve.events import AnswerEnd, AnswerEvent, WholeAnswer
+from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading, WholeAnswer
 from m2lite.serve.server import Server
+
+F = TypeVar("F", bound="Form")
 
 BEAT_S = 10.0  # without anything to send, after which something is sent
 
@@ -33,9 +38,31 @@ def sse(data: Any, event: str | None = None) -> bytes:
 PING = b": ping\n\n"  # a comment, which clients skip
 
 
-def own_fields(answering: Answering, told: Sequence[str], end: AnswerEnd) -> dict[str, Any]:
-    """What only m2lite tells: what the same answer can be had again with, and what was odd or left out (`told`)."""
-    warnings = [*told, *end.completion.reply.errors, *answering.cut_short(end)]
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How an answer is given."""
+
+    is_stream: bool = False
+    has_progress: bool = False  # of the prompt while it is read
+    has_experts: bool = False  # that each token was drawn with
+    told: tuple[str, ...] = ()  # what was ignored
+
+
+def read_form(body: Mapping[str, Any]) -> dict[str, bool]:
+    """What every dialect's body may say of it."""
+    return {"is_stream": read_flag(body, "stream"), "has_progress": read_flag(body, "return_progress")}
+
+
+def progress_of(answering: Answering, form: Form, event: Reading | Beat) -> dict[str, Any]:
+    """How far the prompt is read, for a client that asks; nothing for others, and once it is read."""
+    if not form.has_progress or (isinstance(event, Beat) and answering.progress.is_over):
+        return {}
+    return {"prompt_progress": answering.progress.told()}
+
+
+def own_fields(answering: Answering, form: Form, end: AnswerEnd) -> dict[str, Any]:
+    """What only m2lite tells: what the same answer can be had again with, and what was odd or left out."""
+    warnings = [*form.told, *end.completion.reply.errors, *answering.cut_short(end)]
     return {"m2lite": {"seed": answering.seed}} | ({"m2lite_warnings": warnings} if warnings else {})
 
 
@@ -127,3 +154,18 @@ async def whole_answer(request: Request, answering: Answering) -> WholeAnswer:
     finally:
         answering.cancel()
     return work.result()
+
+
+async def respond(
+    server: Server, request: Request,
+    read: Callable[[bytes, ChatRequest], tuple[ChatRequest, F]],
+    chunks: Callable[[Server, Answering, F, AsyncIterator[AnswerEvent], str], AsyncIterator[bytes]],
+    body: Callable[[Server, Answering, F, WholeAnswer], dict[str, Any]],
+) -> Response:  # fmt: skip
+    """Read a request and answer it, as a stream of `chunks` or as one `body`."""
+    data = await request.body()
+    chat, form = await server.off_loop(lambda: read(data, server.defaults()))
+    answering = await server.begin(AnswerRequest(chat=chat, has_experts=form.has_experts))
+    if form.is_stream:
+        return EventStream(answering, lambda events: chunks(server, answering, form, events, request.state.request_id))
+    return JSONResponse(body(server, answering, form, await whole_answer(request, answering)))

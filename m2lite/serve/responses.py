@@ -17,22 +17,20 @@ from m2lite.dialogue.chat_request import ChatRequest, response_logprobs
 from m2lite.errors import ContextError
 from m2lite.sampling.rules import Logprob
 from m2lite.serve.answering import Answering, AnswerRequest
-from m2lite.serve.bodies import read_flag, read_object
+from m2lite.serve.bodies import read_object
 from m2lite.serve.chat_completions import parse_chat
 from m2lite.serve.errors import code_of, error_body
 from m2lite.serve.events import AnswerEnd, AnswerEvent, Beat, Reading
 from m2lite.serve.parts import AnswerPart, PartBegin, PartEnd, PartEvent, PartMore, Parts
-from m2lite.serve.replies import EventStream, own_fields, sse, whole_answer
+from m2lite.serve.replies import EventStream, Form, own_fields, progress_of, read_form, sse, whole_answer
 from m2lite.serve.responses_body import Names, chat_body
 from m2lite.serve.server import Server
 
 _PREFIXES = {"thinking": "rs", "content": "msg", "call": "fc"}
 
 
-@dataclass(frozen=True)
-class _ResponseForm:
-    is_stream: bool
-    told: tuple[str, ...]
+@dataclass(frozen=True, kw_only=True)
+class _ResponseForm(Form):
     names: Names
     echo: dict[str, Any] = field(default_factory=dict)  # fields of the request that are given back
 
@@ -75,7 +73,7 @@ def read_response(data: bytes, defaults: ChatRequest) -> tuple[ChatRequest, _Res
         for name in ("tool_choice", "parallel_tool_calls", "metadata", "user")
         if body.get(name) is not None
     }
-    return chat, _ResponseForm(read_flag(body, "stream"), (*told, *more), names, echo)
+    return chat, _ResponseForm(told=(*told, *more), names=names, echo=echo, **read_form(body))
 
 
 def _head(server: Server, chat: ChatRequest, form: _ResponseForm) -> dict[str, Any]:
@@ -118,9 +116,10 @@ class _Stream:
     def begin(self) -> list[bytes]:
         return [self.event(f"response.{kind}", response=self.body) for kind in ("created", "in_progress")]
 
-    def beat(self) -> bytes:
+    def beat(self, event: Reading | Beat) -> bytes:
         """It is in progress, again: clients count the seconds between events, and comments are none."""
-        return self.event("response.in_progress", response=self.body)
+        assert self._answering is not None
+        return self.event("response.in_progress", response=self.body, **progress_of(self._answering, self._form, event))
 
     def failed(self, error: Exception) -> list[bytes]:
         message = error_body("openai", error, "")["error"]["message"]
@@ -136,7 +135,7 @@ class _Stream:
         output = [self._item(part, "incomplete" if is_cut and part is found[-1] else "completed") for part in found]
         why = {"reason": "max_output_tokens"} if is_cut else None
         told = {"status": "incomplete" if is_cut else "completed", "incomplete_details": why, "output": output}
-        return self.body | told | {"usage": _usage(end)} | own_fields(self._answering, self._form.told, end)
+        return self.body | told | {"usage": _usage(end)} | own_fields(self._answering, self._form, end)
 
     def end(self, end: AnswerEnd) -> bytes:
         body = self.ended(end)
@@ -210,7 +209,7 @@ async def _chunks(stream: _Stream, events: AsyncIterator[AnswerEvent]) -> AsyncI
             yield chunk
         async for event in events:
             if isinstance(event, Reading | Beat):
-                yield stream.beat()
+                yield stream.beat(event)
             is_cut = isinstance(event, AnswerEnd) and event.reason == "length"
             for each in stream.parts.tell(event):
                 for chunk in stream.part(each, "incomplete" if is_cut else "completed"):

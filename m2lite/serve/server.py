@@ -59,7 +59,7 @@ class _Unsaved(NamedTuple):
     """What belongs on disk."""
 
     ids: list[int]
-    key: bytes | None  # of the answer's ids
+    keys: list[bytes]  # of the answer's ids
 
 
 class Server:
@@ -164,7 +164,11 @@ class Server:
             if prompt is None:
                 prompt = await self.off_loop(lambda: self.encode(asked.chat))
             answering = Answering(asked, prompt, self.model.tokenizer, self.metrics, self._conclude)
-            answering.begin(await self.off_loop(lambda: self._submit(answering)))
+            try:
+                answering.begin(await self.off_loop(lambda: self._submit(answering)))
+            except BaseException:
+                answering.progress.end()
+                raise
         finally:
             self._n_begun -= 1
         self.under_way.add(answering)
@@ -240,25 +244,24 @@ class Server:
             note(f"{answering.id} {json.dumps(self.model.tokenizer.decode(completion.tokens), ensure_ascii=False)}")
         if completion.finish_reason == "interrupted":
             return
-        key = None
+        keys = list[bytes]()
         if answering.asked.prompt is None and self.keeps_thinking and not answering.handle.answer.is_cut:
-            key = self.kept.keep(answering.prompt, completion.reply.message(), completion.tokens)
+            keys = self.kept.keep(answering.prompt, answering.message(), completion.tokens)
         if self.kept.disk is not None and self._driver is not None:
-            self._unsaved.append(_Unsaved([*answering.prompt, *completion.tokens], key))
+            self._unsaved.append(_Unsaved([*answering.prompt, *completion.tokens], keys))
             self._driver.later(self._save)
 
     def _save(self, stop: Stop) -> None:
         """On the driver's thread, while nobody waits: pages and ids of answers go to the disk."""
         while self._unsaved:
-            ids, key = unsaved = self._unsaved.popleft()
+            ids, keys = unsaved = self._unsaved.popleft()
             self.model.loop.save(ids, stop)
             if stop():
                 self._unsaved.appendleft(unsaved)
                 assert self._driver is not None
                 self._driver.later(self._save)
                 return
-            if key is not None:
-                self.kept.save(key)
+            self.kept.save(keys)
 
     def _deliver(self, news: list[News]) -> None:
         """On another thread: one call into the event loop for a whole burst."""

@@ -1,4 +1,4 @@
-"""Reads the XML of MiniMax-M2's tool calls, as the chat template writes it. Pure functions of texts and schemas.
+"""Reads the XML of MiniMax-M2's tool calls, as the chat template writes it, whole or as it comes. Knows no tokens.
 
 The template writes a string as it is, every other value as JSON, and nothing around either. So a value is every byte
 between its tags, and ends where what follows can only be the next tag of the format. Text that a reading leaves out,
@@ -7,23 +7,23 @@ and values that look as if they might have been meant otherwise, are told.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from m2lite.system.json_text import JsonError, parse_json
-from m2lite.text.schema import ANYTHING, Allowed, Arguments, Schema, SchemaError
+from m2lite.text.schema import Allowed, Arguments, Schema, SchemaError
+from m2lite.text.values import SHOWN, ArgumentsText, Typed, allowed_by_any, convert, required_by_all
+
+T = TypeVar("T")
+Reading = Generator[None, None, T]  # it stops where only what comes next can decide
 
 _TAG = re.compile(r"<(invoke|parameter)\s+name=|</(invoke|parameter)>")
+_BEGUN_TAG = re.compile(r"<(?:/?[a-z]*|(?:invoke|parameter)\s+[name]*)\Z")  # or the beginning of one
 _NAME = re.compile(r"\s*(?:\"([^\"<>\n]*)\"|'([^'<>\n]*)'|\"([^\n]{0,1000}?)\"|([^>\s\"']*))\s*>")
 _NEXT_CALL = re.compile(r"\s*(<invoke|\Z)")  # or nothing more
 _MOST_TRIES = 64  # of ends of a value that is JSON
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _MOST_ERRORS = 20
-_SHOWN = 80  # characters of what is quoted in an error
 
 
 def parse_tool_calls(
@@ -34,22 +34,24 @@ def parse_tool_calls(
 
     A call that is cut off is an error and no call. A value that does not fit its schema is an error and stays a string.
     """
-    reading = _read(text, tools or ())
-    errors, more = reading.errors[:_MOST_ERRORS], len(reading.errors) - _MOST_ERRORS
-    return reading.calls, [*errors, f"There are {more:,} more warnings of this kind."] if more > 0 else errors
+    reader = CallReader(tools)
+    reader.finish(text)
+    errors, more = reader.errors[:_MOST_ERRORS], len(reader.errors) - _MOST_ERRORS
+    return reader.calls, [*errors, f"There are {more:,} more warnings of this kind."] if more > 0 else errors
 
 
 def is_whole_call(text: str, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `text` is calls of these tools and nothing else; their values need not fit."""
-    reading = _read(text, tools)
-    return bool(reading.calls) and reading.is_whole
+    reader = CallReader(tools)
+    reader.finish(text)
+    return bool(reader.calls) and reader.is_whole
 
 
-def _read(text: str, tools: Sequence[Mapping[str, Any]]) -> _Reading:
-    functions = [tool.get("function", tool) for tool in tools]
-    reading = _Reading(text, {function["name"]: function for function in functions})
-    reading.read()
-    return reading
+class CallPiece(NamedTuple):
+    """A call begins, whose name is `text`; or `text` more of the JSON of its arguments, which is whole at its end."""
+
+    kind: Literal["begin", "arguments"]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -66,51 +68,106 @@ class _Tag:
         return self.name == name and self.is_closing
 
 
-@dataclass
-class _Reading:
-    """One text as it is read from tag to tag."""
+class CallReader:
+    """One block of calls, from tag to tag. However its text is cut, the pieces of a call add up to the same: what a
+    piece says is certain, and the rest waits for what decides it."""
 
-    text: str
-    functions: Mapping[str, Mapping[str, Any]]
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    is_whole: bool = True  # nothing was cut off, left out, or names no tool
+    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+        functions = [tool.get("function", tool) for tool in tools or ()]
+        self.calls = list[dict[str, Any]]()  # those that are whole
+        self.errors = list[str]()
+        self.is_whole = True  # nothing was cut off, left out, or names no tool
+        self.functions: Mapping[str, Mapping[str, Any]] = {each["name"]: each for each in functions}
+        self.text, self.is_end = "", False
+        self.tags, self._n_scanned = list[_Tag](), 0  # characters of the text in which tags were looked for
+        self.last_close = self.last_invoke = -1  # known at the end
+        self.is_endless = False  # no `</parameter>` that follows is surely the end of a value
+        self._pieces = list[CallPiece]()
+        self._value: tuple[ArgumentsText, int] | None = None  # whose text goes on, and where it begins
+        self._reading = self._read()
 
-    def read(self) -> None:
-        self.tags = [_Tag(f"{m[1] or m[2]}", m.start(), m.end(), m[1] is None) for m in _TAG.finditer(self.text)]
-        self.endless = len(self.tags)  # from here on no `</parameter>` is surely the end of a value
+    def push(self, text: str) -> list[CallPiece]:
+        """What `text` more makes certain."""
+        self.text += text
+        self._scan()
+        next(self._reading, None)
+        if self._value is not None:
+            arguments, begin = self._value
+            arguments.more(self.text, begin, self._n_scanned)
+        return self._told()
+
+    def finish(self, text: str = "") -> list[CallPiece]:
+        """The same, and nothing follows."""
+        self.text += text
+        self._scan()
+        self.is_end = True
         self.last_close = max((n for n in range(len(self.tags)) if self._closes_call(n)), default=-1)
         self.last_invoke = max((n for n in range(len(self.tags)) if self._is_known_invoke(n)), default=-1)
+        next(self._reading, None)
+        return self._told()
+
+    def _told(self) -> list[CallPiece]:
+        found, self._pieces = self._pieces, []
+        return found
+
+    def _scan(self) -> None:
+        """Find the tags of what came; what may be the beginning of one is looked at again."""
+        for match in _TAG.finditer(self.text, self._n_scanned):
+            name, is_closing = f"{match[1] or match[2]}", match[1] is None
+            self.tags.append(_Tag(name, match.start(), match.end(), is_closing))
+            self._n_scanned = match.end()
+        last = self.text.rfind("<", self._n_scanned)
+        self._n_scanned = last if last >= 0 and _BEGUN_TAG.match(self.text, last) else len(self.text)
+
+    def _read(self) -> Reading[None]:
         at, place = 0, 0  # the tag that comes next, and the end of the text that was read
-        while at < len(self.tags):
-            tag = self.tags[at]
-            opened = self._name(tag, self.functions) if tag.opens("invoke") else None
+        while (tag := (yield from self._tag(at))) is not None:
+            opened = (yield from self._named(tag, self.functions)) if tag.opens("invoke") else None
             if opened is None:
                 at += 1
                 continue
             name, begin = opened
             self._leave_out(place, tag.start, "")
-            at, place = self._read_call(name, self._behind(at, begin), begin)
+            at, place = yield from self._read_call(name, self._behind(at, begin), begin)
         if self.text.strip() and not self.calls and not self.errors:
-            self.errors.append(f"The tool call holds no <invoke>: {self.text.strip()[:_SHOWN]!r}.")
+            self.errors.append(f"The tool call holds no <invoke>: {self.text.strip()[:SHOWN]!r}.")
         else:
             self._leave_out(place, len(self.text), "")
 
-    def _read_call(self, name: str, at: int, place: int) -> tuple[int, int]:
+    def _tag(self, at: int) -> Reading[_Tag | None]:
+        while at >= len(self.tags) and not self.is_end:
+            yield
+        return self.tags[at] if at < len(self.tags) else None
+
+    def _named(self, tag: _Tag, known: Mapping[str, Any] | frozenset[str]) -> Reading[tuple[str, int] | None]:
+        """The name in an opening tag, as `_name` has it, once that is certain."""
+        full = [f'"{name}">' for name in known]
+        while not self.is_end:
+            rest = self.text[tag.end : tag.end + max(map(len, full), default=0)]
+            may_be_longer = any(len(rest) < len(each) and each.startswith(rest) for each in full)
+            if not may_be_longer and self._name(tag, known) is not None:
+                break
+            yield
+        return self._name(tag, known)
+
+    def _read_call(self, name: str, at: int, place: int) -> Reading[tuple[int, int]]:
         """Read the call whose name ends at `place`, from tag `at` on; the tag behind it, and where that call ends."""
         alternatives = self._alternatives(name)
         known = dict.fromkeys(key for each in alternatives for key in each.names)
-        missing = _required(alternatives)
-        values: list[tuple[str, str]] = []
-        while at < len(self.tags):
-            tag = self.tags[at]
-            if tag.closes("invoke"):
+        missing = required_by_all(alternatives)
+        values = list[tuple[str, str]]()
+        self._pieces.append(CallPiece("begin", name))
+        arguments = ArgumentsText(alternatives, lambda text: self._pieces.append(CallPiece("arguments", text)))
+        while (tag := (yield from self._tag(at))) is not None:
+            is_next = tag.opens("invoke") and (yield from self._named(tag, self.functions)) is not None
+            if tag.closes("invoke") or is_next:
                 self._leave_out(place, tag.start, f" in the call of {name!r}")
-                self._take(name, values, alternatives)
-                return at + 1, tag.end
-            if tag.opens("invoke") and self._name(tag, self.functions) is not None:
-                break
-            opened = self._name(tag, known) if tag.opens("parameter") else None
+                if is_next:
+                    self.errors.append(f"The call of {name!r} has no end and was taken to end where the next begins.")
+                    self.is_whole = False
+                self._take(name, values, alternatives, arguments)
+                return (at, tag.start) if is_next else (at + 1, tag.end)
+            opened = (yield from self._named(tag, known)) if tag.opens("parameter") else None
             if opened is None:  # a tag that has no place here is text that has none
                 at += 1
                 continue
@@ -118,51 +175,76 @@ class _Reading:
             self._leave_out(place, tag.start, f" in the call of {name!r}")
             first = self._behind(at, begin)
             missing = missing - {key} if key in missing else missing
-            end = self._value_end(first, begin, missing, _allowed(key, alternatives))
+            arguments.begin(key)
+            end = yield from self._value_end(first, begin, missing, allowed_by_any(key, alternatives), arguments)
             if end is None:
-                at = len(self.tags)
                 break
             if any(self._may_end_value(n) for n in range(first, end)):
                 self.errors.append(f"The call of {name!r}: {key!r} holds tags of a call, which were read as its text.")
+            arguments.end_value(self.text, begin, self.tags[end].start)
             values.append((key, self.text[begin : self.tags[end].start]))
             at, place = end + 1, self.tags[end].end
         self.errors.append(f"The call of {name!r} is cut off.")
         self.is_whole = False
-        return at, self.tags[at].start if at < len(self.tags) else len(self.text)
+        return len(self.tags), len(self.text)
 
-    def _value_end(self, at: int, begin: int, missing: frozenset[str], allowed: Sequence[Allowed]) -> int | None:
+    def _value_end(
+        self, at: int, begin: int, missing: frozenset[str], allowed: Sequence[Allowed], arguments: ArgumentsText
+    ) -> Reading[int | None]:
         """The closing tag of the value that begins at `begin` and in which tag `at` comes first."""
-        first = next((n for n in range(at, len(self.tags)) if self.tags[n].closes("parameter")), None)
+        self._value = arguments, begin
+        first = yield from self._closing(at)
+        self._value = None
+        arguments.more(self.text, begin, len(self.text) if first is None else self.tags[first].start)
         if first is None:
             return None
         if allowed and not any(each.may_be_text for each in allowed):
-            return self._json_end(first, begin, allowed)
-        if first < self.endless:
-            for n in range(first, len(self.tags)):
-                if self.tags[n].closes("parameter") and self._ends_value(n, missing):
-                    return n
-            self.endless = first
-        return first
-
-    def _json_end(self, first: int, begin: int, allowed: Sequence[Allowed]) -> int:
-        """JSON says itself where it ends; the first closing tag if it is none."""
-        closing = (n for n in range(first, len(self.tags)) if self.tags[n].closes("parameter"))
-        for n in islice(closing, _MOST_TRIES):
-            if any(_convert(self.text[begin : self.tags[n].start], each)[1] for each in allowed):
+            return (yield from self._json_end(first, begin, allowed))
+        n: int | None = first
+        while n is not None and not self.is_endless:
+            if (yield from self._ends_value(n, missing)):
                 return n
+            n = yield from self._closing(n + 1)
+        self.is_endless = True
         return first
 
-    def _ends_value(self, n: int, missing: frozenset[str]) -> bool:
+    def _closing(self, at: int) -> Reading[int | None]:
+        """The first `</parameter>` from tag `at` on."""
+        while (tag := (yield from self._tag(at))) is not None:
+            if tag.closes("parameter"):
+                return at
+            at += 1
+        return None
+
+    def _json_end(self, first: int, begin: int, allowed: Sequence[Allowed]) -> Reading[int]:
+        """JSON says itself where it ends; the first closing tag if it is none."""
+        n: int | None = first
+        for _ in range(_MOST_TRIES):
+            if n is None:
+                break
+            if any(convert(self.text[begin : self.tags[n].start], each)[1] for each in allowed):
+                return n
+            n = yield from self._closing(n + 1)
+        return first
+
+    def _ends_value(self, n: int, missing: frozenset[str]) -> Reading[bool]:
         """Whether tag `n`, a `</parameter>`, is the end of a value and no part of it."""
-        following = self.tags[n + 1] if n + 1 < len(self.tags) else None
+        following = yield from self._tag(n + 1)
         if following is None:
             return False
         if self.text[self.tags[n].end : following.start].strip():  # a part of it, unless what must come comes behind
-            opened = self._name(following, missing) if missing and following.opens("parameter") else None
+            opened = (yield from self._named(following, missing)) if missing and following.opens("parameter") else None
             return opened is not None and opened[0] in missing
         if following.opens("parameter"):
             return True
-        return following.closes("invoke") and (
+        if not following.closes("invoke"):
+            return False
+        while not self.is_end:
+            match = _NEXT_CALL.match(self.text, following.end)
+            if (match and match[1]) or any(self._is_known_invoke(m) for m in range(n + 2, len(self.tags))):
+                return True
+            yield
+        return (
             n + 1 in (self.last_close, len(self.tags) - 1)
             or _NEXT_CALL.match(self.text, following.end) is not None
             or self.last_invoke > n
@@ -203,7 +285,7 @@ class _Reading:
         """Text that belongs to nothing."""
         text = self.text[start:end].strip()
         if text:
-            self.errors.append(f"Text{where} beside its values was left out: {text[:_SHOWN]!r}.")
+            self.errors.append(f"Text{where} beside its values was left out: {text[:SHOWN]!r}.")
             self.is_whole = False
 
     def _alternatives(self, name: str) -> list[Arguments]:
@@ -218,59 +300,12 @@ class _Reading:
             self.errors.append(f"The schema of {name!r} {error}.")
             return []
 
-    def _take(self, name: str, values: Sequence[tuple[str, str]], alternatives: Sequence[Arguments]) -> None:
+    def _take(
+        self, name: str, values: Sequence[tuple[str, str]], alternatives: Sequence[Arguments], arguments: ArgumentsText
+    ) -> None:
         """The whole call, by the alternative that fits it best."""
-        tried = [_Typed(name, values, each) for each in alternatives] or [_Typed(name, values, None)]
+        tried = [Typed(name, values, each) for each in alternatives] or [Typed(name, values, None)]
         best = min(tried, key=lambda each: each.n_misfits)
         self.errors += best.errors
         self.calls.append({"type": "function", "function": {"name": name, "arguments": best.arguments}})
-
-
-class _Typed:
-    """A call's values by one alternative of its schema."""
-
-    def __init__(self, name: str, values: Sequence[tuple[str, str]], alternative: Arguments | None) -> None:
-        self.arguments = dict[str, Any]()
-        self.errors = list[str]()
-        for key, raw in values:
-            if key in self.arguments:
-                self.errors.append(f"The call of {name!r} gives {key!r} twice; the last one counts.")
-            allowed = None if alternative is None else alternative.of(key) or ANYTHING
-            self.arguments[key], fits = _convert(raw, allowed)
-            if alternative is not None and alternative.has_no(key):
-                self.errors.append(f"The call of {name!r} gives {key!r}, which its schema does not know.")
-            elif not fits:
-                self.errors.append(f"The call of {name!r}: {key!r} is {raw[:_SHOWN]!r}, expected {allowed}.")
-        missing = set() if alternative is None else alternative.required - self.arguments.keys()
-        self.n_misfits = len(self.errors) + len(missing)
-
-
-def _required(alternatives: Sequence[Arguments]) -> frozenset[str]:
-    """Arguments that must come, whichever alternative holds."""
-    required = [each.required for each in alternatives]
-    return required[0].intersection(*required[1:]) if required else frozenset()
-
-
-def _allowed(key: str, alternatives: Sequence[Arguments]) -> list[Allowed]:
-    """What each alternative that says something of the argument allows."""
-    return [allowed for each in alternatives if (allowed := each.of(key)) is not None]
-
-
-def _convert(raw: str, allowed: Allowed | None) -> tuple[Any, bool]:
-    """The value, and whether it fits. Where a string may stand, only what the template writes for another value is
-    that value: `1.10` is no number. Nothing is known of its type: null, or the string as it is."""
-    if allowed is None:
-        return (None, True) if raw.strip() == "null" else (raw, True)
-    may_be_text = allowed.accepts(raw)
-    try:
-        value = parse_json(raw if may_be_text else _PYTHON_WORDS.get(raw.strip(), raw))
-    except JsonError:
-        return raw, may_be_text
-    if may_be_text:
-        is_written_so = not isinstance(value, str) and json.dumps(value, ensure_ascii=False) == raw
-        return (value if is_written_so and allowed.accepts(value) else raw), True
-    if isinstance(value, float) and value.is_integer() and allowed.types & {"integer", "number"} == {"integer"}:
-        value = int(value)
-    if value is None or (not isinstance(value, str) and allowed.accepts(value)):
-        return value, True
-    return raw, False
+        arguments.end(best.arguments)

@@ -15,6 +15,7 @@ from m2lite.system.json_text import JsonError, parse_json
 from m2lite.text.reply import Said
 from m2lite.text.schema import Schema, SchemaError
 from m2lite.text.tokenizer import check_text
+from m2lite.text.values import closed
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -188,7 +189,7 @@ def _texts(content: object, where: str, thoughts: list[object] | None) -> str | 
         raise UsageError(f"{where}: content is a {type(content).__name__}, expected a string or a list of text parts.")
     texts: list[str] = []
     for index, part in enumerate(content):
-        kind = _kind(part, "text")
+        kind = part_kind(part, "text")
         if thoughts is not None and (kind in _THOUGHTS or kind in _SEALED):
             thoughts.append(part)
             continue
@@ -201,7 +202,7 @@ def _texts(content: object, where: str, thoughts: list[object] | None) -> str | 
     return texts
 
 
-def _kind(part: object, default: str) -> str:
+def part_kind(part: object, default: str = "") -> str:
     """What the part says that it is; for what is no object, what it is."""
     kind = part.get("type", default) if isinstance(part, Mapping) else type(part).__name__
     return kind if isinstance(kind, str) else repr(kind)
@@ -230,7 +231,7 @@ def _joined(items: object, where: str) -> str:
         raise UsageError(f"{where} is a {type(items).__name__}, expected a list.")
     texts, is_sealed, before = list[str](), False, None
     for index, item in enumerate(items):
-        kind = _kind(item, "")
+        kind = part_kind(item)
         if kind in _SEALED:
             is_sealed = True
             continue
@@ -256,7 +257,7 @@ def _check_calls(calls: object, where: str) -> list[dict[str, Any]]:
         here = f"{where}, tool call {index}"
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            kind = _kind(call, "function")
+            kind = part_kind(call, "function")
             what = "has no name" if kind == "function" else f"is of type {kind!r}"
             raise UsageError(f"{here} {what}.", 'Give {"function": {"name": ..., "arguments": {...}}}.')
         _check_fields(call, {"function", "call_id", *(function if function is call else ())}, here)
@@ -270,10 +271,20 @@ def _check_calls(calls: object, where: str) -> list[dict[str, Any]]:
 def _check_arguments(arguments: object, here: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
+            arguments = _arguments_of(arguments)
         except JsonError as error:
             raise UsageError(f"{here}: its arguments are no JSON ({error}).", "Correct it.") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise UsageError(f"{here}: its arguments are a {type(arguments).__name__}, expected an object.")
     return dict(arguments)
+
+
+def _arguments_of(text: str) -> Any:
+    """JSON, or nothing; of a call that was cut off what came of it, as the server gave it."""
+    try:
+        return parse_json(text) if text.strip() else {}
+    except JsonError:
+        if (more := closed(text)) == text:
+            raise
+        return parse_json(more)

@@ -11,7 +11,7 @@ import pytest
 from openai.types import Completion
 
 from m2lite import Model
-from m2lite.measure.quality import log_softmax
+from m2lite.measure.quality import log_softmax, perplexity
 from tests.serve.conftest import Served, serving
 from tests.serve.sse import events
 
@@ -93,6 +93,9 @@ def test_logprobs_of_a_prompt(served: Served, tiny: Model) -> None:
     expected = [float(log_softmax(row)[i]) for row, i in zip(logits[:-1], ids[1:], strict=True)]
     assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
     np.testing.assert_allclose(told["token_logprobs"][1:-1], expected, atol=1e-9)  # sums in another order
+    scored, half = perplexity(tiny, ids, len(ids)), told["token_logprobs"][len(ids) // 2 + 1 : -1]
+    assert scored is not None
+    assert -sum(half) == pytest.approx(scored.nll * scored.n_tokens, rel=1e-9)  # m2lite perplexity's
     best = [float(log_softmax(row).max()) for row in logits]
     np.testing.assert_allclose([max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-9)
     assert told["token_logprobs"][-1] == max(told["top_logprobs"][-1].values())

@@ -60,7 +60,41 @@ def test_the_next_turn_hits_to_the_end_of_the_answer(tiny: Model) -> None:
         assert found.server.metrics.n_rendered == 1
 
 
-def test_after_a_restart(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_its_thinking_is_known_by_its_call(tiny: Model) -> None:
+    """Not where somebody changed it, nor by an id that is not its own."""
+    tiny.loop.forget()
+    script = tiny.tokenizer.encode(CALL, control=True)
+    with serving(tiny, script=lambda prompt: script if len(prompt) < 600 else None) as found:
+        messages, usage = first_turn(found)
+        answer = {name: value for name, value in messages[1].items() if name != "reasoning_content"}
+        whole = usage.prompt_tokens + usage.completion_tokens - 1 - 16
+        for changes, is_known in (
+            ({"tool_calls": [answer["tool_calls"][0] | {"id": "call_0"}]}, False),
+            ({"content": "Wait, please."}, False),
+            ({"reasoning_content": "Something else."}, False),
+            ({}, True),
+        ):
+            assert (cached(found, [messages[0], answer | changes, messages[2]]) >= whole) == is_known, changes
+        more = [*messages[:1], answer, *messages[2:], {"role": "user", "content": "And tomorrow?"}]
+        assert cached(found, more) >= whole + len(tiny.tokenizer.encode("sunny"))
+        assert (found.server.metrics.n_recalled, found.server.metrics.n_rendered) == (2, 3)
+
+
+def test_text_and_calls_may_come_apart(tiny: Model) -> None:
+    """As `llm` sends an answer that has both."""
+    tiny.loop.forget()
+    script = tiny.tokenizer.encode(CALL, control=True)
+    with serving(tiny, script=lambda prompt: script if len(prompt) < 600 else None) as found:
+        messages, usage = first_turn(found)
+        text, calls = ({"role": "assistant", name: messages[1][name]} for name in ("content", "tool_calls"))
+        whole = usage.prompt_tokens + usage.completion_tokens - 1 - 16
+        assert cached(found, [messages[0], text, calls, messages[2]]) >= whole
+        other = {**calls, "reasoning_content": "And now?"}
+        assert cached(found, [messages[0], text, other, messages[2]]) < whole
+
+
+@pytest.mark.parametrize("has_thinking", [True, False])
+def test_after_a_restart(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_thinking: bool) -> None:
     """Pages and ids were written when nobody waited."""
     from m2lite.engine import kv_disk
 
@@ -71,6 +105,8 @@ def test_after_a_restart(tiny: Model, tmp_path: Path, monkeypatch: pytest.Monkey
         tiny.loop.forget()
         with serving(tiny, script=lambda _: script) as found:
             messages, usage = first_turn(found)
+        if not has_thinking:
+            del messages[1]["reasoning_content"]
         tiny.loop.forget()
         with serving(tiny) as found:
             assert cached(found, messages) >= usage.prompt_tokens + usage.completion_tokens - PAGE

@@ -121,12 +121,15 @@ def test_many_at_once(served: Served) -> None:
 
 
 def test_a_long_prompt_is_waited_for(tmp_path: Path) -> None:
-    """More comes than pings, which clients do not count: nothing, again and again, of the thinking to come."""
+    """More comes than pings, which clients do not count: nothing, again and again, of what is to come."""
     asked = ASKED | {"messages": [{"role": "user", "content": "word " * 780}], "max_tokens": 20}
     with Model.open(write_model(tmp_path / "m.gguf", ENDLESS), ctx=4096) as model, serving(model) as served:
         told = [data for _, data in events(served.http, "/v1/messages", asked)]
         whole = served.http.post("/v1/messages", json=asked).json()
+        model.loop.forget()
         without = events(served.http, "/v1/messages", asked | {"thinking": {"type": "disabled"}})
+        model.loop.forget()
+        with_progress = events(served.http, "/v1/messages", asked | {"return_progress": True})
     n_pings = [data["type"] for data in told].count("ping")
     assert n_pings > 1
     nothing = {"type": "thinking_delta", "thinking": ""}
@@ -134,6 +137,10 @@ def test_a_long_prompt_is_waited_for(tmp_path: Path) -> None:
     thinking = [data["delta"]["thinking"] for data in told if "thinking" in data.get("delta", {})]
     assert "".join(thinking) == whole["content"][0]["thinking"]
     assert all(data.get("content_block", {}).get("type") != "thinking" for _, data in without)
+    n_pings = [name for name, _ in without].count("ping")
+    assert [data.get("delta") for _, data in without].count({"type": "text_delta", "text": ""}) == n_pings - 1 > 0
+    progress = [data["prompt_progress"]["processed"] for name, data in with_progress if name == "ping"]
+    assert len(set(progress)) > 1 and progress == sorted(progress)
 
 
 def test_errors_are_anthropics(serve: Serve) -> None:

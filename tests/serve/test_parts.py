@@ -13,7 +13,7 @@ from m2lite import Model
 from m2lite.engine.answer import Token
 from m2lite.engine.request import Request
 from m2lite.engine.sequence import Event, Finished
-from m2lite.serve.events import AnswerEvent, CallArguments, CallBegin, CallEnd, Drawn, Narration, Text
+from m2lite.serve.events import AnswerEvent, Beat, CallArguments, CallBegin, CallEnd, Drawn, Narration, Reading, Text
 from m2lite.serve.parts import PartBegin, PartEnd, PartMore, Parts
 
 SAID = (
@@ -59,8 +59,8 @@ def test_however_tokens_come_together(tiny: Model, answered: Any, cuts: set[int]
     decode = tiny.tokenizer.decode
     by_part = [decode([each.token for each in part.logprobs if each]) for part in parts.found if part.kind != "call"]
     assert by_part == ["I look.\n", "</think>\n\nWait.\n", "So."]  # as tokens come
-    drawn = [i for event in told if isinstance(event, Text | CallBegin) for i in event.drawn.ids]
-    assert drawn == handle.completion.tokens[: len(drawn)]
+    drawn = [i for event in told if not isinstance(event, Reading | Beat) for i in event.drawn.ids]
+    assert drawn == handle.completion.tokens
 
 
 def test_blanks_are_no_part(tiny: Model) -> None:
@@ -91,8 +91,8 @@ def test_waiting_adds_nothing() -> None:
         assert isinstance(more, PartMore)
         assert (more.part.kind, more.text) == (event.kind, "")
     parts.tell(CallBegin(0, "id", "f", nothing))
-    parts.tell(CallArguments(0, "{}"))
-    parts.tell(CallEnd(0))
+    parts.tell(CallArguments(0, "{}", nothing))
+    parts.tell(CallEnd(0, nothing))
     assert parts.wait() == []
     assert [(part.kind, part.text) for part in parts.found] == [
         ("thinking", "Hm."),

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,9 +17,11 @@ import pytest
 
 from m2lite import Model
 from m2lite.engine.thread import compute_thread
-from m2lite.serve import replies
+from m2lite.serve import answering, replies
 from tests.serve.conftest import Serve, Served, serving
+from tests.serve.sse import events
 from tests.serve.test_chat_completions import QUESTION, WEATHER
+from tests.tinymodel import ENDLESS, write_model
 
 CHAT = "/v1/chat/completions"
 ASKS = ["Hello", "Who are you?", "What is 2 + 3?", "Tell me a story.", "What is the capital of France?"]
@@ -159,14 +162,41 @@ def test_a_prompt_that_is_read_is_told(tiny: Model, monkeypatch: pytest.MonkeyPa
     """By comments, so that no one gives up, and as events where they are asked for."""
     tiny.loop.forget()
     monkeypatch.setattr(replies, "BEAT_S", 1e-9)
+    asked = body("word " * 300, stream=True, max_tokens=2)
     with serving(tiny) as found:
-        asked = body("word " * 300, stream=True, max_tokens=2, return_progress=True)
-        with found.http.stream("POST", CHAT, json=asked) as stream:
-            lines = list(stream.iter_lines())
-    assert ": ping" in lines
-    told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        for return_progress in (False, True):
+            tiny.loop.forget()
+            with found.http.stream("POST", CHAT, json=asked | {"return_progress": return_progress}) as stream:
+                lines = list(stream.iter_lines())
+            told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            progress = [each["prompt_progress"] for each in told if "prompt_progress" in each]
+            assert bool(progress) == return_progress
+            assert return_progress or ": ping" in lines
+    assert progress[-1]["processed"] == progress[-1]["total"] > 300
+    assert progress[-1]["seconds_left"] == progress[-1]["cache"] == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages"])
+def test_progress_in_every_dialect(tiny: Model, path: str) -> None:
+    tiny.loop.forget()
+    text = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path)
+    asked = body("word " * 300, max_tokens=16) if text is None else {text: "word " * 300}
+    with serving(tiny) as found:
+        told = [data for _, data in events(found.http, path, asked | {"return_progress": True})]
     progress = [each["prompt_progress"] for each in told if "prompt_progress" in each]
     assert progress and progress[-1]["processed"] == progress[-1]["total"] > 300
+
+
+def test_a_long_wait_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once, as soon as it is known how long it will be."""
+    monkeypatch.setattr(answering, "LONG_S", 0.0)
+    with Model.open(write_model(tmp_path / "m.gguf", ENDLESS), ctx=4096) as model, serving(model) as found:
+        n = found.http.post(CHAT, json=body("word " * 780, max_tokens=2)).json()["usage"]["prompt_tokens"]
+    line = r"^req_\w+ · ([\d,]+) of ([\d,]+) tokens read \(0 cached\) · about \d+ s to go$"
+    [(n_done, n_total)] = re.findall(line, capfd.readouterr().err, re.MULTILINE)
+    assert n_done != n_total == f"{n:,}"
 
 
 def test_ids_of_tokens(tiny: Model) -> None:

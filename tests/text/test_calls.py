@@ -323,7 +323,8 @@ TOLD: dict[str, tuple[Any, str, list[dict[str, Any]], str]] = {
     "text behind calls": (X, invoke(("x", "a")) + "so", [call("f", x="a")], "left out: 'so'"),
     "a call that begins in another": (
         tool({"properties": {"x": {"type": "integer"}}}),
-        '<invoke name="f">\n<parameter name="x">1</parameter>\n' + invoke(("x", "2")), [call("f", x=2)], "cut off",
+        '<invoke name="f">\n<parameter name="x">1</parameter>\n' + invoke(("x", "2")),
+        [call("f", x=1), call("f", x=2)], "has no end",
     ),
     "a call that begins in another's string": (
         X, '<invoke name="f">\n<parameter name="x">a</parameter>' + invoke(("x", "b")),

@@ -297,7 +297,7 @@ def test_call_errors() -> None:
     calls, errors = parse_tool_calls(invoke(name="h"), tool())
     assert (calls, errors) == ([call("h")], ["The call of 'h' names no tool; there are 'f'."])
     calls, errors = parse_tool_calls(invoke(("a", "1"), ("a", "2")))
-    assert (calls, errors) == ([call("f", a="2")], ["The call of 'f' gives 'a' twice; the last one counts."])
+    assert (calls, errors) == ([call("f", a="1")], ["The call of 'f' gives 'a' twice; the first one counts."])
 
 
 def test_every_cut_is_noticed() -> None:
