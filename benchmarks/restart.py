@@ -4,7 +4,7 @@
 
 A prompt of P random ids is computed once, and its pages are on disk. In each round: these files are dropped from the
 page cache and read one after the other, which is the plain reading time; dropped again; then a server is started and
-asked for the same P ids with N new ones behind them, on a connection that is open. Then once more, with other N, when
+asked for the same P ids with N new ones behind them. Then once more, with other N, when
 the P are in its memory. For comparison, the same N in an open session at that depth. Seconds to the first token.
 """
 
@@ -19,14 +19,23 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import httpx
+from typing import Any
 
 from m2lite import Model, Sampling
-from serve_clients import Server, first_token, free_port, prompt
+from m2lite.bench import random_ids
+from serve_clients import Server, first_token, free_port
 
 _ROOM = 512  # positions beside the prompt
 _PIECE = 1 << 20  # bytes of a read
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def kernels() -> Path:
+    """Where compiled kernels stay, wherever pages go."""
+    return Path(os.environ.get("M2LITE_CACHE_DIR") or cache() / "m2lite")
 
 
 def start(slice: Path, ctx: int) -> Server:
@@ -65,37 +74,38 @@ def pages() -> list[Path]:
     return sorted(root.glob("*/*.page"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def in_a_session(slice: Path, ctx: int, long: list[int], tails: Sequence[list[int]]) -> list[float]:
+def in_a_session(model: Model, long: list[int], tails: Sequence[list[int]]) -> list[float]:
     """Seconds to the first token behind each tail, in an open session that holds the prompt."""
+    options: Any = {"max_tokens": 1, "sampling": Sampling(0, seed=0), "ignore_stop": True}
     found = list[float]()
-    with Model.open(slice, ctx=ctx, draft="off") as model, model.session() as session:
-        list(session.generate(long, max_tokens=1, sampling=Sampling(0, seed=0), ignore_stop=True))
+    with model.session() as session:
+        list(session.generate(long, **options))
         for tail in tails:
             session.set_tokens(long)
             began = time.perf_counter()
-            for _ in session.generate(tail, max_tokens=1, sampling=Sampling(0, seed=0), ignore_stop=True):
-                found.append(time.perf_counter() - began)
+            list(session.generate(tail, **options))
+            found.append(time.perf_counter() - began)
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slice", type=Path)
     parser.add_argument("-p", "--prompt", type=int, default=16384)
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("-r", "--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="m2lite-restart-") as folder:
-        kernels = f"{os.environ.get('XDG_CACHE_HOME', f'{Path.home()}/.cache')}/m2lite"
-        os.environ.setdefault("M2LITE_CACHE_DIR", kernels)
+        os.environ["M2LITE_CACHE_DIR"] = str(kernels())
         os.environ["XDG_CACHE_HOME"] = folder
         measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
-    ctx, long = args.prompt + _ROOM, prompt(args.prompt, 0)
-    tails = [prompt(args.n, 1 + n) for n in range(2 * args.rounds)]
-    open_s = in_a_session(args.slice, ctx, long, tails)
+    ctx = args.prompt + _ROOM
+    with Model.open(args.slice, ctx=ctx, draft="off") as model:
+        long, *tails = (random_ids(model, args.n if n else args.prompt, n) for n in range(1 + 2 * args.rounds))
+        open_s = in_a_session(model, long, tails)
     server = start(args.slice, ctx)
     asyncio.run(first_token(server, long))
     server.close()
@@ -109,7 +119,6 @@ def measure(args: argparse.Namespace) -> None:
         read_s = read_all(files)
         drop(files)
         server = start(args.slice, ctx)
-        httpx.get(f"{server.base}/health")
         first, second = (asyncio.run(first_token(server, [*long, *tail])) for tail in tails[2 * n : 2 * n + 2])
         server.close()
         rows.append((read_s, first, open_s[2 * n], second, open_s[2 * n + 1]))
