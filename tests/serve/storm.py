@@ -349,6 +349,8 @@ def storm(folder: Path, n_requests: int, seed: int) -> tuple[Storm, list[str]]:
 def wait_until_idle(server: Started) -> None:
     for name in ("requests_processing", "requests_deferred"):
         wait_for(lambda name=name: not server.metric(name), "the end of what is asked")  # type: ignore[misc]
+    process = psutil.Process(server.pid)
+    wait_for(lambda: {each.status for each in process.net_connections("tcp")} == {"LISTEN"}, "the end of connections")
 
 
 def main() -> int:

@@ -103,7 +103,8 @@ def _ask(number: int, dice: random.Random) -> Ask:
         return replace(ask, manner="refused", refusal=Refusal(b'{"x": "' + b"y" * _HUGE + b'"}', 413))
     if manner == "refused":
         return replace(ask, refusal=dice.choice(_REFUSALS)(ask))
-    if dialect == "chat" and manner == "whole" and not {"tools", "schema"} & keywords.keys() and dice.random() < 0.4:
+    is_plain = not {"tools", "schema", "stop"} & keywords.keys() and keywords["max_tokens"] < CONTEXT
+    if dialect == "chat" and manner == "whole" and is_plain and dice.random() < 0.5:
         return replace(ask, more=dice.choice(_QUESTIONS))
     return ask
 
