@@ -85,7 +85,8 @@ def read_sessions(file: Path, n_each: int) -> list[Session]:
     """So many of each length and agent, the longest of them."""
     groups = defaultdict[tuple[int, str], list[Session]](list)
     for case in json.loads(file.read_text())["cases"]:
-        found = Session(case["id"], case["source"], case["target_bucket_tokens"], case["messages"])
+        last = {"role": "assistant", "content": case["reference_response"]}
+        found = Session(case["id"], case["source"], case["target_bucket_tokens"], [*case["messages"], last])
         groups[found.size, found.source].append(found)
     return [each for key in sorted(groups) for each in sorted(groups[key], key=_n_letters)[-n_each:]]
 

@@ -34,7 +34,7 @@ from tests.clients.started import Failed, Started, wait_for
 from tests.serve.storm_plan import CONTEXT, Ask, Body, follow_up, plan
 
 PARALLEL, QUEUE, CONNECTIONS = 8, 8, 24  # fewer places than clients: some are told to come again
-MOST_GROWN = 8 << 20  # bytes, of the second half of a long storm
+MOST_GROWN = 4 << 20  # bytes, of the second half of a long storm
 LONG = 500  # requests from which on memory is judged
 _AGAIN_S = 0.05
 _SMALL = 2048  # bytes that a slow reader lets the system take

@@ -81,7 +81,7 @@ def test_nothing_is_computed_for_who_has_left(serve: Serve, monkeypatch: pytest.
 
     monkeypatch.setattr(runner, "evaluate_rows", counted)
     with found.http.stream("POST", CHAT, json=body(stream=True)) as stream:
-        next(stream.iter_lines())
+        next(line for line in stream.iter_lines() if "reasoning_content" in line)
         has_left = True
     wait_until_idle(found)
     compute_thread().run(lambda: None)
