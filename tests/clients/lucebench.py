@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,19 @@ def _said(content: str) -> str:
     return content[:_MOST_SAID].strip() or "Go on."
 
 
-def read_sessions(file: Path, n_each: int) -> list[Session]:
-    """So many of each length and agent, the longest of them."""
+def read_sessions(file: Path, sizes: Container[int], n_each: int) -> list[Session]:
+    """So many of each length and agent, the longest of them, but none that another one begins with."""
     groups = defaultdict[tuple[int, str], list[Session]](list)
     for case in json.loads(file.read_text())["cases"]:
         last = {"role": "assistant", "content": case["reference_response"]}
         found = Session(case["id"], case["source"], case["target_bucket_tokens"], [*case["messages"], last])
-        groups[found.size, found.source].append(found)
-    return [each for key in sorted(groups) for each in sorted(groups[key], key=_n_letters)[-n_each:]]
+        if found.size in sizes:
+            groups[found.size, found.source].append(found)
+    chosen = [each for key in sorted(groups) for each in sorted(groups[key], key=_n_letters)[-n_each:]]
+    return [
+        each for n, each in enumerate(chosen)
+        if not any(other.messages[: len(each.messages) - 1] == each.messages[:-1] for other in chosen[n + 1 :])
+    ]  # fmt: skip
 
 
 def _n_letters(session: Session) -> int:
@@ -186,13 +191,14 @@ def line(session: Session) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients.lucebench", description=__doc__)
     parser.add_argument("--each", type=int, default=1, help="sessions of each length and agent")
-    parser.add_argument("--most", type=int, default=131_072, help="tokens of a session, as the package counts them")
+    parser.add_argument("--least", type=int, default=0, help="tokens of a session, as the package counts them")
+    parser.add_argument("--most", type=int, default=131_072)
     parser.add_argument("--forget-thinking", action="store_true", help="the client does not send thinking back")
     parser.add_argument("--loud", action="store_true", help="each request")
     options = parser.parse_args()
     install(PACKAGE)
     [file] = folder(PACKAGE).parent.glob(_SESSIONS)
-    sessions = [each for each in read_sessions(file, options.each) if each.size <= options.most]
+    sessions = read_sessions(file, range(options.least, options.most + 1), options.each)
     with tempfile.TemporaryDirectory(prefix="m2lite-lucebench-") as root:
         run(Path(root), sessions, options.forget_thinking, options.loud)
     print(f"\n{HEAD}")
