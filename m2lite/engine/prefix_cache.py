@@ -80,6 +80,11 @@ class PrefixCache:
         return len(self._by_page)
 
     @property
+    def n_positions(self) -> int:
+        """Of its pages, those that a sequence holds, too, among them. May be asked on any thread."""
+        return len(self._by_page) * PAGE
+
+    @property
     def n_reclaimable(self) -> int:
         """Pages that nobody else holds, nor any behind them."""
         held = set[int]()

@@ -72,7 +72,19 @@ class Answering:
         return self._handle
 
     def begin(self, handle: Handle) -> None:
+        """On any thread."""
         self._handle = handle
+        if self._is_over:
+            handle.cancel()
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more; it may be about to begin."""
+        if self._handle is None:
+            self._is_over = True
+            self.progress.end()
+            if self._handle is not None:  # it began just now, on another thread
+                self._handle.cancel()
+        self.cancel()
 
     def hear(self, news: News) -> None:
         """On the event loop: something happened."""

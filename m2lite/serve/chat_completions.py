@@ -59,7 +59,9 @@ _SILENT = frozenset(
     }
 )  # fmt: skip
 # Fields whose value would change the answer.
-_REFUSED = ("logit_bias", "functions", "function_call", "audio", "grammar", "guided_regex", "guided_grammar")
+_REFUSED = (
+    "logit_bias", "functions", "function_call", "audio", "grammar", "guided_regex", "guided_grammar", "chat_template",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,10 @@ def parse_chat(body: Mapping[str, Any], defaults: ChatRequest) -> tuple[ChatRequ
         if name in _REFUSED:
             raise UsageError(f"The field {name!r} is not supported.", "Leave it out.")
         told.append(f"The field {name!r} is not known and was ignored.")
+    values = body.get("chat_template_kwargs")
+    for name in values if isinstance(values, Mapping) else ():
+        if name != "enable_thinking":
+            told.append(f"The field {name!r} of chat_template_kwargs is not known and was ignored.")
     return parse_request(known | _thinking(body), defaults), shortened(told)
 
 

@@ -7,6 +7,7 @@ import logging
 import signal
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -18,6 +19,7 @@ SEND_S = 60.0  # for which a client may take nothing of what is sent
 GRACE_S = 5.0  # for which answers that are under way may go on once the server is to end
 BACKLOG = 512
 _MOST_CONNECTIONS = 1024
+_MOST_AHEAD = 64 << 10  # bytes of a next request that came before the answer to this one
 
 
 class Connection(H11Protocol):
@@ -37,6 +39,8 @@ class Connection(H11Protocol):
             self._stop_head_timer()
         elif self._head_timer is None:  # bytes of a head come in: they do not prolong it
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _MOST_AHEAD:
+            self.flow.resume_reading()  # else nobody would notice that a client leaves that asked for more already
 
     def pause_writing(self) -> None:
         super().pause_writing()

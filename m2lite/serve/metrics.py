@@ -106,6 +106,7 @@ def _lines(server: Server) -> Iterator[str]:
         ("preemptions_total", "counter", "Times that a sequence gave its pages up.", counts.n_preempted),
         ("kv_positions", "gauge", "Positions of the KV pool.", model.runner.pool.n_positions),
         ("kv_positions_free", "gauge", "Of these, nobody's.", model.runner.pool.n_free),
+        ("kv_positions_cached", "gauge", "Of these, kept for who begins alike.", loop.prefix_cache.n_positions),
     ]
     disk = loop.prefix_cache.disk
     if disk is not None:

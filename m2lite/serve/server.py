@@ -15,7 +15,6 @@ from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.dialogue.conversation import turn_stream
 from m2lite.dialogue.encode import encode_kept
 from m2lite.engine.driver import Driver, News
-from m2lite.engine.handle import Handle
 from m2lite.engine.request import Request
 from m2lite.engine.runner import Stop
 from m2lite.errors import UsageError
@@ -165,9 +164,9 @@ class Server:
                 prompt = await self.off_loop(lambda: self.encode(asked.chat))
             answering = Answering(asked, prompt, self.model.tokenizer, self.metrics, self._conclude)
             try:
-                answering.begin(await self.off_loop(lambda: self._submit(answering)))
-            except BaseException:
-                answering.progress.end()
+                await self.off_loop(lambda: self._submit(answering))
+            except BaseException:  # its client has gone, say, while it was asked
+                answering.give_up()
                 raise
         finally:
             self._n_begun -= 1
@@ -205,9 +204,9 @@ class Server:
             return False
         return True
 
-    def _submit(self, answering: Answering) -> Handle:
+    def _submit(self, answering: Answering) -> None:
         assert self._driver is not None
-        return self._driver.submit(self._request(answering), answering)
+        answering.begin(self._driver.submit(self._request(answering), answering))
 
     def _request(self, answering: Answering) -> Request:
         asked = answering.asked
@@ -253,6 +252,13 @@ class Server:
 
     def _save(self, stop: Stop) -> None:
         """On the driver's thread, while nobody waits: pages and ids of answers go to the disk."""
+        try:
+            self._save_all(stop)
+        except Exception as error:  # it must not end the thread that answers everybody
+            self._unsaved.clear()
+            note(f"warning: prompts and answers are not kept on disk: {error}")
+
+    def _save_all(self, stop: Stop) -> None:
         while self._unsaved:
             ids, keys = unsaved = self._unsaved.popleft()
             self.model.loop.save(ids, stop)

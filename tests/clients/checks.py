@@ -94,7 +94,7 @@ class Trial:
         (root / "home").mkdir(parents=True)
         (root / "project").mkdir()
         self._place = Place(root / "home", root / "project", "", folder(client.package))
-        self._server = Started(root, script_of(client, self._place), n_layers or 2)
+        self._server = Started.with_script(root, script_of(client, self._place), n_layers or 2)
         self._place.url = self._server.url
         self._last: Answered | None = None  # what the conversation's newest request was
 

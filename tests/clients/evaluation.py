@@ -44,7 +44,7 @@ _CLOSE = 1e-3  # JSON holds the numbers as float64; the harness adds them in ano
 def evaluate(root: Path, n_layers: int | None = None) -> Report:
     report = Report(NAME, PACKAGE)
     (root / "home").mkdir(parents=True)
-    server = Started(root, [], n_layers or 2)
+    server = Started.with_script(root, [], n_layers or 2)
     server.start()
     try:
         half = _halves(root / "test.gguf")

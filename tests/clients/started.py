@@ -43,24 +43,38 @@ class Answered(NamedTuple):
     seconds: float
 
 
-def write_test_model(folder: Path, n_layers: int) -> Path:
+def write_test_model(folder: Path, n_layers: int, n_ctx: int = CONTEXT) -> Path:
     """Small, with a context that clients' prompts fit into, and with m2-tiny's tokenizer, so that text is text."""
     tiny = ROOT / "models" / "m2-tiny" / "m2-tiny.gguf"
-    shape = Shape(n_layers=n_layers, n_heads=2, n_kv_heads=1, n_ctx=CONTEXT, n_vocab=4096)
+    shape = Shape(n_layers=n_layers, n_heads=2, n_kv_heads=1, n_ctx=n_ctx, n_vocab=4096)
     return write_model(folder / "test.gguf", shape=shape, tokenizer=tiny)
 
 
 class Started:
-    """The server of one client. May be stopped and started again: its port and its pages on disk stay."""
+    """A server in a process. May be stopped and started again: its port and its pages on disk stay."""
 
-    def __init__(self, folder: Path, script: list[dict[str, Any]], n_layers: int = 2) -> None:
+    def __init__(self, folder: Path, model: Path, *options: str) -> None:
+        """`folder` holds its log, and its pages on disk."""
         self._folder, self._log = folder, folder / "server.log"
         self._log.touch()
-        self._model = write_test_model(folder, n_layers)
-        (folder / "script.json").write_text(json.dumps(script))
+        self._model, self._options = model, options
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._child: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def with_script(
+        cls, folder: Path, script: list[dict[str, Any]], n_layers: int = 2, n_ctx: int = CONTEXT
+    ) -> Started:
+        """One whose answers are given, of a small model that is written to the folder."""
+        (folder / "script.json").write_text(json.dumps(script))
+        options = ("--ctx", str(n_ctx), "--alias", MODEL, "--test-script", str(folder / "script.json"))
+        return cls(folder, write_test_model(folder, n_layers, n_ctx), *options)
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
 
     @property
     def url(self) -> str:
@@ -69,21 +83,23 @@ class Started:
     def start(self) -> None:
         kernels = os.environ.get("M2LITE_CACHE_DIR") or f"{Path.home()}/.cache/m2lite"
         env = os.environ | {"XDG_CACHE_HOME": str(self._folder / "cache"), "M2LITE_CACHE_DIR": kernels}
-        options = ["--port", str(self.port), "--ctx", str(CONTEXT), "--alias", MODEL]
-        options += ["--test-script", str(self._folder / "script.json")]
-        command = [sys.executable, "-m", "m2lite", "serve", str(self._model), *options]
+        command = [sys.executable, "-m", "m2lite", "serve", str(self._model), "--port", str(self.port)]
         before = self.mark()
         with self._log.open("ab") as log:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT)
+            self._child = subprocess.Popen(
+                [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT,
+            )  # fmt: skip
         child = self._child
         wait_for(lambda: child.poll() is not None or "http://" in self.log(before), "the server's start", 300)
         if child.poll() is not None:
             raise Failed(f"the server ended: {self.log(before)[-500:]}")
 
-    def stop(self) -> None:
-        if self._child is not None:
-            self._child.send_signal(signal.SIGTERM)
-            self._child.wait(600)  # it writes its pages
+    def stop(self) -> int | None:
+        """Its exit code."""
+        if self._child is None:
+            return None
+        self._child.send_signal(signal.SIGTERM)
+        return self._child.wait(600)  # it writes its pages
 
     def mark(self) -> int:
         """A place in the log."""

@@ -76,8 +76,9 @@ def test_the_queue_is_bounded(serve: Serve) -> None:
     assert client.chat.completions.create(**body(max_tokens=1)).choices
 
 
-def test_who_leaves_is_not_answered_any_more(serve: Serve) -> None:
-    """Also one who does not stream: nothing was sent to it that could fail."""
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_who_leaves_is_not_answered_any_more(serve: Serve, more: bytes) -> None:
+    """Also one who does not stream: nothing was sent to it that could fail. And one who asked for more already."""
     found = serve("endless")
     data = json.dumps(body()).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -85,6 +86,7 @@ def test_who_leaves_is_not_answered_any_more(serve: Serve) -> None:
         stream.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         while not found.server.under_way:
             pass
+        stream.sendall(more)
     wait_until_idle(found)
     compute_thread().run(lambda: None)
     assert not found.server.model.loop.scheduler.running

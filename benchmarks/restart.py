@@ -1,0 +1,132 @@
+"""The first token after a restart, when a long beginning comes from a cold disk; and of a second request in memory.
+
+    python benchmarks/restart.py SLICE.gguf [-p 16384] [-n 64] [-r 5]
+
+A prompt of P random ids is computed once, and its pages are on disk. In each round: these files are dropped from the
+page cache and read one after the other, which is the plain reading time; dropped again; then a server is started and
+asked for the same P ids with N new ones behind them. Then once more, with other N, when
+the P are in its memory. For comparison, the same N in an open session at that depth. Seconds to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from m2lite import Model, Sampling
+from m2lite.bench import random_ids
+from serve_clients import Server, first_token, free_port
+
+_ROOM = 512  # positions beside the prompt
+_PIECE = 1 << 20  # bytes of a read
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def kernels() -> Path:
+    """Where compiled kernels stay, wherever pages go."""
+    return Path(os.environ.get("M2LITE_CACHE_DIR") or cache() / "m2lite")
+
+
+def start(slice: Path, ctx: int) -> Server:
+    port = free_port()
+    argv = [sys.executable, "-m", "m2lite", "serve", str(slice), "--port", str(port), "--ctx", str(ctx)]
+    server = Server("m2lite-restart", [*argv, "--parallel", "1", "--draft", "off"], port)
+    server.wait()
+    return server
+
+
+def drop(files: Sequence[Path]) -> None:
+    """Out of the page cache."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)  # what is not on disk yet cannot be dropped
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def read_all(files: Sequence[Path]) -> float:
+    """Seconds to read the files, one after the other."""
+    into = memoryview(bytearray(_PIECE))
+    began = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(into):
+                pass
+    return time.perf_counter() - began
+
+
+def pages() -> list[Path]:
+    """Of all prompts, in the order in which they were written."""
+    root = Path(os.environ["XDG_CACHE_HOME"]) / "m2lite" / "kv"
+    return sorted(root.glob("*/*.page"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def in_a_session(model: Model, long: list[int], tails: Sequence[list[int]]) -> list[float]:
+    """Seconds to the first token behind each tail, in an open session that holds the prompt."""
+    options: Any = {"max_tokens": 1, "sampling": Sampling(0, seed=0), "ignore_stop": True}
+    found = list[float]()
+    with model.session() as session:
+        list(session.generate(long, **options))
+        for tail in tails:
+            session.set_tokens(long)
+            began = time.perf_counter()
+            list(session.generate(tail, **options))
+            found.append(time.perf_counter() - began)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slice", type=Path)
+    parser.add_argument("-p", "--prompt", type=int, default=16384)
+    parser.add_argument("-n", type=int, default=64)
+    parser.add_argument("-r", "--rounds", type=int, default=5)
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="m2lite-restart-") as folder:
+        os.environ["M2LITE_CACHE_DIR"] = str(kernels())
+        os.environ["XDG_CACHE_HOME"] = folder
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    ctx = args.prompt + _ROOM
+    with Model.open(args.slice, ctx=ctx, draft="off") as model:
+        long, *tails = (random_ids(model, args.n if n else args.prompt, n) for n in range(1 + 2 * args.rounds))
+        open_s = in_a_session(model, long, tails)
+    server = start(args.slice, ctx)
+    asyncio.run(first_token(server, long))
+    server.close()
+    files = pages()
+    n_bytes = sum(path.stat().st_size for path in files)
+    print(f"{args.prompt:,} tokens: {len(files):,} files, {n_bytes / 1e6:,.0f} MB; {args.n} new tokens; seconds")
+    print("round  plain read  after a restart  in an open session  second request  in an open session")
+    rows = list[tuple[float, float, float, float, float]]()
+    for n in range(args.rounds):
+        drop(files)
+        read_s = read_all(files)
+        drop(files)
+        server = start(args.slice, ctx)
+        first, second = (asyncio.run(first_token(server, [*long, *tail])) for tail in tails[2 * n : 2 * n + 2])
+        server.close()
+        rows.append((read_s, first, open_s[2 * n], second, open_s[2 * n + 1]))
+        print(f"{n + 1:>5}" + "".join(f"{s:>16.3f}" for s in rows[-1]), flush=True)
+    read_s, first, _, second, again = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"after a restart: {first:.3f} s, plain reading + {first - read_s:.3f} s")
+    print(f"second request: {second:.3f} s, {second / again:.3f} x of the open session's {again:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
