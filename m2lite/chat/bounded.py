@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from m2lite.engine.runner import Stop
@@ -73,22 +73,21 @@ def run_command(command: list[str], directory: Path, seconds: float, most: int, 
 
     No process that it began is left, but those that hid their origin. OSError if it cannot be begun.
     """
-    mark = f"{os.environ.get(_MARK, '')}:{secrets.token_hex(16)}"
-    process = subprocess.Popen(
-        command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, env=os.environ | {_MARK: mark},
-    )  # fmt: skip
-    assert process.stdout is not None
-    ends = time.monotonic() + seconds
-    try:
-        head, n_bytes, why = _listen(process, process.stdout.fileno(), ends, most, stop)
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        _kill_marked(mark)
-        process.stdout.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the system, where no signal reaches it
-            process.wait(_GRACE_S)
+    with none_left() as env:
+        process = subprocess.Popen(
+            command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, env=env,
+        )  # fmt: skip
+        assert process.stdout is not None
+        ends = time.monotonic() + seconds
+        try:
+            head, n_bytes, why = _listen(process, process.stdout.fileno(), ends, most, stop)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the system, where no signal reaches it
+                process.wait(_GRACE_S)
     if why == "time":
         why = f"stopped after {seconds:g} s"
     elif not why and process.returncode:
@@ -123,6 +122,16 @@ def _listen(process: subprocess.Popen[bytes], fd: int, ends: float, most: int, s
                     selector.unregister(fd)
             elif has_ended:
                 return bytes(head), n_bytes, ""
+
+
+@contextlib.contextmanager
+def none_left() -> Iterator[dict[str, str]]:
+    """An environment for processes. None that is begun with it is left at the end, nor any that those began."""
+    mark = f"{os.environ.get(_MARK, '')}:{secrets.token_hex(16)}"
+    try:
+        yield os.environ | {_MARK: mark}
+    finally:
+        _kill_marked(mark)
 
 
 def _kill_marked(mark: str) -> None:

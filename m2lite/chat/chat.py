@@ -34,6 +34,7 @@ class Chat:
     saved: SavedChat | None = None  # None: nothing is saved
     tools: Tools | None = None
     approve: str = "ask"  # which calls run: ask, never or all
+    approved: set[str] = field(default_factory=set)  # tools whose calls run without being asked for again
     max_rounds: int = 3  # of the same calls with the same results, and nothing else said; 0: without end
     places: Places = field(default_factory=Places)  # what was read for it, and must not be written over
     attached: list[tuple[str, str]] = field(default_factory=list)  # (name, text) of files that go with the next message

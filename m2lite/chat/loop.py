@@ -15,7 +15,7 @@ from m2lite.chat.markdown import Markdown
 from m2lite.chat.progress import PromptProgress
 from m2lite.chat.render import Renderer
 from m2lite.chat.status import status_line
-from m2lite.chat.tools import Tools, describe_call, run_tool
+from m2lite.chat.tools import Tools, describe_call
 from m2lite.errors import M2liteError
 from m2lite.shown import shown
 from m2lite.signals import SecondInterrupt, StopFlag, stop_on_signals
@@ -131,20 +131,23 @@ class _Talk:
             result = f"error: there is no tool {name}"
         elif name not in tools.here:
             result = ask_line(f"what does {name} return? ", stop) or "error: nobody could run it"
-        elif not self._is_approved(stop):
+        elif not self._is_approved(name, stop):
             result = "error: the user did not want this to run"
         else:
-            result = run_tool(call, tools.limits, stop)
+            result = tools.here[name](call, stop)
         tell(result if len(result) <= _SHOWN_RESULT else f"{result[:_SHOWN_RESULT]} [...]", dim=True)
         return result
 
-    def _is_approved(self, stop: StopFlag) -> bool:
+    def _is_approved(self, name: str, stop: StopFlag) -> bool:
         chat = self._chat
-        if chat.approve == "ask":
-            said = ask_line("run it? y: yes, a: this and all that come, n: no ", stop).strip().lower()
-            chat.approve = "all" if said in ("a", "all") else chat.approve
-            return said in ("y", "yes", "a", "all")
-        return chat.approve == "all"
+        if chat.approve != "ask" or name in chat.approved:
+            return chat.approve != "never"
+        if not stdin_is_terminal():
+            tell("— refused, since nobody can be asked here. With --approve all every call runs.")
+        said = ask_line(f"run it? y: yes, a: yes, and {name} from now on, n: no ", stop).strip().lower()
+        if said in ("a", "always"):
+            chat.approved.add(name)
+        return said in ("y", "yes", "a", "always")
 
     def _show(self, begin: Begin, is_question: bool = False) -> int:
         """Stream one answer, save it, and say what it cost."""

@@ -28,6 +28,7 @@ from m2lite.system.outputs import Places
 from m2lite.text.messages import check_tools
 
 Tool = Mapping[str, Any]
+Run = Callable[[Tool, Stop], str]  # carries a call out: what the tool gives back, or what went wrong
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Limits:
     seconds: float = 60.0
     characters: int = 20_000
     places: Places = field(default_factory=Places)  # what the chat itself reads
+
+    def check_directory(self) -> None:
+        if not self.directory.is_dir():
+            raise UsageError(f"{self.directory} is no directory.", "Name another one for the tools to run in.")
 
 
 class ToolError(Exception):
@@ -66,7 +71,7 @@ def _read_file(limits: Limits, stop: Stop, path: str) -> str:
     with os.fdopen(fd, "rb") as file:
         _check_regular(os.fstat(fd), path)
         data = file.read(4 * limits.characters + 1)
-    return _shortened(data.decode(errors="replace"), limits.characters, at_least=len(data) > 4 * limits.characters)
+    return shortened(data.decode(errors="replace"), limits.characters, at_least=len(data) > 4 * limits.characters)
 
 
 def _write_file(limits: Limits, stop: Stop, path: str, content: str) -> str:
@@ -103,30 +108,29 @@ NAMES = tuple(_BUILT_IN)
 
 @dataclass(frozen=True)
 class Tools:
-    """What the model is told, and which of it runs here, within limits."""
+    """What the model is told, and what carries out the calls of each tool that the user need not play."""
 
     schemas: list[dict[str, Any]]
-    here: frozenset[str]  # names of tools that run here, and that the user offers
-    limits: Limits
+    here: dict[str, Run]  # by the tool's name
 
 
 def load_tools(sources: Sequence[str], limits: Limits) -> Tools:
     """From names of tools that run here, and from files of OpenAI tool schemas (a list, or {"tools": list})."""
-    schemas, here = list[dict[str, Any]](), set[str]()
+    schemas, here = list[dict[str, Any]](), dict[str, Run]()
     for source in sources:
         names = source.split(",")
         if all(name in _BUILT_IN for name in names):
             schemas += [_BUILT_IN[name][0] for name in names]
-            here.update(names)
+            here |= dict.fromkeys(names, lambda call, stop: run_tool(call, limits, stop))
         else:
             schemas += _load_file(source)
     found = [tool["function"]["name"] for tool in schemas]
     twice = next((name for i, name in enumerate(found) if name in found[:i]), None)
     if twice is not None:
         raise UsageError(f"There are two tools with the name {twice!r}.", "Leave one of them out.")
-    if here and not limits.directory.is_dir():
-        raise UsageError(f"{limits.directory} is no directory.", "Name another one for the tools to run in.")
-    return Tools(schemas, frozenset(here), limits)
+    if here:
+        limits.check_directory()
+    return Tools(schemas, here)
 
 
 def _load_file(source: str) -> list[dict[str, Any]]:
@@ -198,11 +202,11 @@ def _run(command: list[str], limits: Limits, stop: Stop) -> str:
         raise ToolError("the command holds a zero byte")
     most = 4 * limits.characters
     head, n_bytes, ending = run_command(command, limits.directory, limits.seconds, most, stop)
-    text = _shortened(head.decode(errors="replace"), limits.characters, at_least=n_bytes > most)
+    text = shortened(head.decode(errors="replace"), limits.characters, at_least=n_bytes > most)
     return f"{text.rstrip()}\n[{ending}]".lstrip() if ending else text or "[no output]"
 
 
-def _shortened(text: str, most: int, at_least: bool = False) -> str:
+def shortened(text: str, most: int, at_least: bool = False) -> str:
     """The beginning, and that there is more."""
     if len(text) <= most and not at_least:
         return text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +15,10 @@ from m2lite.errors import UsageError
 from m2lite.settings import Settings
 from m2lite.system.paths import named_path
 from m2lite.system.streams import stdin_is_terminal
+
+if TYPE_CHECKING:
+    from m2lite.chat.tools import Limits, Tools
+    from m2lite.sampling.json_schema import Schema
 
 
 @command(*MODEL, "kv_disk", *DRAFT, "template", *THINKING, *SAMPLING)
@@ -41,8 +47,17 @@ def chat(
             help="Tools: a file of OpenAI schemas, or shell,python,read_file,write_file",
         ),
     ] = None,
+    mcp: Annotated[
+        list[str] | None,
+        typer.Option("--mcp", metavar="COMMAND", help="A program with tools (an MCP server), and its arguments"),
+    ] = None,
     approve: Annotated[
-        str, typer.Option("--approve", metavar="ask|never|all", help="Which calls of tools run")
+        str,
+        typer.Option(
+            "--approve",
+            metavar="ask|never|all",
+            help="Which calls of tools run; ask is never without a terminal",
+        ),
     ] = "ask",
     tool_dir: Annotated[str, typer.Option("--tool-dir", metavar="DIR", help="Where tools run")] = ".",
     tool_seconds: Annotated[float, typer.Option("--tool-seconds", metavar="S", help="A tool's time limit")] = 60.0,
@@ -54,9 +69,8 @@ def chat(
     from m2lite.chat.chat import Chat
     from m2lite.chat.loop import run_chat
     from m2lite.chat.store import SavedChat, latest_session, new_name
-    from m2lite.chat.tools import Limits, load_tools
+    from m2lite.chat.tools import Limits
     from m2lite.dialogue.conversation import Conversation
-    from m2lite.sampling.tool_choice import CallRules
 
     if (continue_ and session is not None) or (no_save and (continue_ or session is not None)):
         raise UsageError("--continue, --session and --no-save exclude each other.", "Use one of them.")
@@ -69,14 +83,12 @@ def chat(
     defaults = answer_defaults(settings, stop_text, json_schema)
     files = [source for source in tools or [] if named_path(source).exists()]  # others are names of tools
     places = places_beside(json_schema, *files, models=[settings.model, settings.opening["mtp"]])
-    box = load_tools(tools, Limits(named_path(tool_dir), tool_seconds, places=places)) if tools else None
-    if box is not None and (calls := CallRules.of(box.schemas, "auto", True, defaults.schema)) is not None:
-        calls.check()
+    limits = Limits(named_path(tool_dir), tool_seconds, places=places)
     saved = None
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())
     say_seed(defaults.sampling, settings)
-    with open_model(settings) as model:
+    with _offered(tools or [], mcp or [], limits, defaults.schema) as box, open_model(settings) as model:
         conversation = Conversation(model.session(), system, None if box is None else box.schemas)
         conversation.keep_thinking = keep_thinking
         talk = Chat(
@@ -97,3 +109,23 @@ def chat(
             conversation.is_kept_on_disk = True
         code = run_chat(talk)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _offered(
+    sources: Sequence[str], commands: Sequence[str], limits: Limits, schema: Schema | None
+) -> Iterator[Tools | None]:
+    """The tools that the model is told of; None where none were asked for. UsageError if `schema` excludes them."""
+    from m2lite.chat.mcp_servers import mcp_servers, with_servers
+    from m2lite.chat.tools import load_tools
+    from m2lite.sampling.tool_choice import CallRules
+
+    if not sources and not commands:
+        yield None
+        return
+    tools = load_tools(sources, limits)
+    with mcp_servers(commands, limits) as servers:
+        tools = with_servers(tools, servers)
+        if (calls := CallRules.of(tools.schemas, "auto", True, schema)) is not None:
+            calls.check()
+        yield tools

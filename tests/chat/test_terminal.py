@@ -211,7 +211,7 @@ def test_tool_is_asked_for_runs_and_is_answered(start: Start, tmp_path: Path) ->
     chat = start(model, "--tools", "shell", "--tool-dir", str(tmp_path), "--no-save")
     chat.ask("What is it?")
     chat.wait_for("call: shell")
-    chat.wait_for("run it\\? y: yes, a: this and all that come, n: no ")
+    chat.wait_for("run it\\? y: yes, a: yes, and shell from now on, n: no ")
     chat.send("y" + ENTER)
     chat.wait_for(r"42\r\n")
     assert "\033[2J" not in chat.raw and "␛[2Jx]~b]" in chat.screen  # what it printed is shown, not obeyed

@@ -22,7 +22,7 @@ NO_FILE = {
     "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget", "template",
     "prompt", "system", "stop_text", "type_name", "tensor_type", "target_size", "split_max_size", "alignment", "name",
     "session", "approve", "prompts", "decodes", "depths", "disk", "on_bad_line", "shard", "order", "ray",
-    "host", "alias", "allowed_host", "allowed_origin",
+    "host", "alias", "allowed_host", "allowed_origin", "mcp",
 }  # fmt: skip
 FOLDERS = {"tool_dir"}  # of tools, which write there: tests/chat/test_tools.py
 # What belongs to an input by its name: each of these files is tried.
