@@ -24,8 +24,9 @@ from m2lite.drafting.options import MOST_DRAFTS, check_draft
 from m2lite.drafting.planner import MOST_AT_ONCE, Planner
 from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
+from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Timeline
-from m2lite.model.forward import Buffers, Leave
+from m2lite.model.forward import Leave
 from m2lite.model.mtp import Mtp
 from m2lite.model.weights import Weights
 from m2lite.sampling.draw import Sampling

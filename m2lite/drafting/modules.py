@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Timeline
-from m2lite.model.forward import Buffers, head_of
+from m2lite.model.forward import head_of
 from m2lite.model.mtp import ModuleScratch, Mtp, run_module, trunk_states
 from m2lite.sampling.draw import Sampling, foresee
 

@@ -21,8 +21,9 @@ from m2lite.storage.gguf_reader import GGUFFile
 
 if TYPE_CHECKING:  # these import Numba
     from m2lite.drafting.drafter import Drafter
+    from m2lite.model.buffers import Buffers, Rerouting
     from m2lite.model.cache import KVPool, Timeline
-    from m2lite.model.forward import Buffers, Leave, Rerouting
+    from m2lite.model.forward import Leave
     from m2lite.model.mtp import Mtp
     from m2lite.model.observer import Observer
     from m2lite.model.residency import Residency
@@ -60,8 +61,9 @@ class ModelRunner:
 
         from m2lite.drafting.drafter import Drafter
         from m2lite.drafting.kept import kept_path
+        from m2lite.model.buffers import Buffers
         from m2lite.model.cache import KVPool
-        from m2lite.model.forward import Buffers, forward, head, multiply
+        from m2lite.model.forward import forward, head, multiply
         from m2lite.model.mtp import bind_mtp
         from m2lite.model.weights import bind_weights
 
@@ -192,7 +194,7 @@ class ModelRunner:
     def make_room_aside(self) -> None:
         """Buffers for calls between whose layers others are made, if the model is in memory. On the compute thread."""
         if self._aside is None and self.stream is None:
-            from m2lite.model.forward import Buffers, Pieces
+            from m2lite.model.buffers import Buffers, Pieces
 
             n_rows, n_positions = min(self.buffers.n_rows, _ASIDE_ROWS), self.buffers.n_positions
             pieces = Pieces(*_ASIDE_PIECES)

@@ -39,7 +39,7 @@ PLACES = _record(
 SCRATCH = _record(
     # sizes of the model
     "n_embd", "n_ff", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "n_experts", "n_scores", "n_used",
-    # addresses of buffers; Buffers (model/forward.py) has their shapes
+    # addresses of buffers; Buffers (model/buffers.py) has their shapes
     "x", "h", "q", "k", "v", "attended", "router_scores", "ids", "expert_weights", "counts", "active", "starts",
     "pair_rows", "pair_slots", "pair_order", "expert_h", "expert_out", "expert_sums", "tiles", "tile_bytes",
     "panel_int8", "panel_float32", "pair_panel_int8", "pair_panel_float32", "attention_scratch", "attention_bytes",

@@ -22,7 +22,7 @@ from m2lite.engine.prefix_cache import n_common
 from m2lite.engine.runner import Stop
 from m2lite.engine.session import Session
 from m2lite.model import residency
-from m2lite.model.forward import FEW_ROWS
+from m2lite.model.buffers import FEW_ROWS
 from tests.budgets import budget_beyond
 
 Opened = Callable[[str], Model]

@@ -11,7 +11,8 @@ import pytest
 
 import tinymodel
 from m2lite.kernels import fast, jit, reference
-from m2lite.model.forward import Pieces, forward
+from m2lite.model.buffers import Pieces
+from m2lite.model.forward import forward
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import drawn_ids, hash_logits
