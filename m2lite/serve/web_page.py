@@ -37,19 +37,19 @@ _HEADERS = {
 _PLAIN = "m2lite: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/messages\n"
 
 
-class _File(NamedTuple):
+class _PageFile(NamedTuple):
     content: bytes
     headers: dict[str, str]
 
 
-def _read() -> dict[str, _File]:
-    found = dict[str, _File]()
+def _read() -> dict[str, _PageFile]:
+    found = dict[str, _PageFile]()
     for each in files("m2lite.serve").joinpath("page").iterdir():
         kind = _TYPES.get(each.name.rpartition(".")[2])
         if kind is not None:
             content = each.read_bytes()
             tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            found[each.name] = _File(content, {**_HEADERS, "Content-Type": kind, "ETag": tag})
+            found[each.name] = _PageFile(content, {**_HEADERS, "Content-Type": kind, "ETag": tag})
     return found
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from base64 import b64decode
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.serve.conftest import Serve, Served
+from m2lite import Model
+from m2lite.model import residency
+from m2lite.storage import syscalls
+from tests.budgets import budget_beyond
+from tests.serve.conftest import Serve, Served, serving
 from tests.serve.sse import events
 
 CHAT = "/v1/chat/completions"
@@ -51,6 +56,18 @@ def test_timings(served: Served, per_token: bool) -> None:
     assert again["timings"]["cache_n"] == again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     assert again["timings"]["cache_n"] + again["timings"]["prompt_n"] == again["usage"]["prompt_tokens"]
     assert "bytes_read" not in last  # all is in memory
+
+
+@pytest.mark.skipif(not syscalls.AVAILABLE, reason="residency is controlled on Linux only")
+def test_what_a_streamed_model_reads(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live, while it is said: it never shrinks."""
+    monkeypatch.setattr(residency, "choose_budget", lambda *_: budget_beyond(2 << 30))
+    with Model.open(bundled_model, load="direct", draft="off", heat=False) as model, serving(model) as found:
+        chunks = [each for _, each in events(found.http, CHAT, BODY | {"timings_per_token": True})]
+    told = [chunk["timings"] for chunk in chunks[1:]]
+    read = [each["bytes_read"] for each in told]
+    assert read == sorted(read) and read[-1] > 0
+    assert told[-1]["bytes_wanted"] > 0 and 0 <= told[-1]["hit_rate"] <= 1
 
 
 def test_props_say_what_there_is(serve: Serve) -> None:

@@ -177,6 +177,24 @@ def test_stop(visit: Open, pace: Pace, how: str) -> None:
     assert messages[1]["content"].rstrip() == kept and messages[1]["reasoning_content"] == "I weigh it."
 
 
+def test_stop_before_anything_is_said(visit: Open, pace: Pace) -> None:
+    """That answer is no part of the conversation."""
+    from playwright.sync_api import expect
+
+    page = (found := visit("Now.")).page
+    found.ask("First")
+    expect(page.locator(".waiting")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer .note")).to_have_text("You stopped this answer.")
+    pace.go_on()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        assert found.answered("Second") == "Now."
+    assert [(each["role"], each["content"]) for each in asked.value.post_data_json["messages"]] == [
+        ("user", "First"),
+        ("user", "Second"),
+    ]
+
+
 def test_again(visit: Open) -> None:
     """Another answer takes the place of the last one, with other random numbers."""
     from playwright.sync_api import expect

@@ -16,7 +16,10 @@
   function set(theme) {
     root.dataset.theme = THEMES.includes(theme) ? theme : "system";
     const button = document.getElementById("theme");
-    if (button) button.setAttribute("aria-label", `Theme: ${root.dataset.theme}`);
+    if (button) {
+      button.title = `Theme: ${root.dataset.theme}`;
+      button.setAttribute("aria-label", button.title);
+    }
     document.dispatchEvent(new Event("theme"));
   }
 
