@@ -58,7 +58,7 @@ class CallArguments(NamedTuple):
 
 
 class CallEnd(NamedTuple):
-    """Its arguments are JSON, unless the answer ended in the middle of the call."""
+    """Its arguments are JSON. Where the answer ends in the middle of a call, there is none."""
 
     number: int
     drawn: Drawn
@@ -131,8 +131,9 @@ class Narration:
             is_end = isinstance(event, Finished) or event.id == self._tokenizer.tool_close_id
             if is_end and self._block is not None:
                 self._add_calls(found, self._block.finish())
-                self._end_call(found)
                 self._block = None
+                if isinstance(event, Token):  # what the answer's own end cuts off ends with it
+                    self._end_call(found)
             if isinstance(event, Finished):
                 flush()
                 found.append(self._end(event.completion))

@@ -56,12 +56,13 @@ PACKAGES = [
         lambda place: f"{MADE}\n{_FENCE}\nok\n{_FENCE}\n",
         has_results=False, changes="a reminder and the files stand behind what was said, and thinking is not sent",
     ),
-    Client("llm", "llm==0.36", _llm, _ask_llm, _write_file),
+    Client("llm", "llm==0.36", _llm, _ask_llm, _write_file, sends_thinking=False),
     Client(
         "openai-agents", _AGENTS, _nothing, _program("ask_openai_agents.py", "responses", "/v1"), _write_file,
     ),
     Client(
         "openai-agents chat", _AGENTS, _nothing, _program("ask_openai_agents.py", "chat", "/v1"), _write_file,
+        sends_thinking=False,
     ),
     Client("pydantic-ai", _PYDANTIC, _nothing, _program("ask_pydantic_ai.py", "chat"), _write_file),
     Client("pydantic-ai messages", _PYDANTIC, _nothing, _program("ask_pydantic_ai.py", "messages"), _write_file),

@@ -54,7 +54,7 @@ def _chat(served: Served, **more: Any) -> tuple[list[Call], list[Call]]:
 def _responses(served: Served, **more: Any) -> tuple[list[Call], list[Call]]:
     functions = [{"type": "function", "name": name, "parameters": SCHEMA} for name in ("write", "list")]
     asked = {"input": QUESTION, "tools": functions, "seed": 1, **more}
-    found = dict[int, Call]()
+    found, done = dict[int, Call](), list[str]()
     for name, data in events(served.http, "/v1/responses", asked):
         if name == "response.output_item.added" and data["item"]["type"] == "function_call":
             assert data["item"]["arguments"] == ""
@@ -63,7 +63,10 @@ def _responses(served: Served, **more: Any) -> tuple[list[Call], list[Call]]:
             found[data["output_index"]].pieces.append(data["delta"])
         elif name == "response.function_call_arguments.done":
             assert data["arguments"] == "".join(found[data["output_index"]].pieces)
+        elif name == "response.output_item.done":
+            done.append(data["item"]["status"])
     output = served.http.post("/v1/responses", json=asked).json()["output"]
+    assert done == [item["status"] for item in output]
     whole = [Call("", item["name"], [item["arguments"]]) for item in output if item["type"] == "function_call"]
     return list(found.values()), whole
 

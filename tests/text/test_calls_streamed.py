@@ -53,6 +53,7 @@ def check(text: str, tools: Any, cuts: set[int]) -> None:
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=slow)
 @given(tools_and_calls(), st.sets(st.integers(0, 10_000), max_size=8), st.integers(0, 200))
 def test_pieces_are_the_whole(drawn: tuple[Any, Any], cuts: set[int], n_missing: int) -> None:
@@ -77,6 +78,7 @@ texts = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(texts.map("".join), st.tuples(*[st.sampled_from(SCHEMAS)] * 4), st.booleans(), st.sets(st.integers(0, 10_000)))
 def test_whatever_the_model_writes(text: str, schemas: tuple[Any, ...], is_either: bool, cuts: set[int]) -> None:
@@ -144,6 +146,7 @@ def test_an_argument_that_comes_twice() -> None:
     check(text, tools, set(range(len(text))))
 
 
+@pytest.mark.slow
 def test_long_values_come_in_time() -> None:
     """Work grows with the text, whatever it looks like."""
     tools = [tool({"properties": {"x": {"type": "string"}, "y": {"type": "object"}}})]
