@@ -2,10 +2,10 @@
 
     python benchmarks/restart.py SLICE.gguf [-p 16384] [-n 64] [-r 5]
 
-A prompt of P random ids is computed once, and its pages are on disk. In each round: these files are dropped from the
-page cache and read one after the other, which is the plain reading time; dropped again; then a server is started and
-asked for the same P ids with N new ones behind them, and once more, with other N, when the P are in its memory. Beside
-each, the same N in an open session at that depth. Seconds to the first token.
+The pages of a prompt of P random ids are on disk (a few are computed, the others are copies). In each round the files are
+dropped from the page cache and read one after the other, which is the plain reading time, and dropped again; a server is
+started and asked for the same P ids with N new ones behind them, and once more, with other N, when the P are in memory.
+Beside each, the same N in an open session at that depth. Seconds to the first token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2lite import Model, Sampling
-from m2lite.bench import random_ids
+from m2lite.bench import fill, random_ids
 from m2lite.engine.session import Session
 from serve_clients import Server, first_token, free_port
 
@@ -98,22 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(args: argparse.Namespace) -> None:
     ctx = args.prompt + _ROOM
     with Model.open(args.slice, ctx=ctx, draft="off") as model, model.session() as session:
-        long = random_ids(model, args.prompt, 0)
-        own(session, [], long)
+        long = fill(model, args.prompt)
         model.use_disk(1 << 40)
         model.loop.save(long)
         model.loop.prefix_cache.disk = None
         files = pages()
         n_bytes = sum(path.stat().st_size for path in files)
         print(f"{args.prompt:,} tokens: {len(files):,} files, {n_bytes / 1e6:,.0f} MB; {args.n} new tokens; seconds")
-        print("round  plain read  after a restart  in an open session  second request  in an open session")
+        print("round  plain read  after a restart  in an open session  second request  in an open session", flush=True)
         rows = list[list[float]]()
         for n in range(args.rounds):
             drop(files)
             row = [read_all(files)]
             drop(files)
             server = start(args.slice, ctx)
-            for seed in (2 * n + 1, 2 * n + 2):
+            for seed in (2 * n + 2, 2 * n + 3):
                 tail = random_ids(model, args.n, seed)
                 row += [asyncio.run(first_token(server, [*long, *tail])), own(session, long, tail)]
             server.close()
