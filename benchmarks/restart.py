@@ -2,10 +2,10 @@
 
     python benchmarks/restart.py SLICE.gguf [-p 16384] [-n 64] [-r 5]
 
-The pages of a prompt of P random ids are on disk (a few are computed, the others are copies). In each round the files are
-dropped from the page cache and read one after the other, which is the plain reading time, and dropped again; a server is
-started and asked for the same P ids with N new ones behind them, and once more, with other N, when the P are in memory.
-Beside each, the same N in an open session at that depth. Seconds to the first token.
+The pages of a prompt of P random ids are on disk (a few are computed, the others are copies). In each round the files
+are dropped from the page cache and read one after the other, which is the plain reading time, and dropped again; a
+server is started and asked for the same P ids with N new ones behind them, and once more, with other N, when the P
+are in memory. Beside each, the same N in an open session at that depth. Seconds to the first token.
 """
 
 from __future__ import annotations
