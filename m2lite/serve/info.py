@@ -24,6 +24,7 @@ def routes(server: Server) -> list[Route]:
         return PlainTextResponse("m2lite: POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/messages\n")
 
     async def models(_: Request) -> Response:
+        # `models` is for Codex. An entry there has the instructions that it gives the model in place of its own.
         return JSONResponse({"object": "list", "data": [_model(server)], "models": []})
 
     async def model(request: Request) -> Response:
