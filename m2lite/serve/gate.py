@@ -49,6 +49,8 @@ class Gate:
                 entry.status = message["status"]
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = entry.id
+                if entry.prefix:  # for whoever stands in front of several servers: docs/several-machines.md
+                    sent["x-m2lite-prefix"] = entry.prefix
                 if origin in self._options.allowed_origins:
                     sent.update(_allow(origin))
             await send(message)
@@ -157,8 +159,9 @@ def _allow(origin: str) -> dict[str, str]:
     return {
         "access-control-allow-origin": origin,
         "access-control-allow-methods": "GET, POST",
-        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
-        "access-control-expose-headers": "x-request-id, retry-after",
+        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta, "
+        "x-session-id, x-m2lite-prefix",
+        "access-control-expose-headers": "x-request-id, x-m2lite-prefix, retry-after",
         "access-control-max-age": "600",
         "vary": "origin",
     }

@@ -22,6 +22,7 @@ from m2lite.text.messages import check_tools
 
 def routes(server: Server) -> list[Route]:
     async def models(_: Request) -> Response:
+        # `models` is for Codex. An entry there has the instructions that it gives the model in place of its own.
         return JSONResponse({"object": "list", "data": [_model(server)], "models": []})
 
     async def model(request: Request) -> Response:

@@ -21,6 +21,7 @@ class RequestLog:
     method: str
     path: str
     status: int = 0
+    prefix: str = ""  # names what its prompt begins with
     notes: list[str] = field(default_factory=list)  # of whoever answered
     began: float = field(default_factory=time.monotonic)
 

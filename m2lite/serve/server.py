@@ -9,15 +9,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from m2lite.dialogue.chat_request import ChatRequest
 from m2lite.dialogue.conversation import turn_stream
 from m2lite.dialogue.encode import encode_kept
 from m2lite.engine.driver import Driver, News
+from m2lite.engine.prefix_cache import page_keys
 from m2lite.engine.request import Request
 from m2lite.engine.runner import Stop
 from m2lite.errors import UsageError
+from m2lite.model.cache import PAGE
 from m2lite.sampling.draw import Sampling, new_seed
 from m2lite.serve.answering import Answering, AnswerRequest, How
 from m2lite.serve.errors import Refused
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MOST_UNSAVED = 256  # answers whose pages wait to be written
+_PREFIX_BYTES = 8  # of a hash that names what a prompt begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +210,20 @@ class Server:
 
     def _submit(self, answering: Answering) -> None:
         assert self._driver is not None
+        if answering.log is not None:
+            answering.log.prefix = answering.log.prefix or self._prefix(answering)
         answering.begin(self._driver.submit(self._request(answering), answering))
+
+    def _prefix(self, answering: Answering) -> str:
+        """A name for what the prompt begins with: tools and messages up to the first answer, which all turns of a
+        conversation have in common. Of ids, their first page; "" if they have none."""
+        chat = answering.asked.chat
+        if answering.asked.prompt is not None:
+            key = next(iter(page_keys(answering.prompt[:PAGE])), b"")
+        else:
+            asked = list(takewhile(lambda message: message["role"] != "assistant", chat.messages))
+            key = self._prompts.keys(asked, chat.tools)[-1]
+        return key[:_PREFIX_BYTES].hex()
 
     def _request(self, answering: Answering) -> Request:
         asked = answering.asked
