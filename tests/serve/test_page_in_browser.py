@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model
-from tests.serve.browser import PATIENCE_MS, chromium, is_required, lacking
+from tests.serve.browser import Pace, Visit, chromium, expect, is_required, lacking
 from tests.serve.conftest import Served, serving
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow  # it starts a browser
 
 PHONE = {"width": 360, "height": 740}
-DESKTOP = {"width": 1280, "height": 800}
 THOUGHT = "I weigh it.\n</think>\n\n"
 WORDS = " ".join(f"word{n}" for n in range(120)) + "."
 HOSTILE = """<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 2"> **bold** <b>tag</b>
@@ -52,37 +50,6 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
-class Visit:
-    """The page of a server, and what it complained of."""
-
-    def __init__(self, browser: Browser, served: Served, stack: ExitStack, **options: Any) -> None:
-        context = browser.new_context(**({"viewport": DESKTOP} | options))
-        stack.callback(context.close)
-        self.served, self.context, self.complaints = served, context, list[str]()
-        self.page: Page = context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
-        self.page.goto(served.url)
-
-    def ask(self, text: str = "Hello") -> None:
-        self.page.locator("#question").fill(text)
-        self.page.keyboard.press("Enter")
-
-    def server_metrics(self) -> dict[str, int]:
-        """Answers by how they ended."""
-        return self.served.server.metrics.n_requests
-
-    def answered(self, text: str = "Hello") -> str:
-        """What is said, once it is whole."""
-        from playwright.sync_api import expect
-
-        self.ask(text)
-        footer = self.page.locator("article.answer footer")
-        expect(footer.last).to_be_visible()
-        return self.page.locator("article.answer .content").last.inner_text()
-
-
 Open = Callable[..., Visit]
 
 
@@ -103,27 +70,6 @@ def visit(browser: Browser, tiny: Model) -> Iterator[Open]:
         assert [each for visit in visits for each in visit.complaints] == []
 
 
-class Pace:
-    """Lets the model make so many steps, and no more until it is told to."""
-
-    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._steps, self._is_free, real = threading.Semaphore(0), False, model.loop.step
-
-        def step(stop: Any = None) -> bool:
-            while not self._is_free and not self._steps.acquire(timeout=0.05):
-                pass
-            real(stop)
-            return True  # each is delivered
-
-        monkeypatch.setattr(model.loop, "step", step)
-
-    def go(self, n: int = 1) -> None:
-        self._steps.release(n)
-
-    def go_on(self) -> None:
-        self._is_free = True
-
-
 @pytest.fixture
 def pace(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     found = Pace(tiny, monkeypatch)
@@ -131,19 +77,10 @@ def pace(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     found.go_on()
 
 
-def go_until(pace: Pace, page: Page, selector: str) -> str:
-    """Step by step, until there is text."""
-    while not (text := page.locator(selector).last.inner_text()):
-        pace.go()
-    return text
-
-
 def test_text_comes_as_it_is_said(visit: Open, pace: Pace) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit(WORDS)).page
     found.ask()
-    begun = go_until(pace, page, ".answer .content")
+    begun = pace.until_text(page, ".answer .content")
     assert WORDS.startswith(begun.rstrip()) and len(begun) < len(WORDS)
     expect(page.locator("#stop")).to_be_visible()
     expect(page.locator(".answer footer")).to_be_hidden()
@@ -157,11 +94,9 @@ def test_text_comes_as_it_is_said(visit: Open, pace: Pace) -> None:
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_stop(visit: Open, pace: Pace, how: str) -> None:
     """What has come stays, the server computes no more, and the next question knows of it."""
-    from playwright.sync_api import expect
-
     page = (found := visit(WORDS)).page
     found.ask()
-    go_until(pace, page, ".answer .content")
+    pace.until_text(page, ".answer .content")
     page.locator("#stop").click() if how == "button" else page.keyboard.press("Escape")
     expect(page.locator(".answer .note")).to_have_text("You stopped this answer.")
     expect(page.locator("#question")).to_be_focused()
@@ -179,8 +114,6 @@ def test_stop(visit: Open, pace: Pace, how: str) -> None:
 
 def test_stop_before_anything_is_said(visit: Open, pace: Pace) -> None:
     """That answer is no part of the conversation."""
-    from playwright.sync_api import expect
-
     page = (found := visit("Now.")).page
     found.ask("First")
     expect(page.locator(".waiting")).to_be_visible()
@@ -197,8 +130,6 @@ def test_stop_before_anything_is_said(visit: Open, pace: Pace) -> None:
 
 def test_again(visit: Open) -> None:
     """Another answer takes the place of the last one, with other random numbers."""
-    from playwright.sync_api import expect
-
     page = (found := visit()).page
     found.answered("Tell me a story.")
     for n in (1, 2):
@@ -212,8 +143,6 @@ def test_again(visit: Open) -> None:
 
 
 def test_thinking_is_folded(visit: Open, pace: Pace) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit("Done.")).page
     found.ask()
     pace.go()
@@ -236,8 +165,6 @@ def test_without_thinking(visit: Open) -> None:
 
 
 def test_markdown_and_copied_code(visit: Open) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit(CODE, permissions=["clipboard-read", "clipboard-write"])).page
     found.answered()
     answer = page.locator(".answer .content")
@@ -305,8 +232,6 @@ CELLS = """(shape) => {
 
 @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
 def test_the_experts_of_an_answer_light_up(visit: Open, motion: str) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit(served={"seed": 5}, reduced_motion=motion)).page
     expect(page.locator("#touched")).to_contain_text("8 of 64 experts in each of 4 layers")
     empty = page.evaluate(CELLS, {"n_layers": 4, "n_experts": 64})
@@ -324,8 +249,6 @@ def test_the_experts_of_an_answer_light_up(visit: Open, motion: str) -> None:
 
 
 def test_a_second_question_reuses_the_first(visit: Open) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit("One.")).page
     found.answered()
     expect(page.locator("#reused")).to_have_text(re.compile(r"^0 of \d+$"))
@@ -340,8 +263,6 @@ def test_a_second_question_reuses_the_first(visit: Open) -> None:
 
 
 def test_keyboard(visit: Open) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit("Good.")).page
     expect(page.locator("#question")).to_be_focused()
     page.keyboard.type("one")
@@ -371,8 +292,6 @@ def test_keyboard(visit: Open) -> None:
 
 def test_a_phone(visit: Open) -> None:
     """Nothing is wider than the screen, and the figures can be had."""
-    from playwright.sync_api import expect
-
     page = (found := visit(WIDE, viewport=PHONE, has_touch=True, is_mobile=True)).page
     found.answered("w" * 300)
 
@@ -416,8 +335,6 @@ def test_dark_and_light(visit: Open) -> None:
 
 
 def test_a_key_is_asked_for(visit: Open) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit("In.", served={"api_keys": ("secret",)})).page
     expect(page.locator("#key-dialog")).to_be_visible()
     for key in ("wrong", "a b"):
@@ -440,8 +357,6 @@ def test_a_key_is_asked_for(visit: Open) -> None:
 
 def test_what_goes_wrong_is_said(visit: Open) -> None:
     """In the server's words, and the chat goes on."""
-    from playwright.sync_api import expect
-
     page = (found := visit("Fine.")).page
     page.route("**/v1/chat/completions", lambda route: route.abort())
     found.answered()
@@ -457,8 +372,6 @@ def test_what_goes_wrong_is_said(visit: Open) -> None:
 
 
 def test_a_reload_keeps_the_chat_and_a_new_one_does_not(visit: Open) -> None:
-    from playwright.sync_api import expect
-
     page = (found := visit("Kept **well**.")).page
     found.answered("Remember")
     page.reload()
