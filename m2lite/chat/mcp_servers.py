@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from anyio.from_thread import BlockingPortal
 
-START_S = 60.0  # for a server to start and to list its tools: its runner may download it first
+START_S = 120.0  # for a server to start and to list its tools: its runner may download it first
 _POLL_S = 0.1  # between two looks at whether to stop
 _MOST_TOOLS = 1_000
 _MOST_SAID = 300  # characters of a server's last words that are told
@@ -170,7 +170,7 @@ class _LastWords:
     def told(self) -> str:
         """A sentence, if there is anything to tell."""
         text = " ".join(self._data.decode(errors="replace").split())
-        return f" It said: {shown(text[-_MOST_SAID:])}" if text else ""
+        return f' It said: "{shown(text[-_MOST_SAID:])}".' if text else ""
 
 
 async def _list_tools(client: Any) -> list[Any]:

@@ -94,8 +94,8 @@ def test_time_is_bounded(limits: Limits) -> None:
 def test_a_server_that_dies(server: McpServer) -> None:
     for _ in range(2):
         found = server.call("leave", {}, never)
-        assert found.startswith("error: the server demo has ended. It said: demo runs"), found
-        assert "\033" not in found and found.endswith("no more")
+        assert found.startswith('error: the server demo has ended. It said: "demo runs'), found
+        assert "\033" not in found and found.endswith('no more".')
 
 
 def test_no_process_is_left(limits: Limits) -> None:
@@ -146,7 +146,7 @@ def test_servers_that_do_not_start(limits: Limits, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UsageError, match=why):
             start(command)
     broken = shlex.join([sys.executable, "-c", "import sys; sys.exit('this is no server')"])
-    with pytest.raises(M2liteError, match=r"did not start: .*It said: this is no server"):
+    with pytest.raises(M2liteError, match=r"did not start: .*It said: \"this is no server\""):
         start(broken)
     monkeypatch.setattr(module, "START_S", 0.5)
     mark = f"m2lite-test-{secrets.token_hex(8)}"
