@@ -419,8 +419,8 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type
 
 @target
 def fuzz_calls(data: bytes) -> None:
-    """{"tools": [...], "text": "..."}: a request's tools, and what a model writes."""
-    from m2lite.text.calls import parse_tool_calls
+    """{"tools": [...], "text": "..."}: a request's tools, and what a model writes, whole and character by character."""
+    from m2lite.text.calls import CallReader, parse_tool_calls
     from m2lite.text.messages import check_tools
 
     case = parse_object(data)
@@ -429,6 +429,11 @@ def fuzz_calls(data: bytes) -> None:
         return
     calls, errors = parse_tool_calls(text, check_tools(tools))[:2]
     check_text([calls, errors])
+    reader = CallReader(check_tools(tools))
+    pieces = [piece for character in text for piece in reader.push(character)] + reader.finish()
+    told = "".join(piece.text for piece in pieces if piece.kind == "arguments")
+    assert reader.calls == calls
+    assert told.startswith("".join(json.dumps(each["function"]["arguments"], ensure_ascii=False) for each in calls))
 
 
 @target
