@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,10 @@ class KVDisk:
         """Whether the page lies there, with the modules' K and V if `has_drafts`."""
         info = self.store.info(self.name(key))
         return info is not None and (not has_drafts or info == self._modules)
+
+    def n_there(self, keys: Sequence[bytes]) -> int:
+        """How many of the first pages lie there, sound or not."""
+        return next((n for n, key in enumerate(keys) if not self.store.has(self.name(key))), len(keys))
 
     def read(self, key: bytes, page: int) -> tuple[bool, bool]:
         """(whether that page of the pool now holds it, whether with the K and V of the modules in use)."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.cache import KVPool, Timeline
 
 ROOT = b""
+_TOUCHED = 64 << 20  # bytes of pages whose memory is got at once: a stop is heard between
 _TRIED = 16  # pages behind the same beginning that are compared token by token, the latest first
 
 
@@ -140,7 +141,7 @@ class PrefixCache:
         """Pages that are on disk and not here, as long as there is room; how many came."""
         assert self.disk is not None
         n_there = n = self.depth(keys)
-        held = self._pool.timeline()  # so that no page makes room for one behind it
+        held, n_touched = self._pool.timeline(), n  # held, so that no page makes room for one behind it
         parent = self._whole[keys[n_there - 1]] if n_there else None
         try:
             for key in keys[:n_there]:
@@ -149,7 +150,11 @@ class PrefixCache:
                 self.check()
                 if not self._pool.has_free(1):
                     break
-                self._pool.touch_next()
+                if index == n_touched:  # to look at what is free takes as long as to read a page
+                    n_next = self.disk.n_there(keys[index : index + max(1, _TOUCHED // self._pool.page_bytes)])
+                    n_next = max(1, min(n_next, self._pool.n_free // PAGE))
+                    self._pool.touch_next(n_next)
+                    n_touched += n_next
                 page = self._pool.take_page()
                 view = self._pool.page_view(page)
                 is_there, has_drafts = self.disk.read(keys[index], page)

@@ -266,9 +266,9 @@ class KVPool:
                 return False
         return True
 
-    def touch_next(self) -> None:
-        """Get the memory of the page that is taken next."""
-        self._touch(self._free[-1:])
+    def touch_next(self, n: int) -> None:
+        """Get the memory of the n free pages that are taken next."""
+        self._touch(self._free[-n:])
 
     def take_page(self) -> int:
         page = self._free.pop()

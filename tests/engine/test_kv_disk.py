@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from m2lite import Model, Sampling
+from m2lite import Model, Sampling, machine
 from m2lite.dialogue.conversation import Conversation
+from m2lite.engine import prefix_cache
 from m2lite.engine.kv_disk import KVDisk, default_budget
 from m2lite.engine.prefix_cache import page_keys
 from m2lite.engine.thread import compute_thread
+from m2lite.model import cache
 from m2lite.model.cache import PAGE
 from m2lite.storage.pages import PageStore
 from tests.engine.asked import IDS
@@ -62,6 +64,27 @@ def pages(model: Model, ids: list[int]) -> list[npt.NDArray[np.uint8]]:
         return found
 
     return compute_thread().run(copy)
+
+
+def test_free_memory_is_not_looked_at_for_each_page(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But before any of it is taken; and none is got for pages that are not there."""
+    model, looks, touched = opened("random"), list[int](), list[int]()
+    pool = model.runner.pool
+    saved(model)
+    free, touch = machine.free_memory_bytes, pool.touch_next
+    monkeypatch.setattr(cache, "_LARGE", 0)
+    monkeypatch.setattr(pool, "_is_touched", bytearray(pool.n_pages))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: looks.append(1) or free())
+    monkeypatch.setattr(pool, "touch_next", lambda n: touched.append(n) or touch(n))
+    n = len(IDS) // PAGE
+    assert n > 2
+    pages(model, IDS)
+    assert (touched, len(looks)) == ([n], 1)
+    model.loop.forget()
+    monkeypatch.setattr(prefix_cache, "_TOUCHED", 2 * pool.page_bytes)
+    touched.clear()
+    pages(model, [*IDS, *IDS])
+    assert sum(touched[:-1]) == n and set(touched[:-1]) <= {1, 2} and touched[-1] == 1
 
 
 def test_what_is_read_is_what_was_computed(opened: Opened) -> None:
