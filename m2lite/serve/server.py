@@ -210,9 +210,9 @@ class Server:
 
     def _submit(self, answering: Answering) -> None:
         assert self._driver is not None
-        if answering.log is not None:
-            answering.log.prefix = answering.log.prefix or self._prefix(answering)
         answering.begin(self._driver.submit(self._request(answering), answering))
+        if answering.log is not None:  # only now are its ids known to be ones
+            answering.log.prefix = answering.log.prefix or self._prefix(answering)
 
     def _prefix(self, answering: Answering) -> str:
         """A name for what the prompt begins with: tools and messages up to the first answer, which all turns of a
