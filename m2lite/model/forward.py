@@ -194,6 +194,7 @@ def attention(
 
 def choose(layer: Layer, b: Buffers, place: Place, n: int, check: Check = go_on) -> tuple[int, int]:
     """x += attended Wo; the experts for h = rms_norm(x), sorted: (their number, rows with a NaN or infinite score)."""
+    check()
     n_active = n_bad = 0
     for _, size, scratch in _pieces(b, n, check):
         n_active, n_more = b.kernels.steps.choose(jit.team(), layer.record, scratch, size)
@@ -207,11 +208,12 @@ def choose(layer: Layer, b: Buffers, place: Place, n: int, check: Check = go_on)
 
 
 def _pieces(b: Buffers, n: int, check: Check) -> Iterator[tuple[int, int, npt.NDArray[np.void]]]:
-    """(first row, number of rows, scratch record for them) of n rows, with a look up before each."""
+    """(first row, number of rows, scratch record for them) of n rows, with a look up between them."""
     for first, record in b.rows_records:
         if first >= n:
             return
-        check()
+        if first:
+            check()
         yield first, min(b.pieces.n_rows, n - first), record
 
 

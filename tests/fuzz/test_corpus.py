@@ -49,10 +49,12 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "quant/pieces.py": ("pieces",),
     "quant/safetensors.py": ("safetensors",),
     "quant/texts.py": ("config", "tokenizer", "texts"),
+    "serve/answering.py": "arguments that we wrote as JSON a moment ago",
     "serve/bodies.py": ("served", "messages", "responses", "completions"),
     "serve/messages.py": "arguments that we wrote as JSON a moment ago",
     "serve/scripted.py": "what a tester wrote: no user has it",
     "serve/warm.py": ("served",),
+    "serve/web_page.py": "files of the package",
     "commands/serve.py": "a file of the user's whose lines are compared",
     "settings.py": ("settings",),
     "storage/blocks.py": "weights: any bytes are some",
@@ -70,9 +72,9 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "system/json_text.py": ("json_text",),
     "system/outputs.py": "the first bytes of a file, compared",
     "system/streams.py": "bytes as they come",
-    "text/calls.py": ("calls", "reply"),
     "text/jinja.py": ("template",),
     "text/messages.py": ("request", "batch", "chat"),
+    "text/values.py": ("calls", "reply"),
 }
 
 

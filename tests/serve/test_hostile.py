@@ -91,6 +91,7 @@ def test_nothing_is_computed_for_who_has_left(serve: Serve, monkeypatch: pytest.
 def test_who_leaves_while_it_is_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine has the request, and nobody has its answer yet."""
     found, goes_on = serve("endless"), threading.Event()
+    assert found.http.get("/health").status_code == 200  # it has started
     server, submit = found.server, found.server._submit
 
     def slowly(answering: Any) -> None:

@@ -38,6 +38,7 @@ ALLOWED = {
     ("chat/lines.py", "mkdir"): "the directory of the history of lines",
     ("chat/lines.py", "open"): "the history of lines, which prompt_toolkit appends to",
     ("chat/lines.py", "FileHistory"): "the same",
+    ("chat/mcp_servers.py", "fdopen"): "a pipe",
     ("chat/tools.py", "mkdir"): "what the model was allowed to do",
     ("chat/editor.py", "TemporaryDirectory"): "the text that the user's editor is given",
     ("chat/editor.py", "write_text"): "the same",
