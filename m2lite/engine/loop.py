@@ -39,7 +39,7 @@ _OF_ALL = BadModelError, ResourceError  # errors that are no sequence's own
 _SHORT = 256  # tokens of a prompt that is computed between the layers of a longer one
 _HEAD_ROWS = 64  # of a prompt whose logits are there at once
 _MOST_NOTED = 256  # such rows of one call: their logits take as long as some layers, and others wait
-_PROMPT_SHARE = 0.7  # of what a step of others took: for so long they wait for a long prompt
+_PROMPT_SHARE = 0.5  # of what a step of others took: for so long they wait for a long prompt
 BURST_S = 0.004  # for which one job goes on: to hand over to the compute thread and back takes 0.02 to 0.2 ms
 
 
@@ -217,7 +217,7 @@ class Loop:
             self.scheduler.in_flight = []
 
     def _let_others_go_on(self, stop: Stop | None) -> None:
-        """A step of all but those in flight, to whom the next time belongs: not quite as much, as pieces overrun it."""
+        """A step of all but those in flight, who then have half as much time, and what a piece overruns it."""
         began = time.perf_counter()
         if began < self._others_from:
             return
