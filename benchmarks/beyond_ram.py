@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from pairs import SIDES, Bench, main, parse_arguments, say_ratio
-from runs import Json, RunError, Work, figures, run, wait_for_quiet
+from runs import Json, RunError, Work, drop, figures, run, wait_for_quiet
 from side_by_side import make_pair
 
 BENCH = "beyond_ram"
@@ -74,9 +74,7 @@ class BeyondBench(Bench):
 
     def wait(self) -> None:
         """Until the file is out of the page cache, and others are quiet."""
-        fd = os.open(self.work.model, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        drop([self.work.model])
         wait_for_quiet(self.args.patience)
 
     def warm_up(self) -> None:

@@ -22,20 +22,19 @@ from pathlib import Path
 
 from m2lite import Model, Sampling
 from m2lite.bench import fill, random_ids
+from m2lite.engine.kv_disk import kv_dir
 from m2lite.engine.session import Session
+from m2lite.system.paths import user_dir
+from runs import drop
 from serve_clients import Server, first_token, free_port
 
 _ROOM = 512  # positions beside the prompt
 _PIECE = 1 << 20  # bytes of a read
 
 
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 def kernels() -> Path:
     """Where compiled kernels stay, wherever pages go."""
-    return Path(os.environ.get("M2LITE_CACHE_DIR") or cache() / "m2lite")
+    return Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache"))
 
 
 def start(slice: Path, ctx: int) -> Server:
@@ -44,17 +43,6 @@ def start(slice: Path, ctx: int) -> Server:
     server = Server("m2lite-restart", [*argv, "--parallel", "1", "--draft", "off"], port)
     server.wait()
     return server
-
-
-def drop(files: Sequence[Path]) -> None:
-    """Out of the page cache."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)  # what is not on disk yet cannot be dropped
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
 
 
 def read_all(files: Sequence[Path]) -> float:
@@ -70,8 +58,7 @@ def read_all(files: Sequence[Path]) -> float:
 
 def pages() -> list[Path]:
     """Of all prompts, in the order in which they were written."""
-    root = Path(os.environ["XDG_CACHE_HOME"]) / "m2lite" / "kv"
-    return sorted(root.glob("*/*.page"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted(kv_dir().glob("*/*.page"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def own(session: Session, long: list[int], tail: list[int]) -> float:

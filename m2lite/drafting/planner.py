@@ -2,7 +2,7 @@
 
 Calls decode S sequences; with E tokens expected of a call that costs t, what drafts bring is E x (what a token costs at
 the best) - t. What is not done cannot be measured: now and then another number of modules is tried for some calls, each
-so seldom that it costs about PROBE_SHARE of the time.
+so seldom that it costs about PROBE_SHARE of the time; LEARN_SHARE, as long as it is not well known.
 """
 
 from __future__ import annotations

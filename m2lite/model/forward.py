@@ -157,9 +157,9 @@ def run_layer(
     index, ids = layer_offset // place.layer_bytes, b.array("ids")
     if b.rerouting is not None:
         ids[:n] = b.rerouting(index, place.start, n)
-        n_active = _group_pairs(c, b, n)
+        n_active = _group_pairs(b, n)
     if place.leave is not None and (n_kept := place.leave(index, ids[:n])) < n:
-        n, n_active = n_kept, _group_pairs(c, b, n_kept)
+        n, n_active = n_kept, _group_pairs(b, n_kept)
     if b.n_expert_reads is not None:
         b.n_expert_reads += n_active
     if place.observer is not None:
@@ -200,7 +200,7 @@ def choose(layer: Layer, b: Buffers, place: Place, n: int, check: Check = go_on)
         n_active, n_more = b.kernels.steps.choose(jit.team(), layer.record, scratch, size)
         n_bad += n_more
     if n > b.pieces.n_rows:
-        n_active = _group_pairs(b.config, b, n)
+        n_active = _group_pairs(b, n)
     if place.observer is not None:
         place.observer.dense((layer.attn_output,), b.attended, layer.attn_output.n_in, n)
         place.observer.dense((layer.ffn_gate_inp,), b.h, layer.ffn_gate_inp.n_in, n)
@@ -217,9 +217,9 @@ def _pieces(b: Buffers, n: int, check: Check) -> Iterator[tuple[int, int, npt.ND
         yield first, min(b.pieces.n_rows, n - first), record
 
 
-def _group_pairs(c: Config, b: Buffers, n: int) -> int:
+def _group_pairs(b: Buffers, n: int) -> int:
     """Sort the pairs of n rows by expert, again; the number of experts."""
-    sizes = (n, c.n_experts, c.n_experts_used)
+    sizes = (n, b.config.n_experts, b.config.n_experts_used)
     return int(b.kernels.group_pairs(b.ids, *sizes, b.counts, b.active, b.starts, b.pair_rows, b.pair_slots))
 
 
