@@ -165,8 +165,7 @@ class Talk:
         self.home = ""  # who answered first
         self.n_known = 0  # tokens of the last prompt and answer
 
-    def ask(self) -> int:
-        """A turn; how many of its tokens were cached."""
+    def _answer(self) -> dict[str, Any]:
         body = {"messages": self.messages, "max_tokens": 6, "seed": 1}
         answer = self._client.post("/v1/chat/completions", json=body, headers=self.headers)
         assert answer.status_code == 200, answer.text
@@ -174,6 +173,16 @@ class Talk:
         assert self.prefix in ("", prefix)
         self.server, self.prefix = found["model"], prefix
         self.home = self.home or self.server
+        return found  # type: ignore[no-any-return]
+
+    def is_at(self, server: str) -> bool:
+        """Whether this server answers now. Keeps the conversation as it is, for as often as is asked."""
+        self._answer()
+        return self.server == server
+
+    def ask(self) -> int:
+        """A turn; how many of its tokens were cached."""
+        found = self._answer()
         message, usage = found["choices"][0]["message"], found["usage"]
         self.messages += [message, {"role": "user", "content": "And what else?"}]
         self.n_known = usage["total_tokens"]
@@ -232,7 +241,7 @@ def test_conversations_stay_and_move_when_a_server_dies(
         victim.start()
         returning = next(talk for talk in talks if talk.home == victim.name)
         returning.headers = {"x-session-id": f"session {talks.index(returning)}"}
-        wait_for(lambda: returning.ask() >= 0 and returning.server == victim.name)
+        wait_for(lambda: returning.is_at(victim.name))
         with returning.stream() as streaming, pytest.raises(httpx.TransportError):
             for line in streaming.iter_lines():  # which come before the answer is whole
                 if "reasoning_content" in line:
