@@ -46,7 +46,13 @@ class ModelRunner:
     """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
 
     def __init__(
-        self, gguf: GGUFFile, config: Config, options: ModelOptions, sizes: Allocation, drafting: DraftOptions
+        self,
+        gguf: GGUFFile,
+        config: Config,
+        options: ModelOptions,
+        sizes: Allocation,
+        drafting: DraftOptions,
+        on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Weights, KV pool and buffers of these sizes; weights that do not fit come and go.
 
@@ -56,7 +62,6 @@ class ModelRunner:
         from m2lite.kernels import jit
 
         self.layer = jit.start(options["threads"] or machine.n_usable_cores())
-        self.warnings = jit.warnings()
         self.n_threads = jit.n_threads()
 
         from m2lite.drafting.drafter import Drafter
@@ -72,6 +77,7 @@ class ModelRunner:
         self.pool: KVPool = KVPool(config, sizes.n_pool, options["kv"], drafting.n_modules)
         self.buffers: Buffers = Buffers(config, sizes.n_rows, n_positions=sizes.n_positions)
         self.residency = self._stream_weights(gguf, config, options)
+        self._compile(gguf, on_compile)
         address = None if self.residency is None else self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
         self.mtp: Mtp | None = None if drafting.sidecar is None else bind_mtp(drafting.sidecar, self.weights)
@@ -88,6 +94,23 @@ class ModelRunner:
         self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
+        self.warnings = jit.warnings()
+
+    def _compile(self, gguf: GGUFFile, on_compile: Callable[[int, int], None] | None) -> None:
+        """What the model needs, or load it from the cache; see `Engine.open`."""
+        from m2lite.kernels import fast
+
+        if self.buffers.kernels is not fast:
+            return
+        from m2lite.kernels.ahead import Needs, prepare
+
+        sidecar = self.drafting.sidecar
+        tensors = [*gguf.tensors.values(), *(() if sidecar is None else sidecar.tensors.values())]
+        formats = sorted({tensor.format.name for tensor in tensors if len(tensor.shape) > 1})
+        embedding = gguf.tensors.get("token_embd.weight")
+        if embedding is not None:  # else `bind_weights` says so
+            needs = Needs(formats, embedding.format.name, self.pool.kv, sidecar is not None, self.stream is not None)
+            prepare(needs, min(4, machine.n_usable_cores()), compute_thread().check, on_compile)
 
     def _stream_weights(self, gguf: GGUFFile, config: Config, options: ModelOptions) -> Residency | None:
         """What lets weights come and go, if they do not fit or that is asked for."""
