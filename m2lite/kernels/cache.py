@@ -24,6 +24,7 @@ from typing import Any
 
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from m2lite.kernels.claims import CLOCK, claims_in
@@ -102,7 +103,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
 
         What another process compiles is waited for. The next call is that of save_overload.
         """
-        target.refresh()  # as Numba's does: it may not have been used yet
+        rtsys.initialize(target)  # whose functions code may call; all else is only needed to compile
         path = self._path(signature, target.codegen())
         if (found := _content(path)) is None:
             CLOCK.begin(path.name)
