@@ -164,13 +164,21 @@ class Compiling:
         if not self._is_said and not STDERR.is_terminal:
             say_compiling()
         self._is_said = True
-        STDERR.rewrite("" if n_done == n_all else f"compiling kernels for this processor, once: {n_done} of {n_all}")
+        STDERR.rewrite(f"compiling kernels for this processor, once: {n_done} of {n_all}")
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_said:
+            STDERR.rewrite()
 
 
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
     free = machine.free_memory_bytes()
-    model = begin_model(settings, Compiling(), sequences)
+    with Compiling() as progress:
+        model = begin_model(settings, progress, sequences)
     introduce(settings, free, model)
     return model
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Matrix, Weights
 
 Stop = Callable[[], bool]
+_MOST_COMPILE, _COMPILE_BYTES = 4, 1 << 30  # processes that compile at once; what each may need
 # Of a call that lets others go on: enough rows for each of M2's experts to get several, and pieces of two thousand
 # million multiply-adds at M2's widths, a hundredth of a second on few cores, so that the others' turn comes soon.
 _ASIDE_ROWS, _ASIDE_PIECES = 512, (64, 128, 2e9)
@@ -110,7 +111,8 @@ class ModelRunner:
         embedding = gguf.tensors.get("token_embd.weight")
         if embedding is not None:  # else `bind_weights` says so
             needs = Needs(formats, embedding.format.name, self.pool.kv, sidecar is not None, self.stream is not None)
-            prepare(needs, min(4, machine.n_usable_cores()), compute_thread().check, on_compile)
+            n_processes = min(_MOST_COMPILE, machine.n_usable_cores(), machine.free_memory_bytes() // _COMPILE_BYTES)
+            prepare(needs, n_processes, compute_thread().check, on_compile)
 
     def _stream_weights(self, gguf: GGUFFile, config: Config, options: ModelOptions) -> Residency | None:
         """What lets weights come and go, if they do not fit or that is asked for."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,13 +87,18 @@ def prepare(needs: Needs, n_processes: int, check: Callable[[], None], progress:
     `progress` is called once it has taken a second, and from then on; `check` may raise between kernels.
     """
     helpers = list[subprocess.Popen[bytes]]()
-    CLOCK.restart((_WORTH_S, lambda: helpers.extend(_start(needs) for _ in range(n_processes - 1))))
+
+    def start_others() -> None:
+        with suppress(OSError):  # then there are fewer
+            for _ in range(n_processes - 1):
+                helpers.append(_start(needs))
 
     def tell(n_left: int) -> None:
         check()
         if progress is not None and CLOCK.seconds > jit.LONG_S:
             progress(n_all - n_left, n_all)
 
+    CLOCK.restart((_WORTH_S, start_others))
     try:
         left = units(needs)
         n_all = len(left)
@@ -121,7 +127,7 @@ def _do_share(left: dict[str, Callable[[], Any]], tell: Callable[[int], None]) -
 
 def _start(needs: Needs) -> subprocess.Popen[bytes]:
     """A process that does a share and ends, with us or before us. It is not the terminal's, and so not Ctrl-C's."""
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from m2lite.kernels.ahead import help; help()"
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from m2lite.kernels.ahead import work; work()"
     package = str(Path(__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-P", "-c", code, json.dumps([package, *sys.path]), json.dumps(needs)],
@@ -132,7 +138,7 @@ def _start(needs: Needs) -> subprocess.Popen[bytes]:
     )
 
 
-def help() -> None:
+def work() -> None:
     """What such a process does."""
 
     def end_with_parent() -> None:
