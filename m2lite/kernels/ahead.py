@@ -107,6 +107,7 @@ def prepare(needs: Needs, n_processes: int, check: Callable[[], None], progress:
             compile_unit()
             tell(len(left) - n_done)
     finally:
+        CLOCK.restart()  # what is compiled later is nobody's to share
         for helper in helpers:
             assert helper.stdin is not None
             helper.stdin.close()  # which ends it
