@@ -132,7 +132,7 @@ def test_nothing_is_left_for_the_first_answer(command_env: dict[str, str]) -> No
 def test_a_killed_program_leaves_nothing(command_env: dict[str, str], tmp_path: Path) -> None:
     """Those that compile for it end, too, and every kernel that is there is whole."""
     env = command_env | {"M2LITE_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "m2lite", "generate", "-p", "Hello", "-n", "1"]
+    command = [sys.executable, "-m", "m2lite", "generate", "-p", "Hello", "-n", "1", "--temp", "0"]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None and b"compiling" in process.stderr.readline()
         others = psutil.Process(process.pid).children(recursive=True)
