@@ -110,11 +110,12 @@ print(caller_of_script(int(sys.argv[2])), sum(caller_of_script.stats.cache_hits.
 
 
 def test_code_from_the_cache_finds_what_it_calls(tmp_path: Path) -> None:
-    """In another process that lies elsewhere, and was not compiled before the caller was loaded."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    """In another process, whose sources lie elsewhere: nothing is compiled again."""
     outputs = []
     for number in ("10", "20"):
+        script = tmp_path / number / "script.py"
+        script.parent.mkdir()
+        script.write_text(SCRIPT)
         command, env = [sys.executable, script, tmp_path, number], os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
