@@ -30,7 +30,10 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "threading layer", jit.LAYER
     yield "memory", f"{format_bytes(machine.free_memory_bytes())} free"
     yield "kernel cache", str(jit.CACHE_DIR)
-    yield "disk there", f"{format_bytes(shutil.disk_usage(jit.CACHE_DIR).free)} free"
+    if jit.CACHE_DIR.exists():
+        yield "disk there", f"{format_bytes(shutil.disk_usage(jit.CACHE_DIR).free)} free"
+    for warning in jit.warnings():
+        yield "warning", warning
     try:
         yield "model", str(locate_model(settings.model))
     except M2liteError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.kernels.far import far
 from m2lite.kernels.jit import kernel, n_parts, n_threads, specialise
 from m2lite.kernels.simd import load_f16, load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
 from m2lite.kernels.split import Split
@@ -80,13 +81,13 @@ def _part(part, n_parts, raw, n, out, flags):
 
 
 def _decoder(name: str, load: Any) -> Split:
-    return Split(kernel(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name])))
+    return Split(far()(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name])))
 
 
 _PLAIN = {"F32": _decoder("F32", load_f32), "F16": _decoder("F16", load_f16), "BF16": _decoder("BF16", load_bf16)}
 
 
-@kernel
+@far()
 def _scaled_part(part, n_parts, raw, scale, n_scales, block_rows, block_columns, first_row, n_rows, width, out, flags):
     """out[r, c] = e4m3(raw[r, c]) * scale[(first_row + r) // block_rows, c // block_columns]."""
     worst = bits_of(splat(np.float32(0.0)))

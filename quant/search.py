@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
+from m2lite.kernels.far import far
 from m2lite.kernels.jit import address_of, kernel, n_parts, specialise
 from m2lite.kernels.simd import load_f32, scratch, splat, store_f16, tree_sum, write_f32
 from m2lite.kernels.split import Split
@@ -29,7 +30,7 @@ LANES = 16
 MOST_WEIGHTS = 256  # of a block
 
 
-@kernel
+@far()
 def _part(part, n_parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_rows, n_columns):
     """out[row, column] = the block of x[row, column], float32; n_rows >= 16. importance: float32 of one row, or 0."""
     area = scratch(MOST_WEIGHTS)
@@ -114,7 +115,7 @@ def _elements(part, n_parts, x, out, n):
 
 
 def _element_encoder(name: str, store: Any) -> Split:
-    return Split(kernel(specialise(_elements, f"encode_{name}", store=store)))
+    return Split(far()(specialise(_elements, f"encode_{name}", store=store)))
 
 
 ELEMENTS = {"F16": _element_encoder("f16", store_half), "BF16": _element_encoder("bf16", store_bf16)}
@@ -123,7 +124,7 @@ ELEMENTS = {"F16": _element_encoder("f16", store_half), "BF16": _element_encoder
 # --- one number per row -------------------------------------------------------------------------------------------
 
 
-@kernel
+@far()
 def _squares_part(part, n_parts, x, sigma, n_rows, width):
     """sigma[row] = mean of x[row]**2: 16 virtual lanes and a fixed tree; width is a multiple of 16."""
     for row in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):

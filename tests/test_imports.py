@@ -36,7 +36,7 @@ FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
 QUANT_MAY = (
     "quant", "errors", "shown", "system", "storage",
-    "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
+    "kernels.far", "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
     "text.tokenizer",
 )  # fmt: skip
 

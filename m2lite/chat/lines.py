@@ -6,12 +6,14 @@ import os
 import select
 import signal
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2lite.chat import keys
 from m2lite.chat.commands import COMMANDS
+from m2lite.chat.opening import Opening
 from m2lite.chat.store import list_sessions
 from m2lite.engine.runner import Stop
 from m2lite.shown import shown
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT = "> "
 _POLL_S = 0.1
+_REFRESH_S = 0.5  # of what stands below the prompt
 _BLOCK = '"""'  # begins and ends a message of several lines
 
 
@@ -58,19 +61,23 @@ def without_marks(text: str) -> str:
     return "/" + lines if lines.startswith("/") else lines
 
 
-def typed_lines() -> Iterator[str]:
-    """What the user types: Enter sends, Alt-Enter and Ctrl-J begin a new line, pasted text is taken as it is."""
+def typed_lines(opening: Opening[Any] | None = None) -> Iterator[str]:
+    """What the user types: Enter sends, Alt-Enter and Ctrl-J begin a new line, pasted text is taken as it is.
+
+    The first line may be typed while something is opened; where that fails, there is none.
+    """
     session = _prompt_session()
-    while True:
+    while opening is None or not opening.has_failed:
         try:
-            yield without_marks(_prompt(session))
+            yield without_marks(_prompt(session, opening))
+            session.bottom_toolbar = opening = None
         except KeyboardInterrupt:
             tell("Ctrl-D or /exit leaves.")
         except EOFError:
             return
 
 
-def _prompt(session: PromptSession[str]) -> str:
+def _prompt(session: PromptSession[str], opening: Opening[Any] | None = None) -> str:
     """A line; a signal that ends the process ends the prompt first, and raises nothing within the event loop."""
     app = session.app
 
@@ -78,17 +85,36 @@ def _prompt(session: PromptSession[str]) -> str:
         if app.is_running and not app.is_done:
             app.exit(exception=EOFError)
 
-    def ask() -> None:
+    def ask(what: Callable[[], None] = end) -> None:
         loop = app.loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(end)
+            loop.call_soon_threadsafe(what)
+
+    def begin() -> None:
+        if is_asked():
+            end()
+        elif opening is not None:
+            opening.when_done(partial(ask, partial(_show_opened, session, opening, end)))
 
     with leave_afterwards(ask) as is_asked:
         return session.prompt(
             PROMPT,
-            pre_run=lambda: end() if is_asked() else None,
+            pre_run=begin,
             handle_sigint=is_heeded(signal.SIGINT),
+            bottom_toolbar=None if opening is None or opening.is_done else lambda: opening.text,
+            refresh_interval=0.0 if opening is None else _REFRESH_S,
         )
+
+
+def _show_opened(session: PromptSession[str], opening: Opening[Any], end: Callable[[], None]) -> None:
+    """What was opened is introduced above the prompt; where that went wrong, there is nothing to ask for."""
+    from prompt_toolkit.application import run_in_terminal
+
+    session.bottom_toolbar = None
+    if opening.has_failed:
+        end()
+    elif session.app.is_running and not session.app.is_done:
+        run_in_terminal(opening.introduce)
 
 
 def ask_line(question: str, stop: Stop) -> str:

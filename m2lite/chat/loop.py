@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
@@ -24,15 +24,20 @@ from m2lite.system.streams import STDERR, STDOUT, OutputError, ReaderGone, stdin
 _SHOWN_RESULT = 2000  # characters of a tool's result that are shown; the model gets all of it
 
 
-def run_chat(chat: Chat) -> int:
-    """Talk until the user leaves; returns the exit code."""
+def is_interactive() -> bool:
+    """Whether a person sits there."""
+    return stdin_is_terminal() and STDOUT.is_terminal
+
+
+def run_chat(chat: Chat, lines: Iterator[str] | None = None) -> int:
+    """Talk until the user leaves; returns the exit code. `lines` are what the user types, where that has begun."""
     talk = _Talk(chat)
-    is_terminal = stdin_is_terminal() and STDOUT.is_terminal
+    is_terminal = is_interactive()
     if chat.saved is not None and chat.saved.saved.messages:
         tell(last_exchange(chat), dim=True)
     try:
         with kept() if is_terminal else nullcontext():
-            for line in typed_lines() if is_terminal else piped_lines():
+            for line in lines or (typed_lines() if is_terminal else piped_lines()):
                 try:
                     code = talk.handle(line)
                 except SecondInterrupt:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, command, open_model
+from m2lite import machine
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, begin_model, command, introduce, open_model
 from m2lite.commands.options import SchemaOption, StopOption, answer_defaults, say_seed
 from m2lite.commands.places import places_beside
 from m2lite.errors import UsageError
@@ -17,6 +20,7 @@ from m2lite.system.paths import named_path
 from m2lite.system.streams import stdin_is_terminal
 
 if TYPE_CHECKING:
+    from m2lite.api import Model
     from m2lite.chat.tools import Limits, Tools
     from m2lite.sampling.json_schema import Schema
 
@@ -88,7 +92,7 @@ def chat(
     if continue_ or session is not None or (stdin_is_terminal() and not no_save):  # what is piped is somebody's script
         saved = SavedChat(latest_session() if continue_ else session or new_name())
     say_seed(defaults.sampling, settings)
-    with _offered(tools or [], mcp or [], limits, defaults.schema) as box, open_model(settings) as model:
+    with _offered(tools or [], mcp or [], limits, defaults.schema) as box, _opened(settings) as (model, lines):
         conversation = Conversation(model.session(), system, None if box is None else box.schemas)
         conversation.keep_thinking = keep_thinking
         talk = Chat(
@@ -107,8 +111,34 @@ def chat(
         if settings.kv_disk if saved is None else settings.kv_disk != 0:
             model.use_disk(settings.kv_disk)
             conversation.is_kept_on_disk = True
-        code = run_chat(talk)
+        code = run_chat(talk, lines)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _opened(settings: Settings) -> Iterator[tuple[Model, Iterator[str] | None]]:
+    """The model; and while kernels are compiled for it a person may type: what comes, if a line has come."""
+    from m2lite.chat.keys import kept
+    from m2lite.chat.lines import typed_lines
+    from m2lite.chat.loop import is_interactive
+    from m2lite.chat.opening import Opening
+
+    if not is_interactive():
+        with open_model(settings) as model:
+            yield model, None
+        return
+    free = machine.free_memory_bytes()
+    opening = Opening(partial(begin_model, settings), partial(introduce, settings, free))
+    lines = None
+    if opening.is_slow():
+        typed = typed_lines(opening)
+        with kept():
+            first = next(typed, "/exit")
+        lines = chain([first], typed)
+        if first.strip() == "/exit" and not opening.is_done:
+            raise typer.Exit(0)
+    with opening.result() as model:
+        yield model, lines
 
 
 @contextmanager

@@ -151,16 +151,49 @@ def announce_compiling() -> None:
 
 
 def say_compiling() -> None:
-    note("compiling kernels for this processor, once (up to a minute)...")
+    note("compiling kernels for this processor, once...")
+
+
+class Compiling:
+    """Says so, and how far it is: on a terminal in one line that goes when it is over."""
+
+    def __init__(self) -> None:
+        self._is_said = False
+
+    def __call__(self, n_done: int, n_all: int) -> None:
+        if not self._is_said and not STDERR.is_terminal:
+            say_compiling()
+        self._is_said = True
+        STDERR.rewrite(f"compiling kernels for this processor, once: {n_done} of {n_all}")
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_said:
+            STDERR.rewrite()
 
 
 def open_model(settings: Settings, sequences: int = 1) -> Model:
     """The model that the settings name, with its start line on stderr; room for so many sequences at once."""
+    free = machine.free_memory_bytes()
+    with Compiling() as progress:
+        model = begin_model(settings, progress, sequences)
+    introduce(settings, free, model)
+    return model
+
+
+def begin_model(settings: Settings, on_compile: Callable[[int, int], None], sequences: int = 1) -> Model:
+    """The same, and nothing is said."""
     from m2lite.api import Model
+
+    return Model.open(settings.model, sequences=sequences, on_compile=on_compile, **settings.opening)
+
+
+def introduce(settings: Settings, free: int, model: Model) -> None:
+    """Its start line, and what there is to warn of; `free` bytes of memory were there before."""
     from m2lite.describe import format_mix, type_mix
 
-    free = machine.free_memory_bytes()
-    model = Model.open(settings.model, sequences=sequences, on_compile=say_compiling, **settings.opening)
     parts = [
         model.path.name,
         format_mix(type_mix(model.gguf)),
@@ -184,7 +217,6 @@ def open_model(settings: Settings, sequences: int = 1) -> Model:
         )
     for warning in filter(None, [*warnings, *model.tokenizer.warnings, model.template.warning]):
         note(f"warning: {warning}")
-    return model
 
 
 class ProgressBar:

@@ -77,7 +77,7 @@ class Engine:
         *,
         sequences: int = 1,
         pool: int | None = None,
-        on_compile: Callable[[], None] | None = None,
+        on_compile: Callable[[int, int], None] | None = None,
         **options: Unpack[ModelOptions],
     ) -> Self:
         """Open a GGUF file, a directory with one, or (None) the bundled model.
@@ -93,8 +93,8 @@ class Engine:
         same. `draft_tokens` bounds the drafts of one step.
         With `heat` it is kept in the cache directory which of such a model's experts are used, and which drafts pay,
         for the next start.
-        `template` "builtin" uses MiniMax-M2's own instead of the file's. `on_compile` is called once if kernels have
-        to be compiled, which takes most of a minute on the first run on a machine.
+        `template` "builtin" uses MiniMax-M2's own instead of the file's. On the first run on a machine kernels are
+        compiled: `on_compile` is called with how many of how many are ready, if that takes longer than a second.
 
         Raises UsageError, BadModelError or ResourceError, and TypeError for an option that does not exist.
         """
@@ -110,11 +110,7 @@ class Engine:
             sizes = choose_sizes(config, options, drafting.n_modules, sequences, pool)
 
             def build() -> ModelRunner:
-                from m2lite.kernels import jit
-
-                if on_compile is not None:
-                    jit.on_compile(on_compile)
-                return ModelRunner(gguf, config, options, sizes, drafting)
+                return ModelRunner(gguf, config, options, sizes, drafting, on_compile)
 
             job = compute_thread().submit(build)  # imports Numba while this thread builds the tokenizer
             tokenizer = load_tokenizer(gguf)

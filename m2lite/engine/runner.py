@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these import Numba
     from m2lite.model.weights import Matrix, Weights
 
 Stop = Callable[[], bool]
+_MOST_COMPILE, _COMPILE_BYTES = 4, 1 << 30  # processes that compile at once; what each may need
 # Of a call that lets others go on: enough rows for each of M2's experts to get several, and pieces of two thousand
 # million multiply-adds at M2's widths, a hundredth of a second on few cores, so that the others' turn comes soon.
 _ASIDE_ROWS, _ASIDE_PIECES = 512, (64, 128, 2e9)
@@ -46,7 +47,13 @@ class ModelRunner:
     """What the compute thread works with: weights, KV pool and scratch buffers. Touch it in jobs only."""
 
     def __init__(
-        self, gguf: GGUFFile, config: Config, options: ModelOptions, sizes: Allocation, drafting: DraftOptions
+        self,
+        gguf: GGUFFile,
+        config: Config,
+        options: ModelOptions,
+        sizes: Allocation,
+        drafting: DraftOptions,
+        on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Weights, KV pool and buffers of these sizes; weights that do not fit come and go.
 
@@ -56,7 +63,6 @@ class ModelRunner:
         from m2lite.kernels import jit
 
         self.layer = jit.start(options["threads"] or machine.n_usable_cores())
-        self.warnings = jit.warnings()
         self.n_threads = jit.n_threads()
 
         from m2lite.drafting.drafter import Drafter
@@ -72,6 +78,7 @@ class ModelRunner:
         self.pool: KVPool = KVPool(config, sizes.n_pool, options["kv"], drafting.n_modules)
         self.buffers: Buffers = Buffers(config, sizes.n_rows, n_positions=sizes.n_positions)
         self.residency = self._stream_weights(gguf, config, options)
+        self._compile(gguf, on_compile)
         address = None if self.residency is None else self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
         self.mtp: Mtp | None = None if drafting.sidecar is None else bind_mtp(drafting.sidecar, self.weights)
@@ -88,6 +95,24 @@ class ModelRunner:
         self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
+        self.warnings = jit.warnings()
+
+    def _compile(self, gguf: GGUFFile, on_compile: Callable[[int, int], None] | None) -> None:
+        """What the model needs, or load it from the cache; see `Engine.open`."""
+        from m2lite.kernels import fast
+
+        if self.buffers.kernels is not fast:
+            return
+        from m2lite.kernels.ahead import Needs, prepare
+
+        sidecar = self.drafting.sidecar
+        tensors = [*gguf.tensors.values(), *(() if sidecar is None else sidecar.tensors.values())]
+        formats = sorted({tensor.format.name for tensor in tensors if len(tensor.shape) > 1})
+        embedding = gguf.tensors.get("token_embd.weight")
+        if embedding is not None:  # else `bind_weights` says so
+            needs = Needs(formats, embedding.format.name, self.pool.kv, sidecar is not None, self.stream is not None)
+            n_processes = min(_MOST_COMPILE, machine.n_usable_cores(), machine.free_memory_bytes() // _COMPILE_BYTES)
+            prepare(needs, n_processes, compute_thread().check, on_compile)
 
     def _stream_weights(self, gguf: GGUFFile, config: Config, options: ModelOptions) -> Residency | None:
         """What lets weights come and go, if they do not fit or that is asked for."""

@@ -20,7 +20,8 @@ import numpy as np
 from numba import types
 
 from m2lite.kernels.elementwise import exp16
-from m2lite.kernels.jit import address_of, kernel, specialise
+from m2lite.kernels.far import far
+from m2lite.kernels.jit import address_of, inner, kernel, specialise
 from m2lite.kernels.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.kernels.pages import PAGE
 from m2lite.kernels.simd import (
@@ -56,7 +57,7 @@ ROWS = 16  # rows that share a page while it is in the cache
 # --- sizes and places ----------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def set_size(left):
     """How many of `left` heads are computed together next; maxima and sums of such a set lie in one vector."""
     if left >= 6:
@@ -66,7 +67,7 @@ def set_size(left):
     return 2 if left >= 2 else 1
 
 
-@kernel
+@inner
 def n_sets(group):
     """At most so many sets."""
     return group // 6 + 2
@@ -77,7 +78,7 @@ def state_bytes(group, head_dim):
     return 4 * group * head_dim + 128 * n_sets(group)
 
 
-@kernel
+@inner
 def work_places(work, group):
     """Where scratch for one page lies, behind 128 bytes for maxima and sums: factors, scores, weights."""
     scores = work + 128 + 128 * n_sets(group)
@@ -101,7 +102,7 @@ load = scores_6 = scores_4 = scores_2 = scores_1 = values_6 = values_4 = values_
 tile_scores = tile_values = page_scores = page_values = None
 
 
-@kernel
+@inner
 def load_q8(address):
     return i32_to_f32(load_i8(address))
 
@@ -111,14 +112,14 @@ def _scores(out, q, tile, stride, scales, head_dim, ahead, ahead_step):
 
     The tile's rows are `stride` bytes apart. Meanwhile the cache lines from `ahead` on are asked for.
     """
-    n = 32 if scales else head_dim
+    n = 32 if is_q8 else head_dim
     for i in range(0, head_dim, n):
         sums = zeros(H)
         for d in range(i, i + n, 2):
             prefetch(ahead + d * ahead_step)
             sums = fma_rows(sums, q + 4 * d, 4 * head_dim, load(tile + stride * d))
             sums = fma_rows(sums, q + 4 * d + 4, 4 * head_dim, load(tile + stride * d + stride))
-        if scales == 0:
+        if not is_q8:
             store_rows(out, 4 * PAGE, sums)
         else:
             if i == 0:
@@ -171,7 +172,7 @@ def _tile_values(acc, factors, p, tile, stride, n_valid, group, head_dim, ahead,
 # --- one page ------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def page_top(scores, n_valid, scale):
     """scores[64] *= scale, -inf from n_valid on; returns their maximum."""
     top = splat(MINUS_INFINITY)
@@ -184,7 +185,7 @@ def page_top(scores, n_valid, scale):
     return max_lanes(top)
 
 
-@kernel
+@inner
 def page_weights(scores, top):
     """scores = exp(scores - top), in place; returns their sum."""
     total = splat(ZERO)
@@ -195,7 +196,7 @@ def page_weights(scores, top):
     return tree_sum(total)
 
 
-@kernel
+@inner
 def merge_sums(sums, tops, totals, factors):
     """(maximum, sum) of up to 16 heads at `sums` takes those at `tops`, `totals` in; factors = keep[16], take[16]."""
     old, new = load_f32(sums), load_f32(tops)
@@ -207,7 +208,7 @@ def merge_sums(sums, tops, totals, factors):
     store_f32(sums + 64, fma(load_f32(totals), take, mul(load_f32(sums + 64), keep)))
 
 
-@kernel
+@far(scale=types.float32)
 def page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work):
     """scores[group, 64] become p; (maximum, sum) of the state take the page's in; factors = keep, take of each set."""
     sums, h = state + 4 * group * head_dim, 0
@@ -232,7 +233,7 @@ def _page_scores(scores, q, k, n_valid, group, head_dim, ahead):
         tile_scores(scores + 4 * lane, q, k + item * lane, item * PAGE, scales, group, head_dim, next_k, 16 * item)
 
 
-@kernel
+@inner
 def scale_weights(weights, p, scales, group):
     """weights[group, 64] = p[group, 64] * scales[64]."""
     for i in range(0, PAGE, 16):
@@ -265,15 +266,16 @@ def attend_address(kv):
     if kv == "q8_0":
         names = {"is_q8": True, "item": 1, "load": load_q8}
 
-    def build(template, end="", **more):
+    def build(made, template, end="", **more):
         name = template.__name__[1:]
-        names[name + end] = kernel(specialise(template, f"{name}_{kv}{end}", **names, **more))
+        names[name + end] = made(specialise(template, f"{name}_{kv}{end}", **names, **more))
 
     for n in (6, 4, 2, 1):
-        build(_scores, f"_{n}", H=n)
-        build(_values, f"_{n}", H=n)
-    for template in (_tile_scores, _tile_values, _page_scores, _page_values):
-        build(template)
+        build(inner, _scores, f"_{n}", H=n)
+        build(inner, _values, f"_{n}", H=n)
+    for made, templates in ((far(), (_tile_scores, _tile_values)), (inner, (_page_scores, _page_values))):
+        for template in templates:
+            build(made, template)
     signature = types.void(*[types.int64] * 7, types.float32, *[types.int64] * 2)
     return address_of(specialise(_attend_page, f"attend_page_{kv}", **names), signature)
 
@@ -281,7 +283,7 @@ def attend_address(kv):
 # --- states --------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def clear_state(state, group, head_dim):
     for i in range(0, 4 * group * head_dim, 64):
         store_f32(state + i, splat(ZERO))
@@ -291,7 +293,7 @@ def clear_state(state, group, head_dim):
         store_f32(at + 64, splat(ZERO))
 
 
-@kernel
+@inner
 def merge_state(into, state, group, head_dim, factors):
     """The triple at `into` takes the one of the next block in."""
     offset, h = 4 * group * head_dim, 0
@@ -306,7 +308,7 @@ def merge_state(into, state, group, head_dim, factors):
         offset += 128
 
 
-@kernel
+@inner
 def finish_state(out, state, group, head_dim):
     """out[group, head_dim] = vectors / sums."""
     sums, h = state + 4 * group * head_dim + 64, 0
@@ -323,22 +325,22 @@ def finish_state(out, state, group, head_dim):
 # --- rows and parts ------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def n_pages_of(positions, t):
     return read_i32(positions + 4 * t) // PAGE + 1
 
 
-@kernel
+@inner
 def n_blocks_of(positions, t):
     return read_i32(positions + 4 * t) // (PAGE * BLOCK) + 1
 
 
-@kernel
+@inner
 def page_at(tables, t, page):
     return read_i64(read_i64(tables + 8 * t) + 8 * page)
 
 
-@kernel
+@inner
 def page_ahead(page, t, tables, positions, n_rows):
     """The page that attend_block reads next; its own for rows behind the first of a shared page: they ask for none."""
     own = page_at(tables, t, page)
@@ -351,7 +353,7 @@ def page_ahead(page, t, tables, positions, n_rows):
     return own
 
 
-@kernel
+@inner
 def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, shape, scale, work):
     """states[t] = the block's triple of each row; a page is read by all rows before the next one is touched."""
     page_function, group, head_dim, half_bytes = shape
@@ -370,7 +372,7 @@ def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, sh
                 )  # fmt: skip
 
 
-@kernel
+@inner
 def attend_rows(first, last, out, q, q_step, tables, positions, n_rows, offset, shape, scale, scratch):
     """Blocks first to last of up to ROWS rows, for one kv head; a row that is cut comes alone.
 
@@ -380,8 +382,9 @@ def attend_rows(first, last, out, q, q_step, tables, positions, n_rows, offset, 
     step = state_bytes(group, head_dim)
     states, totals, blocks = state_places(scratch, group, head_dim)
     if first > 0:
+        one = np.int64(1)  # not a literal, of which Numba would compile a copy
         for b in range(first, last):
-            attend_block(b, blocks + b * step, q, q_step, tables, positions, 1, offset, shape, scale, scratch)
+            attend_block(b, blocks + b * step, q, q_step, tables, positions, one, offset, shape, scale, scratch)
         return
     for t in range(n_rows):
         clear_state(totals + t * step, group, head_dim)
@@ -409,7 +412,7 @@ def part_begin(part, n_parts, positions, n_rows, n_kv_heads):
     return kv_head, t, at // BLOCK
 
 
-@kernel
+@far(scale=types.float32)
 def attend_part(
     part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
     head_bytes, scratch, scratch_bytes,
@@ -440,7 +443,7 @@ def attend_part(
             kv_head, t = kv_head + 1, 0
 
 
-@kernel
+@far(scale=types.float32)
 def join_parts(
     n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page, head_bytes,
     scratch, scratch_bytes,

@@ -8,13 +8,15 @@ it holds is checked before it is used; what cannot be read or written is compile
 
 from __future__ import annotations
 
-import atexit
+import errno
 import hashlib
 import os
 import pickle
 import shutil
 import stat
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,72 +24,120 @@ from typing import Any
 
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
+from m2lite.kernels.claims import CLOCK, claims_in
 from m2lite.system.paths import user_dir
 
 _KEPT = 8  # directories, each of one version of the sources
+_STALE_S = 3600.0
+_NOWHERE = Path(os.devnull) / "kernels"
+
+LOST: list[str] = []  # a sentence on what could not be kept
+
+# What compiled code may refer to by name, and what gives the name its address: that comes before the code is loaded.
+SYMBOLS: dict[str, Callable[[], None]] = {}
+
+SAVING = threading.Lock()  # held where a process that ends would leave a temporary file
+_PATIENCE_S, _POLL_S = 120.0, 0.01  # with which another process's work is waited for
 
 
-def _owned_private(path: Path) -> bool:
+def _is_private(path: Path) -> bool:
     """The files are pickles: only a directory that nobody else can write is used."""
+    info = path.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+
+
+def choose_directory(name: str) -> tuple[Path, str]:
+    """The directory called `name` among the user's caches, and what is wrong with it, in words, or "".
+
+    It may be missing, or not be private: then nothing is read there, and nothing is written.
+    """
+    root = Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache")) / "kernels"
+    path, why = root / name, ""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = path.lstat()
+        if not _is_private(root) or not _is_private(path):
+            why, path = "it is not yours alone to write", _NOWHERE
+        elif not os.access(path, os.W_OK):
+            why = "it is read-only"
+        else:
+            _tidy(root, path)
+    except OSError as error:
+        why, path = error.strerror or str(error), _NOWHERE
+    return path, f"compiled kernels cannot be kept in {root} ({why}): starts take longer" if why else ""
+
+
+def _tidy(root: Path, path: Path) -> None:
+    """The oldest versions go, and what writers left that were killed."""
+    with suppress(OSError):
+        os.utime(path)  # its own time is that of its last new file: one in use must not look old
+        old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+        for stale in [*old[:-_KEPT], *(p for p in path.glob(".new-*") if p.stat().st_mtime < time.time() - _STALE_S)]:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _content(path: Path) -> Any:
+    """What is in a file of the cache; None where it is not there, or not whole."""
+    try:
+        found = path.read_bytes()
     except OSError:
-        return False
-    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
-    return ours and os.access(path, os.W_OK)
-
-
-def choose_directory(name: str) -> Path:
-    """The directory called `name`, where the user's caches are, else among temporary files, else of this process."""
-    user = Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache")) / "kernels"
-    for root in (user, Path(tempfile.gettempdir()) / f"m2lite-kernels-{os.getuid()}"):
-        path = root / name
-        if _owned_private(root) and _owned_private(path):
-            with suppress(OSError):
-                os.utime(path)  # its own time is that of its last new file: one in use must not look old
-                old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-                for stale in old[:-_KEPT]:
-                    shutil.rmtree(stale, ignore_errors=True)
-            return path
-    path = Path(tempfile.mkdtemp(prefix="m2lite-kernels-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
+        return None
+    is_whole = hashlib.sha256(found[32:]).digest() == found[:32]
+    return pickle.loads(found[32:]) if is_whole else None  # noqa: S301  # ours: see `_owned_private`
 
 
 class KernelCache(NullCache):  # type: ignore[misc]
     """Of one function, in the form that Numba asks for."""
 
     def __init__(self, function: Callable[..., Any], directory: Path) -> None:
-        self._directory = directory
+        self._directory, self._claims = directory, claims_in(directory)
         code = function.__code__
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         self._key = (function.__module__, function.__qualname__, code.co_firstlineno, code.co_code, dumps(cells))
         self._name = function.__qualname__.replace("<locals>.", "").replace("/", "")
 
     def load_overload(self, signature: Any, target: Any) -> CompileResult | None:
-        """What was compiled for this signature and processor; None where that is not there, or not whole."""
-        target.refresh()  # as Numba's does: it may not have been used yet
-        try:
-            found = self._path(signature, target.codegen()).read_bytes()
-        except OSError:
-            return None
-        if hashlib.sha256(found[32:]).digest() != found[:32]:
-            return None
-        return CompileResult._rebuild(target, *pickle.loads(found[32:]))  # noqa: S301  # ours: see `_owned_private`
+        """What was compiled for this signature and processor; None where that is not there, or not whole.
+
+        What another process compiles is waited for. The next call is that of save_overload.
+        """
+        rtsys.initialize(target)  # whose functions code may call; all else is only needed to compile
+        path = self._path(signature, target.codegen())
+        if (found := _content(path)) is None:
+            CLOCK.begin(path.name)
+            given_up = time.monotonic() + _PATIENCE_S
+            while not self._claims.take(path.name) and time.monotonic() < given_up:
+                time.sleep(_POLL_S)
+            if (found := _content(path)) is None:
+                return None
+            self._done(path)
+        names, parts = found
+        for name in names:
+            SYMBOLS[name]()
+        return CompileResult._rebuild(target, *parts)
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         """Keep it, if there is room. What depends on this process's addresses is not kept."""
-        if result.library.has_dynamic_globals or not all(x.can_cache for x in result.lifted):
-            return
-        data = dumps(result._reduce())
         path = self._path(signature, result.codegen)
-        with suppress(OSError), tempfile.TemporaryDirectory(prefix=".new-", dir=self._directory) as folder:
-            new = Path(folder) / "kernel"
-            new.write_bytes(hashlib.sha256(data).digest() + data)
-            new.replace(path)
+        if not result.library.has_dynamic_globals and all(x.can_cache for x in result.lifted):
+            functions = result.library._final_module.functions
+            names = [function.name for function in functions if function.is_declaration and function.name in SYMBOLS]
+            data = dumps((names, result._reduce()))
+            try:
+                with SAVING, tempfile.TemporaryDirectory(prefix=".new-", dir=self._directory) as folder:
+                    new = Path(folder) / "kernel"
+                    new.write_bytes(hashlib.sha256(data).digest() + data)
+                    new.replace(path)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) and not LOST:
+                    LOST.append(f"compiled kernels cannot be kept in {self._directory} ({error.strerror})")
+        self._done(path)
+
+    def _done(self, path: Path) -> None:
+        self._claims.release(path.name)
+        CLOCK.end(path.name)
 
     def _path(self, signature: Any, codegen: Any) -> Path:
         key = hashlib.sha256(repr((self._key, signature, codegen.magic_tuple())).encode()).hexdigest()

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from m2lite.kernels.exp import EXP_FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, TAYLOR
-from m2lite.kernels.jit import kernel
+from m2lite.kernels.jit import inner, kernel
 
 MAX_TOP_K = 128  # longer lists are sorted faster than they are kept sorted
 NOT_FINITE = -1
@@ -36,7 +36,7 @@ def exp_below_0(x):
     return y * POWERS[int(n) - LOWEST_POWER]
 
 
-@kernel
+@inner
 def high_product(a, b):
     """The upper 64 bits of a * b."""
     a0, a1, b0, b1 = a & U32, a >> U32_BITS, b & U32, b >> U32_BITS
@@ -58,7 +58,7 @@ def uniform(seed, stream, position):
     return np.float64(c0 >> U11) * 2.0**-53
 
 
-@kernel
+@inner
 def largest(logits, ids, values):
     """The largest logits in falling order, equal ones by rising id. False where a logit is NaN or +infinity."""
     k, n, finite = len(ids), 0, True
@@ -76,7 +76,7 @@ def largest(logits, ids, values):
     return finite
 
 
-@kernel
+@inner
 def rank_keys(logits):
     """uint32 that rise as the logits fall; -0 is 0."""
     raw, keys = logits.view(np.uint32), np.empty(len(logits), np.uint32)
@@ -86,7 +86,7 @@ def rank_keys(logits):
     return keys
 
 
-@kernel
+@inner
 def largest_digit(keys, k):
     """(d, n): the k smallest keys have a first digit of d or less, as n keys have."""
     counts = np.zeros(1 << DIGIT_BITS, np.int64)
@@ -124,7 +124,7 @@ def ranked(logits, k):
     return ids[:k]
 
 
-@kernel
+@inner
 def draw_ranked(ids, values, temperature, top_p, min_p, seed, stream, position):
     """(id, share): drawn from candidates in rank order, whose logits are `values`, and its probability among them."""
     n, total = len(values), 0.0

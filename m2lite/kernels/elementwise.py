@@ -7,9 +7,11 @@ are in bytes, values are float32, row lengths are multiples of 32. `part` of `n_
 from __future__ import annotations
 
 import numpy as np
+from numba.core.types import float32
 
 from m2lite.kernels.dots import GROUP, HALF_SUM_AT, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, SUM_AT
-from m2lite.kernels.jit import kernel
+from m2lite.kernels.far import far
+from m2lite.kernels.jit import inner
 from m2lite.kernels.simd import (
     add,
     call_unpack,
@@ -48,7 +50,7 @@ SMALLEST_AMAX = F(1e-30)  # a block of activations below this counts as zeros
 INT8_MAX = F(127.0)
 
 
-@kernel
+@inner
 def exp16(x):
     """exp per lane; exactly 0 below EXP_LOWEST; NaN stays NaN."""
     clamped = select_below(splat(EXP_HIGHEST), x, splat(EXP_HIGHEST), maximum(x, splat(EXP_LOWEST)))
@@ -65,27 +67,27 @@ def exp16(x):
     return or_nan(select_below(x, splat(EXP_LOWEST), splat(ZERO), scale_by_power(p, n)), x)
 
 
-@kernel
+@inner
 def sigmoid16(x):
     """1 / (1 + exp(-x)) per lane."""
     return div(splat(ONE), add(splat(ONE), exp16(mul(x, splat(MINUS_ONE)))))
 
 
-@kernel
+@far()
 def embed_rows(unpack, w, row_bytes, n_blocks, tokens, n_rows, out, out_stride):
     """out[t] = row tokens[t] of w as float32; tokens is int32."""
     for t in range(n_rows):
         call_unpack(unpack, w + read_i32(tokens + 4 * t) * row_bytes, n_blocks, out + t * out_stride)
 
 
-@kernel
+@far()
 def add_rows(x, y, n_rows, n):
     """x[t] += y[t]; both [n_rows, n], contiguous."""
     for i in range(0, 4 * n_rows * n, 64):
         store_f32(x + i, add(load_f32(x + i), load_f32(y + i)))
 
 
-@kernel
+@far()
 def read_part(part, n_parts, address, n_bytes, sums):
     """Load n_bytes in steps of 256 and keep maxima: what plain reading costs. sums: float32 [n_parts], meaningless."""
     begin, end = part * n_bytes // n_parts // 256 * 256, (part + 1) * n_bytes // n_parts // 256 * 256
@@ -96,7 +98,7 @@ def read_part(part, n_parts, address, n_bytes, sums):
     write_f32(sums + 4 * part, tree_sum(add(add(a, b), add(c, d))))
 
 
-@kernel
+@inner
 def norm_scale(x, n, eps):
     """1 / sqrt(mean of squares + eps) of a row of n."""
     squares = splat(ZERO)
@@ -107,7 +109,7 @@ def norm_scale(x, n, eps):
     return ONE / np.sqrt(mean + eps)
 
 
-@kernel
+@far(eps=float32)
 def rms_norm(out, x, weight, n_rows, n, eps):
     """out[t] = x[t] / rms(x[t]) * weight; [n_rows, n], contiguous; out may be x."""
     for t in range(n_rows):
@@ -117,7 +119,7 @@ def rms_norm(out, x, weight, n_rows, n, eps):
             store_f32(out + 4 * n * t + i, mul(mul(load_f32(row + i), scale), load_f32(weight + i)))
 
 
-@kernel
+@far(eps=float32)
 def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_dim, eps):
     """RMS norm over the whole row of n_heads * head_dim, then rotation of the first rotary_dim of each head, in place.
 
@@ -142,7 +144,7 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
 # --- activation panels (layout in dot.py) --------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def write_sums(at, both):
     """Write -8 a and -8 b as int16 where `both` is a + 65536 b, and return a + b."""
     a = np.int32(np.int16(both))
@@ -151,7 +153,7 @@ def write_sums(at, both):
     return np.int32(a + b)
 
 
-@kernel
+@inner
 def pack_row_int8(panel, step, x, n_blocks):
     """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.SUM_AT); to nearest even."""
     for b in range(n_blocks):
@@ -168,7 +170,7 @@ def pack_row_int8(panel, step, x, n_blocks):
         write_sums(at + HALF_SUM_AT, first)
 
 
-@kernel
+@inner
 def pack_row_float(panel, step, x, n_blocks):
     """One row into every `step` bytes of a panel: 32 float32."""
     for b in range(n_blocks):
@@ -176,7 +178,7 @@ def pack_row_float(panel, step, x, n_blocks):
         store_f32(panel + b * step + 64, load_f32(x + 128 * b + 64))
 
 
-@kernel
+@inner
 def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
     """Row t of a panel of n_rows from the float32 row at x."""
     start = t // GROUP * GROUP
@@ -187,13 +189,13 @@ def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
         pack_row_float(panel + (start * n_blocks + t - start) * 128, size * 128, x, n_blocks)
 
 
-@kernel
+@far()
 def pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
     for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
         pack_one(panel, x + t * x_stride, t, n_rows, n_blocks, is_int8)
 
 
-@kernel
+@far()
 def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
     """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x.
 

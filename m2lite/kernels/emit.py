@@ -6,6 +6,7 @@ look-ups differ between machines; their form is picked from the features that Nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -14,7 +15,8 @@ from numba.core import cgutils
 from numba.core import config as numba_config
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-F32 = ir.FloatType()
+F32, F64 = ir.FloatType(), ir.DoubleType()
+VOID = ir.VoidType()
 LANES = 16
 V_F32 = ir.VectorType(F32, LANES)
 V_I32 = ir.VectorType(I32, LANES)
@@ -125,8 +127,29 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 def call_address(builder: ir.IRBuilder, address: ir.Value, args: list[ir.Value]) -> None:
     """Call a function that returns nothing."""
-    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+    kind = ir.FunctionType(VOID, [a.type for a in args])
     builder.call(builder.inttoptr(address, kind.as_pointer()), args)
+
+
+def packed(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
+    """The address of the values on the stack of the function, eight bytes each."""
+    area = cgutils.alloca_once(builder, ir.ArrayType(I64, len(values)))
+    address = builder.ptrtoint(area, I64)
+    for i, value in enumerate(values):
+        store(builder, value, builder.add(address, I64(8 * i)))
+    return address
+
+
+def unpacked(builder: ir.IRBuilder, address: ir.Value, kinds: list[ir.Type]) -> list[ir.Value]:
+    """What `packed` has written."""
+    return [load(builder, address, kind, 8 * i) for i, kind in enumerate(kinds)]
+
+
+def own_function(module: ir.Module, name: str, n_args: int) -> tuple[ir.Function, bool]:
+    """A function of n int64 that is a part of the module, and whether it has to be written yet."""
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(VOID, [I64] * n_args), name)
+    function.linkage = "linkonce_odr"  # callers' modules are linked, and each may have one
+    return function, not function.blocks
 
 
 def fma_values(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:

@@ -8,7 +8,6 @@ from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import matmul
 from m2lite.kernels.pages import append_kv
 from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
-from m2lite.kernels.split import Split
 from m2lite.kernels.squares import add_squares
 
 __all__ = [
@@ -34,4 +33,4 @@ __all__ = [
     "unpack_address",
 ]
 
-steps = layer.steps({name: k.compiled if isinstance(k, Split) else k for name, k in globals().items()}, kernel)
+steps = layer.steps(globals(), kernel)

@@ -14,6 +14,7 @@ from numba.core import types
 
 from m2lite.kernels import emit, simd
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, Vectors, integer_dots, prepare
+from m2lite.kernels.far import far
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
@@ -268,9 +269,9 @@ def tile_function(name: str) -> Any:
         "dot_two": _dot_rows_of(form, 2),
         "dot_one": _dot_rows_of(form, 1),
     }
-    rows = kernel(specialise(_many, f"many_rows_{name}_int8", **names))
+    rows = far()(specialise(_many, f"many_rows_{name}_int8", **names))
     for n in range(2, FEW + 1):
         few = names | {"n_rows": n, "dot_few": _dot_few_of(form, n)}
-        rows = by_rows(f"{name}_int8", n, kernel(specialise(_few, f"rows_{n}_{name}", **few)), rows)
+        rows = by_rows(f"{name}_int8", n, far()(specialise(_few, f"rows_{n}_{name}", **few)), rows)
     one_row = kernel(specialise(_one, f"one_row_{name}_int8", **names))
     return by_rows(f"{name}_int8", 1, one_row, rows)

@@ -27,11 +27,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import llvmlite
 import numba
 from numba.core import config as numba_config
-from numba.core import event, sigutils
+from numba.core import sigutils
 from numba.core.ccallback import CFunc
 from numba.np.ufunc import parallel
 
-from m2lite.kernels.cache import KernelCache, choose_directory
+from m2lite.kernels.cache import LOST, KernelCache, choose_directory
+from m2lite.kernels.claims import CLOCK
 from m2lite.kernels.crowd import Crowd
 
 # Every file whose text compiled code may depend on: kernels, and where they take constants from.
@@ -40,6 +41,8 @@ _SOURCES = (
     "quant/encode*.py", "quant/decode.py", "quant/lanes.py", "quant/search*.py",
 )  # fmt: skip
 _CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
+
+LONG_S = 1.0  # of compiling, from which on it is said
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -66,7 +69,7 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-CACHE_DIR = choose_directory(source_hash())
+CACHE_DIR, _CACHE_WARNING = choose_directory(source_hash())
 
 
 def _has(layer: str) -> bool:
@@ -99,34 +102,25 @@ numba_config.THREADING_LAYER = LAYER
 def warnings() -> list[str]:
     """What the user should know of the environment: a sentence each, and nothing where all is well."""
     slow = "the workqueue threading layer is slow; install libgomp (Debian: apt install libgomp1) or `pip install tbb`"
-    return WARNINGS if LAYER != "workqueue" else [*WARNINGS, slow]
-
-
-class _CompileListener(event.Listener):  # type: ignore[misc]
-    """Calls back once, when Numba begins to compile something that its cache does not hold."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback: Callable[[], None] | None = callback
-
-    def on_start(self, event: Any) -> None:
-        callback, self._callback = self._callback, None
-        if callback is not None:
-            callback()
-
-    def on_end(self, event: Any) -> None:
-        pass
+    found = [*WARNINGS, *([slow] if LAYER == "workqueue" else []), _CACHE_WARNING, *LOST]
+    return [warning for warning in found if warning]
 
 
 def on_compile(callback: Callable[[], None]) -> None:
-    """Call `callback` once, before the first kernel that has to be compiled because the cache does not hold it."""
-    event.register("numba:compile", _CompileListener(callback))
+    """Call `callback` once, when kernels that the cache does not hold have been compiled for a second."""
+    CLOCK.restart((LONG_S, callback))
 
 
-def kernel(function: Callable[..., Any], *, parallel: bool = False) -> Any:
-    """Compile with the project's options. `parallel` only for kernels that stream weights or many rows."""
-    compiled = numba.njit(parallel=parallel, **OPTIONS)(function)
+def kernel(function: Callable[..., Any], **options: bool) -> Any:
+    """Compile with the project's options, for Python and other kernels to call."""
+    compiled = numba.njit(**OPTIONS, **options)(function)
     compiled._cache = KernelCache(function, CACHE_DIR)
     return compiled
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """The same for other kernels alone: without what Python would call, which takes time to compile."""
+    return kernel(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
@@ -140,9 +134,9 @@ def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callabl
     return function
 
 
-def address_of(function: Callable[..., Any], signature: Any) -> int:
-    """Compile `function` for `signature` and return its machine address, to be called with `simd.call`."""
-    options = {k: v for k, v in OPTIONS.items() if k != "nogil"}
+def address_of(function: Callable[..., Any], signature: Any, *, parallel: bool = False) -> int:
+    """Compile `function` for `signature` and return its machine address, as of a function of C."""
+    options = {k: v for k, v in OPTIONS.items() if k != "nogil"} | {"parallel": parallel}
     compiled = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
     compiled._cache = KernelCache(function, CACHE_DIR)
     compiled.compile()

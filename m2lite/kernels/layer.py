@@ -204,7 +204,7 @@ def _add_experts(team, scratch, first, n_pairs, n):
 
 def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
     """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
-    experts(team, layer, scratch, active, starts, n_active, first, n_pairs, 0)
+    experts(team, layer, scratch, active, starts, n_active, first, n_pairs, np.int64(0))
     add_experts(team, scratch, first, n_pairs, n)
 
 
@@ -215,9 +215,9 @@ def _layer(team, layer, scratch, places, n, macs, layer_offset):
     """
     s = scratch[0]
     project(team, layer, scratch, places, n, layer_offset)
-    attend_rows(team, scratch, places, 0, n, macs, layer_offset)
+    attend_rows(team, scratch, places, np.int64(0), n, macs, layer_offset)
     n_active, n_bad = choose(team, layer, scratch, n)
-    run_experts(team, layer, scratch, s.active, s.starts, n_active, 0, n * s.n_used, n)
+    run_experts(team, layer, scratch, s.active, s.starts, n_active, np.int64(0), n * s.n_used, n)
     return n_bad
 
 

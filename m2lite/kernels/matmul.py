@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from m2lite.kernels.jit import kernel
+from m2lite.kernels.far import far
+from m2lite.kernels.jit import inner, kernel
 from m2lite.kernels.simd import call_tile
 from m2lite.kernels.split import Split
 
@@ -21,7 +22,7 @@ def coming(w, next_w, tile_bytes, tile, end_tile):
     return next_w + (at - end_tile) * tile_bytes
 
 
-@kernel
+@inner
 def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead):
     """Tile i of a matrix of n_out rows: the last one moves back to end at n_out; fewer than 16 rows go one by one.
 
@@ -35,7 +36,7 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
             call_tile(tile, w + r * stride, 0, 1, n_blocks, x, n_x, out + 4 * r, out_stride, ahead)
 
 
-@kernel
+@far()
 def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
     """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
     n_tiles = (n_out + 15) // 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
+from m2lite.kernels.jit import inner, kernel
 from m2lite.kernels.simd import read_i32, write_i32
 
 GRAM = 3  # tokens that must be the same; the longer the match, the likelier what followed it follows again
@@ -21,7 +21,7 @@ HEADER = 16
 N, PLACE, LENGTH, OTHER, OTHER_LENGTH, CAPACITY, MASK = 0, 4, 8, 12, 16, 20, 24
 
 
-@kernel
+@inner
 def hash_of_end(ids, n, mask):
     """Of the GRAM tokens that end before index n."""
     h = 0
@@ -31,7 +31,7 @@ def hash_of_end(ids, n, mask):
     return h & mask
 
 
-@kernel
+@inner
 def match_length(ids, place, n):
     """How many tokens before `place` are those before n, up to MOST_LENGTH; 0 if fewer than GRAM are."""
     length, most = 0, min(place, MOST_LENGTH)
@@ -40,14 +40,14 @@ def match_length(ids, place, n):
     return length if length >= GRAM else 0
 
 
-@kernel
+@inner
 def is_contested(ids, place, length, other, other_length):
     """Whether another place that matches about as well was followed by another token."""
     differs = other > 0 and read_i32(ids + 4 * other) != read_i32(ids + 4 * place)
     return differs and other_length >= min(length, AS_GOOD)
 
 
-@kernel
+@inner
 def find(ids, before, at, n, block):
     """The two longest matches among the latest places, beginning with `at`, go to the header."""
     place = length = other = other_length = 0
@@ -66,7 +66,7 @@ def find(ids, before, at, n, block):
     write_i32(block + OTHER_LENGTH, np.int32(other_length))
 
 
-@kernel
+@inner
 def push(block, token):
     """The sequence goes on with `token`, and the match follows it. A full one stays as it is.
 
@@ -137,7 +137,7 @@ def push_all(block, tokens, n, out):
     """
     n_foreseen = 0
     for i in range(n):
-        foreseen = push(block, read_i32(tokens + 4 * i))
+        foreseen = push(block, np.int64(read_i32(tokens + 4 * i)))
         if foreseen != 0 and out != 0:
             write_i32(out + 4 * n_foreseen, np.int32(foreseen))
             n_foreseen += 1

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.elementwise import INT8_MAX, SMALLEST_AMAX
-from m2lite.kernels.jit import kernel
+from m2lite.kernels.far import far
+from m2lite.kernels.jit import inner, kernel
 from m2lite.kernels.simd import (
     load_f32,
     max_abs,
@@ -45,14 +46,14 @@ def kv_head_bytes(head_dim, is_q8):
     return 2 * PAGE * (head_dim // 32 * 34) if is_q8 else 2 * PAGE * head_dim * 2
 
 
-@kernel
+@inner
 def rounded(x, inverse):
     """x * inverse as integers in -127..127; NaN as -127, which its scale makes NaN again."""
     y = maximum(mul(x, splat(inverse)), splat(INT8_MIN))
     return round_to_i32(select_below(y, splat(INT8_MAX), y, splat(INT8_MAX)))
 
 
-@kernel
+@inner
 def block_scale(low, high):
     """(scale, inverse) of 32 values. NaN and infinity give the scale NaN: what reads the block must notice."""
     amax = max_abs(low, high)
@@ -60,7 +61,7 @@ def block_scale(low, high):
     return scale, INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
 
 
-@kernel
+@inner
 def append_head_f16(to, slot, k, v, head_dim):
     """One position of one kv head, as float16."""
     half = 2 * PAGE * head_dim
@@ -69,7 +70,7 @@ def append_head_f16(to, slot, k, v, head_dim):
         store_f16(to + half + 2 * (slot * head_dim + i), load_f32(v + 4 * i))
 
 
-@kernel
+@inner
 def append_head_q8(to, slot, k, v, head_dim):
     """One position of one kv head, as int8 with a float16 scale per 32 dimensions."""
     scales, half = PAGE * head_dim, PAGE * (head_dim // 32 * 34)
@@ -87,7 +88,7 @@ def append_head_q8(to, slot, k, v, head_dim):
         store_i8(to + half + slot * head_dim + i + 16, rounded(high, inverse))
 
 
-@kernel
+@far()
 def append_kv(k, v, pages, layer_offset, slots, n_rows, n_kv_heads, head_dim, is_q8):
     """Write k[t], v[t] (n_kv_heads * head_dim float32) into slot slots[t] of the page at pages[t].
 

@@ -29,7 +29,7 @@ GROUP = 32
 def array_at(address: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The memory at `address` as an array, without a copy."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).reshape(shape)
+    return np.frombuffer((ctypes.c_char * n_bytes).from_address(int(address)), dtype=dtype).reshape(shape)
 
 
 def strided_at(address: int, n_rows: int, stride: int, n: int) -> F32:

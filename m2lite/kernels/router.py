@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.core.types import int64
 
 from m2lite.kernels.elementwise import sigmoid16
+from m2lite.kernels.far import far
 from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import coming, tile_at
 from m2lite.kernels.simd import add, fma, load_f32, mul, read_f32, read_i32, splat, store_f32, write_f32, write_i32
@@ -15,7 +17,7 @@ ZERO = F(0.0)
 TILE_OVERHEAD = 4  # what unpacking a tile costs, in activation rows: balances experts with few rows against many
 
 
-@kernel
+@far(returns=int64)
 def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
     """Per row: s = sigmoid(scores); the n_used largest of s + bias (ties: lowest id), written in ascending id order.
 
@@ -60,7 +62,7 @@ def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
     return n_bad
 
 
-@kernel
+@far(returns=int64)
 def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, slots):
     """Sort the (row, expert) pairs by expert. Returns the number of experts that were chosen at all.
 
@@ -124,7 +126,7 @@ def next_of(i, e, n_tiles, begin, end, active, starts, n_active):
     return e
 
 
-@kernel
+@far()
 def experts_up_part(
     part, n_parts, thread, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
     up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
@@ -156,7 +158,7 @@ def experts_up_part(
                 store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
 
 
-@kernel
+@far()
 def experts_down_part(
     part, n_parts, thread, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
@@ -172,7 +174,7 @@ def experts_down_part(
             tile_at(tile, k, here, stride, n_out, n_blocks, x, n_x, y + 4 * first * n_out, 4 * n_out, ahead)
 
 
-@kernel
+@far()
 def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last):
     """x[t] += sum over j of weights[t, j] * y[slots[t, j]], the sum taken in ascending expert order from zero.
 

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic, models, register_model
-from numba.core.types import float32, int32, int64, uint8, uint16, void
+from numba.core.types import float32, float64, int32, int64, uint8, uint16, void
 from numba.core.typing import Signature
 
 from m2lite.kernels import emit
@@ -225,6 +225,7 @@ def _access(kind: types.Type, llvm_type: ir.Type) -> tuple[Any, Any]:
 
 
 read_f32, write_f32 = _access(float32, emit.F32)
+read_f64, write_f64 = _access(float64, emit.F64)
 read_i32, write_i32 = _access(int32, emit.I32)
 read_i64, write_i64 = _access(int64, emit.I64)
 read_u16, _ = _access(uint16, emit.I16)
@@ -259,6 +260,12 @@ def call_tile(builder, function, w, stride, n_store, n_blocks, x, n_x, out, out_
 def call_page(builder, function, state, q, k, v, n_valid, group, head_dim, scale, ahead, work):
     """Call the kernel of one KV page at address `function` (see attention.attend_address)."""
     emit.call_address(builder, function, [state, q, k, v, n_valid, group, head_dim, scale, ahead, work])
+
+
+@operation(void(*[int64] * 5))
+def call_share(builder, function, i, n, thread, args):
+    """Call what does a share of a kernel's work at address `function` (see split.py)."""
+    emit.call_address(builder, function, [i, n, thread, args])
 
 
 @operation(void(*[int64] * 4))

@@ -1,4 +1,4 @@
-"""Kernels that threads share: from the function of one part, the forms that are called. Sees no kernel's meaning.
+"""Kernels that threads share: from the function of one part, one that does all of them. Sees no kernel's meaning.
 
 A part is part(i, n, *args): share i of n. A chunk is part(i, n, thread, *args), where thread numbers what it may use
 of scratch; there are CHUNKS of them for each thread, and whoever is done takes the next.
@@ -8,67 +8,81 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import prange
+from numba.core import types
 
-from m2lite.kernels import jit
+from m2lite.kernels import emit, jit
+from m2lite.kernels.far import Called, Far, far, operation_of
 from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.simd import scratch, take_number, write_i64
+from m2lite.kernels.simd import call_share, scratch, take_number, write_i64
 
 CHUNKS = 8  # per thread: a slow core delays nobody for long
 
-# Names that `specialise` fills in: the templates below see them as globals.
-part: Any = None
-end: Any = None
-parallel: Any = None
-one_share: Any = None  # what a part is told that does all of the work alone
 
-
-def _parts(n_parts, *args):  # type: ignore[no-untyped-def]
-    for i in prange(n_parts):
-        part(i, n_parts, *args)
-
-
-def _parts_to_end(n_parts, *args):  # type: ignore[no-untyped-def]
-    for i in prange(n_parts):
-        part(i, n_parts, *args)
-    end(n_parts, *args)
-
-
-def _chunks(n_parts, *args):  # type: ignore[no-untyped-def]
-    counter, n_chunks = scratch(1), n_parts * CHUNKS
+@far(parallel=True)
+def region(share, n_threads, n_shares, args):
+    """Call share(i, n_shares, thread, args) for each i: thread i does share i, or all threads take what is left."""
+    counter = scratch(1)
     write_i64(counter, 0)
-    for thread in prange(n_parts):
-        chunk = take_number(counter)
-        while chunk < n_chunks:
-            part(chunk, n_chunks, thread, *args)
-            chunk = take_number(counter)
+    for thread in prange(n_threads):
+        if n_shares == n_threads:
+            call_share(share, thread, n_shares, thread, args)
+        else:
+            i = take_number(counter)
+            while i < n_shares:
+                call_share(share, i, n_shares, thread, args)
+                i = take_number(counter)
 
 
-def _shared(n_parts, *args):  # type: ignore[no-untyped-def]
-    if n_parts == 1:
-        part(*one_share, *args)
-    else:
-        parallel(n_parts, *args)
+split: Any = None  # `specialise` fills it in
 
 
-class Split:
-    """A kernel in two compiled forms: one call for all of it, or a parallel region with a part per thread.
+def _whole(n_parts, *args):  # type: ignore[no-untyped-def]
+    split(n_parts, *args)
+
+
+class Split(Called):
+    """A kernel of parts, as kernel(n_parts, *args): one call for all of it, or a parallel region.
 
     `in_chunks`: the threads take chunks instead. `end`: called behind a region, as end(n, *args).
     """
 
-    def __init__(self, part: Any, *, in_chunks: bool = False, end: Any = None) -> None:
-        # The name is what tells functions of one template apart in Numba's cache.
-        name = f"{part.__module__}.{part.__name__}".replace(".", "_")
-        region, one_share = (_chunks, (0, 1, 0)) if in_chunks else (_parts_to_end if end else _parts, (0, 1))
-        self.part, self._one_share = part, one_share
-        self.parallel = kernel(specialise(region, f"{name}_parallel", part=part, end=end), parallel=True)
-        forms = {"part": part, "parallel": self.parallel, "one_share": one_share}
-        self.compiled = kernel(specialise(_shared, f"{name}_shared", **forms))  # for other kernels to call
+    def __init__(self, part: Far, *, in_chunks: bool = False, end: Far | None = None) -> None:
+        self.part, self._end = part, end
+        self.parts = [part] if end is None else [part, end]
+        self._chunks, self._alone = (CHUNKS, [0, 1, 0]) if in_chunks else (1, [0, 1])
+        n_own = len(self._alone)
+        self._kinds = part.kinds[n_own:]
+        signature = types.void(types.int64, *self._kinds)
+        self.operation = operation_of(signature, ["n_parts", *part.names[n_own:]], self._build)
+        # The name is what tells functions of one template apart in the cache.
+        name = "_".join([*(each.symbol for each in self.parts), *(["in_chunks"] if in_chunks else [])])
+        self._whole = kernel(specialise(_whole, name.replace(".", "_"), split=self))
 
     def __call__(self, n_parts: int, *args: Any) -> None:
         assert 1 <= n_parts <= jit.n_threads(), n_parts  # callers keep scratch for as many
         if n_parts == 1:
-            self.part(*self._one_share, *args)
+            self.part(*self._alone, *args)
         else:
-            self.parallel(n_parts, *args)
+            self._whole(n_parts, *args)
+
+    def _build(self, builder: Any, n_parts: Any, *args: Any) -> None:
+        with builder.if_else(builder.icmp_signed("==", n_parts, emit.I64(1))) as (alone, together):
+            with alone:
+                self.part.call(builder, *(emit.I64(i) for i in self._alone), *args)
+            with together:
+                n_shares = builder.mul(n_parts, emit.I64(self._chunks))
+                region.call(builder, self._share(builder.module), n_parts, n_shares, emit.packed(builder, args))
+                if self._end is not None:
+                    self._end.call(builder, n_parts, *args)
+
+    def _share(self, module: Any) -> Any:
+        """The address of share(i, n, thread, args), which calls the part with arguments that lie at `args`."""
+        function, is_new = emit.own_function(module, f"{self.part.symbol}.share", 4)
+        if is_new:
+            builder, (i, n, thread, at) = ir.IRBuilder(function.append_basic_block()), function.args
+            args = emit.unpacked(builder, at, [emit.F32 if kind == types.float32 else emit.I64 for kind in self._kinds])
+            self.part.call(builder, *[i, n, thread][: len(self._alone)], *args)
+            builder.ret_void()
+        return function.ptrtoint(emit.I64)

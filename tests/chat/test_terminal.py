@@ -187,12 +187,50 @@ def test_ctrl_c_is_not_written_into_the_answer(start: Start, model_files: Models
 
 
 def test_ctrl_c_while_kernels_are_compiled(start_raw: StartRaw, model_files: Models, tmp_path: Path) -> None:
-    """Before the first prompt: the command ends at once, whatever the compiler does."""
+    """With a line that waits for them: the command ends at once, whatever the compiler does."""
     chat = start_raw(model_files["reply"], env={"M2LITE_CACHE_DIR": str(tmp_path)})
-    chat.wait_for("compiling kernels")
+    chat.wait_for(r"compiling kernels for this processor, once: \d+ of \d+")
+    chat.send(CTRL_C)
+    chat.wait_for("Ctrl-D or /exit leaves")
+    chat.ask("Hello")
+    chat.wait_for(r"compiling kernels for this processor, once: \d+ of \d+")
     chat.send(CTRL_C)
     chat.wait_for(r"m2lite: interrupted\.")
     assert chat.exit_code() == 130
+    assert "Traceback" not in chat.raw and "loaded in" not in chat.raw
+
+
+def test_the_prompt_is_there_while_kernels_are_compiled(
+    start_raw: StartRaw, model_files: Models, tmp_path: Path
+) -> None:
+    """What is entered there is answered; who leaves meanwhile leaves at once."""
+    env = {"M2LITE_CACHE_DIR": str(tmp_path)}
+    for leave in (CTRL_D, "/exit" + ENTER):
+        chat = start_raw(model_files["reply"], env=env)
+        chat.wait_for("compiling kernels")
+        chat.send("half a line" + "\b" * 11 + leave)
+        assert chat.exit_code() == 0 and "loaded in" not in chat.raw
+    chat = start_raw(model_files["reply"], env=env)
+    chat.wait_for("compiling kernels")
+    chat.ask("Hello")
+    chat.wait_for("loaded in")
+    chat.wait_for("10 tok · ")
+    chat.wait_for_prompt()
+    assert "compiling" not in chat.screen and re.search(r"hm\n+Fine é", chat.screen), chat.screen
+    chat.ask("/stats")
+    chat.wait_for("turns 1")
+    chat.send(CTRL_D)
+    assert chat.exit_code() == 0
+
+
+def test_what_goes_wrong_behind_the_prompt_ends_it(start_raw: StartRaw, tmp_path: Path) -> None:
+    """A file that breaks only once kernels are compiled: the prompt goes, and what is wrong is said."""
+    broken = tinymodel.write_model(tmp_path / "broken.gguf", tinymodel.REPLY)
+    chat = start_raw(broken, env={"M2LITE_CACHE_DIR": str(tmp_path)})
+    chat.wait_for("compiling kernels")
+    os.truncate(broken, broken.stat().st_size // 2)
+    chat.wait_for("m2lite: .*broken.gguf")
+    assert chat.exit_code() == 4
     assert "Traceback" not in chat.raw
 
 

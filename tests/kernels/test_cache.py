@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from m2lite.kernels import cache, jit
 from m2lite.kernels.cache import KernelCache, choose_directory
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 
 
 def twice(x: Any) -> Any:
@@ -38,7 +40,7 @@ def test_a_signature_has_a_file_of_its_own(tmp_path: Path, first: type) -> None:
     one, other = compiled(tmp_path), compiled(tmp_path)
     second = float if first is int else int
     assert (one(first(1)), other(second(2))) == (2, 4)
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("*.kernel")}
     assert len(names) == 2 and all(name.startswith("twice-") and name.endswith(".kernel") for name in names)
     third = compiled(tmp_path)
     assert (third(1), third(0.5), hits(third)) == (2, 1.0, 2)
@@ -46,7 +48,7 @@ def test_a_signature_has_a_file_of_its_own(tmp_path: Path, first: type) -> None:
 
 def test_files_that_are_damaged_are_compiled_again(tmp_path: Path) -> None:
     assert compiled(tmp_path)(1) == 2
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.kernel")
     whole = path.read_bytes()
     damaged = [b"", whole[:10], whole[:32], whole[:-1], whole + b"x", bytes(len(whole))]
     damaged += [
@@ -78,14 +80,6 @@ def test_another_processor_has_code_of_its_own(tmp_path: Path) -> None:
 def test_what_cannot_be_kept_still_runs(tmp_path: Path) -> None:
     function = compiled(tmp_path / "gone")
     assert (function(1), function(0.5)) == (2, 1.0) and not (tmp_path / "gone").exists()
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files lie."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "tmp"))
-    return tmp_path / "tmp"
 
 
 def forbid(path: Path) -> None:
@@ -132,35 +126,102 @@ def link(path: Path) -> None:
     path.symlink_to(path.with_name("elsewhere"))
 
 
-@pytest.mark.parametrize("spoil", [forbid, give_away, lock, put_a_file_there, link])
+@pytest.mark.parametrize("spoil", [forbid, give_away, put_a_file_there, link])
 @pytest.mark.parametrize("which", ["kernels", "kernels/v1"])
 def test_a_directory_of_others_is_not_used(
-    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, which: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, which: str
 ) -> None:
-    """A private one among temporary files is, the same at each start, so that a second start compiles nothing."""
+    """Nothing is read there, nothing is written anywhere, and that is said."""
     monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path / "user"))
-    assert choose_directory("v1") == tmp_path / "user" / "kernels" / "v1"
+    assert choose_directory("v1") == (tmp_path / "user" / "kernels" / "v1", "")
+    assert stat.S_IMODE((tmp_path / "user" / "kernels" / "v1").stat().st_mode) == 0o700
     spoil(tmp_path / "user" / which)
-    found = choose_directory("v1")
-    assert found == temporary / f"m2lite-kernels-{os.getuid()}" / "v1" == choose_directory("v1")
-    assert stat.S_IMODE(found.stat().st_mode) == stat.S_IMODE(found.parent.stat().st_mode) == 0o700
-    spoil(temporary / f"m2lite-kernels-{os.getuid()}")
-    last = choose_directory("v1")
-    assert last != found and last.parent == temporary and stat.S_IMODE(last.stat().st_mode) == 0o700
+    before = sorted(tmp_path.rglob("*"))
+    found, warning = choose_directory("v1")
+    assert compiled(found)(1) == 2 and not found.exists() and sorted(tmp_path.rglob("*")) == before
+    assert str(tmp_path / "user" / "kernels") in warning and "cannot be kept" in warning
 
 
-def test_a_place_where_nothing_can_be_made(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_read_only_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path))
+    assert compiled(choose_directory("v1")[0])(1) == 2
+    lock(tmp_path / "kernels" / "v1")
+    path, warning = choose_directory("v1")
+    function = compiled(path)
+    assert (function(1), function(0.5), hits(function)) == (2, 1.0, 1)
+    assert "read-only" in warning and len(list(path.glob("*.kernel"))) == 1
+
+
+def test_a_place_where_nothing_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2LITE_CACHE_DIR", "/proc/none")
-    assert choose_directory("v1").parent.parent == temporary
+    path, warning = choose_directory("v1")
+    assert compiled(path)(1) == 2 and not path.exists() and "/proc/none/kernels" in warning
+
+
+def test_a_full_disk_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "LOST", [])
+    function = compiled(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        assert (function(1), function(0.5)) == (2, 1.0)
+    assert len(cache.LOST) == 1 and "No space left" in cache.LOST[0]
+    assert {path.name for path in tmp_path.iterdir()} == {".claims"}
 
 
 def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what writers left that were killed long ago."""
     monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path))
     for n in range(12):
-        path = choose_directory(f"v{n}")
+        path, _ = choose_directory(f"v{n}")
+        for name in (".new-1", ".new-2"):
+            (path / name).mkdir()
         (path / "x.kernel").write_text("")
+        os.utime(path / ".new-1", (n, n))
         os.utime(path, (n, n))
+    choose_directory("v11")
     assert {path.name for path in (tmp_path / "kernels").iterdir()} == {f"v{n}" for n in range(4, 12)}
+    assert {path.name for path in (tmp_path / "kernels" / "v11").iterdir()} == {"x.kernel", ".new-2"}
+
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+OTHER = """
+import sys
+from pathlib import Path
+from m2lite.kernels.claims import Claims
+assert Claims(Path(sys.argv[1])).take(sys.argv[2])
+print("mine", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_what_another_process_compiles_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool
+) -> None:
+    """Until it is there, or until that process has ended, however it did."""
+    assert compiled(tmp_path)(1) == 2
+    (path,) = tmp_path.glob("*.kernel")
+    content, n_waited = path.read_bytes(), 0
+    path.unlink()
+    command = [sys.executable, "-c", OTHER, str(tmp_path), path.name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"mine\n"
+
+        def wait(_: float) -> None:
+            nonlocal n_waited
+            n_waited += 1
+            if n_waited == 3:
+                if is_saved:
+                    path.write_bytes(content)
+                other.kill()
+                other.wait()
+
+        monkeypatch.setattr(cache.time, "sleep", wait)
+        function = compiled(tmp_path)
+        assert (function(1), n_waited, hits(function)) == (2, 3, is_saved)
 
 
 @pytest.mark.slow
@@ -172,13 +233,11 @@ def test_a_damaged_cache_is_mended_without_a_word_of_it(run_m2lite: Run, tmp_pat
     shutil.copytree(jit.CACHE_DIR, own)
     arguments = ("generate", "-p", "Hello", "-n", "8", "--temp", "0", "--no-template")
     expected = run_m2lite(*arguments)
-    files = sorted(own.glob("rms_norm*.kernel")) + sorted(own.glob("add_*.kernel"))
-    assert len(files) >= 3
+    files = [path for name in ("rms_norm", "add_rows", "route") for path in own.glob(f"{name}-*.kernel")]
+    assert len(files) == 3
     before = {path: path.read_bytes() for path in files}
     for n, path in enumerate(files):
         path.write_bytes((b"", before[path][: len(before[path]) // 2], before[path][:-1] + b"!")[n % 3])
     done = run_m2lite(*arguments, env={"M2LITE_CACHE_DIR": str(tmp_path)})
     assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
-    assert "Error" not in done.stderr and "compiling kernels" in done.stderr
-    again = run_m2lite(*arguments, env={"M2LITE_CACHE_DIR": str(tmp_path)})
-    assert again.stdout == expected.stdout and "compiling" not in again.stderr
+    assert "Error" not in done.stderr and all(cache._content(path) for path in files)

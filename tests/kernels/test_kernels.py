@@ -125,7 +125,7 @@ def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> Non
     open_to_all = tmp_path / "shared"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    assert not cache._owned_private(open_to_all)
+    assert not cache._is_private(open_to_all)
 
 
 def test_kernel_cache_knows_every_file_with_kernels() -> None:
