@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.kernels import jit
 from m2lite.quant.encode import ENCODERS, encode_rows, uses_importance
-from m2lite.storage.blocks import FORMATS, unpack_rows
 from m2lite.storage.gguf_reader import open_gguf
 
 F32 = npt.NDArray[np.float32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from m2lite.storage.blocks import FORMATS
+from m2lite.formats.table import FORMATS
 from m2lite.storage.gguf_reader import GGUFArray, GGUFFile, open_gguf
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""float32 rows -> bytes of a block format, checked and on all threads. What the bytes mean is in storage/blocks.py.
+"""float32 rows -> bytes of a block format, checked and on all threads. What the bytes mean is in formats/.
 
 Without importance the formats that the gguf package can write get exactly its bytes; the others, and all that take an
 importance, are searched (search.py). The same input gives the same bytes for any number of threads.
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
+from m2lite.formats.table import BlockFormat
 from m2lite.kernels.jit import n_parts
 from m2lite.quant import search
 from m2lite.quant.search_reference import scaled_importance
-from m2lite.storage.blocks import BlockFormat
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

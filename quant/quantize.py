@@ -13,6 +13,7 @@ from typing import NamedTuple, Unpack
 import numpy as np
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.formats.table import unpack_rows
 from m2lite.quant import options as options_module
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.header import Key, Slot, raw, string, uint32
@@ -36,7 +37,6 @@ from m2lite.quant.options import (
 from m2lite.quant.recipes import Choice
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
-from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo, open_gguf
 from m2lite.storage.sidecar import model_files, sidecar_path

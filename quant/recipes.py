@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from m2lite.errors import UsageError
+from m2lite.formats.table import FORMATS, BlockFormat
 from m2lite.quant.names import EXACT_ROLES
-from m2lite.storage.blocks import FORMATS, BlockFormat
 from m2lite.system.byte_units import format_bytes
 
 

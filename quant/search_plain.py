@@ -1,4 +1,4 @@
-"""Encoders of the formats that need no search: bytes as storage/blocks.py defines them, 16 blocks at a time.
+"""Encoders of the formats that need no search: bytes as formats/ defines them, 16 blocks at a time.
 
 `encode_X(x, importance, sigma, out, stride)`: x is scratch, position j of block i at x + 64 j + 4 i; block i goes to
 out + i * stride.

@@ -18,6 +18,7 @@ FLOORS = [
     ["shown"],
     ["errors"],
     ["system"],
+    ["formats"],
     ["storage", "machine", "signals", "settings"],
     ["kernels"],
     ["model", "text"],
@@ -35,7 +36,7 @@ FLOORS = [
 FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
 QUANT_MAY = (
-    "quant", "errors", "shown", "system", "storage",
+    "quant", "errors", "shown", "system", "formats", "storage",
     "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
     "text.tokenizer",
 )  # fmt: skip

@@ -36,6 +36,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from m2lite.formats.table import FORMATS
 from m2lite.kernels import emit, simd
 from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
@@ -45,7 +46,6 @@ from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
 from m2lite.kernels.tiles import TILES
-from m2lite.storage.blocks import FORMATS
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel

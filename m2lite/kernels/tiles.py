@@ -5,7 +5,7 @@ Every function reads one block of 16 rows and hands over its steps, 32 weights e
     step(weights, scales, minimum)    weight = scale x (byte - offset) - minimum
 
 weights: 8 vectors, lane i of vector d has weights 4d..4d+3 of row i, a byte each, as `Integers` says; scales: a float32
-vector per group, exact products of the format's own; minimum: a float32 vector, or None. Formats as in storage/.
+vector per group, exact products of the format's own; minimum: a float32 vector, or None. Formats as in formats/.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Protocol
 
 from llvmlite import ir
 
+from m2lite.formats.fp4 import E2M1_DOUBLED
+from m2lite.formats.iquants import IQ4_VALUES
+from m2lite.formats.table import FORMATS
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors
 from m2lite.kernels.emit import I8, I16, I32, RowAddresses, const, gather, half_to_f32, load_tile
-from m2lite.storage.blocks import E2M1_DOUBLED, FORMATS
-from m2lite.storage.iquants import IQ4_VALUES
 
 
 class Step(Protocol):

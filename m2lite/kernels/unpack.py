@@ -1,7 +1,7 @@
 """Blocks of weights to float32, one function per format. Sees two addresses, no row and no tensor.
 
 unpack_block(w, out): the block at address w becomes its float32 weights at address out, 16 at a time, with the
-multiplications of the format's definition (storage/blocks.py) in the same order, so that the bits agree. Nothing beyond
+multiplications of the format's definition (formats/) in the same order, so that the bits agree. Nothing beyond
 the block is read. Tables come in through `specialise`, when a format is first compiled.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from m2lite.formats import fp4, iquants
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.simd import (
     add,
@@ -42,7 +43,6 @@ from m2lite.kernels.simd_bits import (
     shift_right,
     shift_right_by,
 )
-from m2lite.storage import blocks, iquants
 
 HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 DELTA = iquants.IQ1_DELTA
@@ -342,8 +342,8 @@ def _tables_of(name: str) -> dict[str, Any]:
     if name in ("IQ4_NL", "IQ4_XS"):
         return {"look_up": lookup_of(iquants.IQ4_VALUES.tolist())}
     if name in ("MXFP4", "NVFP4"):
-        powers = blocks.power_of_two(np.arange(256, dtype=np.uint8)) if name == "MXFP4" else blocks.UE4M3
-        return {"look_up": lookup_of(blocks.E2M1_DOUBLED.tolist()), "powers": powers}
+        powers = fp4.power_of_two(np.arange(256, dtype=np.uint8)) if name == "MXFP4" else fp4.UE4M3
+        return {"look_up": lookup_of(fp4.E2M1_DOUBLED.tolist()), "powers": powers}
     if name.startswith("IQ"):
         table = iquants.grid("IQ1_S" if name == "IQ1_M" else name)
         return {"grid": table.reshape(-1), "signs": iquants.sign_bytes()}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from m2lite.formats.table import FORMATS
 from m2lite.kernels import dot, fast, reference
-from m2lite.storage.blocks import FORMATS
 
 F = np.float32
 SERIAL, PARALLEL = 1, 2  # n_parts

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
+from m2lite.formats.table import FORMATS
 from m2lite.kernels import cache, dot, dots, emit, fast, jit, matmul, reference, router, tiles, unpack
 from m2lite.kernels.attention import join_parts, part_begin
-from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 

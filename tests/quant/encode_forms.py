@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 
+from m2lite.formats.table import FORMATS
 from m2lite.quant import decode, search
 from m2lite.quant.checkpoint import E4M3
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.encode import encode_rows
 from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS
 from tests.kernels.guards import guarded
 from tests.packing import pack_rows
 from tests.quant.blocks import importance_of, odd_rows

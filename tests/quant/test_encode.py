@@ -11,10 +11,10 @@ import pytest
 from forms import FORMS as FORMS_OF_VECTORS
 from forms import run_form, run_script
 from m2lite.errors import BadModelError
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.kernels import jit
 from m2lite.quant.encode import ENCODERS, LIMITS, can_encode, encode_rows, uses_importance
 from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS, unpack_rows
 from tests.packing import PACKERS, pack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
 

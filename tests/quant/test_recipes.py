@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.formats.table import FORMATS
 from m2lite.quant.encode import can_encode
 from m2lite.quant.names import EXACT_ROLES, LAYER, MTP_TENSORS, TRUNK, role_of
 from m2lite.quant.recipes import (
@@ -30,7 +31,6 @@ from m2lite.quant.recipes import (
     parse_overrides,
     split_name,
 )
-from m2lite.storage.blocks import FORMATS
 
 MIXES: dict[str, Any] = json.loads((Path(__file__).parent / "llama_mixes.json").read_text())
 M2 = MIXES["m2"]["dims"]

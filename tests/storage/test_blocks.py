@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from m2lite.storage.blocks import BY_TYPE, FORMATS, TYPE_NAMES, BlockFormat, unpack_rows
+from m2lite.formats.table import BY_TYPE, FORMATS, TYPE_NAMES, BlockFormat, unpack_rows
 from tests.packing import PACKERS, pack_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -184,5 +184,5 @@ def test_every_type_that_gguf_can_unpack_has_a_row() -> None:
 
 
 def test_tables_are_read_when_they_are_needed() -> None:
-    code = "import m2lite.storage.blocks, sys; sys.exit('gguf' in sys.modules)"
+    code = "import m2lite.formats.table, sys; sys.exit('gguf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
