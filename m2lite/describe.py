@@ -23,7 +23,7 @@ def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
             "type": name,
             "n_tensors": n_tensors[name],
             "n_bytes": size,
-            "runs": "generic" if FORMATS[name].parts is None else "fast",
+            "runs": "fast" if FORMATS[name].tile else "generic",
         }
         for name, size in sorted(n_bytes.items(), key=lambda item: (-item[1], item[0]))
     ]

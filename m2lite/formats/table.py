@@ -1,27 +1,31 @@
-"""The block formats of weights, as one table; NumPy is their definition. Knows bytes and numbers, not tensors.
+"""The block formats of weights, a row each: what its blocks are, and what unpacks, multiplies and writes them.
 
-A new format is one row in `_TABLE` with its functions. `unpack` reads any bytes. `pack` exists for numbers on their
-own; blocks of several are packed by quant/encode.py.
+A new format is one row and its pieces. They are in the file of its family: the definition, in NumPy, in formats/, what
+the engine compiles in formats/kernels/.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import numpy as np
 
-from m2lite.formats import floats, fp4, iquants, kquants, plain
+from m2lite.formats import floats, fp4, iquants, kquants, plain, ternary
 from m2lite.formats.fields import Bytes, Floats, Parts, unpack_of_gguf, weights_of
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How `n_weights` consecutive weights of a row lie in `n_bytes` bytes.
+    """How `n_weights` consecutive weights of a row lie in `n_bytes` bytes, and who knows how to work with them.
 
-    `parts` exists where weights are integers times scales: what kernels that multiply integers have to agree with.
+    `unpack` is the definition, for any bytes. `pack` exists for floats, `parts` where weights are integers times
+    scales: what kernels that multiply integers have to agree with. A piece that brings Numba in is "module:name", so
+    that it is imported when it is first used.
     """
 
     name: str
@@ -29,14 +33,26 @@ class BlockFormat:
     n_weights: int
     n_bytes: int
     unpack: Callable[[Bytes], Floats]  # [..., n_bytes] -> [..., n_weights]
+    unpacker: str  # the same for kernels: a formats.kernels.block.Unpacker; of floats 16 in registers, as LLVM IR
     pack: Callable[[Floats], Bytes] | None = None  # [..., n_weights] -> [..., n_bytes]
     parts: Callable[[Bytes], Parts] | None = None
+    tile: str = ""  # a formats.kernels.tile.TileForm, where there are parts: then kernels multiply integers
+
+    @property
+    def is_float(self) -> bool:
+        return self.n_weights == 1
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, which must be whole blocks."""
         if n_weights % self.n_weights:
             raise ValueError(f"{n_weights} weights are not whole {self.name} blocks of {self.n_weights}")
         return n_weights // self.n_weights * self.n_bytes
+
+
+def piece(place: str) -> Any:
+    """The piece that a row names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def unpack_rows(fmt: BlockFormat, data: Bytes, shape: Sequence[int]) -> Floats:
@@ -48,55 +64,66 @@ def unpack_rows(fmt: BlockFormat, data: Bytes, shape: Sequence[int]) -> Floats:
     return fmt.unpack(blocks).reshape(shape)
 
 
-def _integers(name: str, ggml_type: int, n_weights: int, n_bytes: int, parts: Callable[[Bytes], Parts]) -> BlockFormat:
-    return BlockFormat(name, ggml_type, n_weights, n_bytes, weights_of(parts), parts=parts)
-
-
-def _from_gguf(name: str, ggml_type: int, n_bytes: int) -> BlockFormat:
-    return BlockFormat(name, ggml_type, 256, n_bytes, unpack_of_gguf(ggml_type))
+def _row(family: ModuleType, name: str, ggml_type: int, n_weights: int, n_bytes: int) -> BlockFormat:
+    """A format whose pieces are called after it, unpack_q4_k and the like, in the files of its family."""
+    low, kernels = name.lower(), f"m2lite.formats.kernels.{family.__name__.rpartition('.')[2]}"
+    pack, parts, unpack = (getattr(family, f"{what}_{low}", None) for what in ("pack", "parts", "unpack"))
+    unpack = unpack or (weights_of(parts) if parts else unpack_of_gguf(ggml_type))
+    tile = f"{kernels}:tile_{low}" if parts else ""
+    return BlockFormat(name, ggml_type, n_weights, n_bytes, unpack, f"{kernels}:unpack_{low}", pack, parts, tile)
 
 
 _TABLE = (
-    BlockFormat("F32", 0, 1, 4, floats.unpack_f32, floats.pack_f32),
-    BlockFormat("F16", 1, 1, 2, floats.unpack_f16, floats.pack_f16),
-    BlockFormat("BF16", 30, 1, 2, floats.unpack_bf16, floats.pack_bf16),
-    _integers("Q4_0", 2, 32, 18, plain.parts_q4_0),
-    BlockFormat("Q4_1", 3, 32, 20, plain.unpack_q4_1, parts=plain.parts_q4_1),
-    _integers("Q5_0", 6, 32, 22, plain.parts_q5_0),
-    BlockFormat("Q5_1", 7, 32, 24, plain.unpack_q5_1, parts=plain.parts_q5_1),
-    _integers("Q8_0", 8, 32, 34, plain.parts_q8_0),
+    _row(floats, "F32", 0, 1, 4),
+    _row(floats, "F16", 1, 1, 2),
+    _row(floats, "BF16", 30, 1, 2),
+    _row(plain, "Q4_0", 2, 32, 18),
+    _row(plain, "Q4_1", 3, 32, 20),
+    _row(plain, "Q5_0", 6, 32, 22),
+    _row(plain, "Q5_1", 7, 32, 24),
+    _row(plain, "Q8_0", 8, 32, 34),
     # 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin: w = (d s) q - (dmin m)
-    _from_gguf("Q2_K", 10, 84),
+    _row(kquants, "Q2_K", 10, 256, 84),
     # 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d: w = d (s - 32) (q + 4 h - 4)
-    _from_gguf("Q3_K", 11, 110),
-    _integers("Q4_K", 12, 256, 144, kquants.parts_q4_k),
-    _integers("Q5_K", 13, 256, 176, kquants.parts_q5_k),
-    _integers("Q6_K", 14, 256, 210, kquants.parts_q6_k),
+    _row(kquants, "Q3_K", 11, 256, 110),
+    _row(kquants, "Q4_K", 12, 256, 144),
+    _row(kquants, "Q5_K", 13, 256, 176),
+    _row(kquants, "Q6_K", 14, 256, 210),
     # d, 8 x (4 codes of 8 bits, 4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 4 value sign
-    _from_gguf("IQ2_XXS", 16, 66),
+    _row(iquants, "IQ2_XXS", 16, 256, 66),
     # d, 32 x (code of 9 bits, sign code of 7 bits), 16 scales of 4 bits: w as in IQ2_XXS
-    _from_gguf("IQ2_XS", 17, 74),
+    _row(iquants, "IQ2_XS", 17, 256, 74),
     # d, 32 low bytes of codes, 32 of signs, 8 x four high pairs, 16 scales of 4 bits: w as in IQ2_XXS
-    _from_gguf("IQ2_S", 22, 82),
+    _row(iquants, "IQ2_S", 22, 256, 82),
     # d, 64 codes, 8 x (4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 2 value sign
-    _from_gguf("IQ3_XXS", 18, 98),
+    _row(iquants, "IQ3_XXS", 18, 256, 98),
     # d, 64 low bytes of codes, 64 high bits, 32 bytes of signs, 8 scales: w = d (1 + 2 s) value sign
-    _from_gguf("IQ3_S", 21, 110),
+    _row(iquants, "IQ3_S", 21, 256, 110),
     # d, 32 low bytes of codes, 8 x (four high triples, scale of 3 bits, sign of delta): w = d (2 s + 1) (value + delta)
-    _from_gguf("IQ1_S", 19, 50),
+    _row(iquants, "IQ1_S", 19, 256, 50),
     # 32 low bytes of codes, 32 x (high triple, sign of delta), 4 x (four 3-bit scales, a nibble of d): w as in IQ1_S
-    _from_gguf("IQ1_M", 29, 56),
-    _integers("IQ4_NL", 20, 32, 18, iquants.parts_iq4_nl),
-    _integers("IQ4_XS", 23, 256, 136, iquants.parts_iq4_xs),
-    # 32 and 16 x five, 4 x four digits of base 3, d: digit k is the top of 3 (byte 3**k mod 256) / 256; w = d (q - 1)
-    _from_gguf("TQ1_0", 34, 54),
-    # 64 x four 2-bit numbers, d: w = d (q - 1)
-    _from_gguf("TQ2_0", 35, 66),
-    _integers("MXFP4", 39, 32, 17, fp4.parts_mxfp4),
-    BlockFormat("NVFP4", 40, 64, 36, fp4.unpack_nvfp4),
+    _row(iquants, "IQ1_M", 29, 256, 56),
+    _row(iquants, "IQ4_NL", 20, 32, 18),
+    _row(iquants, "IQ4_XS", 23, 256, 136),
+    _row(ternary, "TQ1_0", 34, 256, 54),
+    _row(ternary, "TQ2_0", 35, 256, 66),
+    _row(fp4, "MXFP4", 39, 32, 17),
+    _row(fp4, "NVFP4", 40, 64, 36),
 )
-FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in _TABLE})
-BY_TYPE: Mapping[int, BlockFormat] = MappingProxyType({fmt.ggml_type: fmt for fmt in _TABLE})
+_by_name: dict[str, BlockFormat] = {}
+_by_type: dict[int, BlockFormat] = {}
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType(_by_name)
+BY_TYPE: Mapping[int, BlockFormat] = MappingProxyType(_by_type)
+
+
+def add_format(fmt: BlockFormat) -> None:
+    """From now on files may have tensors of it."""
+    assert fmt.name not in FORMATS and fmt.ggml_type not in BY_TYPE, fmt.name
+    _by_name[fmt.name] = _by_type[fmt.ggml_type] = fmt
+
+
+for _fmt in _TABLE:
+    add_format(_fmt)
 
 # Every type that ggml numbers, so that a refusal can name it. 4, 5, 31-33 and 36-38 were taken out of the format.
 _NAMES = """

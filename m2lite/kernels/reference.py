@@ -80,16 +80,18 @@ def sigmoid32(x: F32) -> F32:
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
-_KEYS = [(name, kind) for name in FORMATS for kind in STEP_BYTES]
+_KEYS: list[tuple[str, str]] = []  # those that were asked for
 
 
 def tile_address(name: str, kind: str) -> int:
     """Not an address here: a key that says which format and kind of activations a matrix product uses."""
+    if (name, kind) not in _KEYS:
+        _KEYS.append((name, kind))
     return _KEYS.index((name, kind))
 
 
 def unpack_address(name: str) -> int:
-    return _KEYS.index((name, "float32"))
+    return tile_address(name, "float32")
 
 
 def weight_rows(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[BlockFormat, npt.NDArray[np.uint8]]:
