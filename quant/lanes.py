@@ -320,7 +320,7 @@ def constants(values):
 
 @intrinsic
 def call_encoder(typingctx, function, x, importance, sigma, out, stride):
-    """Call the encoder of 16 blocks at address `function` (search.py)."""
+    """Call the encoder of 16 blocks at address `function` (encode.py)."""
 
     def codegen(context, builder, sig, args):
         kind = ir.FunctionType(ir.VoidType(), [emit.I64] * 5)

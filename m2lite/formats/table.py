@@ -1,7 +1,7 @@
 """The block formats of weights, a row each: what its blocks are, and what unpacks, multiplies and writes them.
 
 A new format is one row and its pieces. They are in the file of its family: the definition, in NumPy, in formats/, what
-the engine compiles in formats/kernels/.
+the engine compiles in formats/kernels/, and what writes it in quant/encoders/.
 """
 
 from __future__ import annotations
@@ -37,10 +37,17 @@ class BlockFormat:
     pack: Callable[[Floats], Bytes] | None = None  # [..., n_weights] -> [..., n_bytes]
     parts: Callable[[Bytes], Parts] | None = None
     tile: str = ""  # a formats.kernels.tile.TileForm, where there are parts: then kernels multiply integers
+    encoder: str = ""  # as quant/encoders/block.py says, the bytes of the gguf package; of floats it stores 16
+    search: str = ""  # the same with an importance, and also without one where there is no encoder
+    largest: float = math.inf  # the largest weight that there may be: above, a scale could be infinite
 
     @property
     def is_float(self) -> bool:
         return self.n_weights == 1
+
+    @property
+    def is_writable(self) -> bool:
+        return bool(self.encoder or self.search)
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, which must be whole blocks."""
@@ -64,31 +71,46 @@ def unpack_rows(fmt: BlockFormat, data: Bytes, shape: Sequence[int]) -> Floats:
     return fmt.unpack(blocks).reshape(shape)
 
 
-def _row(family: ModuleType, name: str, ggml_type: int, n_weights: int, n_bytes: int) -> BlockFormat:
+def _row(
+    family: ModuleType, name: str, ggml_type: int, n_weights: int, n_bytes: int, writers: str = "",
+    largest: float = math.inf,
+) -> BlockFormat:  # fmt: skip
     """A format whose pieces are called after it, unpack_q4_k and the like, in the files of its family."""
-    low, kernels = name.lower(), f"m2lite.formats.kernels.{family.__name__.rpartition('.')[2]}"
+    low, home = name.lower(), family.__name__.rpartition(".")[2]
     pack, parts, unpack = (getattr(family, f"{what}_{low}", None) for what in ("pack", "parts", "unpack"))
+    places = {"unpacker": f"m2lite.formats.kernels.{home}:unpack_{low}"}
+    if parts:
+        places["tile"] = f"m2lite.formats.kernels.{home}:tile_{low}"
+    if "encode" in writers:
+        places["encoder"] = f"m2lite.quant.encoders.{home}:encode_{low}"
+    if "search" in writers:
+        places["search"] = f"m2lite.quant.encoders.{home}:search_{low}"
     unpack = unpack or (weights_of(parts) if parts else unpack_of_gguf(ggml_type))
-    tile = f"{kernels}:tile_{low}" if parts else ""
-    return BlockFormat(name, ggml_type, n_weights, n_bytes, unpack, f"{kernels}:unpack_{low}", pack, parts, tile)
+    return BlockFormat(
+        name, ggml_type, n_weights, n_bytes, unpack=unpack, pack=pack, parts=parts, largest=largest, **places
+    )
+
+
+_F16 = 65504.0  # the largest one: most scales are f16
 
 
 _TABLE = (
-    _row(floats, "F32", 0, 1, 4),
-    _row(floats, "F16", 1, 1, 2),
-    _row(floats, "BF16", 30, 1, 2),
-    _row(plain, "Q4_0", 2, 32, 18),
-    _row(plain, "Q4_1", 3, 32, 20),
-    _row(plain, "Q5_0", 6, 32, 22),
-    _row(plain, "Q5_1", 7, 32, 24),
-    _row(plain, "Q8_0", 8, 32, 34),
+    _row(floats, "F32", 0, 1, 4, "encode"),
+    _row(floats, "F16", 1, 1, 2, "encode", _F16),
+    _row(floats, "BF16", 30, 1, 2, "encode"),
+    _row(plain, "Q4_0", 2, 32, 18, "encode search", 8 * _F16),
+    _row(plain, "Q4_1", 3, 32, 20, "encode search", _F16),
+    _row(plain, "Q5_0", 6, 32, 22, "encode search", 16 * _F16),
+    _row(plain, "Q5_1", 7, 32, 24, "encode search", _F16),
+    _row(plain, "Q8_0", 8, 32, 34, "encode", 127 * _F16),
     # 16 x (low nibble scale, high nibble min), 64 x four 2-bit numbers, d, dmin: w = (d s) q - (dmin m)
     _row(kquants, "Q2_K", 10, 256, 84),
     # 32 of high bits, 64 x four 2-bit numbers, 12 of scales, d: w = d (s - 32) (q + 4 h - 4)
     _row(kquants, "Q3_K", 11, 256, 110),
-    _row(kquants, "Q4_K", 12, 256, 144),
-    _row(kquants, "Q5_K", 13, 256, 176),
-    _row(kquants, "Q6_K", 14, 256, 210),
+    # Searched formats could hold up to twice of what is said, but the best scale may exceed the plain one.
+    _row(kquants, "Q4_K", 12, 256, 144, "search", 32 * _F16),
+    _row(kquants, "Q5_K", 13, 256, 176, "search", 32 * _F16),
+    _row(kquants, "Q6_K", 14, 256, 210, "search", 2048 * _F16),
     # d, 8 x (4 codes of 8 bits, 4 sign codes of 7 bits, scale of 4 bits): w = d (1/2 + s) / 4 value sign
     _row(iquants, "IQ2_XXS", 16, 256, 66),
     # d, 32 x (code of 9 bits, sign code of 7 bits), 16 scales of 4 bits: w as in IQ2_XXS
@@ -103,11 +125,11 @@ _TABLE = (
     _row(iquants, "IQ1_S", 19, 256, 50),
     # 32 low bytes of codes, 32 x (high triple, sign of delta), 4 x (four 3-bit scales, a nibble of d): w as in IQ1_S
     _row(iquants, "IQ1_M", 29, 256, 56),
-    _row(iquants, "IQ4_NL", 20, 32, 18),
-    _row(iquants, "IQ4_XS", 23, 256, 136),
+    _row(iquants, "IQ4_NL", 20, 32, 18, "search", 64 * _F16),
+    _row(iquants, "IQ4_XS", 23, 256, 136, "search", 2048 * _F16),
     _row(ternary, "TQ1_0", 34, 256, 54),
     _row(ternary, "TQ2_0", 35, 256, 66),
-    _row(fp4, "MXFP4", 39, 32, 17),
+    _row(fp4, "MXFP4", 39, 32, 17, "encode"),
     _row(fp4, "NVFP4", 40, 64, 36),
 )
 _by_name: dict[str, BlockFormat] = {}

@@ -44,6 +44,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "model/cache.py": "our own memory",
     "model/forward.py": "our own memory",
     "model/routing.py": "any bytes are some: what names no expert counts for none",
+    "quant/decode.py": "weights: any bytes are some",
     "quant/imatrix.py": ("imatrix",),
     "quant/job.py": "bytes that are only hashed and compared",
     "quant/journal.py": ("journal",),
