@@ -12,6 +12,15 @@ from numba.core.types import int64
 
 from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels.jit import kernel, n_parts, n_threads, specialise
+from m2lite.kernels.lanes import (
+    bits_of,
+    from_bits,
+    from_half_bits,
+    load_first_u8,
+    load_u8,
+    store_i32,
+    where,
+)
 from m2lite.kernels.simd import (
     f32x16,
     load_f32,
@@ -25,15 +34,6 @@ from m2lite.kernels.simd import (
     write_i32,
 )
 from m2lite.kernels.split import Split
-from m2lite.quant.lanes import (
-    bits_of,
-    from_bits,
-    from_half_bits,
-    load_first_u8,
-    load_u8,
-    store_i32,
-    where,
-)
 
 F32 = npt.NDArray[np.float32]
 

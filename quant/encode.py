@@ -22,9 +22,9 @@ from numba import types
 from m2lite.errors import BadModelError
 from m2lite.formats.table import BlockFormat, piece
 from m2lite.kernels.jit import address_of, kernel, n_parts, specialise
+from m2lite.kernels.lanes import call_encoder, transpose
 from m2lite.kernels.simd import load_f32, scratch, splat, tree_sum, write_f32
 from m2lite.kernels.split import Split
-from m2lite.quant.lanes import call_encoder, transpose
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

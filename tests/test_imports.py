@@ -37,11 +37,11 @@ FLOOR = {part: n for n, parts in enumerate(FLOORS) for part in parts}
 # The converter uses the engine's foundations only.
 QUANT_MAY = (
     "quant", "errors", "shown", "system", "formats", "storage",
-    "kernels.jit", "kernels.split", "kernels.simd", "kernels.simd_bits", "kernels.emit",
+    "kernels.jit", "kernels.split", "kernels.simd", "kernels.lanes", "kernels.emit",
     "text.tokenizer",
 )  # fmt: skip
 # What a family of formats says to kernels is said with their building blocks; all other kernels build on it.
-FORMATS_MAY = ("kernels.jit", "kernels.simd", "kernels.simd_bits", "kernels.emit", "kernels.dots")
+FORMATS_MAY = ("kernels.jit", "kernels.simd", "kernels.lanes", "kernels.emit", "kernels.dots")
 
 
 def python_files() -> list[Path]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
+from m2lite.kernels.lanes import as_half, at_least, at_most, magnitude, nearest, root, store_i32, to_i32, where
 from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.block import range_of, sum_squares, weigh_by_importance
-from m2lite.quant.lanes import as_half, at_least, at_most, magnitude, nearest, root, store_i32, to_i32, where
 
 F = np.float32
 ZERO, ONE, INFINITY = F(0.0), F(1.0), F(np.inf)

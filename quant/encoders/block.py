@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
+from m2lite.kernels.lanes import load_i32, magnitude, root, scatter_u32, where
 from m2lite.kernels.simd import load_f32, read_f32, splat, store_f32
-from m2lite.quant.lanes import load_i32, magnitude, root, scatter_u32, where, whole
 
 F = np.float32
 ZERO, ONE = F(0.0), F(1.0)
@@ -22,7 +22,7 @@ FAR = F(1e9)  # what a block of subnormals can produce beyond is not a number th
 @kernel
 def largest(x, n):
     """Per block: the weight of largest magnitude (the first of equals) and that magnitude."""
-    top, size = whole(ZERO), whole(F(-1.0))  # so that the first is taken, whatever it is
+    top, size = splat(ZERO), splat(F(-1.0))  # so that the first is taken, whatever it is
     for j in range(n):
         v = load_f32(x + 64 * j)
         a = magnitude(v)
@@ -45,18 +45,31 @@ def range_of(x, n):
 @kernel
 def inverse_of(d):
     """1 / d, 0 where d is 0."""
-    return where(d == whole(ZERO), whole(ZERO), ONE / d)
+    return where(d == splat(ZERO), splat(ZERO), ONE / d)
 
 
 @kernel
-def write_nibbles(q, out, stride):
-    """Byte k of a block = code k | code k + 16 << 4, for 32 codes (int32 lanes at q)."""
-    for word in range(4):
-        packed = load_i32(q + 256 * word) & 15
+def write_nibbles(q, out, stride, n, half):
+    """Of n codes (int32 lanes at q), in each 2 * half: byte k = low nibble of code k | that of code k + half << 4."""
+    for word in range(n // 8):
+        first = q + 64 * (2 * half * (4 * word // half) + 4 * word % half)
+        packed = load_i32(q) * 0
         for byte in range(4):
-            at = q + 64 * (4 * word + byte)
-            both = (load_i32(at) & 15) | ((load_i32(at + 1024) & 15) << 4)
+            at = first + 64 * byte
+            both = (load_i32(at) & 15) | ((load_i32(at + 64 * half) & 15) << 4)
             packed = packed | (both << (8 * byte))
+        scatter_u32(out + 4 * word, stride, packed)
+
+
+@kernel
+def write_high_bits(q, out, stride, n_parts):
+    """32 bytes: byte k has the bits above the low nibbles of codes k, k + 32, ..., n_parts times 8 / n_parts bits."""
+    for word in range(8):
+        packed = load_i32(q) * 0
+        for byte in range(4):
+            for part in range(n_parts):
+                high = load_i32(q + 64 * (32 * part + 4 * word + byte)) >> 4
+                packed = packed | (high << (8 * byte + 8 // n_parts * part))
         scatter_u32(out + 4 * word, stride, packed)
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import load_f32, read_f32, read_i32, scratch, store_f32, write_f32, write_i32
+from m2lite.kernels.lanes import from_bits, load_i32, magnitude, scatter_u8, store_i32, to_i32, where
+from m2lite.kernels.simd import load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
 from m2lite.quant.encoders.block import largest, write_nibbles
-from m2lite.quant.lanes import from_bits, load_i32, magnitude, scatter_u8, store_i32, to_i32, where, whole
 
 F = np.float32
 ZERO = F(0.0)
@@ -46,16 +46,16 @@ def encode_mxfp4(x, importance, sigma, out, stride):
         write_i32(at, np.int32(e & 255))
     e = load_i32(area)
     scatter_u8(out, stride, e)
-    d = from_bits(where(e < 2, to_i32(whole(ZERO)) + 0x00200000 << (e & 1), (e - 1) << 23))
+    d = from_bits(where(e < 2, to_i32(splat(ZERO)) + 0x00200000 << (e & 1), (e - 1) << 23))
     q = area + 64
     for j in range(32):
         v = load_f32(x + 64 * j)
         a = magnitude(v)
-        best, code = a, whole(ZERO)
+        best, code = a, splat(ZERO)
         for i in range(7):
             error = magnitude(d * F(MX_STEPS[i]) - a)
-            code = where(error < best, whole(F(i + 1)), code)
+            code = where(error < best, splat(F(i + 1)), code)
             best = where(error < best, error, best)
         negative = (v < ZERO) & (code > ZERO)
         store_i32(q + 64 * j, to_i32(where(negative, code + F(8), code)))
-    write_nibbles(q, out + 1, stride)
+    write_nibbles(q, out + 1, stride, 32, 16)

@@ -9,21 +9,18 @@ import numpy as np
 
 from m2lite.formats.iquants import IQ4_VALUES
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
-from m2lite.quant.encoders.block import sum_squares, weigh_by_importance, write_nibbles
-from m2lite.quant.encoders.signed import MOST_SUBS, block_search, super_search, tops_of
-from m2lite.quant.lanes import (
+from m2lite.kernels.lanes import (
     constants,
     half_bits,
-    load_i32,
     lookup,
     scatter_u16,
     scatter_u32,
-    store_i32,
     to_i32,
-    transpose,
     where,
 )
+from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
+from m2lite.quant.encoders.block import sum_squares, weigh_by_importance, write_nibbles
+from m2lite.quant.encoders.signed import MOST_SUBS, block_search, super_search, tops_of
 
 F = np.float32
 ZERO = F(0.0)
@@ -76,12 +73,12 @@ def search_iq4_nl(x, importance, sigma, out, stride):
     w, q = scratch(32), scratch(32)
     weigh_iq4(x, importance, w, 32, 32)
     scatter_u16(out, stride, half_bits(round_iq4_nl(x, w, q)))
-    write_nibbles(q, out + 2, stride)
+    write_nibbles(q, out + 2, stride, 32, 16)
 
 
 @kernel
 def search_iq4_xs(x, importance, sigma, out, stride):
-    w, codes, q, words = scratch(256), scratch(MOST_SUBS), scratch(256), scratch(32)
+    w, codes, q = scratch(256), scratch(MOST_SUBS), scratch(256)
     weigh_iq4(x, importance, w, 256, 32)
     d = search_scales_iq4_xs(x, w, codes)
     round_iq4_xs(x, d, codes, q)
@@ -93,11 +90,4 @@ def search_iq4_xs(x, importance, sigma, out, stride):
     scatter_u16(out, stride, half_bits(d))
     scatter_u16(out + 2, stride, high)
     scatter_u32(out + 4, stride, low)
-    for word in range(32):
-        packed = to_i32(splat(ZERO))
-        for byte in range(4):
-            at = q + 64 * (32 * (word // 4) + 4 * (word % 4) + byte)
-            packed = packed | ((load_i32(at) | (load_i32(at + 1024) << 4)) << (8 * byte))
-        store_i32(words + 64 * word, packed)
-    transpose(words, 64, out + 8, stride)
-    transpose(words + 1024, 64, out + 72, stride)
+    write_nibbles(q, out + 8, stride, 256, 16)

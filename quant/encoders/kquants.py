@@ -6,10 +6,11 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
+from m2lite.kernels.lanes import half_bits, scatter_u16, scatter_u32, to_i32
 from m2lite.kernels.simd import load_f32, read_f32, scratch, splat, store_f32
-from m2lite.quant.encoders.affine import N_SUB, SUB_BYTES, round_super, search_super, weigh_k
+from m2lite.quant.encoders.affine import N_SUB, round_super, search_super, weigh_k
+from m2lite.quant.encoders.block import write_high_bits, write_nibbles
 from m2lite.quant.encoders.signed import MOST_SUBS, super_search, tops_of, whole_grid
-from m2lite.quant.lanes import half_bits, load_i32, scatter_u16, scatter_u32, store_i32, to_i32, transpose
 
 F = np.float32
 ZERO = F(0.0)
@@ -30,28 +31,13 @@ def weigh_q6_k(x, importance, w):
 
 @kernel
 def search_q6_k(x, importance, sigma, out, stride):
-    w, codes, q, words = scratch(256), scratch(MOST_SUBS), scratch(256), scratch(48)
+    w, codes, q = scratch(256), scratch(MOST_SUBS), scratch(256)
     weigh_q6_k(x, importance, w)
     d = search_scales_q6_k(x, w, codes)
     round_q6_k(x, d, codes, q)
+    write_nibbles(q, out, stride, 256, 64)
     for half in range(2):
-        for word in range(16):
-            packed = to_i32(splat(ZERO))
-            for byte in range(4):
-                at = q + 64 * (128 * half + 4 * word + byte)
-                both = (load_i32(at) & 15) | ((load_i32(at + 4096) & 15) << 4)
-                packed = packed | (both << (8 * byte))
-            store_i32(words + 64 * (16 * half + word), packed)
-        for word in range(8):
-            packed = to_i32(splat(ZERO))
-            for byte in range(4):
-                at = q + 64 * (128 * half + 4 * word + byte)
-                for part in range(4):
-                    packed = packed | ((load_i32(at + 2048 * part) >> 4) << (8 * byte + 2 * part))
-            store_i32(words + 64 * (32 + 8 * half + word), packed)
-    transpose(words, 64, out, stride)
-    transpose(words + 1024, 64, out + 64, stride)
-    transpose(words + 2048, 64, out + 128, stride)
+        write_high_bits(q + 64 * 128 * half, out + 128 + 32 * half, stride, 4)
     for word in range(4):
         packed = to_i32(splat(ZERO))
         for byte in range(4):
@@ -79,40 +65,13 @@ def write_super_head(d, d_min, codes, out, stride):
 
 
 @kernel
-def write_low_nibbles(q, out, stride):
-    """128 bytes: in each 32, the low nibbles of 32 codes and, above them, of the next 32."""
-    words = scratch(32)
-    for chunk in range(4):
-        for word in range(8):
-            packed = to_i32(splat(ZERO))
-            for byte in range(4):
-                at = q + 64 * (64 * chunk + 4 * word + byte)
-                packed = packed | (((load_i32(at) & 15) | ((load_i32(at + SUB_BYTES) & 15) << 4)) << (8 * byte))
-            store_i32(words + 64 * (8 * chunk + word), packed)
-    transpose(words, 64, out, stride)
-    transpose(words + 1024, 64, out + 64, stride)
-
-
-@kernel
-def write_high_bits(q, out, stride):
-    """32 bytes: bit i of byte k is bit 4 of code 32 i + k."""
-    for word in range(8):
-        packed = to_i32(splat(ZERO))
-        for byte in range(4):
-            for sub in range(N_SUB):
-                high = load_i32(q + sub * SUB_BYTES + 64 * (4 * word + byte)) >> 4
-                packed = packed | (high << (8 * byte + sub))
-        scatter_u32(out + 4 * word, stride, packed)
-
-
-@kernel
 def search_q4_k(x, importance, sigma, out, stride):
     w, codes, q = scratch(256), scratch(16), scratch(256)
     weigh_k(x, importance, w)
     d, d_min = search_super(x, w, 15, codes)
     write_super_head(d, d_min, codes, out, stride)
     round_super(x, 15, d, d_min, codes, q)
-    write_low_nibbles(q, out + 16, stride)
+    write_nibbles(q, out + 16, stride, 256, 32)
 
 
 @kernel
@@ -122,5 +81,5 @@ def search_q5_k(x, importance, sigma, out, stride):
     d, d_min = search_super(x, w, 31, codes)
     write_super_head(d, d_min, codes, out, stride)
     round_super(x, 31, d, d_min, codes, q)
-    write_high_bits(q, out + 16, stride)
-    write_low_nibbles(q, out + 48, stride)
+    write_high_bits(q, out + 16, stride, 8)
+    write_nibbles(q, out + 48, stride, 256, 32)

@@ -6,7 +6,19 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import load_f32, scratch
+from m2lite.kernels.lanes import (
+    at_least,
+    at_most,
+    floor,
+    half_bits,
+    magnitude,
+    scatter_u16,
+    scatter_u32,
+    store_i32,
+    to_i32,
+    where,
+)
+from m2lite.kernels.simd import load_f32, scratch, splat
 from m2lite.quant.encoders.affine import SUB, search_offset_block
 from m2lite.quant.encoders.block import (
     FAR,
@@ -18,19 +30,6 @@ from m2lite.quant.encoders.block import (
     write_nibbles,
 )
 from m2lite.quant.encoders.signed import block_search, tops_of, whole_grid
-from m2lite.quant.lanes import (
-    at_least,
-    at_most,
-    floor,
-    half_bits,
-    magnitude,
-    scatter_u16,
-    scatter_u32,
-    store_i32,
-    to_i32,
-    where,
-    whole,
-)
 
 F = np.float32
 ZERO = F(0.0)
@@ -39,7 +38,7 @@ ZERO = F(0.0)
 @kernel
 def code_of(scaled, highest):
     """Truncated to 0..highest; 0 for what is not a number of any block that can be stored."""
-    safe = where(magnitude(scaled) < FAR, scaled, whole(ZERO))
+    safe = where(magnitude(scaled) < FAR, scaled, splat(ZERO))
     return at_most(at_least(safe, ZERO), F(highest))
 
 
@@ -71,7 +70,7 @@ def offset_codes(x, q, n_codes):
 def encode_q4_0(x, importance, sigma, out, stride):
     q = scratch(32)
     scatter_u16(out, stride, half_bits(signed_codes(x, q, 16)))
-    write_nibbles(q, out + 2, stride)
+    write_nibbles(q, out + 2, stride, 32, 16)
 
 
 @kernel
@@ -79,7 +78,7 @@ def encode_q5_0(x, importance, sigma, out, stride):
     q = scratch(32)
     scatter_u16(out, stride, half_bits(signed_codes(x, q, 32)))
     write_fifth_bits(q, out + 2, stride)
-    write_nibbles(q, out + 6, stride)
+    write_nibbles(q, out + 6, stride, 32, 16)
 
 
 @kernel
@@ -88,7 +87,7 @@ def encode_q4_1(x, importance, sigma, out, stride):
     d, low = offset_codes(x, q, 16)
     scatter_u16(out, stride, half_bits(d))
     scatter_u16(out + 2, stride, half_bits(low))
-    write_nibbles(q, out + 4, stride)
+    write_nibbles(q, out + 4, stride, 32, 16)
 
 
 @kernel
@@ -98,7 +97,7 @@ def encode_q5_1(x, importance, sigma, out, stride):
     scatter_u16(out, stride, half_bits(d))
     scatter_u16(out + 2, stride, half_bits(low))
     write_fifth_bits(q, out + 4, stride)
-    write_nibbles(q, out + 8, stride)
+    write_nibbles(q, out + 8, stride, 32, 16)
 
 
 @kernel
@@ -109,10 +108,10 @@ def encode_q8_0(x, importance, sigma, out, stride):
     inverse = inverse_of(d)
     scatter_u16(out, stride, half_bits(d))
     for word in range(8):
-        packed = to_i32(whole(ZERO))
+        packed = to_i32(splat(ZERO))
         for byte in range(4):
             scaled = load_f32(x + 64 * (4 * word + byte)) * inverse
-            safe = where(magnitude(scaled) < FAR, scaled, whole(ZERO))
+            safe = where(magnitude(scaled) < FAR, scaled, splat(ZERO))
             a = magnitude(safe)
             down = floor(a)
             code = to_i32(down + floor(F(2) * (a - down)))
@@ -130,7 +129,7 @@ def search_q4_0(x, importance, sigma, out, stride):
     w, q = scratch(32), scratch(32)
     weigh_by_importance(x, importance, load_f32(sigma), w, 32)
     scatter_u16(out, stride, half_bits(_round_q4_0(x, w, q)))
-    write_nibbles(q, out + 2, stride)
+    write_nibbles(q, out + 2, stride, 32, 16)
 
 
 @kernel
@@ -139,7 +138,7 @@ def search_q5_0(x, importance, sigma, out, stride):
     weigh_by_importance(x, importance, load_f32(sigma), w, 32)
     scatter_u16(out, stride, half_bits(_round_q5_0(x, w, q)))
     write_fifth_bits(q, out + 2, stride)
-    write_nibbles(q, out + 6, stride)
+    write_nibbles(q, out + 6, stride, 32, 16)
 
 
 @kernel
@@ -148,7 +147,7 @@ def search_q4_1(x, importance, sigma, out, stride):
     d, low = search_offset_block(x, importance, sigma, 15, q)
     scatter_u16(out, stride, half_bits(d))
     scatter_u16(out + 2, stride, half_bits(low))
-    write_nibbles(q, out + 4, stride)
+    write_nibbles(q, out + 4, stride, 32, 16)
 
 
 @kernel
@@ -158,4 +157,4 @@ def search_q5_1(x, importance, sigma, out, stride):
     scatter_u16(out, stride, half_bits(d))
     scatter_u16(out + 2, stride, half_bits(low))
     write_fifth_bits(q, out + 4, stride)
-    write_nibbles(q, out + 8, stride)
+    write_nibbles(q, out + 8, stride, 32, 16)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from m2lite.kernels.jit import kernel, specialise
+from m2lite.kernels.lanes import as_half, at_least, at_most, magnitude, nearest, store_i32, to_i32, where
 from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.affine import NEIGHBOURS
 from m2lite.quant.encoders.block import inverse_of, largest
-from m2lite.quant.lanes import as_half, at_least, at_most, magnitude, nearest, store_i32, to_i32, where
 
 F = np.float32
 ZERO, INFINITY = F(0.0), F(np.inf)

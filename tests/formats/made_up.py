@@ -19,10 +19,9 @@ from m2lite.formats.table import BlockFormat
 from m2lite.kernels.dots import Integers
 from m2lite.kernels.emit import const
 from m2lite.kernels.jit import kernel
+from m2lite.kernels.lanes import at_least, at_most, half_bits, load_i32, scatter_u16, scatter_u32, store_i32, to_i32
 from m2lite.kernels.simd import load_f32, scratch, splat
-from m2lite.kernels.simd_bits import add_int, or_i32, shift_left
 from m2lite.quant.encoders.block import inverse_of, largest
-from m2lite.quant.lanes import at_least, at_most, half_bits, load_i32, scatter_u16, scatter_u32, store_i32, to_i32
 
 F = np.float32
 # Compiled kernels are kept by name and by the text of the program, of which this file is no part: so it is in the name.
@@ -59,8 +58,8 @@ def unpack(w, out):
     for i in range(16):
         g, part = i >> 1, 16 * (i & 1)
         low = bits_at(w + 2 + 32 * (g >> 2) + part, 2 * (g & 3), 3)
-        q = or_i32(low, shift_left(bits_at(w + 66 + part, g, 1), 2))
-        write_scaled(out + 64 * i, half_of(w), add_int(q, -4))
+        third = bits_at(w + 66 + part, g, 1)
+        write_scaled(out + 64 * i, half_of(w), (low | (third << 2)) - 4)
 
 
 def _weights(builder, load, step):

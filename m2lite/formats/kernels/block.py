@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.simd import add, half_to_f32, i32_to_f32, mul, read_i32, read_u8, read_u16, splat, store_f32, sub
-from m2lite.kernels.simd_bits import and_bits, load_u8, shift_right
+from m2lite.kernels.lanes import load_u8
+from m2lite.kernels.simd import half_to_f32, i32_to_f32, read_i32, read_u8, read_u16, store_f32
 
 
 class Unpacker:
@@ -53,22 +53,22 @@ def nibble_at(w, i):
 @kernel
 def bits_at(w, shift, mask):
     """16 integers: the bits of `mask` of the 16 bytes at w, moved right by `shift`."""
-    return and_bits(shift_right(load_u8(w), shift), mask)
+    return (load_u8(w) >> shift) & mask
 
 
 @kernel
 def write_scaled(out, scale, q):
     """out[16] = scale q."""
-    store_f32(out, mul(splat(scale), i32_to_f32(q)))
+    store_f32(out, scale * i32_to_f32(q))
 
 
 @kernel
 def write_plus(out, scale, q, m):
     """out[16] = scale q + m."""
-    store_f32(out, add(mul(splat(scale), i32_to_f32(q)), splat(m)))
+    store_f32(out, scale * i32_to_f32(q) + m)
 
 
 @kernel
 def write_minus(out, scale, q, m):
     """out[16] = scale q - m."""
-    store_f32(out, sub(mul(splat(scale), i32_to_f32(q)), splat(m)))
+    store_f32(out, scale * i32_to_f32(q) - m)

@@ -13,8 +13,8 @@ from m2lite.formats.kernels.block import Unpacker, bits_at
 from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, constant, floats, loads_of
 from m2lite.kernels.dots import Integers
 from m2lite.kernels.emit import I8, I32, RowAddresses, gather
-from m2lite.kernels.simd import mul, read_u8, splat, store_f32
-from m2lite.kernels.simd_bits import and_bits, lane_bits, load_pair, lookup_of, shift_left, shift_right_by
+from m2lite.kernels.lanes import lane_bits, load_pair, lookup_of
+from m2lite.kernels.simd import read_u8, store_f32
 
 look_up: Any = None  # Unpacker fills in what the codes stand for,
 powers = np.zeros(1, np.float32)  # and the scales
@@ -22,14 +22,14 @@ powers = np.zeros(1, np.float32)  # and the scales
 
 def _mxfp4(w, out):
     for i in range(2):
-        store_f32(out + 64 * i, mul(splat(powers[read_u8(w)]), look_up(bits_at(w + 1, 4 * i, 15))))
+        store_f32(out + 64 * i, powers[read_u8(w)] * look_up(bits_at(w + 1, 4 * i, 15)))
 
 
 def _nvfp4(w, out):
     for g in range(4):  # 16 weights: the low halves of 8 bytes, then their high halves
         both = load_pair(w + 4 + 8 * g, w + 4 + 8 * g)
-        codes = and_bits(shift_right_by(both, shift_left(lane_bits(0xFF00), 2)), 15)
-        store_f32(out + 64 * g, mul(splat(powers[read_u8(w + g)]), look_up(codes)))
+        codes = (both >> (lane_bits(0xFF00) << 2)) & 15
+        store_f32(out + 64 * g, powers[read_u8(w + g)] * look_up(codes))
 
 
 def _tables(scales: Floats) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, constant, loads
 from m2lite.kernels.dots import Integers
 from m2lite.kernels.emit import I32, RowAddresses, gather
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import add, half_to_f32, i32_to_f32, mul, read_u8, read_u16, splat, store_f32
-from m2lite.kernels.simd_bits import flip_signs, load_pair, load_quad, lookup_of
+from m2lite.kernels.lanes import flip_signs, load_pair, load_quad, lookup_of
+from m2lite.kernels.simd import half_to_f32, i32_to_f32, read_u8, read_u16, splat, store_f32
 
 HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 DELTA = iquants.IQ1_DELTA
@@ -35,13 +35,13 @@ def _four_bits() -> dict[str, Any]:
 
 def _iq4_nl(w, out):
     for i in range(2):
-        store_f32(out + 64 * i, mul(splat(half_at(w)), look_up(bits_at(w + 2, 4 * i, 15))))
+        store_f32(out + 64 * i, half_at(w) * look_up(bits_at(w + 2, 4 * i, 15)))
 
 
 @kernel
 def write_signed(out, scale, values, packed):
     """out[16] = (scale value) sign; a set bit of `packed` is a minus."""
-    store_f32(out, flip_signs(mul(splat(scale), i32_to_f32(values)), packed))
+    store_f32(out, flip_signs(scale * i32_to_f32(values), packed))
 
 
 def _iq2_xxs(w, out):
@@ -102,7 +102,7 @@ def _iq3_s(w, out):
 @kernel
 def write_shifted(out, scale, values, is_down):
     """out[16] = scale (value + delta), delta negative where a bit of `is_down` is set."""
-    store_f32(out, mul(splat(scale), add(i32_to_f32(values), flip_signs(splat(DELTA), is_down))))
+    store_f32(out, scale * (i32_to_f32(values) + flip_signs(splat(DELTA), is_down)))
 
 
 def _iq1_s(w, out):
@@ -133,7 +133,7 @@ def _iq4_xs(w, out):
     for g in range(8):
         scale = d * number((nibble_at(w + 4, g) | (((high >> (2 * g)) & 3) << 4)) - 32)
         for i in range(2):
-            store_f32(out + 128 * g + 64 * i, mul(splat(scale), look_up(bits_at(w + 8 + 16 * g, 4 * i, 15))))
+            store_f32(out + 128 * g + 64 * i, scale * look_up(bits_at(w + 8 + 16 * g, 4 * i, 15)))
 
 
 unpack_iq2_xxs = Unpacker(_iq2_xxs, lambda: _grids("IQ2_XXS"))

@@ -26,7 +26,6 @@ from m2lite.kernels.dots import Integers, Vectors
 from m2lite.kernels.emit import RowAddresses, load_tile
 from m2lite.kernels.jit import kernel
 from m2lite.kernels.simd import read_u8
-from m2lite.kernels.simd_bits import add_int, or_i32, shift_left
 
 
 @Unpacker
@@ -44,9 +43,9 @@ def unpack_q3_k(w, out):
     for i in range(16):
         low, top = read_u8(w + 96 + (i & 7)) >> (4 * (i >> 3)), read_u8(w + 104 + (i & 3)) >> (2 * (i >> 2))
         scale = d * number(((low & 15) | ((top & 3) << 4)) - 32)
-        high = shift_left(bits_at(w + 16 * (i & 1), i >> 1, 1), 2)
-        q = or_i32(bits_at(w + 32 + 32 * (i >> 3) + 16 * (i & 1), i & 6, 3), high)
-        write_scaled(out + 64 * i, scale, add_int(q, -4))
+        high = bits_at(w + 16 * (i & 1), i >> 1, 1) << 2
+        q = bits_at(w + 32 + 32 * (i >> 3) + 16 * (i & 1), i & 6, 3) | high
+        write_scaled(out + 64 * i, scale, q - 4)
 
 
 nibbles = 0  # where they begin: Unpacker fills it in
@@ -71,7 +70,7 @@ def _unpack_q45_k(w, out):
         for i in range(2):
             q = bits_at(w + nibbles + 32 * (g >> 1) + 16 * i, 4 * (g & 1), 15)
             if nibbles == 48:
-                q = or_i32(q, shift_left(bits_at(w + 16 + 16 * i, g, 1), 4))
+                q = q | (bits_at(w + 16 + 16 * i, g, 1) << 4)
             write_minus(out + 128 * g + 64 * i, scale, q, low)
 
 
@@ -85,8 +84,8 @@ def unpack_q6_k(w, out):
     for i in range(16):  # group i: 16 weights; 32 g + 16 (i & 1) is its place among the bytes of high pairs
         g, s, part = i >> 3, (i >> 1) & 3, 16 * (i & 1)
         low = bits_at(w + 64 * g + 32 * (s & 1) + part, 4 * (s >> 1), 15)
-        high = shift_left(bits_at(w + 128 + 32 * g + part, 2 * s, 3), 4)
-        write_scaled(out + 64 * i, d * number(np.int8(read_u8(w + 192 + i))), add_int(or_i32(low, high), -32))
+        high = bits_at(w + 128 + 32 * g + part, 2 * s, 3) << 4
+        write_scaled(out + 64 * i, d * number(np.int8(read_u8(w + 192 + i))), (low | high) - 32)
 
 
 def _scales_and_minima(builder: ir.IRBuilder, rows: RowAddresses) -> Callable[[int], tuple[Vectors, ir.Value]]:

@@ -8,13 +8,13 @@ from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, long_at, wr
 from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, loads_of, of_nibbles, scale_at
 from m2lite.kernels.dots import Integers
 from m2lite.kernels.emit import RowAddresses
-from m2lite.kernels.simd_bits import add_int, lane_bits, load_i8, or_i32, shift_left
+from m2lite.kernels.lanes import lane_bits, load_i8
 
 
 @Unpacker
 def unpack_q4_0(w, out):
     for i in range(2):
-        write_scaled(out + 64 * i, half_at(w), add_int(bits_at(w + 2, 4 * i, 15), -8))
+        write_scaled(out + 64 * i, half_at(w), bits_at(w + 2, 4 * i, 15) - 8)
 
 
 @Unpacker
@@ -26,15 +26,15 @@ def unpack_q4_1(w, out):
 @Unpacker
 def unpack_q5_0(w, out):
     for i in range(2):
-        fifth = shift_left(lane_bits(long_at(w + 2) >> (16 * i)), 4)
-        write_scaled(out + 64 * i, half_at(w), add_int(or_i32(bits_at(w + 6, 4 * i, 15), fifth), -16))
+        fifth = lane_bits(long_at(w + 2) >> (16 * i)) << 4
+        write_scaled(out + 64 * i, half_at(w), (bits_at(w + 6, 4 * i, 15) | fifth) - 16)
 
 
 @Unpacker
 def unpack_q5_1(w, out):
     for i in range(2):
-        fifth = shift_left(lane_bits(long_at(w + 4) >> (16 * i)), 4)
-        write_plus(out + 64 * i, half_at(w), or_i32(bits_at(w + 8, 4 * i, 15), fifth), half_at(w + 2))
+        fifth = lane_bits(long_at(w + 4) >> (16 * i)) << 4
+        write_plus(out + 64 * i, half_at(w), bits_at(w + 8, 4 * i, 15) | fifth, half_at(w + 2))
 
 
 @Unpacker

@@ -6,14 +6,14 @@ import numpy as np
 
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, number, write_scaled
 from m2lite.kernels.jit import kernel
+from m2lite.kernels.lanes import load_u8
 from m2lite.kernels.simd import read_u8, write_f32
-from m2lite.kernels.simd_bits import add_int, and_bits, load_u8, mul_int, shift_right
 
 
 @kernel
 def digit_of(q, power):
     """The top digit of 3 (q power mod 256) / 256, less 1: bytes hold five digits of base 3."""
-    return add_int(shift_right(mul_int(and_bits(mul_int(q, power), 255), 3), 8), -1)
+    return ((((q * power) & 255) * 3) >> 8) - 1
 
 
 @Unpacker
@@ -34,4 +34,4 @@ def unpack_tq2_0(w, out):
     d = half_at(w + 64)
     for i in range(16):
         q = bits_at(w + 32 * (i >> 3) + 16 * (i & 1), i & 6, 3)
-        write_scaled(out + 64 * i, d, add_int(q, -1))
+        write_scaled(out + 64 * i, d, q - 1)
