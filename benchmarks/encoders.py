@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.kernels import jit
-from m2lite.quant.encode import ENCODERS, encode_rows, uses_importance
-from m2lite.storage.blocks import FORMATS, unpack_rows
+from m2lite.quant.encode import encode_rows
 from m2lite.storage.gguf_reader import open_gguf
 
 F32 = npt.NDArray[np.float32]
@@ -91,7 +91,7 @@ def report(label: str, rows: F32, types: list[str], threads: int, llama: Encode 
     for name in types:
         if rows.shape[1] % FORMATS[name].n_weights:
             continue
-        for weights in (None, importance) if uses_importance(name) else (None,):
+        for weights in (None, importance) if FORMATS[name].search else (None,):
             jit.start(1)
             our_encoder(name, rows[:64], weights)
             ours, speed = timed(our_encoder, name, rows, weights, 3)
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--tensors", default=r"\.weight$", help="regular expression over GGUF names")
-    parser.add_argument("--types", default=",".join(ENCODERS))
+    parser.add_argument("--types", default=",".join(name for name, fmt in FORMATS.items() if fmt.is_writable))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ggml", type=Path, help="libggml-base.so of a llama.cpp build")
     options = parser.parse_args()

@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import M2liteError
+from m2lite.formats.fp4 import E2M1_DOUBLED
+from m2lite.formats.iquants import IQ4_VALUES
 from m2lite.quant.config import SourceConfig
 from m2lite.quant.convert import ARCHITECTURE, architecture_keys, general_keys, sidecar_keys
 from m2lite.quant.header import MAGIC, Key, Slot, array, boolean, build_header, string, uint32
 from m2lite.quant.names import LAYER, MTP_TENSORS, TRUNK, Entry, MtpBindings
 from m2lite.quant.recipes import choose_formats, find_recipe, parse_overrides
-from m2lite.storage.blocks import E2M1_DOUBLED
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.identity import trunk_identity
-from m2lite.storage.iquants import IQ4_VALUES
 from m2lite.storage.part_file import PartFile
 from m2lite.storage.sidecar import sidecar_path
 

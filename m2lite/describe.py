@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from m2lite.storage.blocks import FORMATS
+from m2lite.formats.table import FORMATS
 from m2lite.storage.gguf_reader import GGUFArray, GGUFFile, open_gguf
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def type_table(gguf: GGUFFile) -> list[dict[str, Any]]:
             "type": name,
             "n_tensors": n_tensors[name],
             "n_bytes": size,
-            "runs": "generic" if FORMATS[name].parts is None else "fast",
+            "runs": "fast" if FORMATS[name].tile else "generic",
         }
         for name, size in sorted(n_bytes.items(), key=lambda item: (-item[1], item[0]))
     ]

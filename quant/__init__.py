@@ -1,1 +1,1 @@
-"""Convert and quantize. Imports storage, kernels.jit, text.tokenizer and errors; the engine never imports this."""
+"""Convert and quantize. Imports formats, storage and kernels' building blocks; the engine never imports this."""

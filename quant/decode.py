@@ -1,31 +1,44 @@
-"""Bytes of a checkpoint -> float32 rows, FP8 block scales applied, on all threads. Knows no tensor and no file."""
+"""Bytes of a format, or FP8 with the scales of its blocks -> float32 rows, on all threads. Knows no tensor, no file."""
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated, misc"
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba.core.types import int64
 
+from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels.far import far
 from m2lite.kernels.jit import kernel, n_parts, n_threads, specialise
-from m2lite.kernels.simd import load_f16, load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
-from m2lite.kernels.split import Split
-from m2lite.quant.lanes import (
+from m2lite.kernels.lanes import (
     bits_of,
     from_bits,
     from_half_bits,
     load_first_u8,
     load_u8,
-    load_u16,
     store_i32,
     where,
 )
+from m2lite.kernels.simd import (
+    f32x16,
+    load_f32,
+    operation,
+    read_f32,
+    read_i32,
+    scratch,
+    splat,
+    store_f32,
+    write_f32,
+    write_i32,
+)
+from m2lite.kernels.split import Split
 
 F32 = npt.NDArray[np.float32]
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+FP8 = "F8_E4M3"
 LANES = 16
 INFINITY_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
@@ -39,12 +52,6 @@ def from_e4m3(code):
     size = code & 0x7F
     value = from_half_bits((size << 7) | ((code & 0x80) << 8)) * HALF_TO_E4M3
     return where(size == E4M3_NAN, from_bits(size * 0 + NAN_BITS), value)
-
-
-@kernel
-def load_bf16(at):
-    """16 values of bfloat16: the upper half of a float32."""
-    return from_bits(load_u16(at) << 16)
 
 
 @kernel
@@ -66,25 +73,41 @@ def write_flag(flag, worst):
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-item_bytes, load = 1, None
+unpack: Any = None
+n_weights = n_bytes = 1
 
 
-def _part(part, n_parts, raw, n, out, flags):
-    """out[i] = raw[i] for the first n // 16 * 16 elements; flags[part] = 1 if those of the part are finite."""
-    n_vectors = n // LANES
+def _part(part, n_parts, raw, n_blocks, out, flags):
+    """out = the weights of all blocks at raw; flags[part] = 1 if those of the part are finite."""
     worst = bits_of(splat(np.float32(0.0)))
-    for i in range(part * n_vectors // n_parts, (part + 1) * n_vectors // n_parts):
-        v = load(raw + LANES * item_bytes * i)
-        worst = larger_bits(worst, v)
-        store_f32(out + 64 * i, v)
+    for i in range(part * n_blocks // n_parts, (part + 1) * n_blocks // n_parts):
+        at = out + 4 * n_weights * i
+        unpack(raw + n_bytes * i, at)
+        for j in range(0, 4 * n_weights, 64):
+            worst = larger_bits(worst, load_f32(at + j))
     write_flag(flags + 4 * part, worst)
 
 
-def _decoder(name: str, load: Any) -> Split:
-    return Split(far()(specialise(_part, f"decode_{name}", load=load, item_bytes=ITEM_BYTES[name])))
+def _unpack_floats(w, out):
+    store_f32(out, load(w))
 
 
-_PLAIN = {"F32": _decoder("F32", load_f32), "F16": _decoder("F16", load_f16), "BF16": _decoder("BF16", load_bf16)}
+load: Any = None
+
+
+@cache
+def _decoder(name: str) -> tuple[Split, int, int]:
+    """The kernel of a format, and the weights and bytes of what it takes as a block: 16 numbers of floats."""
+    fmt = FORMATS[name]
+    n = LANES if fmt.is_float else fmt.n_weights
+    if fmt.is_float:
+        read = piece(fmt.unpacker)
+        load = operation(f32x16(int64))(lambda builder, w: read(builder, w, 0))
+        unpack = kernel(specialise(_unpack_floats, f"unpack_{name}", load=load))
+    else:
+        unpack = piece(fmt.unpacker).compiled_for(name)
+    names = {"unpack": unpack, "n_weights": n, "n_bytes": fmt.row_bytes(n)}
+    return Split(far()(specialise(_part, f"decode_{name}", **names))), n, fmt.row_bytes(n)
 
 
 @far()
@@ -126,17 +149,19 @@ def decode_rows(
 ) -> tuple[F32, bool]:
     """float32[n_rows, width] of the rows that begin at row `first_row` of a matrix, and whether all are finite.
 
-    scale: float32[block rows, block columns] of the whole matrix, for F8_E4M3.
+    dtype: a format's name, or FP8; scale: float32[block rows, block columns] of the whole matrix, for that one.
     """
     n = n_rows * width
-    assert raw.dtype == np.uint8 and raw.size == n * ITEM_BYTES[dtype] and raw.flags.c_contiguous
+    assert raw.dtype == np.uint8 and raw.flags.c_contiguous
+    assert raw.size == (n if dtype == FP8 else n_rows * FORMATS[dtype].row_bytes(width))
     if out is None:
         out = np.empty((n_rows, width), np.float32)
     assert out.shape == (n_rows, width) and out.dtype == np.float32 and out.flags.c_contiguous
     flags = np.ones(n_threads(), np.int32)
-    if dtype != "F8_E4M3":
-        _PLAIN[dtype](n_parts(4 * n), raw.ctypes.data, n, out.ctypes.data, flags.ctypes.data)
-        tail_finite = _decode_tail(raw, dtype, n, out.reshape(-1))
+    if dtype != FP8:
+        decode, n_weights, _ = _decoder(dtype)
+        decode(n_parts(4 * n), raw.ctypes.data, n // n_weights, out.ctypes.data, flags.ctypes.data)
+        tail_finite = _decode_tail(raw, dtype, out.reshape(-1))
         return out, tail_finite and bool(flags.all())
     scale = np.ones((1, 1), np.float32) if scale is None else np.ascontiguousarray(scale, np.float32)
     block_rows, block_columns = block if scale.size > 1 else (max(1, first_row + n_rows), max(1, width))
@@ -148,15 +173,16 @@ def decode_rows(
     return out, bool(flags.all())
 
 
-def _decode_tail(raw: npt.NDArray[np.uint8], dtype: str, n: int, out: F32) -> bool:
-    """The last elements that fill no vector, through one that is filled with zeros."""
-    begin = n // LANES * LANES
-    if begin == n:
+def _decode_tail(raw: npt.NDArray[np.uint8], dtype: str, out: F32) -> bool:
+    """The last floats that fill no vector, through one that is filled with zeros."""
+    decode, n_weights, n_bytes = _decoder(dtype)
+    n_left = out.size % n_weights
+    if n_left == 0:
         return True
-    item = ITEM_BYTES[dtype]
-    padded = np.zeros(LANES * item, np.uint8)
-    padded[: (n - begin) * item] = raw.reshape(-1)[begin * item :]
-    values, flags = np.empty(LANES, np.float32), np.ones(1, np.int32)
-    _PLAIN[dtype].part(0, 1, padded.ctypes.data, LANES, values.ctypes.data, flags.ctypes.data)
-    out[begin:] = values[: n - begin]
+    padded = np.zeros(n_bytes, np.uint8)
+    tail = raw.reshape(-1)[raw.size // n_bytes * n_bytes :]
+    padded[: tail.size] = tail
+    values, flags = np.empty(n_weights, np.float32), np.ones(1, np.int32)
+    decode.part(0, 1, padded.ctypes.data, 1, values.ctypes.data, flags.ctypes.data)
+    out[-n_left:] = values[:n_left]
     return bool(flags[0])

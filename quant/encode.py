@@ -1,56 +1,109 @@
-"""float32 rows -> bytes of a block format, checked and on all threads. What the bytes mean is in storage/blocks.py.
+"""float32 rows -> bytes of a block format, checked and on all threads. What the bytes mean is in formats/.
 
 Without importance the formats that the gguf package can write get exactly its bytes; the others, and all that take an
-importance, are searched (search.py). The same input gives the same bytes for any number of threads.
+importance, are searched. The same input gives the same bytes for any number of threads.
+
+A tile is 16 blocks: the same columns of 16 rows. Without importance every block is a row of its own, so that 16 blocks
+in sequence make a tile; with one, the 16 rows of a tile share the importance of their columns. The last tile is moved
+back to end with the last row: rows that are encoded twice get the same bytes twice.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated, misc"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import math
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 from m2lite.errors import BadModelError
-from m2lite.kernels.jit import n_parts
-from m2lite.quant import search
-from m2lite.quant.search_reference import scaled_importance
-from m2lite.storage.blocks import BlockFormat
+from m2lite.formats.table import BlockFormat, piece
+from m2lite.kernels.far import far
+from m2lite.kernels.jit import address_of, n_parts, specialise
+from m2lite.kernels.lanes import call_encoder, transpose
+from m2lite.kernels.simd import load_f32, scratch, splat, tree_sum, write_f32
+from m2lite.kernels.split import Split
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-# A block's scale is an f16: the largest weight that each format can hold. Above, the scale would be infinite.
-F16_MAX = 65504.0
-LIMITS = {
-    "F16": F16_MAX,
-    "Q4_0": F16_MAX * 8,
-    "Q4_1": F16_MAX,
-    "Q5_0": F16_MAX * 16,
-    "Q5_1": F16_MAX,
-    "Q8_0": F16_MAX * 127,
-    # The searched formats could hold up to twice of that, but the best scale may exceed the plain one.
-    "Q4_K": F16_MAX * 32,
-    "Q5_K": F16_MAX * 32,
-    "Q6_K": F16_MAX * 2048,
-    "IQ4_NL": F16_MAX * 64,
-    "IQ4_XS": F16_MAX * 2048,
-}
-# Every format that can be written -> whether an importance changes its bytes.
-ENCODERS: Mapping[str, bool] = MappingProxyType(
-    {name: name in search.WEIGHTED for name in ("F32", *search.ELEMENTS, *search.PLAIN, *search.WEIGHTED)}
-)
+LANES = 16
+MOST_WEIGHTS = 256  # of a block
+PLAIN_WORK, SEARCH_WORK = 4, 400  # operations a weight: only to decide on a parallel region
 
 
-def can_encode(name: str) -> bool:
-    """Whether `encode_rows` writes this format."""
-    return name in ENCODERS
+# --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def uses_importance(name: str) -> bool:
-    """Whether an importance changes the bytes of this format."""
-    return ENCODERS[name]
+@far()
+def _part(part, n_parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_rows, n_columns):
+    """out[row, column] = the block of x[row, column], float32; n_rows >= 16. importance: float32 of one row, or 0."""
+    area = scratch(MOST_WEIGHTS)
+    x_row, out_row = n_columns * n_weights * 4, n_columns * n_bytes
+    n_tiles = (n_rows + LANES - 1) // LANES * n_columns
+    for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
+        row, column = min(i // n_columns * LANES, n_rows - LANES), i % n_columns
+        for j in range(0, n_weights, LANES):
+            transpose(x + row * x_row + (column * n_weights + j) * 4, x_row, area + 64 * j, 64)
+        at = importance + column * n_weights * 4 if importance else 0
+        call_encoder(tile, area, at, sigma + 4 * row, out + row * out_row + column * n_bytes, out_row)
+
+
+_encode_tiles = Split(_part)
+_SIGNATURE = types.void(*([types.int64] * 5))
+
+# Names that `specialise` fills in.
+store: Any = None
+item_bytes = 4
+
+
+def _elements(part, n_parts, x, out, n):
+    """out[i] = x[i] as the format has it, for the first n // 16 * 16 elements."""
+    n_vectors = n // LANES
+    for i in range(part * n_vectors // n_parts, (part + 1) * n_vectors // n_parts):
+        store(out + LANES * item_bytes * i, load_f32(x + 64 * i))
+
+
+@far()
+def _squares_part(part, n_parts, x, sigma, n_rows, width):
+    """sigma[row] = mean of x[row]**2: 16 virtual lanes and a fixed tree; width is a multiple of 16."""
+    for row in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+        total = splat(np.float32(0.0))
+        for i in range(0, 4 * width, 64):
+            v = load_f32(x + row * 4 * width + i)
+            total = total + v * v
+        write_f32(sigma + 4 * row, tree_sum(total) / np.float32(width))
+
+
+row_squares = Split(_squares_part)
+
+
+@cache
+def _elements_of(block_format: BlockFormat) -> Split:
+    names = {"store": piece(block_format.encoder), "item_bytes": block_format.n_bytes}
+    return Split(far()(specialise(_elements, f"encode_{block_format.name}", **names)))
+
+
+@cache
+def _tile_address(place: str) -> int:
+    return address_of(piece(place).py_func, _SIGNATURE)
+
+
+def run_tiles(
+    block_format: BlockFormat, x: int, importance: int, sigma: int, out: int, n_rows: int, n_columns: int
+) -> None:
+    """Encode n_rows x n_columns blocks, at least 16 rows of them; all but the last two are addresses."""
+    place = block_format.search if importance else block_format.encoder or block_format.search
+    work = PLAIN_WORK if place == block_format.encoder else SEARCH_WORK
+    parts, tile = n_parts(n_rows * n_columns * block_format.n_weights * work), _tile_address(place)
+    n_weights, n_bytes = block_format.n_weights, block_format.n_bytes
+    _encode_tiles(parts, tile, n_weights, n_bytes, x, importance, sigma, out, n_rows, n_columns)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def encode_rows(
@@ -62,8 +115,7 @@ def encode_rows(
     """
     n_rows, width = rows.shape
     rows = np.ascontiguousarray(rows, np.float32)
-    searched = importance is not None and uses_importance(block_format.name)
-    _check_limit(block_format, rows, name, searched)
+    _check_limit(block_format, rows, name, searched=importance is not None and bool(block_format.search))
     row_bytes = block_format.row_bytes(width)
     if out is None:
         out = np.empty((n_rows, row_bytes), np.uint8)
@@ -73,24 +125,21 @@ def encode_rows(
     )
     if not rows.size:
         return out
-    if block_format.name == "F32":
-        out.reshape(-1).view("<f4")[:] = rows.reshape(-1)
-    elif block_format.name in search.ELEMENTS:
+    if block_format.is_float:
         _encode_elements(block_format, rows.reshape(-1), out.reshape(-1))
-    elif searched:
-        _encode_blocks(search.WEIGHTED[block_format.name], block_format, rows, importance, out)
+    elif importance is not None and block_format.search:
+        _encode_blocks(block_format, rows, scaled_importance(importance), out)
     else:
-        encoder = (search.WEIGHTED | search.PLAIN)[block_format.name]
         blocks = rows.reshape(-1, block_format.n_weights)
-        _encode_blocks(encoder, block_format, blocks, None, out.reshape(len(blocks), -1))
+        _encode_blocks(block_format, blocks, None, out.reshape(len(blocks), -1))
     return out
 
 
-def _check_limit(block_format: BlockFormat, rows: F32, name: str, searched: bool) -> None:
-    limit = LIMITS.get(block_format.name)
-    if limit is not None and searched and block_format.name in search.PLAIN:
+def _check_limit(block_format: BlockFormat, rows: F32, name: str, *, searched: bool) -> None:
+    limit = block_format.largest
+    if searched and block_format.encoder:
         limit /= 2  # the best scale may exceed the plain one
-    if limit is not None and rows.size and (largest := max(float(rows.max()), -float(rows.min()))) > limit:
+    if limit < math.inf and rows.size and (largest := max(float(rows.max()), -float(rows.min()))) > limit:
         raise BadModelError(
             f"Tensor {name!r} holds {largest:g}, more than the {limit:g} that {block_format.name} can hold.",
             "Convert with --type bf16 or f32.",
@@ -99,34 +148,35 @@ def _check_limit(block_format: BlockFormat, rows: F32, name: str, searched: bool
 
 def _encode_elements(block_format: BlockFormat, weights: F32, out: Bytes) -> None:
     n = weights.size
-    search.ELEMENTS[block_format.name](n_parts(n), weights.ctypes.data, out.ctypes.data, n)
-    tail = n // search.LANES * search.LANES
+    _elements_of(block_format)(n_parts(n), weights.ctypes.data, out.ctypes.data, n)
+    tail = n // LANES * LANES
     if tail < n:
         assert block_format.pack is not None
-        out[2 * tail :] = block_format.pack(weights[tail:])
+        out[block_format.n_bytes * tail :] = block_format.pack(weights[tail:])
 
 
-def _encode_blocks(
-    encoder: search.Encoder, block_format: BlockFormat, rows: F32, importance: F32 | None, out: Bytes
-) -> None:
+def _encode_blocks(block_format: BlockFormat, rows: F32, weights: F32 | None, out: Bytes) -> None:
     """Encode rows of whole blocks; fewer than a tile's 16 rows are filled up with zeros first."""
     n_rows, width = rows.shape
-    if n_rows < search.LANES:
-        full = np.zeros((search.LANES, width), np.float32)
+    if n_rows < LANES:
+        full = np.zeros((LANES, width), np.float32)
         full[:n_rows] = rows
-        packed = np.empty((search.LANES, out.shape[1]), np.uint8)
-        _encode_blocks(encoder, block_format, full, importance, packed)
+        packed = np.empty((LANES, out.shape[1]), np.uint8)
+        _encode_blocks(block_format, full, weights, packed)
         out[:] = packed[:n_rows]
         return
-    weights = None if importance is None else scaled_importance(importance)
     sigma = np.empty(n_rows, np.float32)
     if weights is not None:
-        search.row_squares(n_parts(rows.size), rows.ctypes.data, sigma.ctypes.data, n_rows, width)
-    encoder.run(
-        rows.ctypes.data,
-        0 if weights is None else weights.ctypes.data,
-        sigma.ctypes.data,
-        out.ctypes.data,
-        n_rows,
-        width // block_format.n_weights,
-    )
+        row_squares(n_parts(rows.size), rows.ctypes.data, sigma.ctypes.data, n_rows, width)
+    importance = 0 if weights is None else weights.ctypes.data
+    n_columns = width // block_format.n_weights
+    run_tiles(block_format, rows.ctypes.data, importance, sigma.ctypes.data, out.ctypes.data, n_rows, n_columns)
+
+
+def scaled_importance(importance: F32) -> F32:
+    """Times the power of two that brings its largest value to 0.5 up to 1, so that no product leaves float32; all
+    ones for all zeros."""
+    largest = float(importance.max(initial=0.0))
+    if largest == 0:
+        return np.ones_like(importance, np.float32)
+    return np.ascontiguousarray(np.ldexp(importance.astype(np.float32), -np.frexp(np.float32(largest))[1]), np.float32)

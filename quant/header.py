@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from m2lite.errors import BadModelError
-from m2lite.storage.blocks import BlockFormat
+from m2lite.formats.table import BlockFormat
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES, VALUE_TYPES
 
 MAGIC = b"GGUF"

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, UsageError
+from m2lite.formats.table import FORMATS
 from m2lite.quant.header import DEFAULT_ALIGNMENT, MAGIC, Key, pack_key, pack_start, pack_tensor, string, uint32
-from m2lite.storage.blocks import FORMATS
 from m2lite.storage.durable import Buffer, write_output
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 from m2lite.system.inputs import check_regular

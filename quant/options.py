@@ -18,7 +18,7 @@ import numpy.typing as npt
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from m2lite.errors import UsageError
-from m2lite.quant.encode import can_encode, encode_rows, uses_importance
+from m2lite.quant.encode import encode_rows
 from m2lite.quant.header import Key, Slot, build_header, choose_alignment, string, tensor_bytes, uint32
 from m2lite.quant.imatrix import Importance, read_imatrix
 from m2lite.quant.job import FileJob, Output, Progress, journal_path, run_job
@@ -208,7 +208,7 @@ def choose_all(
         header = build_header(architecture, main_keys, table, alignment, hashed=True)
         start = header.slots[0].offset
         choices = choose_formats(options.recipe, tensors, options.overrides, has_importance, target, alignment, start)
-    assert all(can_encode(choice.block_format.name) for choice in choices.values())
+    assert all(choice.block_format.is_writable for choice in choices.values())
     return choices, alignment
 
 
@@ -223,7 +223,7 @@ def check_coverage(options: Options, tensors: Sequence[Wanted], choices: dict[st
     used = [
         t.name
         for t in tensors
-        if t.role in ("attention", "experts") and not t.mtp and uses_importance(choices[t.name].block_format.name)
+        if t.role in ("attention", "experts") and not t.mtp and choices[t.name].block_format.search
     ]
     missing = [name for name in used if name not in entries]
     warnings = []
@@ -251,7 +251,7 @@ def _some(names: Sequence[str]) -> str:
 def encode_slot(slot: Slot, rows: F32, importance: Importance | None, matrix: int) -> Bytes:
     """Rows of one matrix of a tensor in its slot's format."""
     row = None
-    if importance is not None and uses_importance(slot.block_format.name):
+    if importance is not None and slot.block_format.search:
         row = importance.row(slot.name, matrix, slot.shape[-1])
     return encode_rows(slot.block_format, rows, slot.name, row).reshape(-1)
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
-import numpy as np
-
 from m2lite.errors import BadModelError, UsageError
 from m2lite.quant import options as options_module
 from m2lite.quant.decode import decode_rows
@@ -36,12 +34,10 @@ from m2lite.quant.options import (
 from m2lite.quant.recipes import Choice
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
-from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_header import KEY_ALIGNMENT, KEY_HEADER_HASH, KEY_TENSOR_HASHES
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo, open_gguf
 from m2lite.storage.sidecar import model_files, sidecar_path
 
-PLAIN = ("F32", "F16", "BF16")
 COPY_BYTES = 4 << 20  # of a tensor that stays as it is, at a time
 KEY_ARCHITECTURE = "general.architecture"
 # What the output's own header says anew.
@@ -168,7 +164,7 @@ def _kept_keys(gguf: GGUFFile, options: Options, name: str | None) -> list[Key]:
 def _check_requantize(
     files: Sequence[GGUFFile], tensors: Sequence[Stored], choices: dict[str, Choice], options: Options
 ) -> None:
-    again = [t for t in tensors if t.info.format.name not in PLAIN and t.info.format != choices[t.name].block_format]
+    again = [t for t in tensors if not t.info.format.is_float and t.info.format != choices[t.name].block_format]
     if again and not options.allow_requantize:
         first = again[0]
         raise UsageError(
@@ -249,11 +245,7 @@ class StoredTensor:
     def _encode(self, slot: Slot, matrix: int, first_row: int, data: Bytes) -> Bytes:
         width = slot.shape[-1]
         n_rows = len(data) // self.info.format.row_bytes(width)
-        if self.info.format.name in PLAIN:
-            rows, is_finite = decode_rows(data, self.info.format.name, n_rows, width)
-        else:
-            rows = unpack_rows(self.info.format, data, (n_rows, width))
-            is_finite = bool(np.isfinite(rows).all())
+        rows, is_finite = decode_rows(data, self.info.format.name, n_rows, width)
         if not is_finite:
             raise BadModelError(
                 f"Tensor {slot.name!r} holds NaN or infinity within rows {first_row} to {first_row + n_rows - 1} of "

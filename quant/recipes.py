@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from m2lite.errors import UsageError
+from m2lite.formats.table import FORMATS, BlockFormat
 from m2lite.quant.names import EXACT_ROLES
-from m2lite.storage.blocks import FORMATS, BlockFormat
 from m2lite.system.byte_units import format_bytes
 
 
@@ -105,11 +105,6 @@ def _eight_experts(place: TensorPlace) -> bool:
 EMBEDDING, HEAD = ("token_embd",), ("output",)
 V, K, Q_AND_O = ("attn_v", "attn_qkv"), ("attn_k",), ("attn_q", "attn_output")
 DOWN, GATE_UP = ("ffn_down_exps",), ("ffn_gate_exps", "ffn_up_exps")
-
-# Everything that a type or an override may name: what quant/encode.py can write.
-TYPES = (
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
-)  # fmt: skip
 
 # A width that is not whole blocks of the one takes the other, as llama-quantize does; where that fails too, F16.
 FALLBACKS: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -222,8 +217,9 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
         regex, found, name = text.rpartition("=")
         if not found or not regex:
             raise UsageError(f"{text!r} is not REGEX=TYPE.", "Write it like ffn_down_exps=q6_k.")
-        if name.upper() not in TYPES:
-            raise UsageError(f"{name!r} in {text!r} is not a tensor type.", f"Take one of {', '.join(TYPES).lower()}.")
+        types = [fmt.name for fmt in FORMATS.values() if fmt.is_writable]
+        if name.upper() not in types:
+            raise UsageError(f"{name!r} in {text!r} is not a tensor type.", f"Take one of {', '.join(types).lower()}.")
         try:
             overrides.append((re.compile(regex), name.upper()))
         except re.error as error:

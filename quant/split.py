@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2lite.errors import UsageError
+from m2lite.formats.table import BlockFormat
 from m2lite.quant.header import Key, build_header, choose_alignment, int32, tensor_bytes, uint16
 from m2lite.quant.job import Output, TensorSource
-from m2lite.storage.blocks import BlockFormat
 from m2lite.system.byte_units import format_bytes
 
 MAX_PARTS = 99_999  # what five digits count

@@ -16,7 +16,6 @@ from m2lite.kernels import jit
 from m2lite.quant.checkpoint import open_checkpoint
 from m2lite.quant.config import config_warnings, parse_config
 from m2lite.quant.convert import ARCHITECTURE, BoundTensor, architecture_keys
-from m2lite.quant.encode import can_encode, uses_importance
 from m2lite.quant.header import Key, Slot, hash_header
 from m2lite.quant.imatrix import Importance
 from m2lite.quant.job import CHECK_BYTES, Progress, TensorSource
@@ -252,9 +251,9 @@ def _compare(
             found = f"has {list(table[name].shape)} there" if name in table else "is not there"
             problems.append(f"Tensor '{name}' of shape {list(info.shape)} is not of this source: it {found}.")
             continue
-        if not can_encode(info.format.name):
+        if not info.format.is_writable:
             reasons[f"{info.format.name} cannot be written here"] = 1
-        elif weighted and uses_importance(info.format.name):
+        elif weighted and info.format.search:
             reasons["the file was made with an importance matrix, which was not given (--imatrix)"] = 1
         elif n_left > 0:
             n_left -= 1

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from m2lite.storage.blocks import E2M1_DOUBLED, FORMATS, BlockFormat, power_of_two
-from m2lite.storage.fields import Bytes, Floats
+from m2lite.formats.fields import Bytes, Floats
+from m2lite.formats.fp4 import E2M1_DOUBLED, power_of_two
+from m2lite.formats.table import FORMATS, BlockFormat
 
 
 def pack_rows(fmt: BlockFormat, weights: Floats) -> Bytes:

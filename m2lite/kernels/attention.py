@@ -22,6 +22,7 @@ from numba import types
 from m2lite.kernels.elementwise import exp16
 from m2lite.kernels.far import far
 from m2lite.kernels.jit import address_of, inner, kernel, specialise
+from m2lite.kernels.lanes import load_i8
 from m2lite.kernels.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.kernels.pages import PAGE
 from m2lite.kernels.simd import (
@@ -45,7 +46,6 @@ from m2lite.kernels.simd import (
     tree_sum,
     write_f32,
 )
-from m2lite.kernels.simd_bits import load_i8
 from m2lite.kernels.split import Split
 
 F = np.float32

@@ -17,7 +17,7 @@ A panel holds its rows in groups of up to 32 (only the last one is smaller); a g
 [block][T][bytes], so that a block's weights are unpacked once for the T rows. A group that begins with row t begins at
 t * n_blocks * bytes: a panel of one row is simply the row.
 
-A format without a tile of integers (tiles.py) runs on float32 panels: "fast" is a format with one, the others are
+A format whose row has no tile of integers runs on float32 panels: "fast" is a format with one, the others are
 "generic".
 
 Order of the sum, the same for every group size, tile and vector width:
@@ -29,6 +29,7 @@ Order of the sum, the same for every group size, tile and vector width:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -36,16 +37,14 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels import emit, simd
-from m2lite.kernels import unpack as loops
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
 from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
-from m2lite.kernels.tiles import TILES
-from m2lite.storage.blocks import FORMATS
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
@@ -58,33 +57,20 @@ def panel_bytes(kind: str, n_rows: int, n: int) -> int:
     return n_rows * (n // BLOCK) * STEP_BYTES[kind]
 
 
-# --- weights that are floats ---------------------------------------------------------------------------------------
-
-
-def _f32(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
-    return [emit.load(builder, w, emit.V_F32, o) for o in (0, 64)]
-
-
-def _f16(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
-    return [emit.half_to_f32(builder, emit.load(builder, w, emit.V_I16, o)) for o in (0, 32)]
-
-
-def _bf16(builder: ir.IRBuilder, w: ir.Value) -> Vectors:
-    raw = [builder.zext(emit.load(builder, w, emit.V_I16, o), emit.V_I32) for o in (0, 32)]
-    return [builder.bitcast(builder.shl(v, emit.const(16)), emit.V_F32) for v in raw]
-
-
-# What brings 32 weights into registers as float32; of other formats kernels/unpack.py writes a whole block to memory.
-FLOATS = {"F16": _f16, "BF16": _bf16, "F32": _f32}
-
-
 # --- tile kernels, built from the tables ---------------------------------------------------------------------------
+
+
+def _floats_of(name: str) -> Callable[[ir.IRBuilder, ir.Value], Vectors]:
+    """What brings 32 weights of a float format into registers."""
+    fmt = FORMATS[name]
+    load = piece(fmt.unpacker)
+    return lambda builder, w: [load(builder, w, offset) for offset in (0, 16 * fmt.n_bytes)]
 
 
 def unpack_of(name: str) -> Any:
     """unpack(w) -> a pack of 2 vectors: 32 weights at address w as float32."""
-    signature = PackType(simd.f32x16, 2)(types.int64)
-    return operation(signature)(lambda builder, w: emit.pack_of(builder, FLOATS[name](builder, w)))
+    signature, load = PackType(simd.f32x16, 2)(types.int64), _floats_of(name)
+    return operation(signature)(lambda builder, w: emit.pack_of(builder, load(builder, w)))
 
 
 # Weight rows and activation rows whose sums are in registers at once.
@@ -94,7 +80,7 @@ N_SUMS = W_ROWS * X_ROWS
 
 def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
     """add_products(sums, w, stride, x): sums[r * n_x + t] after 32 weights of row r times those of activation row t."""
-    unpack, kind = FLOATS[name], PackType(simd.f32x16, n_rows * n_x)
+    unpack, kind = _floats_of(name), PackType(simd.f32x16, n_rows * n_x)
 
     @operation(kind(kind, *[types.int64] * 3))
     def add_products(builder, sums, w, stride, x):
@@ -213,16 +199,16 @@ def _names_of(name: str) -> dict[str, Any]:
     """What the templates see of a format that float32 panels are multiplied with, or that is unpacked."""
     step = step_of(name)
     names = {"step": step, "step_bytes": FORMATS[name].row_bytes(step), "n_vectors": step // 16}
-    if name in FLOATS:
+    if FORMATS[name].is_float:
         return names | {"unpack": unpack_of(name)}
-    return names | {"unpack_block": loops.block_function(name)}
+    return names | {"unpack_block": piece(FORMATS[name].unpacker).compiled_for(name)}
 
 
 def _tile_function(name: str, kind: str) -> Any:
     """The tile kernel of one format and kind of activations."""
     if kind == "int8":
         rows = tile_function(name)
-    elif name in FLOATS:
+    elif FORMATS[name].is_float:
         products = {
             "add_together": _add_products_of(name, W_ROWS, X_ROWS), "add_apart": _add_products_of(name, W_ROWS, 1),
             "add_single": _add_products_of(name, 1, 1),
@@ -237,7 +223,7 @@ def _tile_function(name: str, kind: str) -> Any:
 
 def activation_kind(name: str) -> str:
     """ "int8" where the format has an integer tile, else "float32"."""
-    return "int8" if name in TILES else "float32"
+    return "int8" if FORMATS[name].tile else "float32"
 
 
 @cache
@@ -249,5 +235,5 @@ def tile_address(name: str, kind: str) -> int:
 @cache
 def unpack_address(name: str) -> int:
     """Compile unpack_row(w, n_blocks, out): one row of weights to float32, and return its address."""
-    template = _unpack_row if name in FLOATS else _unpack_row_of_blocks
+    template = _unpack_row if FORMATS[name].is_float else _unpack_row_of_blocks
     return address_of(specialise(template, f"unpack_{name}", **_names_of(name)), types.void(*([types.int64] * 3)))

@@ -12,6 +12,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from m2lite.formats.kernels.tile import TileForm
+from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels import emit, simd
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, Vectors, integer_dots, prepare
 from m2lite.kernels.far import far
@@ -20,7 +22,6 @@ from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.row_dots import row_dots
 from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes, zeros_of
-from m2lite.kernels.tiles import TILES, TileForm
 
 ZERO = np.float32(0)
 
@@ -255,7 +256,7 @@ def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:
 
 def tile_function(name: str) -> Any:
     """The compiled kernel of a format, for 1 to GROUP activation rows."""
-    form = TILES[name]
+    form: TileForm = piece(FORMATS[name].tile)
     names = {
         "block_bytes": form.block_bytes,
         "n_steps": form.n_steps,

@@ -37,8 +37,8 @@ from m2lite.kernels.crowd import Crowd
 
 # Every file whose text compiled code may depend on: kernels, and where they take constants from.
 _SOURCES = (
-    "kernels/*.py", "storage/blocks.py", "storage/iquants.py",
-    "quant/encode*.py", "quant/decode.py", "quant/lanes.py", "quant/search*.py",
+    "kernels/*.py", "formats/*.py", "formats/kernels/*.py",
+    "quant/encode.py", "quant/encoders/*.py", "quant/decode.py",
 )  # fmt: skip
 _CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
 

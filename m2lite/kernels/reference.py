@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m2lite.formats.table import FORMATS, BlockFormat
 from m2lite.kernels import elementwise as constants
 from m2lite.kernels import layer
 from m2lite.kernels.pages import LARGEST_AMAX
-from m2lite.storage import blocks
 
 F = np.float32
 F32 = npt.NDArray[np.float32]
@@ -80,22 +80,22 @@ def sigmoid32(x: F32) -> F32:
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
-_KEYS = [(name, kind) for name in blocks.FORMATS for kind in STEP_BYTES]
+_KEYS: list[tuple[str, str]] = []  # those that were asked for
 
 
 def tile_address(name: str, kind: str) -> int:
     """Not an address here: a key that says which format and kind of activations a matrix product uses."""
+    if (name, kind) not in _KEYS:
+        _KEYS.append((name, kind))
     return _KEYS.index((name, kind))
 
 
 def unpack_address(name: str) -> int:
-    return _KEYS.index((name, "float32"))
+    return tile_address(name, "float32")
 
 
-def weight_rows(
-    key: int, w: int, stride: int, n_rows: int, n_blocks: int
-) -> tuple[blocks.BlockFormat, npt.NDArray[np.uint8]]:
-    fmt = blocks.FORMATS[_KEYS[key][0]]
+def weight_rows(key: int, w: int, stride: int, n_rows: int, n_blocks: int) -> tuple[BlockFormat, npt.NDArray[np.uint8]]:
+    fmt = FORMATS[_KEYS[key][0]]
     n_bytes = n_blocks * 32 // fmt.n_weights * fmt.n_bytes
     flat = array_at(w, np.uint8, ((n_rows - 1) * stride + n_bytes,))
     return fmt, np.lib.stride_tricks.as_strided(flat, (n_rows, n_bytes), (stride, 1))

@@ -1,8 +1,8 @@
 """Dots of 8 weight rows with one activation row where products are made in pairs (AVX2), as LLVM IR.
 
-A tile (tiles.py) brings bytes of different rows together first, so that every lane sums one row: it pays when the tile
-meets several activation rows. For a single one it is less work to multiply rows as they lie and to add the lanes of
-several rows at the end. The sums are the same integers.
+A tile brings bytes of different rows together first, so that every lane sums one row: it pays when the tile meets
+several activation rows. For a single one it is less work to multiply rows as they lie and to add the lanes of several
+rows at the end. The sums are the same integers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from m2lite.formats.kernels.tile import Nibbles, TileForm
 from m2lite.kernels import emit
 from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
 from m2lite.kernels.emit import I8, I32, RowAddresses, load
-from m2lite.kernels.tiles import Nibbles, TileForm
 
 _SIXTEEN, _BYTES = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
 _FOUR, _EIGHT = ir.VectorType(I32, 4), ir.VectorType(I32, 8)

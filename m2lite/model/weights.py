@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError
+from m2lite.formats.table import unpack_rows
 from m2lite.kernels import layer as records
 from m2lite.kernels.dot import BLOCK, STEP_BYTES, activation_kind
 from m2lite.model.config import Config
-from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_reader import GGUFFile, TensorInfo
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2lite.errors import BadModelError
-from m2lite.storage.blocks import BY_TYPE, FORMATS, IK_TYPE_NAMES, TYPE_NAMES, BlockFormat
+from m2lite.formats.table import BY_TYPE, FORMATS, IK_TYPE_NAMES, TYPE_NAMES, BlockFormat
 
 Scalar = str | int | float | bool
 Item = TypeVar("Item", str, bytes, int, float, bool)

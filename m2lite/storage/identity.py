@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.storage.blocks import unpack_rows
+from m2lite.formats.table import unpack_rows
 from m2lite.storage.gguf_reader import GGUFArray, GGUFFile
 
 SAMPLE_BYTES = 4096

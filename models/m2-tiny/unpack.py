@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from m2lite.formats.table import unpack_rows
 from m2lite.quant.names import LAYER, TRUNK, Entry
 from m2lite.quant.vocabulary import PATTERN
-from m2lite.storage.blocks import unpack_rows
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 
 HERE = Path(__file__).parent

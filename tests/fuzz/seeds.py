@@ -19,10 +19,10 @@ from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.kept import save_kept
 from m2lite.drafting.planner import Planner
+from m2lite.formats.table import FORMATS
 from m2lite.quant.header import Key, array, boolean, build_header, float32, string, uint32
 from m2lite.quant.imatrix import Importance, write_imatrix
 from m2lite.quant.journal import Journal, Ticket, WrittenTensor
-from m2lite.storage.blocks import FORMATS
 from m2lite.storage.heat import save_heat
 from m2lite.text.m2_template import SOURCE
 from tests.golden.models import SPECIAL_TOKENS, Case, hf_config, tokenizer_json

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from m2lite.kernels import cache, dot, dots, emit, fast, jit, matmul, reference, router, tiles, unpack
+from m2lite.formats.kernels.block import Unpacker
+from m2lite.formats.table import FORMATS, piece
+from m2lite.kernels import cache, dots, emit, fast, jit, matmul, reference, router
 from m2lite.kernels.attention import join_parts, part_begin
-from m2lite.storage.blocks import FORMATS
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -35,8 +36,11 @@ def test_compiled_kernels_equal_their_twins_in_every_format() -> None:
 
 
 def test_every_format_runs() -> None:
-    assert {*dot.FLOATS, *unpack.TEMPLATES} == set(FORMATS)
-    assert set(tiles.TILES) == {name for name, fmt in FORMATS.items() if fmt.parts is not None}
+    for fmt in FORMATS.values():
+        unpacker = piece(fmt.unpacker)
+        assert callable(unpacker) if fmt.is_float else isinstance(unpacker, Unpacker), fmt.name
+        assert bool(fmt.tile) == (fmt.parts is not None), fmt.name
+        assert not fmt.tile or piece(fmt.tile).name == fmt.name
 
 
 @pytest.mark.slow

@@ -9,29 +9,28 @@ import sys
 
 import numpy as np
 
-from m2lite.quant import decode, search
+from m2lite.formats.table import FORMATS
+from m2lite.quant import decode
 from m2lite.quant.checkpoint import E4M3
 from m2lite.quant.decode import decode_rows
-from m2lite.quant.encode import encode_rows
-from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS
+from m2lite.quant.encode import encode_rows, run_tiles
 from tests.kernels.guards import guarded
 from tests.packing import pack_rows
 from tests.quant.blocks import importance_of, odd_rows
+from tests.quant.search_reference import encode_reference
 
 
 def run_on_guarded_memory(at_end: bool) -> None:
     """Rows, importance and output begin or end at unreadable pages: a stray access kills this process."""
     rng = np.random.default_rng(9)
-    for table, importance in ((search.PLAIN, False), (search.WEIGHTED, True)):
-        for name, encoder in table.items():
-            fmt = FORMATS[name]
+    for fmt in (fmt for fmt in FORMATS.values() if not fmt.is_float):
+        for importance in [False] * bool(fmt.encoder) + [True] * bool(fmt.search):
             x = guarded(rng.standard_normal((19, 3 * fmt.n_weights)).astype(np.float32), at_end)
             weights = guarded(np.ones(3 * fmt.n_weights, np.float32), at_end) if importance else 0
             sigma, out = (
                 guarded(v, at_end) for v in (np.ones(19, np.float32), np.zeros(19 * 3 * fmt.n_bytes, np.uint8))
             )
-            encoder.run(x, weights, sigma, out, 19, 3)
+            run_tiles(fmt, x, weights, sigma, out, 19, 3)
     for width in (1, 15, 40):
         scale, flags = (guarded(np.zeros(1, np.int32), at_end) for _ in range(2))
         out = guarded(np.zeros(5 * width, np.float32), at_end)
@@ -40,7 +39,7 @@ def run_on_guarded_memory(at_end: bool) -> None:
         for items in (np.uint16, np.float32):
             name = {np.uint16: "BF16", np.float32: "F32"}[items]
             raw = guarded(np.zeros(5 * width, items), at_end)
-            decode._PLAIN[name].part(0, 1, raw, 5 * width, out, flags)
+            decode._decoder(name)[0].part(0, 1, raw, 5 * width // 16, out, flags)
 
 
 def main() -> int:

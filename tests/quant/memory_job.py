@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from m2lite.formats.table import FORMATS
 from m2lite.quant.header import Slot, string
 from m2lite.quant.job import FileJob, journal_path
 from m2lite.quant.journal import SourceChanged, SourceFile
 from m2lite.quant.split import Planned, plan_files
 from m2lite.quant.stream import Bytes, Chunk
-from m2lite.storage.blocks import FORMATS
 
 
 @dataclass

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.kernels import jit
 from m2lite.quant.checkpoint import E4M3
-from m2lite.quant.decode import ITEM_BYTES, decode_rows
+from m2lite.quant.decode import decode_rows
+from tests.kernels.cases import weights_of
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 # rows, width, block, first row
 CASES = [
@@ -83,6 +87,17 @@ def test_one_number_that_is_none(dtype: str, at: int) -> None:
         }[dtype]
         assert not decode_rows(raw.reshape(-1).view(np.uint8), dtype, 1, 37)[1]
     assert decode_rows(np.zeros(37 * ITEM_BYTES[dtype], np.uint8), dtype, 1, 37)[1]
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ2_XS", "TQ1_0", "NVFP4"])
+def test_blocks_are_as_their_definition_has_them(name: str) -> None:
+    rng, fmt = np.random.default_rng(3), FORMATS[name]
+    raw = weights_of(rng, name, (7, 3 * fmt.n_weights))
+    values, finite = decode_rows(raw.reshape(-1), name, 7, 3 * fmt.n_weights)
+    expected = unpack_rows(fmt, raw, values.shape)
+    assert finite and np.array_equal(values.view(np.uint32), expected.view(np.uint32))
+    raw.reshape(7, 3, -1)[5, 1] = 0xFF  # NaN, wherever an f16 is
+    assert decode_rows(raw.reshape(-1), name, 7, 3 * fmt.n_weights)[1] == (name == "NVFP4")
 
 
 def test_overflow_of_the_product_is_noticed() -> None:

@@ -11,18 +11,20 @@ import pytest
 from forms import FORMS as FORMS_OF_VECTORS
 from forms import run_form, run_script
 from m2lite.errors import BadModelError
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.kernels import jit
-from m2lite.quant.encode import ENCODERS, LIMITS, can_encode, encode_rows, uses_importance
-from m2lite.quant.search_reference import encode_reference
-from m2lite.storage.blocks import FORMATS, unpack_rows
+from m2lite.quant.encode import encode_rows
 from tests.packing import PACKERS, pack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
+from tests.quant.search_reference import encode_reference
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
+ENCODERS = [name for name, fmt in FORMATS.items() if fmt.is_writable]
+LIMITS = {name: fmt.largest for name, fmt in FORMATS.items() if np.isfinite(fmt.largest)}
 PLAIN = [name for name in ENCODERS if name in PACKERS]
 SEARCHED = [name for name in ENCODERS if name not in PACKERS]
-WEIGHTED = [name for name in ENCODERS if uses_importance(name)]
+WEIGHTED = [name for name in ENCODERS if FORMATS[name].search]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_the_table() -> None:
     assert set(PLAIN) == {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"}
     assert set(SEARCHED) == {"Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
     assert set(WEIGHTED) == set(SEARCHED) | {"Q4_0", "Q4_1", "Q5_0", "Q5_1"}
-    assert not can_encode("IQ2_XXS")
+    assert not FORMATS["IQ2_XXS"].is_writable
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -95,7 +97,7 @@ def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert encode_rows(FORMATS[name], x, "t", out=out) is out
     assert np.array_equal(out, one[0])
     assert np.array_equal(encode_rows(FORMATS[name], x, "t", importance), one[1])
-    assert uses_importance(name) == (not np.array_equal(one[0], one[1]))
+    assert bool(FORMATS[name].search) == (not np.array_equal(one[0], one[1]))
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -12,6 +12,7 @@ import xxhash
 from gguf.gguf_writer import WriterState
 
 from m2lite.errors import BadModelError
+from m2lite.formats.table import FORMATS
 from m2lite.quant.header import (
     Key,
     array,
@@ -26,7 +27,6 @@ from m2lite.quant.header import (
     uint16,
     uint32,
 )
-from m2lite.storage.blocks import FORMATS
 from m2lite.storage.gguf_header import parse_header
 
 KEYS = [

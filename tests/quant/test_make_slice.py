@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model
-from m2lite.storage.blocks import unpack_rows
+from m2lite.formats.table import unpack_rows
 from m2lite.storage.gguf_reader import open_gguf
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long

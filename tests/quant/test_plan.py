@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m2lite.formats.table import FORMATS
 from m2lite.quant.convert import convert, plan_convert
 from m2lite.quant.encode import encode_rows
 from m2lite.quant.plan import (
@@ -26,7 +27,6 @@ from m2lite.quant.plan import (
 from m2lite.quant.quantize import plan_quantize
 from m2lite.quant.recipes import RECIPES, choose_formats, split_name
 from m2lite.quant.stream import Chunk
-from m2lite.storage.blocks import FORMATS
 from m2lite.storage.durable import free_bytes
 from m2lite.storage.gguf_reader import open_gguf
 from m2lite.storage.part_file import part_path

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from m2lite.errors import BadModelError, UsageError
-from m2lite.quant.encode import can_encode
+from m2lite.formats.table import FORMATS
 from m2lite.quant.names import EXACT_ROLES, LAYER, MTP_TENSORS, TRUNK, role_of
 from m2lite.quant.recipes import (
+    FALLBACKS,
     FLOOR,
     LADDER,
+    LAST_RESORT,
     RECIPES,
-    TYPES,
     Choice,
     body_bytes,
     choose_formats,
@@ -30,7 +31,6 @@ from m2lite.quant.recipes import (
     parse_overrides,
     split_name,
 )
-from m2lite.storage.blocks import FORMATS
 
 MIXES: dict[str, Any] = json.loads((Path(__file__).parent / "llama_mixes.json").read_text())
 M2 = MIXES["m2"]["dims"]
@@ -114,8 +114,8 @@ def test_m2_has_llama_quantizes_size(mix: str, mib: float) -> None:
 
 def test_every_type_that_a_recipe_names_can_be_written() -> None:
     rules = [rule.type for recipe in RECIPES.values() for rule in recipe.rules] + [r.type for r in (*FLOOR, *LADDER)]
-    assert {*rules, *(recipe.base for recipe in RECIPES.values())} <= set(TYPES)
-    assert set(TYPES) <= FORMATS.keys() and all(can_encode(name) for name in TYPES)
+    types = {*rules, *(recipe.base for recipe in RECIPES.values()), *FALLBACKS, *FALLBACKS.values(), LAST_RESORT}
+    assert all(FORMATS[name].is_writable for name in types)
 
 
 def test_m2_int4_spends_its_bits_where_they_count() -> None:

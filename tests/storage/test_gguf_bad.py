@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from m2lite.errors import BadModelError
-from m2lite.storage.blocks import FORMATS, TYPE_NAMES
+from m2lite.formats.table import FORMATS, TYPE_NAMES
 from m2lite.storage.gguf_header import GGUFArray, parse_header
 from m2lite.storage.gguf_reader import open_gguf
 from tests.bounded import bounded_work

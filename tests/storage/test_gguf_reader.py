@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import m2lite
 from m2lite.errors import BadModelError, ResourceError
-from m2lite.storage.blocks import FORMATS, unpack_rows
+from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.storage.gguf_reader import GGUFArray, open_gguf
 from tests.children import PATIENCE_S
 from tests.packing import PACKERS, pack_rows

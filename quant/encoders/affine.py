@@ -1,10 +1,10 @@
-"""Searched encoders of the formats with a scale and an offset: Q4_K, Q5_K, and Q4_1, Q5_1 with an importance.
+"""The search of formats with a scale and an offset: Q4_K, Q5_K, and Q4_1, Q5_1 with an importance.
 
 A sub-block of 32 weights x with weights w of their errors wants a scale s and an offset m >= 0 (x ~ s q - m, q in
 0..n_max). 21 scales around the range give 21 roundings, each with the s and m of least squares; the best is rounded
 anew and refitted twice. A super-block rounds its 8 scales and offsets to 6 bits: every pair of neighbours is tried on
 the weights themselves, then the two f16 factors are refitted and all pairs tried again. A step that does not lower
-the error is not taken. search_reference.py has the same in NumPy.
+the error is not taken. tests/quant/search_reference.py has the same in NumPy.
 """
 # mypy: ignore-errors
 
@@ -13,24 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import load_f32, read_f32, scratch, splat, store_f32
-from m2lite.quant.lanes import (
-    as_half,
-    at_least,
-    at_most,
-    half_bits,
-    load_i32,
-    magnitude,
-    nearest,
-    root,
-    scatter_u16,
-    scatter_u32,
-    store_i32,
-    to_i32,
-    transpose,
-    where,
-)
-from m2lite.quant.search_plain import range_of, write_fifth_bits, write_nibbles
+from m2lite.kernels.lanes import as_half, at_least, at_most, magnitude, nearest, root, store_i32, to_i32, where
+from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
+from m2lite.quant.encoders.block import range_of, sum_squares, weigh_by_importance
 
 F = np.float32
 ZERO, ONE, INFINITY = F(0.0), F(1.0), F(np.inf)
@@ -49,23 +34,6 @@ def reciprocal(x):
 
 
 # --- weights of the errors ----------------------------------------------------------------------------------------
-
-
-@kernel
-def sum_squares(x, n):
-    total = splat(ZERO)
-    for j in range(n):
-        v = load_f32(x + 64 * j)
-        total = total + v * v
-    return total
-
-
-@kernel
-def weigh_by_importance(x, importance, sigma, w, n):
-    """w = importance * sqrt(sigma + x**2)."""
-    for j in range(n):
-        v = load_f32(x + 64 * j)
-        store_f32(w + 64 * j, splat(read_f32(importance + 4 * j)) * root(sigma + v * v))
 
 
 @kernel
@@ -240,27 +208,6 @@ def search_super(x, w, n_max, codes):
     return where(better, d_new, d), where(better, min_new, d_min)
 
 
-# --- bytes --------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def write_super_head(d, d_min, codes, out, stride):
-    """16 bytes: d, d_min, then 8 scales and 8 offsets of 6 bits, the upper two of the last four in the first eight."""
-    scatter_u16(out, stride, half_bits(d))
-    scatter_u16(out + 2, stride, half_bits(d_min))
-    zero = to_i32(splat(ZERO))
-    scales, offsets, rest = zero, zero, zero
-    for j in range(4):
-        s, m = to_i32(load_f32(codes + 64 * j)), to_i32(load_f32(codes + 64 * (N_SUB + j)))
-        s4, m4 = to_i32(load_f32(codes + 64 * (j + 4))), to_i32(load_f32(codes + 64 * (N_SUB + j + 4)))
-        scales = scales | ((s | ((s4 >> 4) << 6)) << (8 * j))
-        offsets = offsets | ((m | ((m4 >> 4) << 6)) << (8 * j))
-        rest = rest | (((s4 & 15) | ((m4 & 15) << 4)) << (8 * j))
-    scatter_u32(out + 4, stride, scales)
-    scatter_u32(out + 8, stride, offsets)
-    scatter_u32(out + 12, stride, rest)
-
-
 @kernel
 def round_super(x, n_max, d, d_min, codes, q):
     """q = the 256 codes as int32."""
@@ -270,54 +217,6 @@ def round_super(x, n_max, d, d_min, codes, q):
         for j in range(SUB):
             at = sub * SUB_BYTES + 64 * j
             store_i32(q + at, to_i32(code(load_f32(x + at), offset, inverse, n_max)))
-
-
-@kernel
-def write_low_nibbles(q, out, stride):
-    """128 bytes: in each 32, the low nibbles of 32 codes and, above them, of the next 32."""
-    words = scratch(32)
-    for chunk in range(4):
-        for word in range(8):
-            packed = to_i32(splat(ZERO))
-            for byte in range(4):
-                at = q + 64 * (64 * chunk + 4 * word + byte)
-                packed = packed | (((load_i32(at) & 15) | ((load_i32(at + SUB_BYTES) & 15) << 4)) << (8 * byte))
-            store_i32(words + 64 * (8 * chunk + word), packed)
-    transpose(words, 64, out, stride)
-    transpose(words + 1024, 64, out + 64, stride)
-
-
-@kernel
-def write_high_bits(q, out, stride):
-    """32 bytes: bit i of byte k is bit 4 of code 32 i + k."""
-    for word in range(8):
-        packed = to_i32(splat(ZERO))
-        for byte in range(4):
-            for sub in range(N_SUB):
-                high = load_i32(q + sub * SUB_BYTES + 64 * (4 * word + byte)) >> 4
-                packed = packed | (high << (8 * byte + sub))
-        scatter_u32(out + 4 * word, stride, packed)
-
-
-@kernel
-def encode_q4_k(x, importance, sigma, out, stride):
-    w, codes, q = scratch(256), scratch(16), scratch(256)
-    weigh_k(x, importance, w)
-    d, d_min = search_super(x, w, 15, codes)
-    write_super_head(d, d_min, codes, out, stride)
-    round_super(x, 15, d, d_min, codes, q)
-    write_low_nibbles(q, out + 16, stride)
-
-
-@kernel
-def encode_q5_k(x, importance, sigma, out, stride):
-    w, codes, q = scratch(256), scratch(16), scratch(256)
-    weigh_k(x, importance, w)
-    d, d_min = search_super(x, w, 31, codes)
-    write_super_head(d, d_min, codes, out, stride)
-    round_super(x, 31, d, d_min, codes, q)
-    write_high_bits(q, out + 16, stride)
-    write_low_nibbles(q, out + 48, stride)
 
 
 @kernel
@@ -331,22 +230,3 @@ def search_offset_block(x, importance, sigma, n_max, q):
     for j in range(SUB):
         store_i32(q + 64 * j, to_i32(code(load_f32(x + 64 * j), low, inverse, n_max)))
     return d, ZERO - low
-
-
-@kernel
-def encode_q4_1(x, importance, sigma, out, stride):
-    q = scratch(SUB)
-    d, low = search_offset_block(x, importance, sigma, 15, q)
-    scatter_u16(out, stride, half_bits(d))
-    scatter_u16(out + 2, stride, half_bits(low))
-    write_nibbles(q, out + 4, stride)
-
-
-@kernel
-def encode_q5_1(x, importance, sigma, out, stride):
-    q = scratch(SUB)
-    d, low = search_offset_block(x, importance, sigma, 31, q)
-    scatter_u16(out, stride, half_bits(d))
-    scatter_u16(out + 2, stride, half_bits(low))
-    write_fifth_bits(q, out + 4, stride)
-    write_nibbles(q, out + 8, stride)

@@ -1,7 +1,7 @@
-"""The searched encoders in plain NumPy: the definition, which the kernels of search.py match bit for bit. Slow.
+"""The searched encoders in plain NumPy: the definition, which those of quant/encoders/ match bit for bit. Slow.
 
-Arrays are float32 [positions, blocks]; a sum runs over positions in their order. See search_affine.py and
-search_signed.py for what is searched and why.
+Arrays are float32 [positions, blocks]; a sum runs over positions in their order. encoders/affine.py and
+encoders/signed.py say what is searched and why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.quant.search_signed import IQ4_VALUES
+from m2lite.formats.iquants import IQ4_VALUES
+from m2lite.quant.encode import scaled_importance
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -33,15 +34,6 @@ def encode_reference(name: str, rows: F32, importance: F32 | None = None) -> Byt
     sigma = np.repeat(_row_squares(rows), width // n_weights)
     with np.errstate(all="ignore"):
         return encode(x, weights, sigma).reshape(n_rows, -1)
-
-
-def scaled_importance(importance: F32) -> F32:
-    """Times the power of two that brings its largest value to 0.5 up to 1, so that no product leaves float32; all
-    ones for all zeros."""
-    largest = float(importance.max(initial=0.0))
-    if largest == 0:
-        return np.ones_like(importance, np.float32)
-    return np.ascontiguousarray(np.ldexp(importance.astype(np.float32), -np.frexp(np.float32(largest))[1]), np.float32)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.storage.fields import Bytes, Parts, half_at, nibbles, spread
+from m2lite.formats.fields import Bytes, Parts, half_at, nibbles, spread
 
 F = np.float32
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from m2lite.storage.blocks import BY_TYPE, FORMATS, TYPE_NAMES, BlockFormat, unpack_rows
+from m2lite.formats.table import BY_TYPE, FORMATS, TYPE_NAMES, BlockFormat, unpack_rows
 from tests.packing import PACKERS, pack_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -183,6 +183,9 @@ def test_every_type_that_gguf_can_unpack_has_a_row() -> None:
     assert {int(t) for t in simple | set(gguf.quants._type_traits)} == set(BY_TYPE)
 
 
-def test_tables_are_read_when_they_are_needed() -> None:
-    code = "import m2lite.storage.blocks, sys; sys.exit('gguf' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+def test_pieces_and_tables_are_imported_when_they_are_needed() -> None:
+    model = ROOT / "models" / "m2-tiny" / "m2-tiny.gguf"
+    code = f"from m2lite.describe import describe_file; describe_file({str(model)!r}); import sys; "
+    code += "sys.exit(str({'gguf', 'numba', 'llvmlite'} & set(sys.modules) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == ""

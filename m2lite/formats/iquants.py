@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m2lite.storage.fields import Bytes, Parts, each, half_at, low_then_high, nibbles, words_at
+from m2lite.formats.fields import Bytes, Parts, each, half_at, low_then_high, nibbles, words_at
 
 F = np.float32
 
