@@ -6,6 +6,7 @@ memory. The sums are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from m2lite.kernels.tiles import TILES, TileForm
 ZERO = np.float32(0)
 
 
-def _add_step(
+def add_step(
     builder: ir.IRBuilder, acc: ir.Value, dots: Vectors, scales: Vectors, minimum: ir.Value | None, row: ir.Value
 ) -> ir.Value:
     """acc after one fma per group, and one for the minimum."""
@@ -81,7 +82,7 @@ def _dot_block_of(form: TileForm) -> Any:
                 dots = row_dots(builder, form, rows, s, row)
             else:
                 dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
-            acc = _add_step(builder, acc, dots, scales, minimum, row)
+            acc = add_step(builder, acc, dots, scales, minimum, row)
 
         form.read(builder, form, rows, step)
         return acc
@@ -117,15 +118,16 @@ def _add_rows(
     """Adds a step's products with the rows at x to `sums`, one for each."""
     rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(len(sums))]
     for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
-        sums[r] = _add_step(builder, sums[r], dots, scales, minimum, rows[r])
+        sums[r] = add_step(builder, sums[r], dots, scales, minimum, rows[r])
 
 
-def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
+def unpack_tile_of(form: TileForm, n_rows: int, kept: Callable[..., Vectors] = prepare) -> Any:
     """unpack_tile(w, stride, out, x, x_step, sums, ahead): the steps of one block of 16 rows, `step_vectors` vectors
     each, to memory, and their products with n_rows activation rows at x added to the sums, a vector each in memory.
 
-    x_step: bytes from step to step of the panel. Unpacking shuffles and dots multiply: side by side they take as long
-    as the longer of them, but a processor does not see far enough ahead to overlap one after the other.
+    x_step: bytes from step to step of the panel; kept: what of the weights goes to memory, `prepare` or `signed`.
+    Unpacking shuffles and dots multiply: side by side they take as long as the longer of them, but a processor does not
+    see far enough ahead to overlap one after the other.
     """
 
     @operation(types.void(*[types.int64] * 7))
@@ -138,7 +140,7 @@ def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
             nonlocal out, x
             _prefetch_step(builder, form, ahead, next(steps))
             tile = prepare(builder, form.integers, weights)
-            for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
+            for v in [*kept(builder, form.integers, weights), *scales] + ([] if minimum is None else [minimum]):
                 emit.store(builder, v, out)
                 out = builder.add(out, emit.I64(64))
             _add_rows(builder, form, accs, tile, scales, minimum, x)
@@ -175,7 +177,7 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
         minimum = floats[-1] if form.has_minimum else None
         for r, row in enumerate(rows):
             acc = emit.load(builder, sums, emit.V_F32, 64 * r)
-            acc = _add_step(builder, acc, dots[r], scales, minimum, row)
+            acc = add_step(builder, acc, dots[r], scales, minimum, row)
             emit.store(builder, acc, builder.add(sums, emit.I64(64 * r)))
 
     return dot_rows
@@ -262,7 +264,7 @@ def tile_function(name: str) -> Any:
         "tile_vectors": form.n_steps * form.step_vectors,
         "dot_block": _dot_block_of(form),
         "n_first": N_FIRST,
-        "unpack_tile": _unpack_tile_of(form, N_FIRST),
+        "unpack_tile": unpack_tile_of(form, N_FIRST),
         "load_step": _load_step_of(form),
         "dot_four": _dot_rows_of(form, 4),
         "dot_two": _dot_rows_of(form, 2),

@@ -1,0 +1,197 @@
+"""The tile kernel for many rows where the processor multiplies matrices of bytes (AMX). Sees addresses.
+
+Contract and order of the sums: dot.py. One instruction multiplies 16 activation rows of 32 bytes, as they lie in the
+panel, with a step's 8 vectors, as they are unpacked: row t of what it makes are the exact integer dots of activation
+row t with the 16 weight rows. They go through memory, since nothing else takes them out of the matrix registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from m2lite.kernels import emit, integer_tiles
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, signed
+from m2lite.kernels.integer_tiles import N_FIRST, add_step, unpack_tile_of
+from m2lite.kernels.jit import kernel, specialise
+from m2lite.kernels.packs import load_rows, store_rows
+from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes
+from m2lite.kernels.tiles import TILES, TileForm
+
+ZERO = np.float32(0)
+LEAST_ROWS = {1: 8, 2: 16}  # per groups of weights in a step: with fewer, the other forms are as fast
+MOST_ROWS = 2 * GROUP  # of activations that share one pass over a tile
+STEPS = 8  # that are unpacked, multiplied and added at a time: their sums must stay in half of a first cache
+AT_ONCE = 8  # rows whose sums are in registers
+_SUMS_BYTES = 16 * 64  # of 16 activation rows with 16 weight rows
+
+# Matrix registers, by number: sums and activations of 16 rows, weights.
+_SUMS, _X, _W = range(3)
+_FEW = ((3, 4), (5, 6))  # sums and activations of a last few rows: of the first group of a panel, of the second
+
+
+def _instruction(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+    emit.call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), list(args))
+
+
+def _move(builder: ir.IRBuilder, name: str, register: int, address: ir.Value, stride: ir.Value) -> None:
+    _instruction(builder, name, emit.I8(register), builder.inttoptr(address, emit.I8.as_pointer()), stride)
+
+
+def _configure_of(n_groups: int) -> Any:
+    """configure(room, n_first, n_second): the shapes of this thread's matrix registers; room: 64 bytes of memory.
+
+    A group of weights is 32 or 16 bytes of an activation row. A shape without rows is refused.
+    """
+    width = 32 // n_groups
+    shapes = {_SUMS: (16, 64), _X: (16, width), _W: (width // 4, 64)}
+    shapes |= {register: (0, n_bytes) for few in _FEW for register, n_bytes in zip(few, (64, width), strict=True)}
+    config = [1] + [0] * 63
+    for register, (n_rows, n_bytes) in shapes.items():
+        config[16 + 2 * register], config[48 + register] = n_bytes, n_rows
+
+    @operation(types.void(*[types.int64] * 3))
+    def configure(builder, room, n_first, n_second):
+        bytes_ = ir.Constant(ir.VectorType(emit.I8, 64), config)
+        for few, n in zip(_FEW, (n_first, n_second), strict=True):
+            is_none = builder.icmp_signed("<=", n, emit.I64(0))
+            n_rows = builder.trunc(builder.select(is_none, emit.I64(1), n), emit.I8)
+            for register in few:
+                bytes_ = builder.insert_element(bytes_, n_rows, emit.I32(48 + register))
+        emit.store(builder, bytes_, room)
+        _instruction(builder, "ldtilecfg", builder.inttoptr(room, emit.I8.as_pointer()))
+
+    return configure
+
+
+@operation(types.void())
+def release(builder):
+    """The matrix registers are empty again: the system keeps nothing of them when it switches threads."""
+    _instruction(builder, "tilerelease")
+
+
+def _multiply_of(form: TileForm, sums: int, activations: int) -> Any:
+    """multiply(w, x, out): the dots of a step's weights at w with activation rows at x, group after group."""
+    n_groups = form.integers.n_groups
+
+    @operation(types.void(*[types.int64] * 3))
+    def multiply(builder, w, x, out):
+        for g in range(n_groups):
+            rows = builder.add(x, emit.I64(32 // n_groups * g))
+            _move(builder, "tileloadd64", _W, builder.add(w, emit.I64(512 // n_groups * g)), emit.I64(64))
+            _move(builder, "tileloadd64", activations, rows, emit.I64(PANEL_BYTES))
+            _instruction(builder, "tilezero", emit.I8(sums))
+            _instruction(builder, "tdpbssd", *map(emit.I8, (sums, activations, _W)))
+            _move(builder, "tilestored64", sums, builder.add(out, emit.I64(_SUMS_BYTES * g)), emit.I64(64))
+
+    return multiply
+
+
+def _add_of(form: TileForm) -> Any:
+    """add(accs, step, dots, x): the pack of sums after a step, whose dots with the rows at x are in memory."""
+    n_groups = form.integers.n_groups
+
+    @operation(lambda accs, step, dots, x: accs(accs, types.int64, types.int64, types.int64))
+    def add(builder, accs, step, dots, x):
+        floats = [emit.load(builder, step, emit.V_F32, 64 * i) for i in range(8, form.step_vectors)]
+        scales, minimum = floats[:n_groups], floats[-1] if form.has_minimum else None
+        out = []
+        for r in range(accs.type.count):
+            found = [emit.load(builder, dots, emit.V_I32, _SUMS_BYTES * g + 64 * r) for g in range(n_groups)]
+            row = builder.add(x, emit.I64(PANEL_BYTES * r))
+            out.append(add_step(builder, builder.extract_value(accs, r), found, scales, minimum, row))
+        return emit.pack_of(builder, out)
+
+    return add
+
+
+# Names that `specialise` fills in: the templates below see them as globals.
+block_bytes = step_bytes = dots_bytes = tile_vectors = dots_vectors = 0
+n_steps = least_rows = 1
+configure = unpack_tile = multiply = multiply_first = multiply_second = add = few_rows = many_rows = None
+
+
+def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+    """The last N_FIRST rows of the first group meet the weights as these are unpacked, the others 16 at a time."""
+    sums, dots, steps = scratch(MOST_ROWS), scratch(dots_vectors), scratch(tile_vectors)
+    first_step = min(GROUP, n_x) * PANEL_BYTES
+    n_first = min(GROUP, n_x) - N_FIRST
+    for t in range(n_x):
+        store_f32(sums + 64 * t, splat(ZERO))
+        expect_to_write(out + t * out_stride)
+    configure(dots, n_first % 16, n_x % 16)
+    for first in range(0, n_blocks, STEPS):
+        n = min(STEPS, n_blocks - first)
+        for s in range(0, n, n_steps):
+            at, rows = (first + s) // n_steps * block_bytes, x + (first + s) * first_step + n_first * PANEL_BYTES
+            tile, few = steps + step_bytes * s, sums + 64 * n_first
+            unpack_tile(w + at, stride, tile, rows, first_step, few, ahead + 16 * at)
+        for t in range(0, n_x, 16):
+            group = t // GROUP * GROUP
+            size = min(GROUP, n_x - group)
+            n_now = min(16, (n_first if group == 0 else n_x) - t)
+            if n_now <= 0:
+                continue
+            rows, x_step = x + (group * n_blocks + first * size + t - group) * PANEL_BYTES, size * PANEL_BYTES
+            for s in range(n):
+                step, found, at = steps + step_bytes * s, dots + dots_bytes * s, rows + s * x_step
+                if n_now == 16:
+                    multiply(step, at, found)
+                elif group == 0:
+                    multiply_first(step, at, found)
+                else:
+                    multiply_second(step, at, found)
+            n_together = n_now // AT_ONCE * AT_ONCE
+            for r in range(0, n_together, AT_ONCE):
+                accs = load_rows(AT_ONCE, sums + 64 * (t + r), 64)
+                for s in range(n):
+                    at, found = rows + s * x_step + r * PANEL_BYTES, dots + dots_bytes * s + 64 * r
+                    accs = add(accs, steps + step_bytes * s, found, at)
+                store_rows(sums + 64 * (t + r), 64, accs)
+            for r in range(n_together, n_now):
+                acc = load_rows(1, sums + 64 * (t + r), 64)
+                for s in range(n):
+                    at, found = rows + s * x_step + r * PANEL_BYTES, dots + dots_bytes * s + 64 * r
+                    acc = add(acc, steps + step_bytes * s, found, at)
+                store_rows(sums + 64 * (t + r), 64, acc)
+    release()
+    for t in range(n_x):
+        store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
+
+
+def rows_function(name: str) -> Any:
+    """The compiled kernel of a format on matrix registers, for N_FIRST to MOST_ROWS activation rows."""
+    form = TILES[name]
+    n_groups = form.integers.n_groups
+    names = {
+        "block_bytes": form.block_bytes,
+        "n_steps": form.n_steps,
+        "step_bytes": 64 * form.step_vectors,
+        "dots_bytes": _SUMS_BYTES * n_groups,
+        "tile_vectors": STEPS * form.step_vectors,
+        "dots_vectors": STEPS * n_groups * 16,
+        "configure": _configure_of(n_groups),
+        "unpack_tile": unpack_tile_of(form, N_FIRST, signed),
+        "multiply": _multiply_of(form, _SUMS, _X),
+        "multiply_first": _multiply_of(form, *_FEW[0]),
+        "multiply_second": _multiply_of(form, *_FEW[1]),
+        "add": _add_of(form),
+    }
+    return kernel(specialise(_rows, f"amx_rows_{name}", **names))
+
+
+def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+    if n_x < least_rows:
+        few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
+    else:
+        many_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
+
+
+def tile_function(name: str) -> Any:
+    """The compiled kernel of a format, for 1 to MOST_ROWS activation rows; few do without matrix registers."""
+    least = LEAST_ROWS[TILES[name].integers.n_groups]
+    names = {"least_rows": least, "few_rows": integer_tiles.tile_function(name), "many_rows": rows_function(name)}
+    return kernel(specialise(_by_rows, f"amx_by_rows_{name}", **names))
