@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba.core import types
 
 from m2lite.kernels import emit, integer_tiles
-from m2lite.kernels.dots import GROUP, PANEL_BYTES, signed
-from m2lite.kernels.integer_tiles import N_FIRST, add_step, unpack_tile_of
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors, signed
+from m2lite.kernels.integer_tiles import add_step, prefetch_step
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.packs import load_rows, store_rows
 from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes
@@ -28,9 +28,8 @@ STEPS = 8  # that are unpacked, multiplied and added at a time: their sums must 
 AT_ONCE = 8  # rows whose sums are in registers
 _SUMS_BYTES = 16 * 64  # of 16 activation rows with 16 weight rows
 
-# Matrix registers, by number: sums and activations of 16 rows, weights.
-_SUMS, _X, _W = range(3)
-_FEW = ((3, 4), (5, 6))  # sums and activations of a last few rows: of the first group of a panel, of the second
+# Matrix registers, by number: sums and activations of 16 rows, weights, sums and activations of the last few rows.
+_SUMS, _X, _W, _LAST_SUMS, _LAST_X = range(5)
 
 
 def _instruction(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
@@ -42,25 +41,23 @@ def _move(builder: ir.IRBuilder, name: str, register: int, address: ir.Value, st
 
 
 def _configure_of(n_groups: int) -> Any:
-    """configure(room, n_first, n_second): the shapes of this thread's matrix registers; room: 64 bytes of memory.
+    """configure(room, n_last): the shapes of this thread's matrix registers; room: 64 bytes of memory.
 
     A group of weights is 32 or 16 bytes of an activation row. A shape without rows is refused.
     """
     width = 32 // n_groups
-    shapes = {_SUMS: (16, 64), _X: (16, width), _W: (width // 4, 64)}
-    shapes |= {register: (0, n_bytes) for few in _FEW for register, n_bytes in zip(few, (64, width), strict=True)}
+    shapes = {_SUMS: (16, 64), _X: (16, width), _W: (width // 4, 64), _LAST_SUMS: (0, 64), _LAST_X: (0, width)}
     config = [1] + [0] * 63
     for register, (n_rows, n_bytes) in shapes.items():
         config[16 + 2 * register], config[48 + register] = n_bytes, n_rows
 
-    @operation(types.void(*[types.int64] * 3))
-    def configure(builder, room, n_first, n_second):
+    @operation(types.void(types.int64, types.int64))
+    def configure(builder, room, n_last):
         bytes_ = ir.Constant(ir.VectorType(emit.I8, 64), config)
-        for few, n in zip(_FEW, (n_first, n_second), strict=True):
-            is_none = builder.icmp_signed("<=", n, emit.I64(0))
-            n_rows = builder.trunc(builder.select(is_none, emit.I64(1), n), emit.I8)
-            for register in few:
-                bytes_ = builder.insert_element(bytes_, n_rows, emit.I32(48 + register))
+        is_none = builder.icmp_signed("==", n_last, emit.I64(0))
+        n_rows = builder.trunc(builder.select(is_none, emit.I64(1), n_last), emit.I8)
+        for register in (_LAST_SUMS, _LAST_X):
+            bytes_ = builder.insert_element(bytes_, n_rows, emit.I32(48 + register))
         emit.store(builder, bytes_, room)
         _instruction(builder, "ldtilecfg", builder.inttoptr(room, emit.I8.as_pointer()))
 
@@ -90,6 +87,40 @@ def _multiply_of(form: TileForm, sums: int, activations: int) -> Any:
     return multiply
 
 
+@operation(types.void(types.int64))
+def ask(builder, x):
+    """Brings AT_ONCE activation rows at x into the first cache."""
+    for line in range(0, AT_ONCE * PANEL_BYTES, 64):
+        emit.prefetch(builder, builder.add(x, emit.I64(line)))
+
+
+@kernel
+def place(x, first, t, n_blocks, n_x):
+    """(address of block `first` of row t in the panel at x, bytes from block to block there)."""
+    group = t // GROUP * GROUP
+    size = min(GROUP, n_x - group)
+    return x + (group * n_blocks + first * size + t - group) * PANEL_BYTES, size * PANEL_BYTES
+
+
+def _unpack_of(form: TileForm) -> Any:
+    """unpack(w, stride, out, ahead): the steps of one block of 16 rows, `step_vectors` vectors each, to memory."""
+
+    @operation(types.void(*[types.int64] * 4))
+    def unpack(builder, w, stride, out, ahead):
+        steps = iter(range(form.n_steps))
+
+        def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
+            nonlocal out
+            prefetch_step(builder, form, ahead, next(steps))
+            for v in [*signed(builder, form.integers, weights), *scales] + ([] if minimum is None else [minimum]):
+                emit.store(builder, v, out)
+                out = builder.add(out, emit.I64(64))
+
+        form.read(builder, form, emit.rows_of(builder, w, stride), step)
+
+    return unpack
+
+
 def _add_of(form: TileForm) -> Any:
     """add(accs, step, dots, x): the pack of sums after a step, whose dots with the rows at x are in memory."""
     n_groups = form.integers.n_groups
@@ -111,50 +142,45 @@ def _add_of(form: TileForm) -> Any:
 # Names that `specialise` fills in: the templates below see them as globals.
 block_bytes = step_bytes = dots_bytes = tile_vectors = dots_vectors = 0
 n_steps = least_rows = 1
-configure = unpack_tile = multiply = multiply_first = multiply_second = add = few_rows = many_rows = None
+configure = unpack = multiply = multiply_last = add = few_rows = many_rows = None
 
 
 def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
-    """The last N_FIRST rows of the first group meet the weights as these are unpacked, the others 16 at a time."""
+    """n_x is at most MOST_ROWS: groups of GROUP, each of them two times 16."""
     sums, dots, steps = scratch(MOST_ROWS), scratch(dots_vectors), scratch(tile_vectors)
-    first_step = min(GROUP, n_x) * PANEL_BYTES
-    n_first = min(GROUP, n_x) - N_FIRST
+    n_last = n_x % 16
     for t in range(n_x):
         store_f32(sums + 64 * t, splat(ZERO))
         expect_to_write(out + t * out_stride)
-    configure(dots, n_first % 16, n_x % 16)
+    configure(dots, n_last)
     for first in range(0, n_blocks, STEPS):
         n = min(STEPS, n_blocks - first)
         for s in range(0, n, n_steps):
-            at, rows = (first + s) // n_steps * block_bytes, x + (first + s) * first_step + n_first * PANEL_BYTES
-            tile, few = steps + step_bytes * s, sums + 64 * n_first
-            unpack_tile(w + at, stride, tile, rows, first_step, few, ahead + 16 * at)
+            at = (first + s) // n_steps * block_bytes
+            unpack(w + at, stride, steps + step_bytes * s, ahead + 16 * at)
         for t in range(0, n_x, 16):
-            group = t // GROUP * GROUP
-            size = min(GROUP, n_x - group)
-            n_now = min(16, (n_first if group == 0 else n_x) - t)
-            if n_now <= 0:
-                continue
-            rows, x_step = x + (group * n_blocks + first * size + t - group) * PANEL_BYTES, size * PANEL_BYTES
+            rows, x_step = place(x, first, t, n_blocks, n_x)
+            next_first, next_t = (first, t + 16) if t + 16 < n_x else (first + STEPS, 0)
+            next_rows, next_step = place(x, next_first, next_t, n_blocks, n_x)
+            n_now = min(16, n_x - t)
             for s in range(n):
                 step, found, at = steps + step_bytes * s, dots + dots_bytes * s, rows + s * x_step
                 if n_now == 16:
                     multiply(step, at, found)
-                elif group == 0:
-                    multiply_first(step, at, found)
                 else:
-                    multiply_second(step, at, found)
+                    multiply_last(step, at, found)
             n_together = n_now // AT_ONCE * AT_ONCE
             for r in range(0, n_together, AT_ONCE):
                 accs = load_rows(AT_ONCE, sums + 64 * (t + r), 64)
                 for s in range(n):
-                    at, found = rows + s * x_step + r * PANEL_BYTES, dots + dots_bytes * s + 64 * r
+                    found, at = dots + dots_bytes * s + 64 * r, rows + s * x_step + r * PANEL_BYTES
+                    ask(next_rows + s * next_step + r * PANEL_BYTES)
                     accs = add(accs, steps + step_bytes * s, found, at)
                 store_rows(sums + 64 * (t + r), 64, accs)
             for r in range(n_together, n_now):
                 acc = load_rows(1, sums + 64 * (t + r), 64)
                 for s in range(n):
-                    at, found = rows + s * x_step + r * PANEL_BYTES, dots + dots_bytes * s + 64 * r
+                    found, at = dots + dots_bytes * s + 64 * r, rows + s * x_step + r * PANEL_BYTES
                     acc = add(acc, steps + step_bytes * s, found, at)
                 store_rows(sums + 64 * (t + r), 64, acc)
     release()
@@ -163,7 +189,7 @@ def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
 
 
 def rows_function(name: str) -> Any:
-    """The compiled kernel of a format on matrix registers, for N_FIRST to MOST_ROWS activation rows."""
+    """The compiled kernel of a format on matrix registers, for 1 to MOST_ROWS activation rows."""
     form = TILES[name]
     n_groups = form.integers.n_groups
     names = {
@@ -174,10 +200,9 @@ def rows_function(name: str) -> Any:
         "tile_vectors": STEPS * form.step_vectors,
         "dots_vectors": STEPS * n_groups * 16,
         "configure": _configure_of(n_groups),
-        "unpack_tile": unpack_tile_of(form, N_FIRST, signed),
+        "unpack": _unpack_of(form),
         "multiply": _multiply_of(form, _SUMS, _X),
-        "multiply_first": _multiply_of(form, *_FEW[0]),
-        "multiply_second": _multiply_of(form, *_FEW[1]),
+        "multiply_last": _multiply_of(form, _LAST_SUMS, _LAST_X),
         "add": _add_of(form),
     }
     return kernel(specialise(_rows, f"amx_rows_{name}", **names))

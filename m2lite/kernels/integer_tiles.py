@@ -6,7 +6,6 @@ memory. The sums are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ def add_step(
     return acc
 
 
-def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
+def prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
     """The lines from `ahead` on that are step s's share of a block of n rows.
 
     All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
@@ -77,7 +76,7 @@ def _dot_block_of(form: TileForm) -> Any:
             nonlocal acc
             s = next(steps)
             row = builder.add(x, emit.I64(PANEL_BYTES * s))
-            _prefetch_step(builder, form, ahead, s, AT_ONCE)
+            prefetch_step(builder, form, ahead, s, AT_ONCE)
             if emit.FORM == "avx2":
                 dots = row_dots(builder, form, rows, s, row)
             else:
@@ -101,7 +100,7 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
             nonlocal x
-            _prefetch_step(builder, form, ahead, next(steps))
+            prefetch_step(builder, form, ahead, next(steps))
             _add_rows(builder, form, sums, prepare(builder, form.integers, weights), scales, minimum, x)
             x = builder.add(x, emit.I64(n_rows * PANEL_BYTES))
 
@@ -121,13 +120,12 @@ def _add_rows(
         sums[r] = add_step(builder, sums[r], dots, scales, minimum, rows[r])
 
 
-def unpack_tile_of(form: TileForm, n_rows: int, kept: Callable[..., Vectors] = prepare) -> Any:
+def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
     """unpack_tile(w, stride, out, x, x_step, sums, ahead): the steps of one block of 16 rows, `step_vectors` vectors
     each, to memory, and their products with n_rows activation rows at x added to the sums, a vector each in memory.
 
-    x_step: bytes from step to step of the panel; kept: what of the weights goes to memory, `prepare` or `signed`.
-    Unpacking shuffles and dots multiply: side by side they take as long as the longer of them, but a processor does not
-    see far enough ahead to overlap one after the other.
+    x_step: bytes from step to step of the panel. Unpacking shuffles and dots multiply: side by side they take as long
+    as the longer of them, but a processor does not see far enough ahead to overlap one after the other.
     """
 
     @operation(types.void(*[types.int64] * 7))
@@ -138,9 +136,9 @@ def unpack_tile_of(form: TileForm, n_rows: int, kept: Callable[..., Vectors] = p
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
             nonlocal out, x
-            _prefetch_step(builder, form, ahead, next(steps))
+            prefetch_step(builder, form, ahead, next(steps))
             tile = prepare(builder, form.integers, weights)
-            for v in [*kept(builder, form.integers, weights), *scales] + ([] if minimum is None else [minimum]):
+            for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
                 emit.store(builder, v, out)
                 out = builder.add(out, emit.I64(64))
             _add_rows(builder, form, accs, tile, scales, minimum, x)
@@ -264,7 +262,7 @@ def tile_function(name: str) -> Any:
         "tile_vectors": form.n_steps * form.step_vectors,
         "dot_block": _dot_block_of(form),
         "n_first": N_FIRST,
-        "unpack_tile": unpack_tile_of(form, N_FIRST),
+        "unpack_tile": _unpack_tile_of(form, N_FIRST),
         "load_step": _load_step_of(form),
         "dot_four": _dot_rows_of(form, 4),
         "dot_two": _dot_rows_of(form, 2),

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from m2lite.kernels import amx, amx_tiles, dot, fast, jit, reference
-from m2lite.kernels.integer_tiles import N_FIRST
 from m2lite.kernels.tiles import TILES
 from tests.forms import run_form
 from tests.kernels import cases
@@ -30,7 +29,7 @@ def test_any_number_of_rows_equals_the_twin(name: str) -> None:
     for worst in (False, True):
         n = 11 * 32 if unit == 32 else 2 * unit
         w = cases.weights_of(rng, name, (16, n), worst)
-        for n_x in range(N_FIRST, amx_tiles.MOST_ROWS + 1):
+        for n_x in range(1, amx_tiles.MOST_ROWS + 1):
             x = rng.standard_normal((n_x, n)).astype(np.float32)
             panel = np.zeros(dot.panel_bytes("int8", n_x, n), np.uint8)
             reference.pack(1, panel.ctypes.data, x.ctypes.data, 4 * n, n_x, n // 32, 1)
