@@ -12,20 +12,21 @@ from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings
 from m2lite.system.byte_units import format_bytes
 
-_FEATURES = ("avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "neon", "dotprod", "i8mm")
+_FEATURES = ("avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "amx-int8", "neon", "dotprod", "i8mm")
 
 
 def report(settings: Settings) -> Iterator[tuple[str, str]]:
     from llvmlite import binding
 
     from m2lite.engine.locate import locate_model
-    from m2lite.kernels import jit
+    from m2lite.kernels import amx, emit, jit
 
     yield "m2lite", f"{__version__}, Python {platform.python_version()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "llvmlite", "tokenizers"))
     yield "processor", machine.processor_name()
     features = binding.get_host_cpu_features()
     yield "features", ", ".join(name for name in _FEATURES if features.get(name)) or "none that the kernels use"
+    yield "integer products", f"{emit.FORM}; {amx.said(settings['amx'])}"
     yield "cores", f"{machine.n_usable_cores()} usable"
     yield "threading layer", jit.LAYER
     yield "memory", f"{format_bytes(machine.free_memory_bytes())} free"

@@ -120,6 +120,9 @@ class ModelOptions(TypedDict, total=False):
     ]
     kv: Annotated[str, choice("f16|q8_0", "Type of the KV cache; q8_0 is half", _ENGINE)]
     load: Annotated[str, choice("auto|mmap|direct", "Where weights lie", _ENGINE)]
+    amx: Annotated[
+        bool, Option("on|off", parse_switch, True, "Use matrix instructions of the processor, if it has them", _ENGINE)
+    ]
     ram: Annotated[
         int | None,
         Option("SIZE", parse_positive_bytes, None, "Memory to use, e.g. 12g (GiB) [default: all free]", _ENGINE),

@@ -41,6 +41,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "regions": ("as they pay", "everywhere"),  # of threads: models as small as these would do without
     "chunk": (512, 1, 7, 64),
     "draft": (("off", None), ("ngram", 3), ("mtp", 1), ("mtp", 3), ("auto", None)),
+    "amx": (False, True),  # where there is none, the same
     "load": ("mapped", "direct", "paged"),  # the latter two with room for few experts
     "prefix": ("computed", "in memory", "from disk"),
 }
@@ -68,6 +69,7 @@ class Case:
     regions: Any
     chunk: Any
     draft: Any
+    amx: Any
     load: Any
     prefix: Any
 
@@ -159,7 +161,7 @@ def expected(paths: dict[str, Path]) -> Any:
 
     @cache
     def get(name: str, kv: str, sampling: str, in_chat: bool) -> Said:
-        with Model.open(paths[name], kv=kv, draft="off", threads=1, ctx=1024) as model:
+        with Model.open(paths[name], kv=kv, draft="off", threads=1, ctx=1024, amx=False) as model:
             return [
                 converse(model, n, SAMPLINGS[sampling], None if in_chat else line_stream(name_of(n)))
                 for n in range(1 if in_chat else len(QUESTIONS))
@@ -242,7 +244,7 @@ def open_model(case: Case, path: Path) -> Model:
     load = {"mapped": "auto", "direct": "direct", "paged": "mmap"}[case.load]
     model = Model.open(
         path, kv=case.kv, threads=case.threads, draft=mode, draft_tokens=n_drafts, load=load, ctx=1024, sequences=8,
-        heat=False,
+        heat=False, amx=case.amx,
     )  # fmt: skip
     model.n_rows = min(model.n_rows, case.chunk)
     stream = model.runner.stream
@@ -274,6 +276,7 @@ def by_batch(model: Model, n_inflight: int, sampling: Sampling) -> Said:
 def options_of(case: Case, sampling: Sampling) -> Sequence[str]:
     mode, n_drafts = case.draft
     options = ["--threads", str(case.threads), "--kv", case.kv, "--draft", mode, "--seed", str(sampling.seed)]
+    options += ["--amx", "on" if case.amx else "off"]
     options += ["--temp", str(sampling.temperature), "-n", str(N_TOKENS), "--ctx", "1024"]
     options += ["--draft-tokens", str(n_drafts)] if n_drafts else []
     return options + (["--load", case.load] if case.load == "direct" else [])

@@ -60,8 +60,9 @@ class ModelRunner:
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
         """
-        from m2lite.kernels import jit
+        from m2lite.kernels import amx, jit
 
+        amx.allow(options["amx"])
         self.layer = jit.start(options["threads"] or machine.n_usable_cores())
         self.n_threads = jit.n_threads()
 

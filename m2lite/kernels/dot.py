@@ -38,7 +38,7 @@ from llvmlite import ir
 from numba.core import types
 
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import emit, simd
+from m2lite.kernels import amx, amx_tiles, emit, simd
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
 from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.kernels.jit import address_of, kernel, specialise
@@ -115,7 +115,7 @@ write_together, write_apart = _write_sums_of(X_ROWS), _write_sums_of(1)
 
 # Names that `specialise` fills in: the templates below see them as globals.
 step_bytes = x_bytes = 0
-step = 32
+step, most_rows = 32, GROUP
 n_vectors = 2
 group_rows = add_together = add_apart = add_single = unpack = unpack_block = None
 
@@ -175,8 +175,8 @@ def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
 
 
 def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
-    for t in range(0, n_x, GROUP):
-        group, rows = x + t * n_blocks * x_bytes, min(GROUP, n_x - t)
+    for t in range(0, n_x, most_rows):
+        group, rows = x + t * n_blocks * x_bytes, min(most_rows, n_x - t)
         group_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride, ahead)
 
 
@@ -204,9 +204,12 @@ def _names_of(name: str) -> dict[str, Any]:
     return names | {"unpack_block": piece(FORMATS[name].unpacker).compiled_for(name)}
 
 
-def _tile_function(name: str, kind: str) -> Any:
+def _tile_function(name: str, kind: str, uses_amx: bool) -> Any:
     """The tile kernel of one format and kind of activations."""
-    if kind == "int8":
+    form, most_rows = "", GROUP
+    if kind == "int8" and uses_amx:
+        form, most_rows, rows = "_amx", amx_tiles.MOST_ROWS, amx_tiles.tile_function(name)
+    elif kind == "int8":
         rows = tile_function(name)
     elif FORMATS[name].is_float:
         products = {
@@ -218,7 +221,8 @@ def _tile_function(name: str, kind: str) -> Any:
         names = _names_of(name)
         one, many = (kernel(specialise(f, f"{f.__name__[1:]}_{name}", **names)) for f in (_blocks_one, _blocks_many))
         rows = by_rows(f"{name}_float32", 1, one, many)
-    return specialise(_tile, f"tile_{name}_{kind}", x_bytes=STEP_BYTES[kind], group_rows=rows)
+    names = {"x_bytes": STEP_BYTES[kind], "most_rows": most_rows, "group_rows": rows}
+    return specialise(_tile, f"tile_{name}_{kind}{form}", **names)
 
 
 def activation_kind(name: str) -> str:
@@ -226,10 +230,14 @@ def activation_kind(name: str) -> str:
     return "int8" if FORMATS[name].tile else "float32"
 
 
-@cache
 def tile_address(name: str, kind: str) -> int:
     """Compile the tile kernel of format `name` for activations of `kind` and return its address."""
-    return address_of(_tile_function(name, kind), types.void(*([types.int64] * 9)))
+    return _tile_address(name, kind, kind == "int8" and amx.is_used())
+
+
+@cache
+def _tile_address(name: str, kind: str, uses_amx: bool) -> int:
+    return address_of(_tile_function(name, kind, uses_amx), types.void(*([types.int64] * 9)))
 
 
 @cache

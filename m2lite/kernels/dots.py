@@ -66,6 +66,15 @@ def prepare(builder: ir.IRBuilder, kind: Integers, tile: Vectors) -> Vectors:
     return tile
 
 
+def signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors) -> Vectors:
+    """The tile's bytes less their offset."""
+    if kind.offset == 0:
+        return tile
+    bytes_ = ir.VectorType(I8, 4 * LANES)
+    less = const(-kind.offset, 4 * LANES, I8)
+    return [builder.bitcast(builder.add(builder.bitcast(v, bytes_), less), v.type) for v in tile]
+
+
 def integer_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
     """Per row (an address) and group of weights: 16 lanes of int32, the dots of the 16 weight rows with that group."""
     if FORM != "avx2":

@@ -26,7 +26,7 @@ from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, s
 ZERO = np.float32(0)
 
 
-def _add_step(
+def add_step(
     builder: ir.IRBuilder, acc: ir.Value, dots: Vectors, scales: Vectors, minimum: ir.Value | None, row: ir.Value
 ) -> ir.Value:
     """acc after one fma per group, and one for the minimum."""
@@ -40,7 +40,7 @@ def _add_step(
     return acc
 
 
-def _prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
+def prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int, n_rows: int = 16) -> None:
     """The lines from `ahead` on that are step s's share of a block of n rows.
 
     All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
@@ -78,12 +78,12 @@ def _dot_block_of(form: TileForm) -> Any:
             nonlocal acc
             s = next(steps)
             row = builder.add(x, emit.I64(PANEL_BYTES * s))
-            _prefetch_step(builder, form, ahead, s, AT_ONCE)
+            prefetch_step(builder, form, ahead, s, AT_ONCE)
             if emit.FORM == "avx2":
                 dots = row_dots(builder, form, rows, s, row)
             else:
                 dots = integer_dots(builder, form.integers, prepare(builder, form.integers, weights), [row])[0]
-            acc = _add_step(builder, acc, dots, scales, minimum, row)
+            acc = add_step(builder, acc, dots, scales, minimum, row)
 
         form.read(builder, form, rows, step)
         return acc
@@ -102,7 +102,7 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
             nonlocal x
-            _prefetch_step(builder, form, ahead, next(steps))
+            prefetch_step(builder, form, ahead, next(steps))
             _add_rows(builder, form, sums, prepare(builder, form.integers, weights), scales, minimum, x)
             x = builder.add(x, emit.I64(n_rows * PANEL_BYTES))
 
@@ -119,7 +119,7 @@ def _add_rows(
     """Adds a step's products with the rows at x to `sums`, one for each."""
     rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(len(sums))]
     for r, dots in enumerate(integer_dots(builder, form.integers, tile, rows)):
-        sums[r] = _add_step(builder, sums[r], dots, scales, minimum, rows[r])
+        sums[r] = add_step(builder, sums[r], dots, scales, minimum, rows[r])
 
 
 def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
@@ -138,7 +138,7 @@ def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
             nonlocal out, x
-            _prefetch_step(builder, form, ahead, next(steps))
+            prefetch_step(builder, form, ahead, next(steps))
             tile = prepare(builder, form.integers, weights)
             for v in [*tile, *scales] + ([] if minimum is None else [minimum]):
                 emit.store(builder, v, out)
@@ -177,7 +177,7 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
         minimum = floats[-1] if form.has_minimum else None
         for r, row in enumerate(rows):
             acc = emit.load(builder, sums, emit.V_F32, 64 * r)
-            acc = _add_step(builder, acc, dots[r], scales, minimum, row)
+            acc = add_step(builder, acc, dots[r], scales, minimum, row)
             emit.store(builder, acc, builder.add(sums, emit.I64(64 * r)))
 
     return dot_rows

@@ -42,6 +42,19 @@ def fma_rows(builder, acc, factors, stride, v):
     return emit.pack_of(builder, out)
 
 
+@intrinsic(prefer_literal=True)
+def load_rows(typingctx: Any, n: Any, address: Any, stride: Any) -> Any:
+    """A pack of n vectors: vector i is at address + i * stride; n is a literal."""
+    kind = PackType(f32x16, n.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, address, stride = args
+        places = (emit.row_at(builder, address, stride, i) for i in range(n.literal_value))
+        return emit.pack_of(builder, [emit.load(builder, place, emit.V_F32) for place in places])
+
+    return kind(n, int64, int64), codegen
+
+
 @operation(lambda address, stride, pack: void(int64, int64, pack))
 def store_rows(builder, address, stride, pack):
     """Write vector i of a pack to address + i * stride."""

@@ -400,7 +400,7 @@ def test_a_depth_is_pages_of_its_own(opened: Callable[[str], Any]) -> None:
 def test_doctor(run_inline: Run) -> None:
     done = run_inline("doctor", "--ram", "4g")
     assert done.returncode == 0 and "ram             4.00 GiB (--ram)" in done.stdout
-    for name in ("processor", "features", "threading layer", "kernel cache", "memory"):
+    for name in ("processor", "features", "integer products", "threading layer", "kernel cache", "memory"):
         assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE)
 
 
