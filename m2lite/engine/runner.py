@@ -79,7 +79,7 @@ class ModelRunner:
         self.pool: KVPool = KVPool(config, sizes.n_pool, options["kv"], drafting.n_modules)
         self.buffers: Buffers = Buffers(config, sizes.n_rows, n_positions=sizes.n_positions)
         self.residency = self._stream_weights(gguf, config, options)
-        self._compile(gguf, on_compile)
+        self._compile(gguf, options, on_compile)
         address = None if self.residency is None else self.residency.address
         self.weights: Weights = bind_weights(gguf, config, address=address)
         self.mtp: Mtp | None = None if drafting.sidecar is None else bind_mtp(drafting.sidecar, self.weights)
@@ -98,7 +98,7 @@ class ModelRunner:
         self.fit()
         self.warnings = jit.warnings()
 
-    def _compile(self, gguf: GGUFFile, on_compile: Callable[[int, int], None] | None) -> None:
+    def _compile(self, gguf: GGUFFile, options: ModelOptions, on_compile: Callable[[int, int], None] | None) -> None:
         """What the model needs, or load it from the cache; see `Engine.open`."""
         from m2lite.kernels import fast
 
@@ -111,7 +111,8 @@ class ModelRunner:
         formats = sorted({tensor.format.name for tensor in tensors if len(tensor.shape) > 1})
         embedding = gguf.tensors.get("token_embd.weight")
         if embedding is not None:  # else `bind_weights` says so
-            needs = Needs(formats, embedding.format.name, self.pool.kv, sidecar is not None, self.stream is not None)
+            has = sidecar is not None, self.stream is not None
+            needs = Needs(formats, embedding.format.name, self.pool.kv, *has, options["amx"])
             n_processes = min(_MOST_COMPILE, machine.n_usable_cores(), machine.free_memory_bytes() // _COMPILE_BYTES)
             prepare(needs, n_processes, compute_thread().check, on_compile)
 

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numba.core.types import UniTuple, float32, float64, int64, uint64
 
-from m2lite.kernels import cache, draw, fast, jit, layer, ngram
+from m2lite.kernels import amx, cache, draw, fast, jit, layer, ngram
 from m2lite.kernels.claims import CLOCK, claims_in
 from m2lite.kernels.dot import activation_kind, tile_address, unpack_address
 from m2lite.kernels.far import Far
@@ -35,6 +35,7 @@ class Needs(NamedTuple):
     kv: str
     has_modules: bool
     is_streamed: bool
+    may_use_amx: bool
 
 
 def units(needs: Needs) -> dict[str, Callable[[], Any]]:
@@ -148,4 +149,6 @@ def work() -> None:
             os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _do_share(units(Needs(*json.loads(sys.argv[2]))), lambda _: None)
+    needs = Needs(*json.loads(sys.argv[2]))
+    amx.allow(needs.may_use_amx)
+    _do_share(units(needs), lambda _: None)

@@ -20,7 +20,7 @@ from m2lite.kernels.claims import CLOCK
 from tests.children import PATIENCE_S
 from tests.conftest import ROOT, Run
 
-NEEDS = ahead.Needs(["Q4_0"], "Q4_0", "f16", has_modules=False, is_streamed=False)
+NEEDS = ahead.Needs(["Q4_0"], "Q4_0", "f16", has_modules=False, is_streamed=False, may_use_amx=True)
 
 
 def twice(x: Any) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2lite.kernels import amx, amx_tiles, dot, fast, jit, reference
 from m2lite.formats.table import FORMATS
+from m2lite.kernels import amx, amx_tiles, dot, fast, jit, reference
 from tests.forms import run_form
 from tests.kernels import cases
 
