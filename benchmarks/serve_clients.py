@@ -92,15 +92,15 @@ async def together(server: Server, n_clients: int, n_prompt: int, n: int, seed: 
 
 
 async def tokens(server: Server, ids: list[int], n: int) -> AsyncIterator[float]:
-    """The time of each event with text."""
-    async with (
-        httpx.AsyncClient(timeout=None) as client,
-        client.stream("POST", f"{server.base}/v1/completions", json=body(ids, n, stream=True)) as answer,
-    ):
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
-                yield time.perf_counter()
+    """The seconds from the request to each event with text."""
+    async with httpx.AsyncClient(timeout=None) as client:  # which takes 0.05 s to make
+        began = time.perf_counter()
+        url = f"{server.base}/v1/completions"
+        async with client.stream("POST", url, json=body(ids, n, stream=True)) as answer:
+            answer.raise_for_status()
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                    yield time.perf_counter() - began
 
 
 async def gaps(server: Server, ids: list[int], n: int) -> list[float]:
@@ -109,8 +109,7 @@ async def gaps(server: Server, ids: list[int], n: int) -> list[float]:
 
 
 async def first_token(server: Server, ids: list[int]) -> float:
-    began = time.perf_counter()
-    return min([at - began async for at in tokens(server, ids, 2)])
+    return min([seconds async for seconds in tokens(server, ids, 2)])
 
 
 async def beside_long(server: Server, n_long: int, seed: int) -> dict[str, float]:
