@@ -94,19 +94,23 @@ def prepare(needs: Needs, n_processes: int, check: Callable[[], None], progress:
             for _ in range(n_processes - 1):
                 helpers.append(_start(needs))
 
-    def tell(n_left: int) -> None:
-        check()
-        if progress is not None and CLOCK.seconds > jit.LONG_S:
-            progress(n_all - n_left, n_all)
+    def say() -> None:
+        if progress is not None and CLOCK.seconds >= jit.LONG_S:
+            progress(n_all - len(left), n_all)
 
-    CLOCK.restart((_WORTH_S, start_others))
+    def look_up() -> None:
+        check()
+        say()
+
+    left = units(needs)
+    n_all = len(left)
+    CLOCK.restart((_WORTH_S, start_others), (jit.LONG_S, say))
     try:
-        left = units(needs)
-        n_all = len(left)
-        _do_share(left, tell)
-        for n_done, compile_unit in enumerate(left.values(), 1):  # others are at it
-            compile_unit()
-            tell(len(left) - n_done)
+        _do_share(left, look_up)
+        for name in list(left):  # others are at it
+            left[name]()
+            del left[name]
+            look_up()
     finally:
         CLOCK.restart()  # what is compiled later is nobody's to share
         for helper in helpers:
@@ -115,16 +119,17 @@ def prepare(needs: Needs, n_processes: int, check: Callable[[], None], progress:
             helper.wait()
 
 
-def _do_share(left: dict[str, Callable[[], Any]], tell: Callable[[int], None]) -> None:
+def _do_share(left: dict[str, Callable[[], Any]], look_up: Callable[[], None]) -> None:
     """Compile, or load, what nobody else is compiling now, and leave the rest."""
     claims = claims_in(jit.CACHE_DIR)
     for name in list(left):
         if claims.take(f"unit {name}"):
             try:
-                left.pop(name)()
+                left[name]()
             finally:
                 claims.release(f"unit {name}")
-            tell(len(left))
+            del left[name]
+            look_up()
 
 
 def _start(needs: Needs) -> subprocess.Popen[bytes]:
@@ -151,4 +156,4 @@ def work() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     needs = Needs(*json.loads(sys.argv[2]))
     amx.allow(needs.may_use_amx)
-    _do_share(units(needs), lambda _: None)
+    _do_share(units(needs), lambda: None)
