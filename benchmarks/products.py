@@ -25,8 +25,11 @@ MOST_MACS = 200e6  # of a run: some milliseconds, so that what disturbs one side
 
 def random_weights(name: str, n_out: int, n: int) -> npt.NDArray[np.uint8]:
     """Bytes that are numbers between 2**-14 and 2 wherever a format has a float16: denormal ones take longer."""
-    raw = np.random.default_rng(0).integers(0, 256, (n_out, FORMATS[name].row_bytes(n)), np.uint8)
-    return raw & 0x3F | 0x04
+    fmt = FORMATS[name]
+    raw = np.random.default_rng(0).integers(0, 256, (n_out, n // fmt.n_weights, fmt.n_bytes), np.uint8) & 0x3F | 0x04
+    if name == "MXFP4":
+        raw[..., 0] = 120  # its scale is a power of two
+    return raw.reshape(n_out, -1)
 
 
 def timed(run: Callable[[], None]) -> float:
