@@ -47,8 +47,9 @@ def compare(name: str, n_out: int, n: int, n_rows: int, n_pairs: int) -> str:
     runs: list[Callable[[], None]] = []
     for side, is_allowed in enumerate((False, True)):
         amx.allow(is_allowed)
-        args = (fast.tile_address(name, "int8"), w.ctypes.data, w.shape[-1], n_done, n // 32, panel.ctypes.data, n_rows)
-        runs.append(partial(fast.matmul, 1, out[side].ctypes.data, 4 * n_out, *args))
+        weights = fast.tile_address(name, "int8"), w.ctypes.data, w.shape[-1], n_done, n // 32
+        rows = panel.ctypes.data, dot.panel_bytes("int8", 1, n), n_rows
+        runs.append(partial(fast.matmul, 1, out[side].ctypes.data, 4 * n_out, *weights, *rows))
     times = [[timed(run) for run in runs] for _ in range(n_pairs + 1)][1:]
     assert out[0].tobytes() == out[1].tobytes(), "the results differ"
     without, with_them = (n_rows * n_done * n / statistics.median(side) / 1e9 for side in zip(*times, strict=True))

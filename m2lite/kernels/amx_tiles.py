@@ -24,7 +24,7 @@ from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, s
 
 ZERO = np.float32(0)
 LEAST_ROWS = {1: 10, 2: 32}  # per groups of weights in a step: with fewer, the other forms are as fast
-MOST_ROWS = 2 * GROUP  # of activations that share one pass over a tile
+MOST_ROWS = 4 * GROUP  # of activations that share one pass over a tile
 STEPS = 8  # that are unpacked, multiplied and added at a time: their sums must stay in half of a first cache
 AT_ONCE = 8  # rows whose sums are in registers
 _SUMS_BYTES = 16 * 64  # of 16 activation rows with 16 weight rows

@@ -73,8 +73,9 @@ def _tidy(root: Path, path: Path) -> None:
     """The oldest versions go, and what writers left that were killed."""
     with suppress(OSError):
         os.utime(path)  # its own time is that of its last new file: one in use must not look old
+        now = path.stat().st_mtime
         old = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-        for stale in [*old[:-_KEPT], *(p for p in path.glob(".new-*") if p.stat().st_mtime < time.time() - _STALE_S)]:
+        for stale in [*old[:-_KEPT], *(p for p in path.glob(".new-*") if p.stat().st_mtime < now - _STALE_S)]:
             shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -101,7 +101,7 @@ def _multiply(team, s, out, out_stride, m, n):
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
     panel = s.panel_int8 if m.is_int8 else s.panel_float32
     n_parts = parts(team, n * m.n_out * m.n_blocks * 32)
-    matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, n)
+    matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, m.panel_row_bytes, n)
 
 
 def _product(team, s, out, out_stride, x, m, n):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from m2lite.kernels.dots import GROUP
 from m2lite.kernels.far import far
 from m2lite.kernels.jit import inner, kernel
 from m2lite.kernels.simd import call_tile
 from m2lite.kernels.split import Split
 
+AT_ONCE = 4 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
 AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the next has come
 
 
@@ -37,12 +39,17 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
 
 
 @far()
-def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, n_blocks, x, n_x):
-    """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py)."""
+def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, n_blocks, x, x_stride, n_x):
+    """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py).
+
+    x_stride: bytes that a row takes of the panel.
+    """
     n_tiles = (n_out + 15) // 16
-    for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
-        ahead = coming(w, w, 16 * stride, i, n_tiles)
-        tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
+    for t in range(0, n_x, AT_ONCE):
+        rows, n, at = x + t * x_stride, min(AT_ONCE, n_x - t), out + t * out_stride
+        for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
+            ahead = coming(w, w, 16 * stride, i, n_tiles)
+            tile_at(tile, i, w, stride, n_out, n_blocks, rows, n, at, out_stride, ahead)
 
 
 matmul = Split(matmul_part, in_chunks=True)

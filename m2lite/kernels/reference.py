@@ -202,8 +202,9 @@ def product(key: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_
 
 
 def matmul(
-    n_parts: int, out: int, out_stride: int, tile: int, w: int, stride: int, n_out: int, n_blocks: int, x: int, n_x: int
-) -> None:
+    n_parts: int, out: int, out_stride: int, tile: int, w: int, stride: int, n_out: int, n_blocks: int, x: int,
+    x_stride: int, n_x: int,
+) -> None:  # fmt: skip
     strided_at(out, n_x, out_stride, n_out)[:] = product(tile, w, stride, n_out, n_blocks, x, n_x)
 
 

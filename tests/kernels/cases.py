@@ -99,7 +99,7 @@ def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
         for kind in sorted({"float32", dot.activation_kind(name)}):
             for n_out, k, worst in shapes_of(name):
                 w = weights_of(rng, name, (n_out, k), worst)
-                for n_x in (1, 2, 3, 4, 5, 8, 33, 70) if dot.step_of(name) == 32 else (1, 2, 3, 4, 20, 33):
+                for n_x in (1, 2, 3, 4, 5, 8, 33, 150) if dot.step_of(name) == 32 else (1, 2, 3, 4, 20, 33):
                     x = rng.standard_normal((n_x, k)).astype(F)
                     if worst:
                         x = np.sign(x) * F(3.0)
@@ -109,7 +109,18 @@ def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
                     is_int8 = int(kind == "int8")
                     yield from both("pack", arena, ("panel",), n_parts, "@panel", "@x", 4 * k, n_x, k // 32, is_int8)
                     reference.pack(0, arena["panel"], arena["x"], 4 * k, n_x, k // 32, is_int8)
-                    args = ("@out", 4 * n_out, (name, kind), "@w", w.shape[-1], n_out, k // 32, "@panel", n_x)
+                    args = (
+                        "@out",
+                        4 * n_out,
+                        (name, kind),
+                        "@w",
+                        w.shape[-1],
+                        n_out,
+                        k // 32,
+                        "@panel",
+                        dot.panel_bytes(kind, 1, k),
+                        n_x,
+                    )
                     for mine, theirs, what in both("matmul", arena, ("out",), n_parts, *args):
                         yield mine, theirs, f"{name} {what}"
 

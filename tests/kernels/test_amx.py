@@ -29,7 +29,7 @@ def test_any_number_of_rows_equals_the_twin(name: str) -> None:
     for worst in (False, True):
         n = 11 * 32 if unit == 32 else 2 * unit
         w = cases.weights_of(rng, name, (16, n), worst)
-        for n_x in range(1, amx_tiles.MOST_ROWS + 1):
+        for n_x in (*range(1, 34), 47, 64, 65, 80, 97, 127, amx_tiles.MOST_ROWS):
             x = rng.standard_normal((n_x, n)).astype(np.float32)
             panel = np.zeros(dot.panel_bytes("int8", n_x, n), np.uint8)
             reference.pack(1, panel.ctypes.data, x.ctypes.data, 4 * n, n_x, n // 32, 1)
@@ -52,7 +52,17 @@ def test_products_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(amx, "_is_allowed", is_allowed)
             tile, out = fast.tile_address(name, "int8"), np.zeros((n_x, n_out), np.float32)
             shape = (w.shape[-1], n_out, n // 32)
-            fast.matmul(1, out.ctypes.data, 4 * n_out, tile, w.ctypes.data, *shape, panel.ctypes.data, n_x)
+            fast.matmul(
+                1,
+                out.ctypes.data,
+                4 * n_out,
+                tile,
+                w.ctypes.data,
+                *shape,
+                panel.ctypes.data,
+                dot.panel_bytes("int8", 1, n),
+                n_x,
+            )
             found.append(out.tobytes())
             tiles.add(tile)
         assert found[0] == found[1] and len(tiles) == 2
