@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from m2lite.storage.blocks import FORMATS
 
+from m2lite.formats.table import FORMATS
 from m2lite.kernels import amx, dot, fast, jit
 
 MOST_MACS = 200e6  # of a run: some milliseconds, so that what disturbs one side disturbs the other
