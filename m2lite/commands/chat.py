@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -129,6 +130,7 @@ def _opened(settings: Settings) -> Iterator[tuple[Model, Iterator[str] | None]]:
         return
     free = machine.free_memory_bytes()
     opening = Opening(partial(begin_model, settings), partial(introduce, settings, free))
+    importlib.import_module("prompt_toolkit")  # meanwhile
     lines = None
     if opening.is_slow():
         typed = typed_lines(opening)
