@@ -15,9 +15,14 @@ _POLL_S = 0.1
 class Opening(Generic[T]):
     """open(progress), begun; progress(n_done, n_all) says that it takes a while, and how far it is."""
 
-    def __init__(self, open: Callable[[Callable[[int, int], None]], T], introduce: Callable[[T], None]) -> None:
+    def __init__(
+        self,
+        open: Callable[[Callable[[int, int], None]], T],
+        introduce: Callable[[T], None],
+        how_far: Callable[[int, int], str],
+    ) -> None:
         """`introduce` says what was opened, once, when the one who waits for it asks for it."""
-        self._open, self._introduce = open, introduce
+        self._open, self._introduce, self._how_far = open, introduce, how_far
         self.text = ""  # how far it is, where it takes a while
         self._found: T
         self._error: BaseException | None = None
@@ -40,7 +45,7 @@ class Opening(Generic[T]):
             callback()
 
     def _tell(self, n_done: int, n_all: int) -> None:
-        self.text = f"compiling kernels for this processor, once: {n_done} of {n_all}"
+        self.text = self._how_far(n_done, n_all)
         self._news.set()
 
     @property

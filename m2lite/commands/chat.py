@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2lite import machine
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, begin_model, command, introduce, open_model
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, THINKING, begin_model, command, how_far, introduce, open_model
 from m2lite.commands.options import SchemaOption, StopOption, answer_defaults, say_seed
 from m2lite.commands.places import places_beside
 from m2lite.errors import UsageError
@@ -129,7 +129,7 @@ def _opened(settings: Settings) -> Iterator[tuple[Model, Iterator[str] | None]]:
             yield model, None
         return
     free = machine.free_memory_bytes()
-    opening = Opening(partial(begin_model, settings), partial(introduce, settings, free))
+    opening = Opening(partial(begin_model, settings), partial(introduce, settings, free), how_far)
     importlib.import_module("prompt_toolkit")  # meanwhile
     lines = None
     if opening.is_slow():

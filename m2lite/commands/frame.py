@@ -154,6 +154,11 @@ def say_compiling() -> None:
     note("compiling kernels for this processor, once...")
 
 
+def how_far(n_done: int, n_all: int) -> str:
+    """The kernels that are compiled."""
+    return f"compiling kernels for this processor, once: {n_done} of {n_all}"
+
+
 class Compiling:
     """Says so, and how far it is: on a terminal in one line that goes when it is over."""
 
@@ -164,7 +169,7 @@ class Compiling:
         if not self._is_said and not STDERR.is_terminal:
             say_compiling()
         self._is_said = True
-        STDERR.rewrite(f"compiling kernels for this processor, once: {n_done} of {n_all}")
+        STDERR.rewrite(how_far(n_done, n_all))
 
     def __enter__(self) -> Compiling:
         return self
