@@ -16,7 +16,7 @@ from m2lite import Model
 from tests.serve.conftest import Served
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, LocatorAssertions, Page
+    from playwright.sync_api import Browser, Locator, LocatorAssertions, Page, Route
 
 DESKTOP = {"width": 1280, "height": 800}
 PATIENCE_MS = 120_000  # for what always comes, however busy the machine is
@@ -63,7 +63,10 @@ def chromium() -> Iterator[Browser]:
 class Visit:
     """The page of a server, and what it complained of."""
 
-    def __init__(self, browser: Browser, served: Served, stack: ExitStack, **options: Any) -> None:
+    def __init__(
+        self, browser: Browser, served: Served, stack: ExitStack, held: str | None = None, **options: Any
+    ) -> None:
+        """`held`: the answer to this path is given only once `release` is called; `options` are the browser's."""
         context = browser.new_context(**({"viewport": DESKTOP} | options))
         stack.callback(context.close)
         self.served, self.context, self.complaints = served, context, list[str]()
@@ -71,7 +74,17 @@ class Visit:
         self.page.set_default_timeout(PATIENCE_MS)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        self._held: list[Route] = []
+        if held is not None:
+            self.page.route(served.url.rstrip("/") + held, self._hold)
         self.page.goto(served.url)
+
+    def _hold(self, route: Route) -> None:
+        self._held.append(route)
+
+    def release(self) -> None:
+        for route in self._held:
+            route.continue_()
 
     def ask(self, text: str = "Hello") -> None:
         self.page.locator("#question").fill(text)

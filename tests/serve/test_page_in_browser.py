@@ -248,6 +248,18 @@ def test_the_experts_of_an_answer_light_up(visit: Open, motion: str) -> None:
     expect(page.locator("#readout")).to_have_text(re.compile(r"Layer 0, expert 0: \d+ of \d+ tokens"))
 
 
+def test_a_question_before_the_server_has_said_what_it_is(visit: Open) -> None:
+    """The answer itself tells how many experts there are."""
+    page = (found := visit("Now.", held="/props")).page
+    found.answered()
+    expect(page.locator("#touched")).to_contain_text("of 256 touched")
+    expect(page.locator("#most li")).to_have_count(5)
+    told = page.locator("#touched").inner_text()
+    found.release()
+    expect(page.locator("#context")).to_contain_text("tokens of context")
+    assert page.locator("#touched").inner_text() == told
+
+
 def test_a_second_question_reuses_the_first(visit: Open) -> None:
     page = (found := visit("One.")).page
     found.answered()

@@ -66,8 +66,7 @@ async function answer(more = {}) {
   const stop = new AbortController();
   setRunning(stop);
   turn.begin();
-  if (shape) turn.touched = new Touched(shape);
-  show(turn);
+  watch(turn, shape);
   const asked = {
     messages, stream: true, stream_options: { include_usage: true }, return_progress: true, return_experts: true,
     timings_per_token: true, ...(byId("thinks").checked ? {} : { reasoning_effort: "none" }), ...more,
@@ -94,6 +93,7 @@ function isKept({ role, content, reasoning_content }) {
 function take(turn, chunk) {
   if (chunk.error) throw new Refused(500, chunk.error.message);
   if (chunk.prompt_progress) turn.progress(chunk.prompt_progress);
+  if (chunk.m2lite_experts && !turn.touched) watch(turn, chunk.m2lite_experts); // where /props comes after the question
   const [choice] = chunk.choices ?? [];
   const { delta = {} } = choice ?? {};
   if (delta.reasoning_content) turn.think(delta.reasoning_content);
@@ -108,6 +108,12 @@ function take(turn, chunk) {
 }
 
 // What it takes
+
+/** Counts an answer's experts, once their `sizes` are known, and shows what there is. */
+function watch(turn, sizes) {
+  if (sizes) turn.touched = new Touched(sizes);
+  show(turn);
+}
 
 function show(turn) {
   if (turn.touched) grid.show(turn.touched);
