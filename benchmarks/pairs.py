@@ -1,6 +1,6 @@
 """Rounds of runs in turns, on disk round by round, continued where they stopped; and the arguments that ask for them.
 
-Knows that there are two sides, "ours" and "llama"; what a round is made of, its caller says.
+Knows that there are two sides, "ours" and "llama", or three with "ik"; what a round is made of, its caller says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from runs import (
     describe_machine,
     describe_versions,
     identity,
+    ik_argv,
     is_noisy,
     llama_argv,
     ours_argv,
@@ -85,6 +86,7 @@ def parse_arguments(
         repeats=args.r,
         ours_args=tuple(args.ours_args),
         llama_args=tuple(args.llama_args),
+        ik_args=tuple(getattr(args, "ik_args", ())),
     )
     if not work.prompts and not work.decodes:
         parser.error("-p or -n must ask for more than 0 tokens")
@@ -98,6 +100,8 @@ class Bench:
 
     def __init__(self, name: str, args: argparse.Namespace, work: Work) -> None:
         self.args, self.work, self.program = args, work, args.program.resolve()
+        self.ik_program: Path | None = getattr(args, "ik_program", None)
+        self.sides = SIDES if self.ik_program is None else (*SIDES, "ik")
         self.versions, self.computer = describe_versions(self.program), describe_machine()
         self.identity = identity(name, args.label, work.as_json(), self.versions, self.computer)
 
@@ -124,7 +128,11 @@ class Bench:
 
     def side(self, side: str, work: Work) -> tuple[list[str], Callable[[str], object]]:
         """A side's command for this work, and what makes figures of its output."""
-        return (ours_argv(work), parse_ours) if side == "ours" else (llama_argv(work, self.program), parse_llama)
+        if side == "ours":
+            return ours_argv(work), parse_ours
+        if side == "ik" and self.ik_program is not None:
+            return ik_argv(work, self.ik_program.resolve()), parse_llama
+        return llama_argv(work, self.program), parse_llama
 
     def collect(self, make_round: Callable[[int], Runs]) -> list[Json]:
         """The rows of this series, made where they are missing: make_round(how many there are) is one of them."""
@@ -143,7 +151,7 @@ class Bench:
     def warm_up(self) -> None:
         """A run of each side that is not counted."""
         print(f"read the file at {read_through(self.work.model):.1f} GB/s, warming up", flush=True)
-        for side in SIDES:
+        for side in self.sides:
             run(*self.side(side, replace(self.work, repeats=1)))
 
     def _row(self, runs: Runs) -> Json:

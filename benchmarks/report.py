@@ -25,6 +25,7 @@ from runs import Json, RunError, figures, key_of, read_rows
 FOLDER = Path(__file__).resolve().parent
 BEGIN, END = "<!-- table: written by report.py -->", "<!-- end of table -->"
 Test = tuple[str, int, int]  # kind, depth, tokens
+OTHERS = {"ratio": "llama", "ik": "ik"}  # what targets.toml calls the ratio, and the runs it is made with
 
 
 def newest_series(rows: Iterable[Json]) -> dict[tuple[str, str], list[Json]]:
@@ -70,22 +71,24 @@ def say_test(test: Test) -> str:
 def commands(rows: Sequence[Json]) -> str:
     """What was run, ours first."""
     found = {f"`{shlex.join(run['argv'])}`" for run in rows[-1]["runs"].values()}
-    return "<br>".join(sorted(found, reverse=True))
+    return ", ".join(sorted(found, reverse=True))
 
 
 def speed_table(label: str, rows: Sequence[Json], targets: Sequence[Json]) -> list[str]:
-    """A row per test of one series."""
-    ours, llama = figures(rows, "ours"), figures(rows, "llama")
-    lines = []
+    """A row per test of one series, against both programs where both ran."""
+    ours, lines = figures(rows, "ours"), []
+    others = {measure: figures(rows, side) if side in rows[0]["runs"] else {} for measure, side in OTHERS.items()}
     for test in ours:
-        if len(llama.get(test, ())) != len(ours[test]):
-            continue
-        ratio, target = paired_ratio(ours[test], llama[test]), find_target(targets, "ratio", label, test)
-        a, b = median_interval(ours[test]), median_interval(llama[test])
-        asked = f"at least {target:g}" if target is not None else ""
-        cells = (label, say_test(test), f"{a.value:.2f}", f"{b.value:.2f}", str(ratio), ratio.method, asked,
-                 verdict(ratio, target), commands(rows))  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [label, say_test(test), f"{median_interval(ours[test]).value:.2f}"]
+        for measure, speeds in others.items():
+            if len(speeds.get(test, ())) != len(ours[test]):
+                cells += [""] * 4
+                continue
+            ratio, target = paired_ratio(ours[test], speeds[test]), find_target(targets, measure, label, test)
+            asked = f"{target:g}" if target is not None else ""
+            cells += [f"{median_interval(speeds[test]).value:.2f}", str(ratio), asked, verdict(ratio, target)]
+        if any(cells[3:]):
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -123,15 +126,15 @@ def busy_table(label: str, rows: Sequence[Json], targets: Sequence[Json]) -> lis
             asked = f"at most {target:g}" if target is not None else ""
             speeds = [f"{median_interval(values[test]).value:.2f}" for values in (quiet, busy)]
             cells = (label, say_test(test), program, *speeds, str(found), asked,
-                     verdict(found, target, at_most=True), commands(rows))  # fmt: skip
+                     verdict(found, target, at_most=True))  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 TABLES = (
     (
-        "side_by_side", speed_table, "Beside llama.cpp, tokens a second (medians)",
-        "series | work | m2lite | llama.cpp | ratio, 95 % | interval | target | met | commands",
+        "side_by_side", speed_table, "Beside llama.cpp and ik_llama.cpp, tokens a second (medians)",
+        "series | work | m2lite | llama.cpp | ratio, 95 % | target | met | ik_llama.cpp | ratio, 95 % | target | met",
     ),
     (
         "side_by_side", mapped_table, "What decoding reads, of plain reading of the mapped file",
@@ -139,7 +142,7 @@ TABLES = (
     ),
     (
         "busy_core", busy_table, "With one core taken by another program, tokens a second (medians)",
-        "series | work | program | quiet | busy | quiet / busy, 95 % | target | met | commands",
+        "series | work | program | quiet | busy | quiet / busy, 95 % | target | met",
     ),
 )  # fmt: skip
 
@@ -167,6 +170,10 @@ def say_series(rows: Sequence[Json]) -> str:
         f"Python {versions['python']}, Numba {versions['numba']}",
         f"llama.cpp {versions['llama.cpp']}",
     ]
+    ik = rows[-1]["runs"].get("ik")
+    if ik is not None:
+        parts.append(f"ik_llama.cpp {ik['about']['build_commit']}")
+    parts.append(commands(rows))
     return f"* {rows[0]['identity']['label']}: {'; '.join(parts)}"
 
 

@@ -52,6 +52,7 @@ class Work:
     repeats: int
     ours_args: tuple[str, ...] = ()
     llama_args: tuple[str, ...] = ()
+    ik_args: tuple[str, ...] = ()
 
     def as_json(self) -> Json:
         """Without the folder: the file is known by its name and size."""
@@ -71,17 +72,20 @@ def ours_argv(work: Work) -> list[str]:
 
 
 def llama_argv(work: Work, llama_bench: Path) -> list[str]:
-    return [
-        str(llama_bench),
-        "-m",
-        str(work.model),
-        *_sizes(work),
-        "-t",
-        str(work.threads),
-        "-o",
-        "json",
-        *work.llama_args,
-    ]
+    return _bench_argv(work, llama_bench, work.llama_args)
+
+
+def ik_argv(work: Work, llama_bench: Path) -> list[str]:
+    """Of ik_llama.cpp, whose llama-bench fills no depth."""
+    if work.depths != (0,):
+        raise RunError("ik_llama.cpp's llama-bench has no -d: measure it at depth 0.")
+    argv = _bench_argv(work, llama_bench, work.ik_args)
+    at = argv.index("-d")
+    return argv[:at] + argv[at + 2 :]
+
+
+def _bench_argv(work: Work, program: Path, more: Sequence[str]) -> list[str]:
+    return [str(program), "-m", str(work.model), *_sizes(work), "-t", str(work.threads), "-o", "json", *more]
 
 
 def _sizes(work: Work) -> list[str]:
@@ -109,7 +113,7 @@ def parse_llama(text: str) -> tuple[list[Json], Json]:
             raise RunError(f"llama-bench measured prompt and generation together: -pg has no counterpart ({row}).")
         kind, n = ("prefill", n_prompt) if n_prompt else ("decode", n_gen)
         samples = row["samples_ts"]
-        found = {"kind": kind, "n": n, "depth": row["n_depth"], "samples": samples}
+        found = {"kind": kind, "n": n, "depth": row.get("n_depth", 0), "samples": samples}
         tests.append(found | {"tokens_per_s": statistics.median(samples)})
     kept = ("build_commit", "build_number", "cpu_info", "backends", "model_type", "n_batch", "n_ubatch", "type_k",
             "type_v", "flash_attn", "load_mode", "repack")  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ import busy_core
 import pairs
 import runs
 import side_by_side
-from runs import RunError, Work, append_row, identity, llama_argv, ours_argv, parse_llama, parse_ours, read_rows, series
+from runs import (
+    RunError,
+    Work,
+    append_row,
+    identity,
+    ik_argv,
+    llama_argv,
+    ours_argv,
+    parse_llama,
+    parse_ours,
+    read_rows,
+    series,
+)
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -69,6 +82,15 @@ def test_both_are_asked_the_same(work: Work) -> None:
     assert ours[ours.index("--ctx") + 1] == "4608" and llama[-2:] == ["-fa", "1"]
     assert runs.named(ours)[:3] == ["m2lite", "bench", "slice.gguf"]
     assert runs.named(llama)[:3] == ["llama-bench", "-m", "slice.gguf"]
+
+
+def test_ik_is_asked_the_same_at_depth_0(work: Work) -> None:
+    argv = ik_argv(replace(work, depths=(0,), ik_args=("-rtr", "1")), Path("/x/llama-bench"))
+    assert "-d" not in argv and argv[-2:] == ["-rtr", "1"] and argv[argv.index("-p") + 1] == "512,64"
+    with pytest.raises(RunError, match="depth 0"):
+        ik_argv(work, Path("/x/llama-bench"))
+    rows = [{name: value for name, value in row.items() if name != "n_depth"} for row in json.loads(SAMPLE.read_text())]
+    assert {test["depth"] for test in parse_llama(json.dumps(rows))[0]} == {0}
 
 
 def test_a_cut_line_is_dropped(tmp_path: Path) -> None:
