@@ -60,7 +60,8 @@ class ModelRunner:
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
         """
-        from m2lite.kernels import amx, jit
+        from m2lite.kernels import amx
+        from m2lite.simd import jit
 
         amx.allow(options["amx"])
         self.layer = jit.start(options["threads"] or machine.n_usable_cores())

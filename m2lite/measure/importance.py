@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.errors import M2liteError
-from m2lite.kernels import jit
 from m2lite.measure.chunks import cut_chunks, feed_chunk
 from m2lite.model.observer import Observer
 from m2lite.model.weights import Matrix, load_kernels
+from m2lite.simd import jit
 
 if TYPE_CHECKING:
     from m2lite.api import Model

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.kernels import jit
 from m2lite.kernels import layer as records
 from m2lite.kernels.dot import panel_bytes
 from m2lite.model.cache import PAGE
 from m2lite.model.config import Config
 from m2lite.model.stream import Stream
 from m2lite.model.weights import load_kernels
+from m2lite.simd import jit
 
 FEW_ROWS = 8  # that go through a layer in one kernel call
 

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import M2liteError
-from m2lite.kernels import jit
 from m2lite.kernels import layer as records
 from m2lite.model.buffers import FEW_ROWS, Buffers, on_a_line
 from m2lite.model.cache import KVPool, Rows
@@ -32,6 +31,7 @@ from m2lite.model.config import Config
 from m2lite.model.observer import Observer
 from m2lite.model.stream import Stream
 from m2lite.model.weights import Layer, Matrix, Vector, Weights
+from m2lite.simd import jit
 
 Check = Callable[[], None]
 _PLACE_BYTES = {"positions": 4, "indices": 4, "slots": 4, "pages": 8, "tables": 8}  # of a row

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, M2liteError
-from m2lite.kernels import jit
 from m2lite.kernels import layer as records
 from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
 from m2lite.model.forward import Place, head, run_layer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import GGUFFile
 
 MAX_MODULES = 16

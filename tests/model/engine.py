@@ -12,13 +12,13 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.kernels import jit
 from m2lite.model.buffers import WHOLE, Buffers, Pieces
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.config import parse_config
 from m2lite.model.forward import forward
 from m2lite.model.observer import Observer
 from m2lite.model.weights import bind_weights
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import open_gguf
 
 F32 = npt.NDArray[np.float32]
