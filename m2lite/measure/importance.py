@@ -128,7 +128,7 @@ def collect_importance(
     squares, n_done = SquareSums(model), 0
     for chunk in chunks:
         try:
-            compute_thread().run(partial(feed_chunk, [model], chunk, stop=stop, observer=squares))
+            compute_thread().run(partial(feed_chunk, [model], chunk, stop=stop, observers=[squares]))
         except Stopped:
             break
         n_done += 1

@@ -58,7 +58,9 @@ class Engine:
         observer: Observer | None = None,
     ) -> F32:
         rows = self.pool.rows([(t, np.asarray(ids)) for t, ids in parts])
-        return forward(self.weights, self.pool, self.buffers, rows, outputs, observer=observer).copy()
+        return forward(
+            self.weights, self.pool, self.buffers, rows, outputs, observers=[] if observer is None else [observer]
+        ).copy()
 
     def logits(self, tokens: Sequence[int], first_position: int = 0, observer: Observer | None = None) -> F32:
         """Logits of a fresh timeline; its pages are given back."""
