@@ -28,6 +28,7 @@ from m2lite import Model, Sampling
 from m2lite.bench import random_ids
 from m2lite.engine.request import Request
 from m2lite.engine.thread import compute_thread
+from m2lite.model.observer import Observer
 from m2lite.model.stream import Traffic
 from routing import Trace, record
 
@@ -36,15 +37,15 @@ N_BEFORE = 384  # tokens of a beginning: six pages
 APART = 3000  # tokens from one text to the next
 
 
-class Routed:
+class Routed(Observer):
     """Chooses what a trace did."""
 
     def __init__(self, traces: Sequence[Trace]) -> None:
         self._traces, self.text = traces, 0
 
-    def __call__(self, layer: int, start: int, n: int) -> npt.NDArray[np.int32]:
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> None:
         trace = self._traces[self.text]
-        return np.sort(trace[start : start + n, layer % trace.shape[1]])
+        ids[:] = np.sort(trace[start : start + len(ids), layer % trace.shape[1]])
 
 
 class Bench(NamedTuple):

@@ -36,6 +36,7 @@ from m2lite.bench_drafts import Setting
 from m2lite.drafting.drafted import Drafted
 from m2lite.drafting.sequence import Ask, Call, Computed
 from m2lite.engine.thread import compute_thread
+from m2lite.model.observer import Observer
 from m2lite.sampling.draw import Sampling
 from m2lite.settings import parse_count
 from m2lite.text.template import encode_chat
@@ -85,7 +86,7 @@ def thinned(trace: Trace, share: float) -> Trace:
     return [[(s, right and bool(dice.random() < share)) for s, right in said] for said in trace]
 
 
-class Lots:
+class Lots(Observer):
     """Experts by lot: a token shares a part of them, on average, with the one before."""
 
     def __init__(self, n_layers: int, n_experts: int, n_used: int, overlap: float) -> None:
@@ -99,8 +100,8 @@ class Lots:
                 before = np.concatenate([kept, dice.permutation(others)[: n_used - len(kept)]])
                 self._ids[layer, at] = np.sort(before)
 
-    def __call__(self, layer: int, start: int, n: int) -> npt.NDArray[np.int32]:
-        return self._ids[layer, np.arange(start, start + n) % PERIOD]
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> None:
+        ids[:] = self._ids[layer, np.arange(start, start + len(ids)) % PERIOD]
 
     def measured_overlap(self) -> float:
         a, b = self._ids[:, :-1, :, None], self._ids[:, 1:, None, :]

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.formats.table import FORMATS, unpack_rows
-from m2lite.kernels import jit
 from m2lite.quant.encode import encode_rows
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import open_gguf
 
 F32 = npt.NDArray[np.float32]

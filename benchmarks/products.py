@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.formats.table import FORMATS
-from m2lite.kernels import amx, dot, fast, jit
+from m2lite.kernels import amx, dot, fast
+from m2lite.simd import jit
 
 MOST_MACS = 200e6  # of a run: some milliseconds, so that what disturbs one side disturbs the other
 

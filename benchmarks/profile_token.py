@@ -96,7 +96,7 @@ class Chosen(Observer):
 
     ids = np.empty((0, 0), np.int32)
 
-    def chosen(self, layer: int, ids: Any) -> None:
+    def chosen(self, layer: int, start: int, ids: Any) -> None:
         self.ids = ids
 
 
@@ -135,7 +135,7 @@ class Profiler:
                 for chunk in chunks:
                     self.timed.after = self._counter(done, len(chunk)) if counted else None
                     started = time.perf_counter()
-                    logits = runner.evaluate(self.timeline, at, chunk, observer=self.chosen if counted else None)
+                    logits = runner.evaluate(self.timeline, at, chunk, observers=[self.chosen] if counted else [])
                     took += time.perf_counter() - started
                     at += len(chunk)
             finally:

@@ -42,7 +42,7 @@ class Recorder(Observer):
     def __init__(self) -> None:
         self.found: list[npt.NDArray[np.int32]] = []
 
-    def chosen(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> None:
         self.found.append(ids.copy())
 
 
@@ -57,7 +57,7 @@ def _record_window(model: Model, tokens: Sequence[int]) -> Trace:
     try:
         for at in range(0, len(tokens), CHUNK):
             recorder = Recorder()
-            model.runner.evaluate(timeline, at, tokens[at : at + CHUNK], observer=recorder)
+            model.runner.evaluate(timeline, at, tokens[at : at + CHUNK], observers=[recorder])
             found.append(np.stack(recorder.found, axis=1))
     finally:
         timeline.release()

@@ -233,8 +233,8 @@ def _read_speed(parts: Sequence[tuple[int, int]], n_threads: int) -> float:
     sums = np.zeros(n_threads, np.float32)
 
     def measure() -> float:
-        from m2lite.kernels import jit
         from m2lite.kernels.elementwise import read_memory
+        from m2lite.simd import jit
 
         best = float("inf")
         for _ in range(6):  # the first one compiles or loads the kernel and takes the page faults

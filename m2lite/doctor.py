@@ -19,7 +19,8 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
     from llvmlite import binding
 
     from m2lite.engine.locate import locate_model
-    from m2lite.kernels import amx, emit, jit
+    from m2lite.kernels import amx
+    from m2lite.simd import emit, jit
 
     yield "m2lite", f"{__version__}, Python {platform.python_version()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "llvmlite", "tokenizers"))

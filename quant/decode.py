@@ -8,33 +8,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba.core.types import int64
 
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import kernel, n_parts, n_threads, specialise
-from m2lite.kernels.lanes import (
-    bits_of,
-    from_bits,
-    from_half_bits,
+from m2lite.simd.far import far
+from m2lite.simd.jit import kernel, n_parts, n_threads, specialise
+from m2lite.simd.kinds import f32x16, int64
+from m2lite.simd.memory import (
+    load_f32,
     load_first_u8,
     load_u8,
-    store_i32,
-    where,
-)
-from m2lite.kernels.simd import (
-    f32x16,
-    load_f32,
-    operation,
     read_f32,
     read_i32,
     scratch,
-    splat,
     store_f32,
+    store_i32,
     write_f32,
     write_i32,
 )
-from m2lite.kernels.split import Split
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import bits_of, from_bits, from_half_bits, operation, splat, where
 
 F32 = npt.NDArray[np.float32]
 

@@ -17,15 +17,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import types
 
 from m2lite.errors import BadModelError
 from m2lite.formats.table import BlockFormat, piece
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import address_of, n_parts, specialise
-from m2lite.kernels.lanes import call_encoder, transpose
-from m2lite.kernels.simd import load_f32, scratch, splat, tree_sum, write_f32
-from m2lite.kernels.split import Split
+from m2lite.simd import emit
+from m2lite.simd.far import far
+from m2lite.simd.jit import address_of, n_parts, specialise
+from m2lite.simd.kinds import int64, void
+from m2lite.simd.memory import load_f32, scratch, transpose, write_f32
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import operation, splat, tree_sum
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -36,6 +39,15 @@ PLAIN_WORK, SEARCH_WORK = 4, 400  # operations a weight: only to decide on a par
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@operation(void(*[int64] * 6))
+def call_encoder(
+    builder: ir.IRBuilder, function: ir.Value, x: ir.Value, importance: ir.Value, sigma: ir.Value, out: ir.Value,
+    stride: ir.Value,
+) -> None:  # fmt: skip
+    """Call the encoder of 16 blocks at address `function`."""
+    emit.call_address(builder, function, [x, importance, sigma, out, stride])
 
 
 @far()

@@ -16,10 +16,10 @@ import numpy as np
 import xxhash
 
 from m2lite.errors import M2liteError, ResourceError, UsageError
-from m2lite.kernels import jit
 from m2lite.quant.header import MAGIC, BuiltHeader, Slot
 from m2lite.quant.journal import Journal, SourceChanged, SourceFile, Ticket, WrittenTensor, hash_plan
 from m2lite.quant.stream import Bytes, Chunk, stream
+from m2lite.simd import jit
 from m2lite.storage.durable import free_bytes
 from m2lite.storage.part_file import PartFile, part_path
 from m2lite.system.byte_units import format_bytes

@@ -12,7 +12,6 @@ import numpy as np
 import xxhash
 
 from m2lite.errors import BadModelError
-from m2lite.kernels import jit
 from m2lite.quant.checkpoint import open_checkpoint
 from m2lite.quant.config import config_warnings, parse_config
 from m2lite.quant.convert import ARCHITECTURE, BoundTensor, architecture_keys
@@ -25,6 +24,7 @@ from m2lite.quant.pieces import MODEL_NAME
 from m2lite.quant.quantize import StoredTensor
 from m2lite.quant.stream import make
 from m2lite.quant.vocabulary import JSON_NAME, vocabulary_keys
+from m2lite.simd import jit
 from m2lite.storage.gguf_header import KEY_HEADER_HASH, KEY_TENSOR_HASHES, GGUFArray, Header, TensorInfo
 from m2lite.storage.gguf_reader import GGUFFile, open_gguf
 

@@ -23,8 +23,8 @@ from m2lite.batch.lines import line_stream
 from m2lite.dialogue.conversation import Conversation
 from m2lite.engine.batch import Batch
 from m2lite.engine.request import Request
-from m2lite.kernels import jit
 from m2lite.model import residency
+from m2lite.simd import jit
 from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
 from tests.budgets import budget_beyond

@@ -145,7 +145,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 def announce_compiling() -> None:
     """Say so before a kernel is compiled. The caller has imported its job: that may set how threads wait."""
-    from m2lite.kernels import jit
+    from m2lite.simd import jit
 
     jit.on_compile(say_compiling)
 

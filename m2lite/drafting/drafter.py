@@ -26,8 +26,8 @@ from m2lite.drafting.sequence import Ask, Call, Computed, SequenceDrafts
 from m2lite.errors import UsageError
 from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Timeline
-from m2lite.model.forward import Leave
 from m2lite.model.mtp import Mtp
+from m2lite.model.observer import Observer
 from m2lite.model.weights import Weights
 from m2lite.sampling.draw import Sampling
 
@@ -148,8 +148,8 @@ class Drafter:
             missing.expect(asks[0].own.chances)
         return drafts
 
-    def cut_off(self) -> Leave | None:
-        """Says layer by layer which rows of the call just proposed are worth reading experts for (model/forward.py).
+    def cut_off(self) -> Observer | None:
+        """Says layer by layer which rows of the call just proposed are worth reading experts for.
 
         None where all are: the model is in memory, or this is not the call of one sequence that drafts what pays.
         """

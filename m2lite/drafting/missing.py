@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.drafting.cost import CallCost, Estimate
+from m2lite.model.observer import Observer
 from m2lite.model.stream import Stream
 
 
-class MissingExperts:
+class MissingExperts(Observer):
     """What reading takes here, and the drafts of the call under way."""
 
     def __init__(self, stream: Stream, n_layers: int, cost: CallCost) -> None:
@@ -58,8 +59,8 @@ class MissingExperts:
         """Of reading what a draft lacks, in calls of one row."""
         return self._lacking.value * self._n_layers / self._second.value / self._cost.level if self._cost.level else 0.0
 
-    def __call__(self, layer: int, ids: npt.NDArray[np.int32]) -> int:
-        """How many rows go on (see model/forward.py: Leave) of a sequence's last token and its drafts."""
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> int:
+        """How many rows go on of a sequence's last token and its drafts."""
         n, wanted, right = len(ids), set(ids[0].tolist()), 1.0
         if not self._cost.level:
             return n

@@ -19,6 +19,7 @@ from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.forward import head_of
 from m2lite.model.mtp import ModuleScratch, Mtp, run_module, trunk_states
+from m2lite.model.observer import Observer
 from m2lite.sampling.draw import Sampling, foresee
 
 F32 = npt.NDArray[np.float32]
@@ -174,6 +175,7 @@ class Modules:
         self._scratch = ModuleScratch(buffers)
         self._previous: F32 = np.empty((0, buffers.config.n_embd), np.float32)
         self._x: F32 = buffers.array("x")
+        self.observers: Sequence[Observer] = ()
 
     def new(self, n_most: int) -> ModuleState:
         """Of a sequence for which n_most of the modules may draft."""
@@ -209,7 +211,9 @@ class Modules:
     def _call(self, k: int, parts: Sequence[Todo], ends: Sequence[int], found: list[Draft | None]) -> None:
         previous = self._gather(k, parts)
         rows = self._pool.rows_at([(part.timeline, part.first, part.ids) for part in parts])
-        run_module(self._mtp, k, self._pool, self._buffers, self._scratch, rows, int(previous.ctypes.data))
+        run_module(
+            self._mtp, k, self._pool, self._buffers, self._scratch, rows, int(previous.ctypes.data), self.observers
+        )
         for part, last in zip(parts, rows.last, strict=True):
             own, n = part.state, len(part.ids)
             if k + 1 < own.n_usable:

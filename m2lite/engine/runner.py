@@ -21,9 +21,8 @@ from m2lite.storage.gguf_reader import GGUFFile
 
 if TYPE_CHECKING:  # these import Numba
     from m2lite.drafting.drafter import Drafter
-    from m2lite.model.buffers import Buffers, Rerouting
+    from m2lite.model.buffers import Buffers
     from m2lite.model.cache import KVPool, Timeline
-    from m2lite.model.forward import Leave
     from m2lite.model.mtp import Mtp
     from m2lite.model.observer import Observer
     from m2lite.model.residency import Residency
@@ -60,7 +59,8 @@ class ModelRunner:
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
         """
-        from m2lite.kernels import amx, jit
+        from m2lite.kernels import amx
+        from m2lite.simd import jit
 
         amx.allow(options["amx"])
         self.layer = jit.start(options["threads"] or machine.n_usable_cores())
@@ -76,6 +76,8 @@ class ModelRunner:
 
         self._jit, self._forward, self._head, self._multiply = jit, forward, head, multiply
         self.drafting = drafting
+        self.n_expert_reads = 0  # experts that the last call went through, of all layers
+        self._rerouting: Sequence[Observer] = ()
         self.pool: KVPool = KVPool(config, sizes.n_pool, options["kv"], drafting.n_modules)
         self.buffers: Buffers = Buffers(config, sizes.n_rows, n_positions=sizes.n_positions)
         self.residency = self._stream_weights(gguf, config, options)
@@ -178,44 +180,48 @@ class ModelRunner:
         tokens: Sequence[int],
         outputs: str = "last",
         stop: Stop | None = None,
-        leave: Leave | None = None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> Any:
         """float32 [1 or T, vocab] = logits after tokens[T] at positions start..., valid until the next call.
 
-        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before. `leave` may
-        leave out rows at the end; `observer` sees what is computed with.
+        Between layers `stop` is asked, and Stopped raised if it says so; the timeline is then as before. `observers`
+        see what is computed with, and may let rows at the end go.
         """
 
         if timeline.length > start:
             timeline.rewind(start)
         assert timeline.length == start, (timeline.length, start)
-        return self._compute([(timeline, tokens)], outputs, stop, leave, observer)
+        return self._compute([(timeline, tokens)], outputs, stop, observers)
 
     def evaluate_rows(
         self,
         parts: Sequence[tuple[Timeline, Sequence[int]]],
         outputs: Sequence[int],
         stop: Stop | None = None,
-        leave: Leave | None = None,
+        leave: Observer | None = None,
         is_aside: bool = False,
         has_experts: bool = False,
     ) -> Any:
         """float32 [sum(outputs), vocab] = logits after each part's last tokens, so many as `outputs` says.
 
         The tokens stand behind the part's timeline. As `evaluate`, and counts what it goes through in `n_expert_reads`.
-        With `leave`, of a single part whose logits are all wanted, there may be fewer. One call that `is_aside` has
+        With `leave`, which may let rows of a single part go, there may be fewer. One call that `is_aside` has
         buffers of its own (see `make_room_aside`): `stop` may make other calls. With `has_experts`, those of all rows
         are in `experts` [n_layers, n_rows, n_used] until the next call, ascending; else it is None.
         """
         buffers = self.buffers if not is_aside else self._aside
         assert buffers is not None
-        buffers.n_expert_reads = 0
-        logits = self._compute(parts, outputs if leave is None else "all", stop, leave, None, buffers, has_experts)
+        from m2lite.model.observer import ChosenExperts
+
+        observers, chosen = [leave] if leave is not None else [], None
+        if has_experts:
+            chosen = ChosenExperts(self.pool.config, sum(len(ids) for _, ids in parts))
+            observers.append(chosen)
+        logits = self._compute(parts, outputs if leave is None else "all", stop, observers, buffers)
+        self.experts = None if chosen is None else chosen.ids  # only now: calls that others made meanwhile had theirs
         if is_aside:
             n = sum(len(ids) for _, ids in parts)
             self.buffers.array("x")[:n] = buffers.array("x")[:n]  # where prediction modules find the trunk's states
-            self.buffers.n_expert_reads = buffers.n_expert_reads
         return logits
 
     def make_room_aside(self) -> None:
@@ -232,20 +238,13 @@ class ModelRunner:
         """Of a call that is aside; 0 where there is no room for one."""
         return 0 if self._aside is None else self._aside.n_rows
 
-    @property
-    def n_expert_reads(self) -> int:
-        """Experts that the last `evaluate_rows` went through, of all layers."""
-        return self.buffers.n_expert_reads or 0
-
     def _compute(
         self,
         parts: Sequence[tuple[Timeline, Sequence[int]]],
         outputs: str | Sequence[int],
         stop: Stop | None,
-        leave: Leave | None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
         buffers: Buffers | None = None,
-        has_experts: bool = False,
     ) -> Any:
         buffers = buffers or self.buffers
 
@@ -256,17 +255,16 @@ class ModelRunner:
         self.check_files()
         if self._jit.n_threads() != self.n_threads:  # another model was opened with another number
             self._jit.start(self.n_threads)
-        rows, routing = self.pool.rows(parts), self.pool.routing
-        if observer is None and routing is not None:
-            observer = routing.observe(rows)
-        if has_experts:
-            c = self.pool.config
-            rows.chosen = np.zeros((c.n_layers, rows.n, c.n_experts_used), c.expert_dtype)
+        from m2lite.model.observer import ExpertReads
+
+        rows, routing, reads = self.pool.rows(parts), self.pool.routing, ExpertReads()
+        noted = [] if routing is None else [routing.observe(rows)]
+        observers = [*self._rerouting, *observers, *noted, reads]
         try:
-            logits = self._forward(self.weights, self.pool, buffers, rows, outputs, check, leave, observer)
+            logits = self._forward(self.weights, self.pool, buffers, rows, outputs, check, observers)
         finally:
             self.check_files()  # of one that was cut meanwhile, zeros were seen
-        self.experts = rows.chosen  # only now: calls that others made meanwhile had theirs
+        self.n_expert_reads = reads.n
         return logits
 
     # For measurements
@@ -291,8 +289,8 @@ class ModelRunner:
     def kernels(self, kernels: Any) -> None:
         self.buffers.kernels = kernels
 
-    def reroute(self, rerouting: Rerouting | None) -> None:
-        """Experts are chosen by it from now on, those of prediction modules too."""
-        for buffers in (self.buffers, self._aside):
-            if buffers is not None:
-                buffers.rerouting = rerouting
+    def reroute(self, *observers: Observer) -> None:
+        """They choose experts from now on, those of prediction modules too."""
+        self._rerouting = observers
+        if self.drafter.modules is not None:
+            self.drafter.modules.observers = observers

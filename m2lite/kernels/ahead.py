@@ -17,11 +17,12 @@ import numba
 import numpy as np
 from numba.core.types import UniTuple, float32, float64, int64, uint64
 
-from m2lite.kernels import amx, cache, draw, fast, jit, layer, ngram
-from m2lite.kernels.claims import CLOCK, claims_in
+from m2lite.kernels import amx, draw, fast, layer, ngram
 from m2lite.kernels.dot import activation_kind, tile_address, unpack_address
-from m2lite.kernels.far import Far
-from m2lite.kernels.split import Split, region
+from m2lite.simd import cache, jit
+from m2lite.simd.claims import CLOCK, claims_in
+from m2lite.simd.far import Far
+from m2lite.simd.split import Split, region
 
 Progress = Callable[[int, int], None]  # how many of how many are ready
 _WORTH_S = 0.2  # of compiling, behind which another process is started

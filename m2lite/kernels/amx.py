@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from m2lite.errors import M2liteError
-from m2lite.kernels import amx_trial, emit, jit
+from m2lite.kernels import amx_trial
+from m2lite.simd import emit, jit
 from m2lite.storage.durable import atomic_write
 
 _PATIENCE_S = 60

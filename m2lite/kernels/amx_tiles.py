@@ -15,12 +15,16 @@ from numba.core import types
 
 from m2lite.formats.kernels.tile import TileForm
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import emit, integer_tiles
-from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors, signed
+from m2lite.kernels import integer_tiles
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, signed
 from m2lite.kernels.integer_tiles import add_step, prefetch_step
-from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.packs import load_rows, store_rows
-from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes
+from m2lite.simd import emit
+from m2lite.simd.emit import Vectors
+from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.kinds import pack
+from m2lite.simd.memory import expect_to_write, load_f32, scratch, store_f32, store_lanes
+from m2lite.simd.packs import load_rows, store_rows
+from m2lite.simd.vectors import operation, splat
 
 ZERO = np.float32(0)
 LEAST_ROWS = {1: 10, 2: 32}  # per groups of weights in a step: with fewer, the other forms are as fast
@@ -126,7 +130,7 @@ def _add_of(form: TileForm) -> Any:
     """add(accs, step, dots, x): the pack of sums after a step, whose dots with the rows at x are in memory."""
     n_groups = form.integers.n_groups
 
-    @operation(lambda accs, step, dots, x: accs(accs, types.int64, types.int64, types.int64))
+    @operation(pack(pack, types.int64, types.int64, types.int64))
     def add(builder, accs, step, dots, x):
         floats = [emit.load(builder, step, emit.V_F32, 64 * i) for i in range(8, form.step_vectors)]
         scales, minimum = floats[:n_groups], floats[-1] if form.has_minimum else None

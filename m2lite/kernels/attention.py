@@ -17,41 +17,33 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 
 from m2lite.kernels.elementwise import exp16
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import address_of, inner, kernel, specialise
-from m2lite.kernels.lanes import load_i8
-from m2lite.kernels.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.kernels.pages import PAGE
-from m2lite.kernels.simd import (
-    add,
-    call_page,
-    first_lanes,
-    fma,
-    i32_to_f32,
-    load_f16,
-    load_f32,
-    max_lanes,
-    maximum,
-    mul,
-    prefetch,
-    read_f32,
-    read_i32,
-    read_i64,
-    splat,
-    store_f32,
-    sub,
-    tree_sum,
-    write_f32,
-)
-from m2lite.kernels.split import Split
+from m2lite.simd import emit
+from m2lite.simd.far import far
+from m2lite.simd.jit import address_of, inner, kernel, specialise
+from m2lite.simd.kinds import float32, int64, void
+from m2lite.simd.memory import load_f16, load_f32, load_i8, prefetch, read_f32, read_i32, read_i64, store_f32, write_f32
+from m2lite.simd.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import first_lanes, fma, i32_to_f32, max_lanes, maximum, operation, splat, tree_sum
 
 F = np.float32
 ZERO, ONE, MINUS_INFINITY = F(0.0), F(1.0), F(-np.inf)
 BLOCK = 16  # pages; where one row's work may be cut
 ROWS = 16  # rows that share a page while it is in the cache
+
+
+@operation(void(*[int64] * 8, float32, int64, int64))
+def call_page(
+    builder: ir.IRBuilder, function: ir.Value, state: ir.Value, q: ir.Value, k: ir.Value, v: ir.Value,
+    n_valid: ir.Value, group: ir.Value, head_dim: ir.Value, scale: ir.Value, ahead: ir.Value, work: ir.Value,
+) -> None:  # fmt: skip
+    """Call the kernel of one KV page at address `function` (see attend_address)."""
+    emit.call_address(builder, function, [state, q, k, v, n_valid, group, head_dim, scale, ahead, work])
 
 
 # --- sizes and places ----------------------------------------------------------------------------------------------
@@ -178,8 +170,8 @@ def page_top(scores, n_valid, scale):
     top = splat(MINUS_INFINITY)
     for i in range(0, PAGE, 16):
         s = load_f32(scores + 4 * i)
-        s = fma(s, splat(ZERO), mul(s, splat(scale)))  # infinity becomes NaN: its weight 0 would hide it
-        s = first_lanes(s, n_valid - i, splat(MINUS_INFINITY))
+        s = fma(s, ZERO, s * scale)  # infinity becomes NaN: its weight 0 would hide it
+        s = first_lanes(s, n_valid - i, MINUS_INFINITY)
         store_f32(scores + 4 * i, s)
         top = maximum(s, top)
     return max_lanes(top)
@@ -190,9 +182,9 @@ def page_weights(scores, top):
     """scores = exp(scores - top), in place; returns their sum."""
     total = splat(ZERO)
     for i in range(0, 4 * PAGE, 64):
-        p = exp16(sub(load_f32(scores + i), splat(top)))
+        p = exp16(load_f32(scores + i) - top)
         store_f32(scores + i, p)
-        total = add(total, p)
+        total = total + p
     return tree_sum(total)
 
 
@@ -201,11 +193,11 @@ def merge_sums(sums, tops, totals, factors):
     """(maximum, sum) of up to 16 heads at `sums` takes those at `tops`, `totals` in; factors = keep[16], take[16]."""
     old, new = load_f32(sums), load_f32(tops)
     top = maximum(new, old)
-    keep, take = exp16(sub(old, top)), exp16(sub(new, top))
+    keep, take = exp16(old - top), exp16(new - top)
     store_f32(factors, keep)
     store_f32(factors + 64, take)
     store_f32(sums, top)
-    store_f32(sums + 64, fma(load_f32(totals), take, mul(load_f32(sums + 64), keep)))
+    store_f32(sums + 64, fma(load_f32(totals), take, load_f32(sums + 64) * keep))
 
 
 @far(scale=types.float32)
@@ -239,7 +231,7 @@ def scale_weights(weights, p, scales, group):
     for i in range(0, PAGE, 16):
         scale = load_f16(scales + 2 * i)
         for at in range(4 * i, 4 * PAGE * group, 4 * PAGE):
-            store_f32(weights + at, mul(load_f32(p + at), scale))
+            store_f32(weights + at, load_f32(p + at) * scale)
 
 
 def _page_values(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
@@ -301,9 +293,9 @@ def merge_state(into, state, group, head_dim, factors):
         merge_sums(into + offset, state + offset, state + offset + 64, factors)
         n = set_size(group - h)
         for i in range(n):
-            keep, take = splat(read_f32(factors + 4 * i)), splat(read_f32(factors + 64 + 4 * i))
+            keep, take = read_f32(factors + 4 * i), read_f32(factors + 64 + 4 * i)
             for at in range(4 * head_dim * (h + i), 4 * head_dim * (h + i + 1), 64):
-                store_f32(into + at, fma(load_f32(state + at), take, mul(load_f32(into + at), keep)))
+                store_f32(into + at, fma(load_f32(state + at), take, load_f32(into + at) * keep))
         h += n
         offset += 128
 
@@ -315,9 +307,9 @@ def finish_state(out, state, group, head_dim):
     while h < group:
         n = set_size(group - h)
         for i in range(n):
-            inverse = splat(ONE / read_f32(sums + 4 * i))
+            inverse = ONE / read_f32(sums + 4 * i)
             for at in range(4 * head_dim * (h + i), 4 * head_dim * (h + i + 1), 64):
-                store_f32(out + at, mul(load_f32(state + at), inverse))
+                store_f32(out + at, load_f32(state + at) * inverse)
         h += n
         sums += 128
 

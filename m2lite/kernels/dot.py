@@ -1,6 +1,6 @@
 """Tile kernels: per block format, 16 weight rows times n activation rows. Sees addresses; knows blocks, no tensor.
 
-A tile kernel is called by address (`simd.call_tile`) with
+A tile kernel is called by address (`matmul.call_tile`) with
 
     tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
 
@@ -38,13 +38,17 @@ from llvmlite import ir
 from numba.core import types
 
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import amx, amx_tiles, emit, simd
-from m2lite.kernels.dots import GROUP, PANEL_BYTES, Vectors
+from m2lite.kernels import amx, amx_tiles
+from m2lite.kernels.dots import GROUP, PANEL_BYTES
 from m2lite.kernels.integer_tiles import by_rows, tile_function
-from m2lite.kernels.jit import address_of, kernel, specialise
-from m2lite.kernels.packs import PackType, store_rows
-from m2lite.kernels.packs import zeros as no_sums
-from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
+from m2lite.simd import emit, kinds
+from m2lite.simd.emit import Vectors
+from m2lite.simd.jit import address_of, kernel, specialise
+from m2lite.simd.kinds import PackType, pack
+from m2lite.simd.memory import load_f32, scratch, store_f32, write_f32
+from m2lite.simd.packs import store_rows
+from m2lite.simd.packs import zeros as no_sums
+from m2lite.simd.vectors import fma, operation, splat, tree_sum
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
@@ -69,7 +73,7 @@ def _floats_of(name: str) -> Callable[[ir.IRBuilder, ir.Value], Vectors]:
 
 def unpack_of(name: str) -> Any:
     """unpack(w) -> a pack of 2 vectors: 32 weights at address w as float32."""
-    signature, load = PackType(simd.f32x16, 2)(types.int64), _floats_of(name)
+    signature, load = PackType(kinds.f32x16, 2)(types.int64), _floats_of(name)
     return operation(signature)(lambda builder, w: emit.pack_of(builder, load(builder, w)))
 
 
@@ -80,7 +84,7 @@ N_SUMS = W_ROWS * X_ROWS
 
 def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
     """add_products(sums, w, stride, x): sums[r * n_x + t] after 32 weights of row r times those of activation row t."""
-    unpack, kind = _floats_of(name), PackType(simd.f32x16, n_rows * n_x)
+    unpack, kind = _floats_of(name), PackType(kinds.f32x16, n_rows * n_x)
 
     @operation(kind(kind, *[types.int64] * 3))
     def add_products(builder, sums, w, stride, x):
@@ -101,7 +105,7 @@ def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
 def _write_sums_of(n_x: int) -> Any:
     """write_sums(sums, out, out_stride): the lanes of sums[r * n_x + t] added as a tree, to out[t, r]."""
 
-    @operation(lambda sums, out, out_stride: types.void(sums, types.int64, types.int64))
+    @operation(types.void(pack, types.int64, types.int64))
     def write_sums(builder, sums, out, out_stride):
         for i in range(sums.type.count):
             total = emit.tree_of(builder, builder.extract_value(sums, i))

@@ -6,16 +6,16 @@ at an address: 32 int8, then what panels keep about them (SCALE_AT ...). The sum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llvmlite import ir
 
-from m2lite.kernels.emit import (
+from m2lite.formats.kernels.tile import Integers
+from m2lite.simd.emit import (
     FORM,
     I8,
     I16,
     I32,
     LANES,
+    Vectors,
     call_llvm,
     const,
     halves,
@@ -27,8 +27,6 @@ from m2lite.kernels.emit import (
     split,
 )
 
-Vectors = list[ir.Value]
-
 GROUP = 32  # rows of a panel that share one pass over a tile
 
 
@@ -38,20 +36,6 @@ SUM_AT = 36  # two int16: -8 x (sum of those of the 32 whose place modulo 4 is b
 SCALED_SUM_AT = 40  # float32: -(scale x sum), for formats whose blocks have a minimum
 HALF_SUM_AT = 44  # as SUM_AT, of the first 16, for formats with a scale per 16
 PANEL_BYTES = 48
-
-
-@dataclass(frozen=True)
-class Integers:
-    """What the weight bytes of a format are: below 2**bits and `offset` too large, or (8 bits) signed as they stand."""
-
-    bits: int
-    offset: int = 0
-    n_groups: int = 1  # scales per 32 weights: 1, or 2 of 16 weights each
-    can_change_sign: bool = False  # signed bytes of which none is -128
-
-    @property
-    def is_signed(self) -> bool:
-        return self.bits == 8
 
 
 # These multiply unsigned by signed bytes: signed weights get +128. maddubs could not (255 x 127 x 2 saturates): it

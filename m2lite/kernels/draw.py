@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from m2lite.kernels.exp import EXP_FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, TAYLOR
-from m2lite.kernels.jit import inner, kernel
+from m2lite.simd.jit import inner, kernel
 
 MAX_TOP_K = 128  # longer lists are sorted faster than they are kept sorted
 NOT_FINITE = -1

@@ -7,36 +7,29 @@ are in bytes, values are float32, row lengths are multiples of 32. `part` of `n_
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba.core.types import float32
 
 from m2lite.kernels.dots import GROUP, HALF_SUM_AT, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, SUM_AT
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import inner
-from m2lite.kernels.simd import (
-    add,
-    call_unpack,
-    clamp_and_store_i8,
-    div,
+from m2lite.simd import emit
+from m2lite.simd.far import far
+from m2lite.simd.jit import inner
+from m2lite.simd.kinds import int64, void
+from m2lite.simd.memory import clamp_and_store_i8, load_f32, read_f32, read_i32, store_f32, write_f32, write_i32
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import (
     fma,
     fma_scalar,
     i32_to_f32,
-    load_f32,
     max_abs,
     maximum,
-    mul,
-    or_nan,
-    read_f32,
-    read_i32,
+    operation,
     round_to_i32,
     scale_by_power,
-    select_below,
     splat,
-    store_f32,
     tree_sum,
-    write_f32,
-    write_i32,
+    where,
 )
-from m2lite.kernels.split import Split
 
 F = np.float32
 ZERO, ONE, MINUS_ONE = F(0.0), F(1.0), F(-1.0)
@@ -53,24 +46,30 @@ INT8_MAX = F(127.0)
 @inner
 def exp16(x):
     """exp per lane; exactly 0 below EXP_LOWEST; NaN stays NaN."""
-    clamped = select_below(splat(EXP_HIGHEST), x, splat(EXP_HIGHEST), maximum(x, splat(EXP_LOWEST)))
-    n = round_to_i32(mul(clamped, splat(LOG2_E)))
+    clamped = where(x > EXP_HIGHEST, EXP_HIGHEST, maximum(x, EXP_LOWEST))
+    n = round_to_i32(clamped * LOG2_E)
     steps = i32_to_f32(n)
-    r = fma(steps, splat(MINUS_LN2_LOW), fma(steps, splat(MINUS_LN2_HIGH), clamped))
-    p = fma(splat(C7), r, splat(C6))
-    p = fma(p, r, splat(C5))
-    p = fma(p, r, splat(C4))
-    p = fma(p, r, splat(C3))
-    p = fma(p, r, splat(C2))
-    p = fma(p, r, splat(ONE))
-    p = fma(p, r, splat(ONE))
-    return or_nan(select_below(x, splat(EXP_LOWEST), splat(ZERO), scale_by_power(p, n)), x)
+    r = fma(steps, MINUS_LN2_LOW, fma(steps, MINUS_LN2_HIGH, clamped))
+    p = fma(C7, r, C6)
+    p = fma(p, r, C5)
+    p = fma(p, r, C4)
+    p = fma(p, r, C3)
+    p = fma(p, r, C2)
+    p = fma(p, r, ONE)
+    p = fma(p, r, ONE)
+    return where(x == x, where(x < EXP_LOWEST, ZERO, scale_by_power(p, n)), x)
 
 
 @inner
 def sigmoid16(x):
     """1 / (1 + exp(-x)) per lane."""
-    return div(splat(ONE), add(splat(ONE), exp16(mul(x, splat(MINUS_ONE)))))
+    return ONE / (ONE + exp16(x * MINUS_ONE))
+
+
+@operation(void(int64, int64, int64, int64))
+def call_unpack(builder: ir.IRBuilder, function: ir.Value, w: ir.Value, n_blocks: ir.Value, out: ir.Value) -> None:
+    """Call the row unpacker at address `function` (dot.unpack_address)."""
+    emit.call_address(builder, function, [w, n_blocks, out])
 
 
 @far()
@@ -84,7 +83,7 @@ def embed_rows(unpack, w, row_bytes, n_blocks, tokens, n_rows, out, out_stride):
 def add_rows(x, y, n_rows, n):
     """x[t] += y[t]; both [n_rows, n], contiguous."""
     for i in range(0, 4 * n_rows * n, 64):
-        store_f32(x + i, add(load_f32(x + i), load_f32(y + i)))
+        store_f32(x + i, load_f32(x + i) + load_f32(y + i))
 
 
 @far()
@@ -95,7 +94,7 @@ def read_part(part, n_parts, address, n_bytes, sums):
     for at in range(address + begin, address + end, 256):
         a, b = maximum(a, load_f32(at)), maximum(b, load_f32(at + 64))
         c, d = maximum(c, load_f32(at + 128)), maximum(d, load_f32(at + 192))
-    write_f32(sums + 4 * part, tree_sum(add(add(a, b), add(c, d))))
+    write_f32(sums + 4 * part, tree_sum((a + b) + (c + d)))
 
 
 @inner
@@ -114,9 +113,9 @@ def rms_norm(out, x, weight, n_rows, n, eps):
     """out[t] = x[t] / rms(x[t]) * weight; [n_rows, n], contiguous; out may be x."""
     for t in range(n_rows):
         row = x + 4 * n * t
-        scale = splat(norm_scale(row, n, eps))
+        scale = norm_scale(row, n, eps)
         for i in range(0, 4 * n, 64):
-            store_f32(out + 4 * n * t + i, mul(mul(load_f32(row + i), scale), load_f32(weight + i)))
+            store_f32(out + 4 * n * t + i, load_f32(row + i) * scale * load_f32(weight + i))
 
 
 @far(eps=float32)
@@ -128,9 +127,9 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
     n, half = n_heads * head_dim, rotary_dim // 2
     for t in range(n_rows):
         row = x + 4 * n * t
-        scale = splat(norm_scale(row, n, eps))
+        scale = norm_scale(row, n, eps)
         for i in range(0, 4 * n, 64):
-            store_f32(row + i, mul(mul(load_f32(row + i), scale), load_f32(weight + i)))
+            store_f32(row + i, load_f32(row + i) * scale * load_f32(weight + i))
         table = angles + read_i32(positions + 4 * t) * rotary_dim * 4
         for h in range(n_heads):
             head = row + 4 * head_dim * h
@@ -162,8 +161,8 @@ def pack_row_int8(panel, step, x, n_blocks):
         scale = amax / INT8_MAX
         inverse = INT8_MAX / amax if amax > SMALLEST_AMAX else ZERO
         at = panel + b * step
-        first = clamp_and_store_i8(at, round_to_i32(mul(low, splat(inverse))))
-        second = clamp_and_store_i8(at + 16, round_to_i32(mul(high, splat(inverse))))
+        first = clamp_and_store_i8(at, round_to_i32(low * inverse))
+        second = clamp_and_store_i8(at + 16, round_to_i32(high * inverse))
         write_f32(at + SCALE_AT, scale)
         total = write_sums(at + SUM_AT, first + second)
         write_f32(at + SCALED_SUM_AT, -(scale * F(total)))

@@ -4,11 +4,11 @@ from m2lite.kernels import layer
 from m2lite.kernels.attention import attend, attend_address, attend_scratch_bytes
 from m2lite.kernels.dot import tile_address, unpack_address
 from m2lite.kernels.elementwise import add_rows, embed_rows, norm_rope, pack, pack_groups, rms_norm
-from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import matmul
 from m2lite.kernels.pages import append_kv
 from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
 from m2lite.kernels.squares import add_squares
+from m2lite.simd.jit import kernel
 
 __all__ = [
     "add_rows",

@@ -14,14 +14,17 @@ from numba.core import types
 
 from m2lite.formats.kernels.tile import TileForm
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import emit, simd
-from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, Vectors, integer_dots, prepare
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.packs import PackType, store_rows
-from m2lite.kernels.packs import zeros as no_sums
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, integer_dots, prepare
 from m2lite.kernels.row_dots import row_dots
-from m2lite.kernels.simd import expect_to_write, load_f32, operation, scratch, splat, store_f32, store_lanes, zeros_of
+from m2lite.simd import emit, kinds
+from m2lite.simd.emit import Vectors
+from m2lite.simd.far import far
+from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.kinds import PackType, pack
+from m2lite.simd.memory import expect_to_write, load_f32, scratch, store_f32, store_lanes
+from m2lite.simd.packs import store_rows
+from m2lite.simd.packs import zeros as no_sums
+from m2lite.simd.vectors import operation, splat, zeros_of
 
 ZERO = np.float32(0)
 
@@ -55,7 +58,7 @@ def prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int
 
 
 # Rows of weights that meet a single activation row at once: more than 8 do not fit into AVX2's registers.
-AT_ONCE, _SUMS = (8, simd.f32x8) if emit.FORM == "avx2" else (16, simd.f32x16)
+AT_ONCE, _SUMS = (8, kinds.f32x8) if emit.FORM == "avx2" else (16, kinds.f32x16)
 
 # So many activation rows meet a tile as it is unpacked, without its going through memory. It takes 32 registers.
 FEW = 4 if emit.FORM == "avx512vnni" else 1
@@ -93,7 +96,7 @@ def _dot_block_of(form: TileForm) -> Any:
 
 def _dot_few_of(form: TileForm, n_rows: int) -> Any:
     """dot_few(accs, w, stride, x, ahead): the pack of n_rows sums after all steps of a block of 16 rows."""
-    kind = PackType(simd.f32x16, n_rows)
+    kind = PackType(kinds.f32x16, n_rows)
 
     @operation(kind(kind, *[types.int64] * 4))
     def dot_few(builder, accs, w, stride, x, ahead):
@@ -157,7 +160,7 @@ def _load_step_of(form: TileForm) -> Any:
     """load_step(at): the vectors of a step that `unpack_tile` has written, as a pack."""
     n = form.step_vectors
 
-    @operation(PackType(simd.i32x16, n)(types.int64))
+    @operation(PackType(kinds.i32x16, n)(types.int64))
     def load_step(builder, at):
         return emit.pack_of(builder, [emit.load(builder, at, emit.V_I32, 64 * i) for i in range(n)])
 
@@ -167,7 +170,7 @@ def _load_step_of(form: TileForm) -> Any:
 def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
     """dot_rows(step, x, sums): adds a step's products with n rows at x to their sums, a vector each in memory."""
 
-    @operation(lambda step, x, sums: types.void(step, types.int64, types.int64))
+    @operation(types.void(pack, types.int64, types.int64))
     def dot_rows(builder, step, x, sums):
         vectors = [builder.extract_value(step, i) for i in range(form.step_vectors)]
         rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(n_rows)]

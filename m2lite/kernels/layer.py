@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from m2lite.kernels.jit import parts_of, specialise
+from m2lite.simd.jit import parts_of, specialise
 
 _INT, _FLOAT = "i8", "f4"
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from llvmlite import ir
+
 from m2lite.kernels.dots import GROUP
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import inner, kernel
-from m2lite.kernels.simd import call_tile
-from m2lite.kernels.split import Split
+from m2lite.simd import emit
+from m2lite.simd.far import far
+from m2lite.simd.jit import inner, kernel
+from m2lite.simd.kinds import int64, void
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import operation
 
 AT_ONCE = 4 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
 AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the next has come
+
+
+@operation(void(*[int64] * 10))
+def call_tile(
+    builder: ir.IRBuilder, function: ir.Value, w: ir.Value, stride: ir.Value, n_store: ir.Value, n_blocks: ir.Value,
+    x: ir.Value, n_x: ir.Value, out: ir.Value, out_stride: ir.Value, ahead: ir.Value,
+) -> None:  # fmt: skip
+    """Call the tile kernel at address `function` (see dot.py for the arguments): formats are data, not branches."""
+    emit.call_address(builder, function, [w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead])
 
 
 @kernel

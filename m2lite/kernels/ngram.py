@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import inner, kernel
-from m2lite.kernels.simd import read_i32, write_i32
+from m2lite.simd.jit import inner, kernel
+from m2lite.simd.memory import read_i32, write_i32
 
 GRAM = 3  # tokens that must be the same; the longer the match, the likelier what followed it follows again
 MOST_LENGTH = 32  # to which a match is told apart from a longer one

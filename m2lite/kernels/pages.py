@@ -14,24 +14,10 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.kernels.elementwise import INT8_MAX, SMALLEST_AMAX
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import inner, kernel
-from m2lite.kernels.simd import (
-    load_f32,
-    max_abs,
-    maximum,
-    mul,
-    read_i32,
-    read_i64,
-    round_to_i32,
-    scatter_f16,
-    scatter_i8,
-    select_below,
-    splat,
-    store_f16,
-    store_i8,
-    write_f16,
-)
+from m2lite.simd.far import far
+from m2lite.simd.jit import inner, kernel
+from m2lite.simd.memory import load_f32, read_i32, read_i64, scatter_f16, scatter_i8, store_f16, store_i8, write_f16
+from m2lite.simd.vectors import max_abs, maximum, minimum, round_to_i32
 
 F = np.float32
 PAGE = 64
@@ -49,8 +35,8 @@ def kv_head_bytes(head_dim, is_q8):
 @inner
 def rounded(x, inverse):
     """x * inverse as integers in -127..127; NaN as -127, which its scale makes NaN again."""
-    y = maximum(mul(x, splat(inverse)), splat(INT8_MIN))
-    return round_to_i32(select_below(y, splat(INT8_MAX), y, splat(INT8_MAX)))
+    y = maximum(x * inverse, INT8_MIN)
+    return round_to_i32(minimum(y, INT8_MAX))
 
 
 @inner

@@ -6,11 +6,12 @@ import numpy as np
 from numba.core.types import int64
 
 from m2lite.kernels.elementwise import sigmoid16
-from m2lite.kernels.far import far
-from m2lite.kernels.jit import kernel
 from m2lite.kernels.matmul import coming, tile_at
-from m2lite.kernels.simd import add, fma, load_f32, mul, read_f32, read_i32, splat, store_f32, write_f32, write_i32
-from m2lite.kernels.split import Split
+from m2lite.simd.far import far
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, read_f32, read_i32, store_f32, write_f32, write_i32
+from m2lite.simd.split import Split
+from m2lite.simd.vectors import fma, splat
 
 F = np.float32
 ZERO = F(0.0)
@@ -154,8 +155,8 @@ def experts_up_part(
             tile_at(up_tile, 0, up_w + r * up_stride, up_stride, 16, n_blocks, up_x, n_x, u, 64, ahead)
             for t in range(n_x):
                 gate_value = load_f32(g + 64 * t)
-                silu = mul(gate_value, sigmoid16(gate_value))
-                store_f32(h + 4 * ((first + t) * n_ff + r), mul(silu, load_f32(u + 64 * t)))
+                silu = gate_value * sigmoid16(gate_value)
+                store_f32(h + 4 * ((first + t) * n_ff + r), silu * load_f32(u + 64 * t))
 
 
 @far()
@@ -189,9 +190,9 @@ def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, 
                 slot = read_i32(slots + 4 * (t * n_used + j))
                 if first <= slot < last:
                     w = read_f32(weights + 4 * (t * n_used + j))
-                    sums = fma(splat(w), load_f32(y + 4 * n * (slot - first) + i), sums)
+                    sums = fma(w, load_f32(y + 4 * n * (slot - first) + i), sums)
             if last == n_pairs:
-                store_f32(x + at, add(load_f32(x + at), sums))
+                store_f32(x + at, load_f32(x + at) + sums)
             else:
                 store_f32(total + at, sums)
 

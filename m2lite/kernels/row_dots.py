@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from m2lite.formats.kernels.tile import Nibbles, TileForm
-from m2lite.kernels import emit
-from m2lite.kernels.dots import Integers, Vectors, pairs_of, quads_of, starts_of, sums_that_fit
-from m2lite.kernels.emit import I8, I32, RowAddresses, load
+from m2lite.formats.kernels.tile import Integers, Nibbles, TileForm
+from m2lite.kernels.dots import pairs_of, quads_of, starts_of, sums_that_fit
+from m2lite.simd import emit
+from m2lite.simd.emit import I8, I32, RowAddresses, Vectors, load
 
 _SIXTEEN, _BYTES = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
 _FOUR, _EIGHT = ir.VectorType(I32, 4), ir.VectorType(I32, 8)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.kernels.far import far
-from m2lite.kernels.simd import read_f32, read_f64, read_i32, write_f64
-from m2lite.kernels.split import Split
+from m2lite.simd.far import far
+from m2lite.simd.memory import read_f32, read_f64, read_i32, write_f64
+from m2lite.simd.split import Split
 
 D = np.float64
 

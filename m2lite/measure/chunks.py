@@ -80,7 +80,7 @@ def feed_chunk(
     chunk: Ids,
     visit: Visit | None = None,
     stop: Stop | None = None,
-    observer: Observer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """A chunk through each of the models, some rows a call; a job of the compute thread.
 
@@ -94,7 +94,7 @@ def feed_chunk(
         for first in range(0, len(chunk), n_rows):
             part = chunk[first : first + n_rows]
             for runner, timeline in zip(runners, timelines, strict=True):
-                runner.evaluate(timeline, first, part.tolist(), stop=stop, observer=observer)
+                runner.evaluate(timeline, first, part.tolist(), stop=stop, observers=observers)
             if visit is not None:
                 visit(first, len(part))
     finally:

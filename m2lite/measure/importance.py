@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from m2lite.engine.thread import Stopped, compute_thread
 from m2lite.errors import M2liteError
-from m2lite.kernels import jit
 from m2lite.measure.chunks import cut_chunks, feed_chunk
 from m2lite.model.observer import Observer
 from m2lite.model.weights import Matrix, load_kernels
+from m2lite.simd import jit
 
 if TYPE_CHECKING:
     from m2lite.api import Model
@@ -128,7 +128,7 @@ def collect_importance(
     squares, n_done = SquareSums(model), 0
     for chunk in chunks:
         try:
-            compute_thread().run(partial(feed_chunk, [model], chunk, stop=stop, observer=squares))
+            compute_thread().run(partial(feed_chunk, [model], chunk, stop=stop, observers=[squares]))
         except Stopped:
             break
         n_done += 1

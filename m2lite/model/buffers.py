@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.kernels import jit
 from m2lite.kernels import layer as records
 from m2lite.kernels.dot import panel_bytes
 from m2lite.model.cache import PAGE
 from m2lite.model.config import Config
 from m2lite.model.stream import Stream
 from m2lite.model.weights import load_kernels
+from m2lite.simd import jit
 
 FEW_ROWS = 8  # that go through a layer in one kernel call
 
@@ -29,13 +29,6 @@ class Pieces(NamedTuple):
 
 WHOLE = Pieces(1 << 30, 4096, 25e9)
 _OF_ROWS = ("x", "h", "q", "k", "v", "attended", "router_scores", "ids", "expert_weights")  # buffers of a line a row
-
-
-class Rerouting(Protocol):
-    """Chooses experts instead of the router, for measurements whose weights are random."""
-
-    def __call__(self, layer: int, start: int, n: int) -> npt.NDArray[np.int32]:
-        """ids [n, n_used], ascending in each row, of a layer's rows, which stand at `start` and behind."""
 
 
 def on_a_line(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -62,9 +55,7 @@ class Buffers:
         self.config, self.n_rows, self.n_threads = config, n_rows, jit.n_threads()
         self.n_positions = c.n_ctx_train if n_positions is None else (n_positions + PAGE - 1) // PAGE * PAGE
         self.kernels = kernels or load_kernels()
-        self.rerouting: Rerouting | None = None  # set by measurements only, for all that the buffers are used for
         self.stream: Stream | None = None  # set where the model is larger than its memory
-        self.n_expert_reads: int | None = None  # experts that layers went through, where somebody counts them
         self.n_scores = (c.n_experts + 15) // 16 * 16
         n_all, f32, i32 = n_rows * c.n_experts_used, np.float32, np.int32
         self.n_pairs = n_pairs = min(n_all, max(n_rows, pieces.n_pairs, FEW_ROWS * c.n_experts_used))

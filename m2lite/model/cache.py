@@ -85,7 +85,6 @@ class Rows:
         self._small = array("i", [*tokens, *positions, *indices, *[i % PAGE for i in indices]])
         self._wide = array("q", [*pages, *tables])
         self.start = indices[0]  # place of the first row in its timeline
-        self.chosen: npt.NDArray[np.unsignedinteger] | None = None  # [n_layers, T, n_used]: experts, where wanted
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """Of tokens, positions, indices, slots, pages and tables."""

@@ -10,6 +10,7 @@ each module has its own KV, behind the trunk's layers in the same pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.errors import BadModelError, M2liteError
-from m2lite.kernels import jit
 from m2lite.kernels import layer as records
 from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
-from m2lite.model.forward import Place, head, run_layer
+from m2lite.model.forward import embed, head
+from m2lite.model.layers import Call, layer
+from m2lite.model.observer import Observer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import GGUFFile
 
 MAX_MODULES = 16
@@ -123,25 +126,22 @@ def trunk_states(mtp: Mtp, buffers: Buffers, n: int) -> int:
 
 
 def run_module(
-    mtp: Mtp, k: int, pool: KVPool, buffers: Buffers, scratch: ModuleScratch, rows: Rows, previous: int
-) -> int:
+    mtp: Mtp, k: int, pool: KVPool, buffers: Buffers, scratch: ModuleScratch, rows: Rows, previous: int,
+    observers: Sequence[Observer] = (),
+) -> int:  # fmt: skip
     """Address of g_{k+1} [T, n_embd] of module k, counted from 0: valid until the next call.
 
     previous: address of float32 [T, n_embd], g_k of the position before each row's (zeros for position 0). `rows` come
     from `pool.rows_at`; the module's K and V are written at their positions.
     """
-    weights, module, b = mtp.trunk, mtp.modules[k], buffers
-    c, n = weights.config, rows.n
-    assert n <= b.n_rows and jit.n_threads() <= b.n_threads
-    embd, place = weights.token_embd, Place(pool, rows, b.kernels)
-    b.kernels.embed_rows(
-        weights.unpack_embd, embd.address, embd.row_bytes, embd.n_blocks, place.tokens, n, b.h, 4 * c.n_embd
-    )
+    module, b, n = mtp.modules[k], buffers, rows.n
+    call = Call(pool, rows, b, observers)
+    embed(call, mtp.trunk, n, b.h)
     if mtp.zero_at_0:
         for row in rows.at_0:
             b.array("h")[row] = 0
     b.kernels.steps.join(jit.team(), module.record, b.record, scratch.joined, previous, n)
-    if not run_layer(c, module.layer, b, place, n, (c.n_layers + k) * pool.layer_bytes):
+    if not layer(call, module.layer, mtp.trunk.config.n_layers + k, n):
         raise M2liteError(f"NaN or infinity in prediction module {k}.", "The sidecar's weights may be damaged.")
     return b.x
 

@@ -61,11 +61,13 @@ class Routing:
 class _Noted(Observer):
     """Of one call."""
 
+    is_late = True
+
     def __init__(
         self, ids: npt.NDArray[np.unsignedinteger], pages: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]
     ) -> None:
         self._ids, self._pages, self._slots = ids, pages, slots
 
-    def chosen(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> None:
         n = len(ids)
         self._ids[self._pages[:n], layer, self._slots[:n]] = ids

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import as_half, at_least, at_most, magnitude, nearest, root, store_i32, to_i32, where
-from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.block import range_of, sum_squares, weigh_by_importance
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, scratch, store_f32, store_i32
+from m2lite.simd.vectors import as_half, magnitude, maximum, minimum, nearest, root, splat, to_i32, where
 
 F = np.float32
 ZERO, ONE, INFINITY = F(0.0), F(1.0), F(np.inf)
@@ -81,8 +81,8 @@ def search_affine(x, w, n_max):
     """Scale s and offset m >= 0 of 32 weights: x ~ s q - m."""
     y = scratch(SUB)
     low, high = range_of(x, SUB)
-    low = at_most(low, ZERO)
-    width = at_least(high - low, ZERO)  # so that 0 never is -0
+    low = minimum(low, ZERO)
+    width = maximum(high - low, ZERO)  # so that 0 never is -0
     sw, sy, syy, sxx = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
     for j in range(SUB):
         v, wj = load_f32(x + 64 * j), load_f32(w + 64 * j)
@@ -99,7 +99,7 @@ def search_affine(x, w, n_max):
         sl, sll, sly = splat(ZERO), splat(ZERO), splat(ZERO)
         for j in range(SUB):
             yj = load_f32(y + 64 * j)
-            q = at_most(nearest(yj * steps), F(n_max))
+            q = minimum(nearest(yj * steps), F(n_max))
             t = load_f32(w + 64 * j) * q
             sl, sll, sly = sl + t, sll + t * q, sly + t * yj
         best = fit(sums, low, (sl, sll, sly), best)
@@ -108,7 +108,7 @@ def search_affine(x, w, n_max):
         sl, sll, sly = splat(ZERO), splat(ZERO), splat(ZERO)
         for j in range(SUB):
             yj = load_f32(y + 64 * j)
-            q = at_most(at_least(nearest((yj - shift) * steps), ZERO), F(n_max))
+            q = minimum(maximum(nearest((yj - shift) * steps), ZERO), F(n_max))
             t = load_f32(w + 64 * j) * q
             sl, sll, sly = sl + t, sll + t * q, sly + t * yj
         best = fit(sums, low, (sl, sll, sly), best)
@@ -121,7 +121,7 @@ def search_affine(x, w, n_max):
 @kernel
 def code(v, offset, inverse, n_max):
     """The code of a weight: (v + offset) / scale, rounded and cut to 0..n_max."""
-    return at_most(at_least(nearest((v + offset) * inverse), ZERO), F(n_max))
+    return minimum(maximum(nearest((v + offset) * inverse), ZERO), F(n_max))
 
 
 @kernel
@@ -129,10 +129,10 @@ def choose_pair(x, w, n_max, d, d_min, s, m):
     """6-bit scale and offset of a sub-block and their error: the neighbours of s / d and m / d_min, tried."""
     s_near = nearest(s * reciprocal(d))
     m_near = nearest(m * reciprocal(d_min))
-    error, s_best, m_best = splat(INFINITY), at_most(s_near, F(TOP)), at_most(m_near, F(TOP))
+    error, s_best, m_best = splat(INFINITY), minimum(s_near, F(TOP)), minimum(m_near, F(TOP))
     for i in range(9):
-        s_code = at_most(at_least(s_near + NEIGHBOURS[i // 3], ZERO), F(TOP))
-        m_code = at_most(at_least(m_near + NEIGHBOURS[i % 3], ZERO), F(TOP))
+        s_code = minimum(maximum(s_near + NEIGHBOURS[i // 3], ZERO), F(TOP))
+        m_code = minimum(maximum(m_near + NEIGHBOURS[i % 3], ZERO), F(TOP))
         scale, offset = d * s_code, d_min * m_code
         inverse = reciprocal(scale)
         e = splat(ZERO)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import load_i32, magnitude, root, scatter_u32, where
-from m2lite.kernels.simd import load_f32, read_f32, splat, store_f32
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, load_i32, read_f32, scatter_u32, store_f32
+from m2lite.simd.vectors import magnitude, root, splat, where
 
 F = np.float32
 ZERO, ONE = F(0.0), F(1.0)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import bits_of, store_u16, where
-from m2lite.kernels.simd import store_f16, store_f32
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import store_f16, store_f32, store_u16
+from m2lite.simd.vectors import bits_of, where
 
 encode_f32, encode_f16 = store_f32, store_f16
 

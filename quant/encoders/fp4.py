@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import from_bits, load_i32, magnitude, scatter_u8, store_i32, to_i32, where
-from m2lite.kernels.simd import load_f32, read_f32, read_i32, scratch, splat, store_f32, write_f32, write_i32
 from m2lite.quant.encoders.block import largest, write_nibbles
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import (
+    load_f32,
+    load_i32,
+    read_f32,
+    read_i32,
+    scatter_u8,
+    scratch,
+    store_f32,
+    store_i32,
+    write_f32,
+    write_i32,
+)
+from m2lite.simd.vectors import from_bits, magnitude, splat, to_i32, where
 
 F = np.float32
 ZERO = F(0.0)

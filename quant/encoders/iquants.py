@@ -8,19 +8,11 @@ import itertools
 import numpy as np
 
 from m2lite.formats.iquants import IQ4_VALUES
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import (
-    constants,
-    half_bits,
-    lookup,
-    scatter_u16,
-    scatter_u32,
-    to_i32,
-    where,
-)
-from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.block import sum_squares, weigh_by_importance, write_nibbles
 from m2lite.quant.encoders.signed import MOST_SUBS, block_search, super_search, tops_of
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, scatter_u16, scatter_u32, scratch, store_f32
+from m2lite.simd.vectors import constants, half_bits, lookup, splat, to_i32, where
 
 F = np.float32
 ZERO = F(0.0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import half_bits, scatter_u16, scatter_u32, to_i32
-from m2lite.kernels.simd import load_f32, read_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.affine import N_SUB, round_super, search_super, weigh_k
 from m2lite.quant.encoders.block import write_high_bits, write_nibbles
 from m2lite.quant.encoders.signed import MOST_SUBS, super_search, tops_of, whole_grid
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, read_f32, scatter_u16, scatter_u32, scratch, store_f32
+from m2lite.simd.vectors import half_bits, splat, to_i32
 
 F = np.float32
 ZERO = F(0.0)

@@ -5,20 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import (
-    at_least,
-    at_most,
-    floor,
-    half_bits,
-    magnitude,
-    scatter_u16,
-    scatter_u32,
-    store_i32,
-    to_i32,
-    where,
-)
-from m2lite.kernels.simd import load_f32, scratch, splat
 from m2lite.quant.encoders.affine import SUB, search_offset_block
 from m2lite.quant.encoders.block import (
     FAR,
@@ -30,6 +16,9 @@ from m2lite.quant.encoders.block import (
     write_nibbles,
 )
 from m2lite.quant.encoders.signed import block_search, tops_of, whole_grid
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, scatter_u16, scatter_u32, scratch, store_i32
+from m2lite.simd.vectors import floor, half_bits, magnitude, maximum, minimum, splat, to_i32, where
 
 F = np.float32
 ZERO = F(0.0)
@@ -39,7 +28,7 @@ ZERO = F(0.0)
 def code_of(scaled, highest):
     """Truncated to 0..highest; 0 for what is not a number of any block that can be stored."""
     safe = where(magnitude(scaled) < FAR, scaled, splat(ZERO))
-    return at_most(at_least(safe, ZERO), F(highest))
+    return minimum(maximum(safe, ZERO), F(highest))
 
 
 @kernel

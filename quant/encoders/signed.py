@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.lanes import as_half, at_least, at_most, magnitude, nearest, store_i32, to_i32, where
-from m2lite.kernels.simd import load_f32, scratch, splat, store_f32
 from m2lite.quant.encoders.affine import NEIGHBOURS
 from m2lite.quant.encoders.block import inverse_of, largest
+from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.memory import load_f32, scratch, store_f32, store_i32
+from m2lite.simd.vectors import as_half, magnitude, maximum, minimum, nearest, splat, to_i32, where
 
 F = np.float32
 ZERO, INFINITY = F(0.0), F(np.inf)
@@ -30,7 +30,7 @@ half_range = 8  # `specialise` fills it in: whole numbers from -half_range to ha
 
 
 def _whole_value(v):
-    return at_most(at_least(nearest(v), F(-half_range)), F(half_range - 1))
+    return minimum(maximum(nearest(v), F(-half_range)), F(half_range - 1))
 
 
 def _whole_code(v):
@@ -80,9 +80,9 @@ def _search_scale(x, w):
 def _choose_scale(x, w, d, s):
     """The code of a sub-block's scale, and the error: the neighbours of s / d, tried."""
     near = nearest(s * inverse_of(d))
-    error, best = splat(INFINITY), at_most(at_least(near, least_code), most_code)
+    error, best = splat(INFINITY), minimum(maximum(near, least_code), most_code)
     for i in range(n_neighbours):
-        s_code = at_most(at_least(near + STEPS[i], least_code), most_code)
+        s_code = minimum(maximum(near + STEPS[i], least_code), most_code)
         scale = d * s_code
         inverse = inverse_of(scale)
         e = splat(ZERO)

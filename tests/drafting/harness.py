@@ -105,10 +105,11 @@ class Loop:
             raise Stopped
         began = time.perf_counter()
         n_draws = [(at + len(ids) == len(s.ids)) + len(d) for (s, at, ids), d in zip(parts, drafts, strict=True)]
-        engine.buffers.n_expert_reads = 0
         cut_off = None if drafter is None else drafter.cut_off()
         pieces = [(s.timeline, ids + d) for (s, _, ids), d in zip(parts, drafts, strict=True)]
-        logits = engine._compute(pieces, "all" if cut_off is not None else n_draws, None, cut_off)
+        logits = engine._compute(
+            pieces, "all" if cut_off is not None else n_draws, None, [] if cut_off is None else [cut_off]
+        )
         if cut_off is not None:
             drafts[0], n_draws[0] = drafts[0][: len(logits) - 1], len(logits)
         computed, row, out, n_drawn = list[Computed](), 0, 0, 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2lite.kernels import jit
+from m2lite.simd import jit
 
 
 @pytest.fixture

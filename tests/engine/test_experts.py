@@ -28,7 +28,7 @@ class Chosen(Observer):
     def __init__(self) -> None:
         self.found = list[Ids]()
 
-    def chosen(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+    def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> None:
         self.found.append(ids.copy())
 
 
@@ -54,7 +54,7 @@ def expected(model: Model, asked: Request, done: Completion) -> Ids:
 
     def look() -> Ids:
         timeline, seen = model.runner.pool.timeline(), Chosen()
-        model.runner.evaluate(timeline, 0, [*asked.prompt, *done.tokens[:-1]], observer=seen)
+        model.runner.evaluate(timeline, 0, [*asked.prompt, *done.tokens[:-1]], observers=[seen])
         timeline.release()
         return np.stack(seen.found, axis=1)[len(asked.prompt) - 1 :]
 

@@ -146,7 +146,7 @@ def test_a_source_that_changed_finds_all(opened: Opened, monkeypatch: pytest.Mon
     """A comment in a kernel, another number of threads: the numbers are the same."""
     model = opened("random")
     saved(model)
-    monkeypatch.setattr("m2lite.kernels.jit.source_hash", lambda: "another")
+    monkeypatch.setattr("m2lite.simd.jit.source_hash", lambda: "another")
     monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
     model.use_disk()
     assert answer(model, IDS)[1] == 5 * PAGE

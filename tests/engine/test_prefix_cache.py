@@ -19,8 +19,8 @@ from m2lite.engine.kv_disk import KVDisk
 from m2lite.engine.prefix_cache import n_common
 from m2lite.engine.request import Request
 from m2lite.engine.thread import Stopped, compute_thread
-from m2lite.kernels import jit
 from m2lite.model.cache import PAGE
+from m2lite.simd import jit
 from m2lite.storage import durable
 from m2lite.storage.pages import PageStore
 from tests.children import PATIENCE_S

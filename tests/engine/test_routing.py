@@ -38,7 +38,7 @@ class Recorder(Observer):
     def __init__(self) -> None:
         self.found = list[Ids]()
 
-    def chosen(self, layer: int, ids: Ids) -> None:
+    def chosen(self, layer: int, start: int, ids: Ids) -> None:
         self.found.append(ids.copy())
 
 
@@ -105,7 +105,7 @@ def observed(model: Model, ids: list[int]) -> Ids:
 
     def look() -> Ids:
         timeline, recorder = model.runner.pool.timeline(), Recorder()
-        model.runner.evaluate(timeline, 0, ids, observer=recorder)
+        model.runner.evaluate(timeline, 0, ids, observers=[recorder])
         timeline.release()
         return np.stack(recorder.found)
 

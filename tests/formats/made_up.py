@@ -14,14 +14,13 @@ import numpy as np
 from m2lite.formats.fields import Bytes, Floats, Parts, half_at, spread, weights_of
 from m2lite.formats.kernels.block import Unpacker, bits_at, write_scaled
 from m2lite.formats.kernels.block import half_at as half_of
-from m2lite.formats.kernels.tile import TileForm, bits, loads_of, scale_at
+from m2lite.formats.kernels.tile import Integers, TileForm, bits, loads_of, scale_at
 from m2lite.formats.table import BlockFormat
-from m2lite.kernels.dots import Integers
-from m2lite.kernels.emit import const
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import at_least, at_most, half_bits, load_i32, scatter_u16, scatter_u32, store_i32, to_i32
-from m2lite.kernels.simd import load_f32, scratch, splat
 from m2lite.quant.encoders.block import inverse_of, largest
+from m2lite.simd.emit import const
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_f32, load_i32, scatter_u16, scatter_u32, scratch, store_i32
+from m2lite.simd.vectors import half_bits, maximum, minimum, splat, to_i32
 
 F = np.float32
 # Compiled kernels are kept by name and by the text of the program, of which this file is no part: so it is in the name.
@@ -85,7 +84,7 @@ def encode(x, importance, sigma, out, stride):
     d = top / F(-4)
     inverse = inverse_of(d)
     for j in range(256):
-        code = at_most(at_least(load_f32(x + 64 * j) * inverse + F(4.5), F(0)), F(7))
+        code = minimum(maximum(load_f32(x + 64 * j) * inverse + F(4.5), F(0)), F(7))
         store_i32(q + 64 * j, to_i32(code))
     scatter_u16(out, stride, half_bits(d))
     for word in range(16):

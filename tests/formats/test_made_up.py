@@ -12,12 +12,13 @@ from m2lite.describe import describe_file
 from m2lite.errors import BadModelError
 from m2lite.formats import table
 from m2lite.formats.table import FORMATS, unpack_rows
-from m2lite.kernels import fast, jit, reference
+from m2lite.kernels import fast, reference
 from m2lite.quant.decode import decode_rows
 from m2lite.quant.encode import encode_rows
 from m2lite.quant.quantize import quantize
 from m2lite.quant.recipes import parse_overrides
 from m2lite.quant.verify import verify
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import open_gguf
 from tests.formats import made_up
 from tests.formats.made_up import NAME

@@ -42,7 +42,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "formats/table.py": "weights: any bytes are some",
     "measure/importance.py": "our own memory",
     "model/cache.py": "our own memory",
-    "model/forward.py": "our own memory",
+    "model/layers.py": "our own memory",
     "model/routing.py": "any bytes are some: what names no expert counts for none",
     "quant/decode.py": "weights: any bytes are some",
     "quant/imatrix.py": ("imatrix",),

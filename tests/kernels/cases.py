@@ -292,7 +292,7 @@ def all_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any
 
 def differences(formats: tuple[str, ...] = FEW) -> list[str]:
     """What differs between the compiled kernels and their twins, serial and parallel; empty when all bits agree."""
-    from m2lite.kernels import jit
+    from m2lite.simd import jit
 
     jit.start(2)
     out = []
@@ -305,7 +305,7 @@ def differences(formats: tuple[str, ...] = FEW) -> list[str]:
 
 
 if __name__ == "__main__":
-    from m2lite.kernels import emit
+    from m2lite.simd import emit
 
     found = differences(ALL if "all" in sys.argv else FEW)
     print(f"{emit.FORM}: {len(found)} differences")

@@ -14,9 +14,10 @@ import numba
 import psutil
 import pytest
 
-from m2lite.kernels import ahead, cache, claims, jit
-from m2lite.kernels.cache import KernelCache
-from m2lite.kernels.claims import CLOCK
+from m2lite.kernels import ahead
+from m2lite.simd import cache, claims, jit
+from m2lite.simd.cache import KernelCache
+from m2lite.simd.claims import CLOCK
 from tests.children import PATIENCE_S
 from tests.conftest import ROOT, Run
 
@@ -85,7 +86,7 @@ def test_whoever_stops_it_leaves_no_claim(started: list[ahead.Needs], monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         ahead.prepare(NEEDS, 1, check)
-    script = "import sys; from pathlib import Path; from m2lite.kernels.claims import Claims; "
+    script = "import sys; from pathlib import Path; from m2lite.simd.claims import Claims; "
     script += "print([Claims(Path(sys.argv[1])).take('unit ' + name) for name in ('int', 'float', 'complex')])"
     command, env = [sys.executable, "-c", script, str(jit.CACHE_DIR)], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -95,7 +96,7 @@ def test_whoever_stops_it_leaves_no_claim(started: list[ahead.Needs], monkeypatc
 SCRIPT = """
 import sys
 from m2lite.kernels import ahead
-from m2lite.kernels.cache import KernelCache
+from m2lite.simd.cache import KernelCache
 
 late, load = [], KernelCache.load_overload
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from m2lite.formats.table import FORMATS
-from m2lite.kernels import amx, amx_tiles, dot, fast, jit, reference
+from m2lite.kernels import amx, amx_tiles, dot, fast, reference
+from m2lite.simd import jit
 from tests.forms import run_form
 from tests.kernels import cases
 

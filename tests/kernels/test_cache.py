@@ -15,8 +15,8 @@ from typing import Any
 import numba
 import pytest
 
-from m2lite.kernels import cache, jit
-from m2lite.kernels.cache import KernelCache, choose_directory
+from m2lite.simd import cache, jit
+from m2lite.simd.cache import KernelCache, choose_directory
 from tests.conftest import ROOT, Run
 
 
@@ -190,7 +190,7 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 OTHER = """
 import sys
 from pathlib import Path
-from m2lite.kernels.claims import Claims
+from m2lite.simd.claims import Claims
 assert Claims(Path(sys.argv[1])).take(sys.argv[2])
 print("mine", flush=True)
 sys.stdin.read()

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from m2lite.kernels import crowd
-from m2lite.kernels.crowd import Crowd, Used, waited_seconds
+from m2lite.simd import crowd
+from m2lite.simd.crowd import Crowd, Used, waited_seconds
 
 COUNTS = waited_seconds() is not None
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from numba.core.types import float32, int64
 
-from m2lite.kernels import cache, far, jit
-from m2lite.kernels.cache import KernelCache
-from m2lite.kernels.far import Far
-from m2lite.kernels.simd import read_f32, write_f32
-from m2lite.kernels.split import Split
+from m2lite.simd import cache, far, jit
+from m2lite.simd.cache import KernelCache
+from m2lite.simd.far import Far
+from m2lite.simd.memory import read_f32, write_f32
+from m2lite.simd.split import Split
 from tests.conftest import ROOT
 
 
@@ -92,7 +92,7 @@ def test_shares_cover_the_work_once(in_chunks: bool, has_end: bool) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from m2lite.kernels import cache, far, jit
+from m2lite.simd import cache, far, jit
 from numba.core.types import int64
 
 jit.CACHE_DIR = Path(sys.argv[1])

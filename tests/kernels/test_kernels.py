@@ -12,8 +12,9 @@ from llvmlite import ir
 
 from m2lite.formats.kernels.block import Unpacker
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import cache, dots, emit, fast, jit, matmul, reference, router
+from m2lite.kernels import dots, fast, matmul, reference, router
 from m2lite.kernels.attention import join_parts, part_begin
+from m2lite.simd import cache, emit, jit
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -139,7 +140,7 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
         path
         for path in package.glob("**/*.py")
         if re.search(
-            r"^from m2lite\.kernels\.(jit|simd) import [^#]*\b(kernel|intrinsic|fma)\b", path.read_text(), re.M
+            r"^from m2lite\.simd\.(jit|vectors) import [^#]*\b(kernel|operation|fma)\b", path.read_text(), re.M
         )
     }
     assert len(with_kernels) > 5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m2lite.kernels import fast, jit, reference
+from m2lite.kernels import fast, reference
+from m2lite.simd import jit
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

@@ -13,8 +13,9 @@ import pytest
 from m2lite import Model
 from m2lite.engine.thread import compute_thread
 from m2lite.errors import M2liteError
-from m2lite.kernels import jit, reference
+from m2lite.kernels import reference
 from m2lite.measure.importance import Collected, SquareSums, collect_importance, format_importance
+from m2lite.simd import jit
 from tests.model.engine import Engine
 from tests.model.test_refused import rewrite
 

@@ -13,8 +13,8 @@ import pytest
 import tinymodel
 from m2lite import Model, UsageError
 from m2lite.engine.thread import compute_thread
-from m2lite.kernels import jit
 from m2lite.measure.quality import SLICE_ROWS, format_perplexity, mean_error, perplexity
+from m2lite.simd import jit
 from tests.golden.compare import log_softmax
 from tests.model.test_refused import rewrite
 

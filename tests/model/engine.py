@@ -12,13 +12,13 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from m2lite.kernels import jit
 from m2lite.model.buffers import WHOLE, Buffers, Pieces
 from m2lite.model.cache import KVPool, Timeline
 from m2lite.model.config import parse_config
 from m2lite.model.forward import forward
 from m2lite.model.observer import Observer
 from m2lite.model.weights import bind_weights
+from m2lite.simd import jit
 from m2lite.storage.gguf_reader import open_gguf
 
 F32 = npt.NDArray[np.float32]
@@ -58,7 +58,9 @@ class Engine:
         observer: Observer | None = None,
     ) -> F32:
         rows = self.pool.rows([(t, np.asarray(ids)) for t, ids in parts])
-        return forward(self.weights, self.pool, self.buffers, rows, outputs, observer=observer).copy()
+        return forward(
+            self.weights, self.pool, self.buffers, rows, outputs, observers=[] if observer is None else [observer]
+        ).copy()
 
     def logits(self, tokens: Sequence[int], first_position: int = 0, observer: Observer | None = None) -> F32:
         """Logits of a fresh timeline; its pages are given back."""

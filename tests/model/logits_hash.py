@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from m2lite import Model, Sampling
-from m2lite.kernels import emit
+from m2lite.simd import emit
 from tests.model.engine import Engine
 
 

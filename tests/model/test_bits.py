@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import tinymodel
-from m2lite.kernels import fast, jit, reference
+from m2lite.kernels import fast, reference
 from m2lite.model.buffers import Pieces
 from m2lite.model.forward import forward
+from m2lite.simd import jit
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import drawn_ids, hash_logits

@@ -26,7 +26,7 @@ class Recorder(Observer):
         self.seen: dict[tuple[int, int | None], F32] = {}
         self.ids: list[tuple[int, np.ndarray]] = []
 
-    def chosen(self, layer: int, ids: np.ndarray) -> None:
+    def chosen(self, layer: int, start: int, ids: np.ndarray) -> None:
         self.ids.append((layer, ids.copy()))
 
     def dense(self, matrices: tuple[Matrix, ...], x: int, n_in: int, n: int) -> None:

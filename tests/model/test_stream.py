@@ -20,7 +20,7 @@ from m2lite.engine.thread import compute_thread
 from m2lite.errors import BadModelError, M2liteError, ResourceError, UsageError
 from m2lite.model import residency as residency_module
 from m2lite.model.cache import Timeline
-from m2lite.model.forward import Leave
+from m2lite.model.observer import Observer
 from m2lite.model.stream import Stream, Stretch, runs
 from m2lite.sampling.draw import Sampling
 from m2lite.storage import syscalls
@@ -95,10 +95,10 @@ def opened_timeline(model: Model) -> Iterator[Timeline]:
     compute_thread().run(timeline.release)
 
 
-def extend(model: Model, timeline: Timeline, tokens: Sequence[int], leave: Leave | None = None) -> F32:
+def extend(model: Model, timeline: Timeline, tokens: Sequence[int], *observers: Observer) -> F32:
     """Logits of all tokens, in one call behind what the timeline holds."""
     evaluate, at = model.runner.evaluate, timeline.length
-    return compute_thread().run(lambda: evaluate(timeline, at, tokens, "all", leave=leave).copy())
+    return compute_thread().run(lambda: evaluate(timeline, at, tokens, "all", observers=observers).copy())
 
 
 def n_pins(stream: Stream) -> int:
@@ -278,14 +278,15 @@ def test_rows_may_be_left_out_at_any_layer(model: Model, tokens: list[int], expe
     stream, n_experts = stream_of(model, 1000), model.config.n_experts_used
     seen = list[tuple[int, int]]()
 
-    def leave(layer: int, ids: npt.NDArray[np.int32]) -> int:
-        seen.append((layer, len(ids)))
-        assert ids.shape[1] == n_experts
-        return 3 if layer == at else len(ids)
+    class Leave(Observer):
+        def chosen(self, layer: int, start: int, ids: npt.NDArray[np.int32]) -> int | None:
+            seen.append((layer, len(ids)))
+            assert ids.shape[1] == n_experts and start == 20
+            return 3 if layer == at else None
 
     with opened_timeline(model) as timeline:
         extend(model, timeline, tokens[:20])
-        assert np.array_equal(extend(model, timeline, tokens[20:28], leave), expected[20:23])
+        assert np.array_equal(extend(model, timeline, tokens[20:28], Leave()), expected[20:23])
         assert timeline.length == 23
         assert np.array_equal(extend(model, timeline, tokens[23:30]), expected[23:30])
     assert seen == [(layer, 8 if layer <= at else 3) for layer in range(model.config.n_layers)]

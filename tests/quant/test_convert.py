@@ -322,7 +322,7 @@ def test_waiting_threads_leave_the_cores_to_reading_and_writing(module: str) -> 
         "import os, sys\n"
         "class Watch:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'm2lite.kernels.jit': print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "        if name == 'm2lite.simd.jit': print(os.environ.get('GOMP_SPINCOUNT'))\n"
         "sys.meta_path.insert(0, Watch())\n"
         f"import m2lite.quant.{module}\n"
     )

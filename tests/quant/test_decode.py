@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from m2lite.formats.table import FORMATS, unpack_rows
-from m2lite.kernels import jit
 from m2lite.quant.checkpoint import E4M3
 from m2lite.quant.decode import decode_rows
+from m2lite.simd import jit
 from tests.kernels.cases import weights_of
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}

@@ -12,8 +12,8 @@ from forms import FORMS as FORMS_OF_VECTORS
 from forms import run_form, run_script
 from m2lite.errors import BadModelError
 from m2lite.formats.table import FORMATS, unpack_rows
-from m2lite.kernels import jit
 from m2lite.quant.encode import encode_rows
+from m2lite.simd import jit
 from tests.packing import PACKERS, pack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
 from tests.quant.search_reference import encode_reference

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m2lite.kernels import jit
 from m2lite.model.numerics import NUMERICS_VERSION
+from m2lite.simd import jit
 from tests.recorded.logits import KV, hash_logits, hash_modules
 from tests.recorded.models import NAMES, write_models
 from tests.recorded.record import LOGITS, read_json

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import pytest
 
-from m2lite.kernels import jit
+from m2lite.simd import jit
 from tests import tinymodel
 from tests.conftest import Run
 from tests.recorded import doors

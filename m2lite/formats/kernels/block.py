@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.lanes import load_u8
-from m2lite.kernels.simd import half_to_f32, i32_to_f32, read_i32, read_u8, read_u16, store_f32
+from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.memory import load_u8, read_i32, read_u8, read_u16, store_f32
+from m2lite.simd.vectors import half_to_f32, i32_to_f32
 
 
 class Unpacker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from m2lite.kernels import emit
+from m2lite.simd import emit
 
 
 def unpack_f32(builder: ir.IRBuilder, w: ir.Value, offset: int) -> ir.Value:

@@ -10,11 +10,10 @@ from llvmlite import ir
 from m2lite.formats.fields import Floats
 from m2lite.formats.fp4 import E2M1_DOUBLED, UE4M3, power_of_two
 from m2lite.formats.kernels.block import Unpacker, bits_at
-from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, constant, floats, loads_of
-from m2lite.kernels.dots import Integers
-from m2lite.kernels.emit import I8, I32, RowAddresses, gather
-from m2lite.kernels.lanes import lane_bits, load_pair, lookup_of
-from m2lite.kernels.simd import read_u8, store_f32
+from m2lite.formats.kernels.tile import Integers, Nibbles, Step, TileForm, constant, floats, loads_of
+from m2lite.simd.emit import I8, I32, RowAddresses, gather
+from m2lite.simd.memory import load_pair, read_u8, store_f32
+from m2lite.simd.vectors import lane_bits, lookup_of
 
 look_up: Any = None  # Unpacker fills in what the codes stand for,
 powers = np.zeros(1, np.float32)  # and the scales

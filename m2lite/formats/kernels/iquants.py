@@ -9,12 +9,21 @@ from llvmlite import ir
 
 from m2lite.formats import iquants
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, long_at, nibble_at, number
-from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, constant, loads_of, low_half, of_nibbles, times
-from m2lite.kernels.dots import Integers
-from m2lite.kernels.emit import I32, RowAddresses, gather
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import flip_signs, load_pair, load_quad, lookup_of
-from m2lite.kernels.simd import half_to_f32, i32_to_f32, read_u8, read_u16, splat, store_f32
+from m2lite.formats.kernels.tile import (
+    Integers,
+    Nibbles,
+    Step,
+    TileForm,
+    constant,
+    loads_of,
+    low_half,
+    of_nibbles,
+    times,
+)
+from m2lite.simd.emit import I32, RowAddresses, gather
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_pair, load_quad, read_u8, read_u16, store_f32
+from m2lite.simd.vectors import flip_signs, half_to_f32, i32_to_f32, lookup_of, splat
 
 HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 DELTA = iquants.IQ1_DELTA

@@ -9,6 +9,7 @@ from llvmlite import ir
 
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, number, write_minus, write_scaled
 from m2lite.formats.kernels.tile import (
+    Integers,
     Load,
     Step,
     TileForm,
@@ -22,10 +23,9 @@ from m2lite.formats.kernels.tile import (
     times,
     with_bits,
 )
-from m2lite.kernels.dots import Integers, Vectors
-from m2lite.kernels.emit import RowAddresses, load_tile
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.simd import read_u8
+from m2lite.simd.emit import RowAddresses, Vectors, load_tile
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import read_u8
 
 
 @Unpacker

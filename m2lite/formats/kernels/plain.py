@@ -5,10 +5,10 @@ from __future__ import annotations
 from llvmlite import ir
 
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, long_at, write_plus, write_scaled
-from m2lite.formats.kernels.tile import Nibbles, Step, TileForm, loads_of, of_nibbles, scale_at
-from m2lite.kernels.dots import Integers
-from m2lite.kernels.emit import RowAddresses
-from m2lite.kernels.lanes import lane_bits, load_i8
+from m2lite.formats.kernels.tile import Integers, Nibbles, Step, TileForm, loads_of, of_nibbles, scale_at
+from m2lite.simd.emit import RowAddresses
+from m2lite.simd.memory import load_i8
+from m2lite.simd.vectors import lane_bits
 
 
 @Unpacker

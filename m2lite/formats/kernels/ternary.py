@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, number, write_scaled
-from m2lite.kernels.jit import kernel
-from m2lite.kernels.lanes import load_u8
-from m2lite.kernels.simd import read_u8, write_f32
+from m2lite.simd.jit import kernel
+from m2lite.simd.memory import load_u8, read_u8, write_f32
 
 
 @kernel

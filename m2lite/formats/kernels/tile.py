@@ -18,9 +18,22 @@ from typing import Protocol
 from llvmlite import ir
 
 from m2lite.formats.table import FORMATS
-from m2lite.kernels import emit
-from m2lite.kernels.dots import Integers, Vectors
-from m2lite.kernels.emit import I16, I32, RowAddresses, const, gather, half_to_f32, load_tile
+from m2lite.simd import emit
+from m2lite.simd.emit import I16, I32, RowAddresses, Vectors, const, gather, half_to_f32, load_tile
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What the weight bytes of a format are: below 2**bits and `offset` too large, or (8 bits) signed as they stand."""
+
+    bits: int
+    offset: int = 0
+    n_groups: int = 1  # scales per 32 weights: 1, or 2 of 16 weights each
+    can_change_sign: bool = False  # signed bytes of which none is -128
+
+    @property
+    def is_signed(self) -> bool:
+        return self.bits == 8
 
 
 class Step(Protocol):

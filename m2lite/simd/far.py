@@ -16,11 +16,11 @@ import llvmlite.binding as llvm
 from numba.core import types
 from numba.core.registry import cpu_target
 
-from m2lite.kernels import cache, emit
-from m2lite.kernels.jit import address_of
-from m2lite.kernels.simd import operation
+from m2lite.simd import cache, emit
+from m2lite.simd.jit import address_of
+from m2lite.simd.vectors import operation
 
-_C_TYPES = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float, types.void: None}
+_C_TYPES: dict[Any, Any] = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float, types.void: None}
 _LLVM_TYPES = {types.int64: emit.I64, types.float32: emit.F32, types.void: emit.VOID}
 
 
@@ -62,7 +62,7 @@ class Far(Called):
     def call(self, builder: Any, *values: Any) -> Any:
         """Emit a call; nothing but a name of this kernel gets into the caller's code."""
         self.define()
-        value = emit.call_llvm(builder, self.symbol, _LLVM_TYPES[self.signature.return_type], values)
+        value = emit.call_llvm(builder, self.symbol, _LLVM_TYPES[self.signature.return_type], list(values))
         return None if self.signature.return_type == types.void else value
 
     @cached_property

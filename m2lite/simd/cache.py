@@ -27,7 +27,7 @@ from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
-from m2lite.kernels.claims import CLOCK, claims_in
+from m2lite.simd.claims import CLOCK, claims_in
 from m2lite.system.paths import user_dir
 
 _KEPT = 8  # directories, each of one version of the sources

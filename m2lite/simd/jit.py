@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from m2lite.system.numba_environment import LAYERS, WARNINGS
 
@@ -31,16 +31,19 @@ from numba.core import sigutils
 from numba.core.ccallback import CFunc
 from numba.np.ufunc import parallel
 
-from m2lite.kernels.cache import LOST, KernelCache, choose_directory
-from m2lite.kernels.claims import CLOCK
-from m2lite.kernels.crowd import Crowd
+from m2lite.simd.cache import LOST, KernelCache, choose_directory
+from m2lite.simd.claims import CLOCK
+from m2lite.simd.crowd import Crowd
 
 # Every file whose text compiled code may depend on: kernels, and where they take constants from.
 _SOURCES = (
-    "kernels/*.py", "formats/*.py", "formats/kernels/*.py",
+    "simd/*.py", "kernels/*.py", "formats/*.py", "formats/kernels/*.py",
     "quant/encode.py", "quant/encoders/*.py", "quant/decode.py",
 )  # fmt: skip
 _CODE_AS_EVER = re.compile("CACHE|THREADING_LAYER|NUM_THREADS")  # of Numba's variables: they change no compiled code
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 LONG_S = 1.0  # of compiling, from which on it is said
 
@@ -111,19 +114,28 @@ def on_compile(callback: Callable[[], None]) -> None:
     CLOCK.restart((LONG_S, callback))
 
 
-def kernel(function: Callable[..., Any], **options: bool) -> Any:
+class Kernel(Protocol[P, R]):
+    """A compiled function, with what Numba gives beside the call."""
+
+    py_func: Callable[..., Any]
+    compile: Callable[..., Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def kernel(function: Callable[P, R], **options: bool) -> Kernel[P, R]:
     """Compile with the project's options, for Python and other kernels to call."""
-    compiled = numba.njit(**OPTIONS, **options)(function)
+    compiled: Any = numba.njit(**OPTIONS | options)(function)
     compiled._cache = KernelCache(function, CACHE_DIR)
-    return compiled
+    return compiled  # type: ignore[no-any-return]
 
 
-def inner(function: Callable[..., Any]) -> Any:
+def inner(function: Callable[P, R]) -> Kernel[P, R]:
     """The same for other kernels alone: without what Python would call, which takes time to compile."""
     return kernel(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+def specialise(template: Callable[P, R], name: str, **names: Any) -> Callable[P, R]:
     """A copy of `template` under another name that sees `names` as globals.
 
     A closure would do the same, but the disk cache keys closures by a pickle of their cells, which holds ids that
@@ -137,7 +149,7 @@ def specialise(template: Callable[..., Any], name: str, **names: Any) -> Callabl
 def address_of(function: Callable[..., Any], signature: Any, *, parallel: bool = False) -> int:
     """Compile `function` for `signature` and return its machine address, as of a function of C."""
     options = {k: v for k, v in OPTIONS.items() if k != "nogil"} | {"parallel": parallel}
-    compiled = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+    compiled: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
     compiled._cache = KernelCache(function, CACHE_DIR)
     compiled.compile()
     return int(compiled.address)
@@ -155,14 +167,14 @@ def team() -> tuple[int, int]:
     return _crowd.n_active, SMALL
 
 
-def parts_of(team, work):  # type: ignore[no-untyped-def]
+def parts_of(team: tuple[int, int], work: int) -> int:
     """Parts that `work` is worth for a team, as `team()` says; plain, so that kernels can have it compiled."""
     return team[0] if work >= team[1] else 1
 
 
 def n_parts(work: int) -> int:
     """Parts that `work` (multiply-adds or the like) is worth now; a kernel's result is the same for any number."""
-    return int(parts_of(team(), work))
+    return parts_of(team(), work)
 
 
 def n_threads() -> int:

@@ -12,16 +12,26 @@ from llvmlite import ir
 from numba import prange
 from numba.core import types
 
-from m2lite.kernels import emit, jit
-from m2lite.kernels.far import Called, Far, far, operation_of
-from m2lite.kernels.jit import kernel, specialise
-from m2lite.kernels.simd import call_share, scratch, take_number, write_i64
+from m2lite.simd import emit, jit
+from m2lite.simd.far import Called, Far, far, operation_of
+from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.kinds import int64, void
+from m2lite.simd.memory import scratch, take_number, write_i64
+from m2lite.simd.vectors import operation
 
 CHUNKS = 8  # per thread: a slow core delays nobody for long
 
 
+@operation(void(int64, int64, int64, int64, int64))
+def call_share(
+    builder: ir.IRBuilder, function: ir.Value, i: ir.Value, n: ir.Value, thread: ir.Value, args: ir.Value
+) -> None:
+    """Call what does a share of a kernel's work at address `function`."""
+    emit.call_address(builder, function, [i, n, thread, args])
+
+
 @far(parallel=True)
-def region(share, n_threads, n_shares, args):
+def region(share: int, n_threads: int, n_shares: int, args: int) -> None:
     """Call share(i, n_shares, thread, args) for each i: thread i does share i, or all threads take what is left."""
     counter = scratch(1)
     write_i64(counter, 0)
@@ -38,7 +48,7 @@ def region(share, n_threads, n_shares, args):
 split: Any = None  # `specialise` fills it in
 
 
-def _whole(n_parts, *args):  # type: ignore[no-untyped-def]
+def _whole(n_parts: int, *args: Any) -> None:
     split(n_parts, *args)
 
 

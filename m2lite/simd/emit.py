@@ -21,6 +21,7 @@ LANES = 16
 V_F32 = ir.VectorType(F32, LANES)
 V_I32 = ir.VectorType(I32, LANES)
 V_I16 = ir.VectorType(I16, LANES)
+Vectors = list[ir.Value]
 
 
 # --- the form of integer dots -----------------------------------------------------------------------------------
@@ -58,6 +59,11 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, n: int = LANES) -> ir.Value:
     vector = ir.VectorType(scalar.type, n)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, n), [0] * n))
+
+
+def wide(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
+    """A vector as it is, a scalar in all lanes."""
+    return v if isinstance(v.type, ir.VectorType) else splat(builder, v)
 
 
 def halves(builder: ir.IRBuilder, v: ir.Value) -> list[ir.Value]:
