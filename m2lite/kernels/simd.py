@@ -262,10 +262,10 @@ def call_page(builder, function, state, q, k, v, n_valid, group, head_dim, scale
     emit.call_address(builder, function, [state, q, k, v, n_valid, group, head_dim, scale, ahead, work])
 
 
-@operation(void(*[int64] * 5))
-def call_share(builder, function, i, n, thread, args):
+@operation(void(*[int64] * 6))
+def call_share(builder, function, i, n, thread, after, args):
     """Call what does a share of a kernel's work at address `function` (see split.py)."""
-    emit.call_address(builder, function, [i, n, thread, args])
+    emit.call_address(builder, function, [i, n, thread, after, args])
 
 
 @operation(void(*[int64] * 4))
