@@ -63,7 +63,13 @@ def integer_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vec
     """Per row (an address) and group of weights: 16 lanes of int32, the dots of the 16 weight rows with that group."""
     if FORM != "avx2":
         return _dots_dot4(builder, kind, tile, rows)
-    return (_dots_signed if kind.is_signed else _dots_unsigned)(builder, kind, tile, rows)
+    groups = [group_dots(builder, kind, tile, rows, g) for g in range(kind.n_groups)]
+    return [list(row) for row in zip(*groups, strict=True)]
+
+
+def group_dots(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, g: int) -> Vectors:
+    """AVX2's `integer_dots` for one group: the sums of two at once do not fit into its registers."""
+    return _dots_signed(builder, tile, rows) if kind.is_signed else _dots_unsigned(builder, kind, tile, rows, g)
 
 
 def starts_of(builder: ir.IRBuilder, kind: Integers, row: ir.Value, n_lanes: int = LANES) -> list[ir.Value | None]:
@@ -135,7 +141,7 @@ def sums_that_fit(bits: int) -> int:
     return 1 if bits == 8 else 32767 // (2 * ((1 << bits) - 1) * 127)
 
 
-def _dots_unsigned(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
+def _dots_unsigned(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors, g: int) -> Vectors:
     """Pairs of products are added in int16 and widened once per group: about 2 operations per 32 products.
 
     Sums may pass int16 on the way: they wrap, and end inside. For that they begin with - center x (the activations that
@@ -144,25 +150,24 @@ def _dots_unsigned(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: V
     n = 8 // kind.n_groups
     center = kind.offset or (0 if sums_that_fit(kind.bits) >= n else 1 << (kind.bits - 1))
     assert n * 2 * center * 127 <= 32767
-    out: list[Vectors] = [[] for _ in rows]
-    for g in range(kind.n_groups):
-        starts = [_pair_sums(builder, kind, row, g) if center else None for row in rows]
-        sums = [[_shifted(builder, start, center)] * 2 if start is not None else [None] * 2 for start in starts]
-        for d in range(g * n, (g + 1) * n):
-            weights = [builder.bitcast(h, _BYTES) for h in halves(builder, tile[d])]
-            for r, row in enumerate(rows):
-                x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
-                for h in (0, 1):
-                    pairs = _pairs(builder, weights[h], x)
-                    if sums[r][h] is not None:  # LLVM would make trees of the chains, for which it lacks registers
-                        pairs = pinned(builder, builder.add(sums[r][h], pairs))
-                    sums[r][h] = pairs
-        for r, start in enumerate(starts):
-            wide = [quads_of(builder, v) for v in sums[r]]
-            if start is not None and center != kind.offset:
-                lost = quads_of(builder, start, -(center // 8))
-                wide = [builder.add(v, lost) for v in wide]
-            out[r].append(joined(builder, *wide))
+    starts = [_pair_sums(builder, kind, row, g) if center else None for row in rows]
+    sums = [[_shifted(builder, start, center)] * 2 if start is not None else [None] * 2 for start in starts]
+    for d in range(g * n, (g + 1) * n):
+        weights = [builder.bitcast(h, _BYTES) for h in halves(builder, tile[d])]
+        for r, row in enumerate(rows):
+            x = builder.bitcast(splat(builder, load(builder, row, I32, 4 * d), 8), _BYTES)
+            for h in (0, 1):
+                pairs = _pairs(builder, weights[h], x)
+                if sums[r][h] is not None:  # LLVM would make trees of the chains, for which it lacks registers
+                    pairs = pinned(builder, builder.add(sums[r][h], pairs))
+                sums[r][h] = pairs
+    out = []
+    for r, start in enumerate(starts):
+        wide = [quads_of(builder, v) for v in sums[r]]
+        if start is not None and center != kind.offset:
+            lost = quads_of(builder, start, -(center // 8))
+            wide = [builder.add(v, lost) for v in wide]
+        out.append(joined(builder, *wide))
     return out
 
 
@@ -182,7 +187,7 @@ def _shifted(builder: ir.IRBuilder, pair_sums: ir.Value, center: int) -> ir.Valu
     return builder.shl(pair_sums, const(shift, 16, I16)) if shift else pair_sums
 
 
-def _dots_signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vectors) -> list[Vectors]:
+def _dots_signed(builder: ir.IRBuilder, tile: Vectors, rows: Vectors) -> Vectors:
     """Two products fill an int16, so each pair is widened at once: about 4 operations per 32 products."""
     sums: list[Vectors] = [[const(0, 8)] * 2 for _ in rows]
     for d in range(8):
@@ -193,7 +198,7 @@ def _dots_signed(builder: ir.IRBuilder, kind: Integers, tile: Vectors, rows: Vec
             for h in (0, 1):
                 pairs = _pairs(builder, sizes[h], _with_sign(builder, x, weights[h]))
                 sums[r][h] = pinned(builder, builder.add(sums[r][h], quads_of(builder, pairs)))
-    return [[joined(builder, *row)] for row in sums]
+    return [joined(builder, *row) for row in sums]
 
 
 def pairs_of(builder: ir.IRBuilder, kind: Integers, w: ir.Value, x: ir.Value) -> ir.Value:

@@ -4,7 +4,7 @@ from m2lite.kernels import layer
 from m2lite.kernels.attention import attend, attend_address, attend_scratch_bytes
 from m2lite.kernels.dot import tile_address, unpack_address
 from m2lite.kernels.elementwise import add_rows, embed_rows, norm_rope, pack, pack_groups, rms_norm
-from m2lite.kernels.matmul import matmul
+from m2lite.kernels.matmul import matmul, matmul_three
 from m2lite.kernels.pages import append_kv
 from m2lite.kernels.router import combine, experts_down, experts_up, group_pairs, route
 from m2lite.kernels.squares import add_squares
@@ -23,6 +23,7 @@ __all__ = [
     "experts_up",
     "group_pairs",
     "matmul",
+    "matmul_three",
     "norm_rope",
     "pack",
     "pack_groups",

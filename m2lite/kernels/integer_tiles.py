@@ -14,7 +14,7 @@ from numba.core import types
 
 from m2lite.formats.kernels.tile import TileForm
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, integer_dots, prepare
+from m2lite.kernels.dots import GROUP, PANEL_BYTES, SCALE_AT, SCALED_SUM_AT, group_dots, integer_dots, prepare
 from m2lite.kernels.row_dots import row_dots
 from m2lite.simd import emit, kinds
 from m2lite.simd.emit import Vectors
@@ -174,14 +174,23 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
     def dot_rows(builder, step, x, sums):
         vectors = [builder.extract_value(step, i) for i in range(form.step_vectors)]
         rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(n_rows)]
-        dots = integer_dots(builder, form.integers, vectors[:8], rows)
         floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
         scales = floats[: form.integers.n_groups]
         minimum = floats[-1] if form.has_minimum else None
-        for r, row in enumerate(rows):
-            acc = emit.load(builder, sums, emit.V_F32, 64 * r)
-            acc = add_step(builder, acc, dots[r], scales, minimum, row)
-            emit.store(builder, acc, builder.add(sums, emit.I64(64 * r)))
+
+        def add(dots: list[Vectors], scales: Vectors, minimum: ir.Value | None) -> None:
+            for r, row in enumerate(rows):
+                acc = emit.load(builder, sums, emit.V_F32, 64 * r)
+                acc = add_step(builder, acc, dots[r], scales, minimum, row)
+                emit.store(builder, acc, builder.add(sums, emit.I64(64 * r)))
+
+        if emit.FORM == "avx2" and len(scales) == 2:
+            for g, scale in enumerate(scales):  # whose dots are out of the registers before the next come
+                dots = group_dots(builder, form.integers, vectors[:8], rows, g)
+                add([[dot] for dot in dots], [scale], None)
+                emit.fence(builder)
+        else:
+            add(integer_dots(builder, form.integers, vectors[:8], rows), scales, minimum)
 
     return dot_rows
 

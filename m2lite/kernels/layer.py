@@ -56,6 +56,7 @@ add_rows: Any = None
 pack: Any = None
 pack_groups: Any = None
 matmul: Any = None
+matmul_three: Any = None
 route: Any = None
 group_pairs: Any = None
 experts_up: Any = None
@@ -64,6 +65,7 @@ combine: Any = None
 pack_dense: Any = None
 pack_pairs: Any = None
 pair_panel: Any = None
+panel: Any = None
 multiply: Any = None
 product: Any = None
 project: Any = None
@@ -97,11 +99,15 @@ def _pair_panel(s, m):
     return s.pair_panel_int8 if m.is_int8 else s.pair_panel_float32
 
 
+def _panel(s, m):
+    """The panel of rows that a matrix reads."""
+    return s.panel_int8 if m.is_int8 else s.panel_float32
+
+
 def _multiply(team, s, out, out_stride, m, n):
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
-    panel = s.panel_int8 if m.is_int8 else s.panel_float32
-    n_parts = parts(team, n * m.n_out * m.n_blocks * 32)
-    matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, panel, m.panel_row_bytes, n)
+    n_parts, x = parts(team, n * m.n_out * m.n_blocks * 32), panel(s, m)
+    matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, x, m.panel_row_bytes, n)
 
 
 def _product(team, s, out, out_stride, x, m, n):
@@ -136,9 +142,12 @@ def _project(team, layer, scratch, places, n, layer_offset):
     rms_norm(s.h, s.x, la.attn_norm, n, s.n_embd, s.eps)
     n_int8 = q.is_int8 + k.is_int8 + v.is_int8
     pack_dense(team, s, s.h, s.n_embd, n, n_int8 > 0, n_int8 < 3)
-    multiply(team, s, s.q, 4 * q.n_out, q, n)
-    multiply(team, s, s.k, 4 * k.n_out, k, n)
-    multiply(team, s, s.v, 4 * v.n_out, v, n)
+    matmul_three(
+        parts(team, n * (q.n_out + k.n_out + v.n_out) * s.n_embd), s.n_embd // 32, n,
+        s.q, q.tile, q.address, q.row_bytes, q.n_out, panel(s, q), q.panel_row_bytes,
+        s.k, k.tile, k.address, k.row_bytes, k.n_out, panel(s, k), k.panel_row_bytes,
+        s.v, v.tile, v.address, v.row_bytes, v.n_out, panel(s, v), v.panel_row_bytes,
+    )  # fmt: skip
     norm_rope(s.q, la.attn_q_norm, p.angles, p.positions, n, s.n_heads, s.head_dim, s.rotary_dim, s.eps)
     norm_rope(s.k, la.attn_k_norm, p.angles, p.positions, n, s.n_kv_heads, s.head_dim, s.rotary_dim, s.eps)
     append_kv(s.k, s.v, p.pages, layer_offset, p.slots, n, s.n_kv_heads, s.head_dim, p.is_q8)
@@ -222,16 +231,16 @@ def _layer(team, layer, scratch, places, n, macs, layer_offset):
 
 
 _HELPERS = {  # each may call those before it
-    "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "multiply": _multiply,
-    "product": _product,
+    "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "panel": _panel,
+    "multiply": _multiply, "product": _product,
 }  # fmt: skip
 _STEPS = {  # each may call those before it
     "project": _project, "attend_rows": _attend, "choose": _choose, "experts": _experts, "add_experts": _add_experts,
     "run_experts": _run_experts, "layer": _layer, "join": _join, "product": _product_of_record,
 }  # fmt: skip
 _KERNELS = (
-    "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "route",
-    "group_pairs", "experts_up", "experts_down", "combine",
+    "rms_norm", "norm_rope", "append_kv", "attend", "add_rows", "pack", "pack_groups", "matmul", "matmul_three",
+    "route", "group_pairs", "experts_up", "experts_down", "combine",
 )  # fmt: skip
 
 

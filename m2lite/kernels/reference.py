@@ -208,6 +208,12 @@ def matmul(
     strided_at(out, n_x, out_stride, n_out)[:] = product(tile, w, stride, n_out, n_blocks, x, n_x)
 
 
+def matmul_three(n_parts: int, n_blocks: int, n_x: int, *matrices: int) -> None:
+    for i in range(0, len(matrices), 7):
+        out, tile, w, stride, n_out, x, x_stride = matrices[i : i + 7]
+        matmul(n_parts, out, 4 * n_out, tile, w, stride, n_out, n_blocks, x, x_stride, n_x)
+
+
 def experts_up(
     n_parts: int, h: int, gate_tile: int, gate: int, gate_slice: int, up_tile: int, up: int, up_slice: int, n_ff: int,
     n_blocks: int, gate_panel: int, gate_row: int, up_panel: int, up_row: int, active: int, starts: int, n_active: int,

@@ -118,19 +118,35 @@ def tiles_of(i, n_tiles, begin, end, active, starts):
 
 
 @kernel
-def next_of(i, e, n_tiles, begin, end, active, starts, n_active):
-    """The expert whose tiles a share has after those of chosen expert i, which is e; e if there is none."""
+def next_of(i, part, n_parts, after, n_tiles, active, starts, n_active):
+    """(expert, tile) that a thread reads behind what `part` has of chosen expert i, or (-1, 0).
+
+    That is the next expert of the part, or the first of part `after`.
+    """
     if i + 1 < n_active:
-        other, _, _, first_tile, end_tile = tiles_of(i + 1, n_tiles, begin, end, active, starts)
+        begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
+        e, _, _, first_tile, end_tile = tiles_of(i + 1, n_tiles, begin, end, active, starts)
         if first_tile < end_tile:
-            return other
-    return e
+            return e, first_tile
+    if after < n_parts:
+        begin, end = share_of(after, n_parts, n_tiles, starts, n_active)
+        for k in range(i, n_active):
+            e, _, _, first_tile, end_tile = tiles_of(k, n_tiles, begin, end, active, starts)
+            if first_tile < end_tile:
+                return e, first_tile
+    return np.int32(-1), 0
+
+
+@kernel
+def address_in(w, slice_bytes, stride, e, tile):
+    """Of a tile of an expert; 0 where there is none."""
+    return w + e * slice_bytes + 16 * stride * tile if e >= 0 else 0
 
 
 @far()
 def experts_up_part(
-    part, n_parts, thread, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel, gate_row,
-    up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
+    part, n_parts, thread, after, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel,
+    gate_row, up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
 ):  # fmt: skip
     """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
 
@@ -141,9 +157,11 @@ def experts_up_part(
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
         e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
-        next_e = next_of(i, e, n_tiles, begin, end, active, starts, n_active)
-        gate_w, next_gate = gate + e * gate_slice, gate + next_e * gate_slice
-        up_w, next_up = up + e * up_slice, up + next_e * up_slice
+        if first_tile >= end_tile:
+            continue
+        next_e, next_tile = next_of(i, part, n_parts, after, n_tiles, active, starts, n_active)
+        gate_w, next_gate = gate + e * gate_slice, address_in(gate, gate_slice, gate_stride, next_e, next_tile)
+        up_w, next_up = up + e * up_slice, address_in(up, up_slice, up_stride, next_e, next_tile)
         gate_x, up_x = gate_panel + first * gate_row, up_panel + first * up_row
         g = scratch + thread * scratch_bytes
         u = g + 64 * n_x
@@ -161,17 +179,20 @@ def experts_up_part(
 
 @far()
 def experts_down_part(
-    part, n_parts, thread, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
+    part, n_parts, thread, after, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
 ):
     """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
     n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
     for i in range(n_active):
         e, first, n_x, first_tile, end_tile = tiles_of(i, n_tiles, begin, end, active, starts)
-        next_e = next_of(i, e, n_tiles, begin, end, active, starts, n_active)
-        here, after, x = w + e * slice_bytes, w + next_e * slice_bytes, panel + first * panel_row
+        if first_tile >= end_tile:
+            continue
+        next_e, next_tile = next_of(i, part, n_parts, after, n_tiles, active, starts, n_active)
+        here, next_w = w + e * slice_bytes, address_in(w, slice_bytes, stride, next_e, next_tile)
+        x = panel + first * panel_row
         for k in range(first_tile, end_tile):
-            ahead = coming(here, after, 16 * stride, k, end_tile)
+            ahead = coming(here, next_w, 16 * stride, k, end_tile)
             tile_at(tile, k, here, stride, n_out, n_blocks, x, n_x, y + 4 * first * n_out, 4 * n_out, ahead)
 
 

@@ -1,7 +1,8 @@
 """Kernels that threads share: from the function of one part, one that does all of them. Sees no kernel's meaning.
 
-A part is part(i, n, *args): share i of n. A chunk is part(i, n, thread, *args), where thread numbers what it may use
-of scratch; there are CHUNKS of them for each thread, and whoever is done takes the next.
+A part is part(i, n, *args): share i of n. A chunk is part(i, n, thread, after, *args), where thread numbers what it may
+use of scratch; there are CHUNKS of them for each thread, and whoever is done takes the next. It takes it one chunk
+ahead: `after` is the thread's next one, whose memory the chunk can ask for (n or more: there is none).
 """
 
 from __future__ import annotations
@@ -19,30 +20,29 @@ from m2lite.simd.kinds import int64, void
 from m2lite.simd.memory import scratch, take_number, write_i64
 from m2lite.simd.vectors import operation
 
-CHUNKS = 8  # per thread: a slow core delays nobody for long
+CHUNKS = 16  # per thread: a slow core, with one chunk in work and one ahead, delays nobody for long
 
 
-@operation(void(int64, int64, int64, int64, int64))
+@operation(void(*[int64] * 6))
 def call_share(
-    builder: ir.IRBuilder, function: ir.Value, i: ir.Value, n: ir.Value, thread: ir.Value, args: ir.Value
-) -> None:
+    builder: ir.IRBuilder, function: ir.Value, i: ir.Value, n: ir.Value, thread: ir.Value, after: ir.Value,
+    args: ir.Value,
+) -> None:  # fmt: skip
     """Call what does a share of a kernel's work at address `function`."""
-    emit.call_address(builder, function, [i, n, thread, args])
+    emit.call_address(builder, function, [i, n, thread, after, args])
 
 
 @far(parallel=True)
 def region(share: int, n_threads: int, n_shares: int, args: int) -> None:
-    """Call share(i, n_shares, thread, args) for each i: thread i does share i, or all threads take what is left."""
+    """Call share(i, n_shares, thread, after, args) for each i: thread i does share i, then all take what is left."""
     counter = scratch(1)
-    write_i64(counter, 0)
+    write_i64(counter, n_threads)
     for thread in prange(n_threads):
-        if n_shares == n_threads:
-            call_share(share, thread, n_shares, thread, args)
-        else:
-            i = take_number(counter)
-            while i < n_shares:
-                call_share(share, i, n_shares, thread, args)
-                i = take_number(counter)
+        i = thread + 0  # Numba: the loop's own number may not change
+        while i < n_shares:
+            after = take_number(counter)
+            call_share(share, i, n_shares, thread, after, args)
+            i = after
 
 
 split: Any = None  # `specialise` fills it in
@@ -61,7 +61,7 @@ class Split(Called):
     def __init__(self, part: Far, *, in_chunks: bool = False, end: Far | None = None) -> None:
         self.part, self._end = part, end
         self.parts = [part] if end is None else [part, end]
-        self._chunks, self._alone = (CHUNKS, [0, 1, 0]) if in_chunks else (1, [0, 1])
+        self._chunks, self._alone = (CHUNKS, [0, 1, 0, 1]) if in_chunks else (1, [0, 1])
         n_own = len(self._alone)
         self._kinds = part.kinds[n_own:]
         signature = types.void(types.int64, *self._kinds)
@@ -88,11 +88,11 @@ class Split(Called):
                     self._end.call(builder, n_parts, *args)
 
     def _share(self, module: Any) -> Any:
-        """The address of share(i, n, thread, args), which calls the part with arguments that lie at `args`."""
-        function, is_new = emit.own_function(module, f"{self.part.symbol}.share", 4)
+        """The address of share(i, n, thread, after, args), which calls the part with arguments that lie at `args`."""
+        function, is_new = emit.own_function(module, f"{self.part.symbol}.share", 5)
         if is_new:
-            builder, (i, n, thread, at) = ir.IRBuilder(function.append_basic_block()), function.args
+            builder, (*own, at) = ir.IRBuilder(function.append_basic_block()), function.args
             args = emit.unpacked(builder, at, [emit.F32 if kind == types.float32 else emit.I64 for kind in self._kinds])
-            self.part.call(builder, *[i, n, thread][: len(self._alone)], *args)
+            self.part.call(builder, *own[: len(self._alone)], *args)
             builder.ret_void()
         return function.ptrtoint(emit.I64)

@@ -125,6 +125,27 @@ def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
                         yield mine, theirs, f"{name} {what}"
 
 
+def three_cases(n_parts: int) -> Iterator[tuple[Any, Any, str]]:
+    """Three matrices at once, in formats of all kinds, one of them with fewer rows than a tile."""
+    rng = np.random.default_rng(6)
+    k = 512
+    for names, shapes in ((("Q4_K", "Q8_0", "Q5_1"), (144, 37, 16)), (("F32", "Q4_0", "IQ2_XS"), (16, 5, 80))):
+        kinds = [dot.activation_kind(name) for name in names]
+        for n_x in (1, 3, 150):
+            arrays: dict[str, Any] = {"x": rng.standard_normal((n_x, k)).astype(F)}
+            arrays |= {kind: np.zeros(dot.panel_bytes(kind, n_x, k), np.uint8) for kind in ("int8", "float32")}
+            arrays |= {f"w{i}": weights_of(rng, names[i], (shapes[i], k)) for i in range(3)}
+            arrays |= {f"out{i}": np.zeros((n_x, shapes[i]), F) for i in range(3)}
+            arena = Arena(**arrays)
+            args: list[Any] = []
+            for i, kind in enumerate(kinds):
+                reference.pack(0, arena[kind], arena["x"], 4 * k, n_x, k // 32, int(kind == "int8"))
+                row_bytes = arrays[f"w{i}"].shape[-1]
+                args += [f"@out{i}", (names[i], kind), f"@w{i}", row_bytes, shapes[i]]
+                args += [f"@{kind}", dot.panel_bytes(kind, 1, k)]
+            yield from both("matmul_three", arena, ("out0", "out1", "out2"), n_parts, k // 32, n_x, *args)
+
+
 def expert_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     rng = np.random.default_rng(2)
     mixed = [("Q4_0", "Q4_0", "Q4_0"), ("Q8_0", "Q4_0", "Q8_0"), ("F32", "F16", "BF16"), ("Q4_K", "Q4_0", "IQ4_XS")]
@@ -285,6 +306,7 @@ def attention_cases(n_parts: int) -> Iterator[tuple[Any, Any, str]]:
 
 def all_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     yield from matmul_cases(n_parts, formats)
+    yield from three_cases(n_parts)
     yield from expert_cases(n_parts, formats)
     yield from row_cases(n_parts, formats)
     yield from attention_cases(n_parts)

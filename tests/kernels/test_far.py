@@ -64,7 +64,9 @@ def share(part, n_parts, out, n, value):  # type: ignore[no-untyped-def]
         write_f32(out + 4 * i, read_f32(out + 4 * i) + value * np.float32(i))
 
 
-def chunk(part, n_parts, thread, out, n, value):  # type: ignore[no-untyped-def]
+def chunk(part, n_parts, thread, after, out, n, value):  # type: ignore[no-untyped-def]
+    if after <= part:
+        return
     for i in range(part * n // n_parts, (part + 1) * n // n_parts):
         write_f32(out + 4 * i, read_f32(out + 4 * i) + value * np.float32(i))
 

@@ -147,22 +147,31 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
     assert with_kernels <= set(jit.source_files())
 
 
-@pytest.mark.parametrize("share", range(3))
-def test_a_share_of_experts_asks_for_what_it_reads_next(share: int) -> None:
-    n_parts, n_tiles, tile_bytes, slice_bytes, ids, counts = 3, 5, 100, 1000, [2, 3, 7, 9], [1, 2, 9, 1]
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_share_of_experts_asks_for_what_it_reads_next(after: int) -> None:
+    """Within the share, and behind it for the beginning of the thread's next one, if there is one."""
+    n_parts, n_tiles, tile_bytes, slice_bytes, ids, counts = 3, 9, 1600, 20_000, [2, 3, 7, 9], [1, 2, 9, 1]
     active, starts = np.array(ids, np.int32), np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     at, begun = active.ctypes.data, starts.ctypes.data
-    begin, end = router.share_of(share, n_parts, n_tiles, begun, len(ids))
-    read, asked = [], []
-    for i in range(len(ids)):
-        e, _, _, first_tile, end_tile = router.tiles_of(i, n_tiles, begin, end, at, begun)
-        other = router.next_of(i, e, n_tiles, begin, end, at, begun, len(ids))
-        for tile in range(first_tile, end_tile):
-            read.append(e * slice_bytes + tile * tile_bytes)
-            asked.append(matmul.coming(e * slice_bytes, other * slice_bytes, tile_bytes, tile, end_tile))
+
+    def walk(share: int, after: int) -> tuple[list[int], list[int]]:
+        begin, end = router.share_of(share, n_parts, n_tiles, begun, len(ids))
+        read, asked = [], []
+        for i in range(len(ids)):
+            e, _, _, first_tile, end_tile = router.tiles_of(i, n_tiles, begin, end, at, begun)
+            if first_tile < end_tile:
+                next_e, next_tile = router.next_of(i, share, n_parts, after, n_tiles, at, begun, len(ids))
+                next_w = router.address_in(0, slice_bytes, tile_bytes // 16, next_e, next_tile)
+                for tile in range(first_tile, end_tile):
+                    read.append(e * slice_bytes + tile * tile_bytes)
+                    asked.append(matmul.coming(e * slice_bytes, next_w, tile_bytes, tile, end_tile))
+        return read, asked
+
+    read, asked = walk(0, after)
     assert len({r // slice_bytes for r in read}) > 1, "the case has a share of several experts"
     assert asked[: -matmul.AHEAD] == read[matmul.AHEAD :]
-    assert set(asked[-matmul.AHEAD :]) == {read[-1]}, "what has been asked for before"
+    behind = walk(after, n_parts)[0][: matmul.AHEAD] if after < n_parts else [read[-1]] * matmul.AHEAD
+    assert asked[-matmul.AHEAD :] == behind
 
 
 @pytest.mark.parametrize("is_q8", [0, 1])
