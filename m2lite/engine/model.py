@@ -93,7 +93,8 @@ class Engine:
         same. `draft_tokens` bounds the drafts of one step.
         With `heat` it is kept in the cache directory which of such a model's experts are used, and which drafts pay,
         for the next start.
-        With `amx` the processor's matrix instructions are used, where it has them; the bits are the same.
+        With `amx` the processor's matrix instructions are used, where it has them, and with `tuning` what `m2lite tune`
+        found for this machine; the bits are the same.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. On the first run on a machine kernels are
         compiled: `on_compile` is called with how many of how many are ready, if that takes longer than a second.
 

@@ -60,10 +60,13 @@ class ModelRunner:
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
         """
-        from m2lite.kernels import amx, jit
+        from m2lite.engine.tuned import Tuning, load_tuning
+        from m2lite.kernels import amx, jit, tuning
 
         amx.allow(options["amx"])
-        self.layer = jit.start(options["threads"] or machine.n_usable_cores())
+        tuned = load_tuning() if options["tuning"] else Tuning()
+        tuning.use(tuned.values)
+        self.layer = jit.start(options["threads"] or tuning.n_threads(machine.n_usable_cores()))
         self.n_threads = jit.n_threads()
 
         from m2lite.drafting.drafter import Drafter
@@ -96,7 +99,7 @@ class ModelRunner:
         self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
-        self.warnings = jit.warnings()
+        self.warnings = [*jit.warnings(), *filter(None, [tuned.warning])]
 
     def _compile(self, gguf: GGUFFile, options: ModelOptions, on_compile: Callable[[int, int], None] | None) -> None:
         """What the model needs, or load it from the cache; see `Engine.open`."""

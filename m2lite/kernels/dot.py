@@ -8,7 +8,8 @@ A tile kernel is called by address (`simd.call_tile`) with
 
 w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes one row alone); n_store: 16 or 1;
 n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes; ahead: what will be read soon, as many bytes
-as the 16 rows are: they are asked for, never touched. x is an activation panel:
+as the 16 rows are: they are asked for, never touched; with its sign set, into the first cache, else into the second.
+x is an activation panel:
 
   int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.SUM_AT)
   float32  128 bytes per row and block: 32 float32

@@ -45,11 +45,19 @@ def prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int
 
     All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
     them together again but for the fence. They go to the second cache: two tiles of wide rows are more than a first
-    cache of 32 kB holds, and a processor waits for fewer lines at once there (Zen 4: 19 GB/s instead of 30).
+    cache of 32 kB holds, and a processor waits for fewer lines at once there (Zen 4: 19 GB/s instead of 30). Where
+    `ahead` is marked (see dot.py), they go to the first.
     """
     lines = range(0, n_rows * form.block_bytes, 64)
-    for line in lines[s * len(lines) // form.n_steps : (s + 1) * len(lines) // form.n_steps]:
-        emit.prefetch(builder, builder.add(ahead, emit.I64(line)), 2)
+    lines = lines[s * len(lines) // form.n_steps : (s + 1) * len(lines) // form.n_steps]
+    with builder.if_else(builder.icmp_signed("<", ahead, emit.I64(0))) as (marked, unmarked):
+        with marked:
+            plain = builder.and_(ahead, emit.I64((1 << 63) - 1))
+            for line in lines:
+                emit.prefetch(builder, builder.add(plain, emit.I64(line)), 3)
+        with unmarked:
+            for line in lines:
+                emit.prefetch(builder, builder.add(ahead, emit.I64(line)), 2)
     if form.n_steps > 1:
         emit.fence(builder)
 

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from m2lite.kernels.dots import GROUP
+from numba.core import types
+
+from m2lite.kernels import tuning
 from m2lite.kernels.far import far
 from m2lite.kernels.jit import inner, kernel
-from m2lite.kernels.simd import call_tile
+from m2lite.kernels.simd import call_tile, operation
 from m2lite.kernels.split import Split
 
-AT_ONCE = 4 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
-AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the next has come
+
+@operation(types.int64())
+def tiles_ahead(builder):
+    """How far ahead weights are asked for: a tile of short rows (`ffn_down_exps`) is read before the next has come."""
+    return tuning.load(builder, "tiles_ahead")
+
+
+@operation(types.int64())
+def cache_mark(builder):
+    """What `ahead` is marked with (see dot.py): the sign where the first cache is meant, else nothing."""
+    return builder.shl(tuning.load(builder, "first_cache"), tuning.I64(63))
+
+
+@operation(types.int64())
+def rows_at_once(builder):
+    """Rows of activations that meet a part of a matrix: they must stay in the second cache."""
+    return tuning.load(builder, "rows_at_once")
 
 
 @kernel
 def coming(w, next_w, tile_bytes, tile, end_tile):
-    """The address of what comes AHEAD tiles later: the matrix at next_w is asked for before the one at w has ended.
+    """What comes a few tiles later, as tiles take it: the matrix at next_w is asked for before the one at w has ended.
 
     next_w is w where none follows.
     """
-    at = tile + AHEAD
+    at, mark = tile + tiles_ahead(), cache_mark()
     if at < end_tile or next_w == w:
-        return w + min(at, end_tile - 1) * tile_bytes
-    return next_w + (at - end_tile) * tile_bytes
+        return w + min(at, end_tile - 1) * tile_bytes | mark
+    return next_w + (at - end_tile) * tile_bytes | mark
 
 
 @inner
@@ -45,8 +62,9 @@ def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, 
     x_stride: bytes that a row takes of the panel.
     """
     n_tiles = (n_out + 15) // 16
-    for t in range(0, n_x, AT_ONCE):
-        rows, n, at = x + t * x_stride, min(AT_ONCE, n_x - t), out + t * out_stride
+    most = rows_at_once()
+    for t in range(0, n_x, most):
+        rows, n, at = x + t * x_stride, min(most, n_x - t), out + t * out_stride
         for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
             ahead = coming(w, w, 16 * stride, i, n_tiles)
             tile_at(tile, i, w, stride, n_out, n_blocks, rows, n, at, out_stride, ahead)

@@ -1,7 +1,8 @@
 """Kernels that threads share: from the function of one part, one that does all of them. Sees no kernel's meaning.
 
 A part is part(i, n, *args): share i of n. A chunk is part(i, n, thread, *args), where thread numbers what it may use
-of scratch; there are CHUNKS of them for each thread, and whoever is done takes the next.
+of scratch; there are several for each thread (tuning.py), and whoever is done takes the next: a slow core delays
+nobody for long.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from llvmlite import ir
 from numba import prange
 from numba.core import types
 
-from m2lite.kernels import emit, jit
+from m2lite.kernels import emit, jit, tuning
 from m2lite.kernels.far import Called, Far, far, operation_of
 from m2lite.kernels.jit import kernel, specialise
 from m2lite.kernels.simd import call_share, scratch, take_number, write_i64
-
-CHUNKS = 8  # per thread: a slow core delays nobody for long
 
 
 @far(parallel=True)
@@ -51,7 +50,7 @@ class Split(Called):
     def __init__(self, part: Far, *, in_chunks: bool = False, end: Far | None = None) -> None:
         self.part, self._end = part, end
         self.parts = [part] if end is None else [part, end]
-        self._chunks, self._alone = (CHUNKS, [0, 1, 0]) if in_chunks else (1, [0, 1])
+        self._in_chunks, self._alone = in_chunks, [0, 1, 0] if in_chunks else [0, 1]
         n_own = len(self._alone)
         self._kinds = part.kinds[n_own:]
         signature = types.void(types.int64, *self._kinds)
@@ -72,7 +71,7 @@ class Split(Called):
             with alone:
                 self.part.call(builder, *(emit.I64(i) for i in self._alone), *args)
             with together:
-                n_shares = builder.mul(n_parts, emit.I64(self._chunks))
+                n_shares = builder.mul(n_parts, tuning.load(builder, "chunks")) if self._in_chunks else n_parts
                 region.call(builder, self._share(builder.module), n_parts, n_shares, emit.packed(builder, args))
                 if self._end is not None:
                     self._end.call(builder, n_parts, *args)

@@ -12,8 +12,9 @@ from llvmlite import ir
 
 from m2lite.formats.kernels.block import Unpacker
 from m2lite.formats.table import FORMATS, piece
-from m2lite.kernels import cache, dots, emit, fast, jit, matmul, reference, router
+from m2lite.kernels import dots, emit, fast, jit, matmul, reference, router
 from m2lite.kernels.attention import join_parts, part_begin
+from m2lite.kernels.tuning import VALUES
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -123,13 +124,9 @@ def test_router_breaks_ties_by_the_lowest_id() -> None:
     assert weights.tolist() == [[0.25] * 4]
 
 
-def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> None:
+def test_kernel_cache_is_private_and_named_by_its_sources() -> None:
     assert jit.CACHE_DIR.stat().st_mode & 0o077 == 0
     assert len(jit.CACHE_DIR.name) == 16
-    open_to_all = tmp_path / "shared"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    assert not cache._is_private(open_to_all)
 
 
 def test_kernel_cache_knows_every_file_with_kernels() -> None:
@@ -146,8 +143,15 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
     assert with_kernels <= set(jit.source_files())
 
 
+@pytest.mark.parametrize("first_cache", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 2, 4])
 @pytest.mark.parametrize("share", range(3))
-def test_a_share_of_experts_asks_for_what_it_reads_next(share: int) -> None:
+def test_a_share_of_experts_asks_for_what_it_reads_next(
+    share: int, n: int, first_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first cache is meant, addresses are marked by their sign."""
+    monkeypatch.setitem(VALUES, "tiles_ahead", n)
+    monkeypatch.setitem(VALUES, "first_cache", first_cache)
     n_parts, n_tiles, tile_bytes, slice_bytes, ids, counts = 3, 5, 100, 1000, [2, 3, 7, 9], [1, 2, 9, 1]
     active, starts = np.array(ids, np.int32), np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     at, begun = active.ctypes.data, starts.ctypes.data
@@ -160,8 +164,10 @@ def test_a_share_of_experts_asks_for_what_it_reads_next(share: int) -> None:
             read.append(e * slice_bytes + tile * tile_bytes)
             asked.append(matmul.coming(e * slice_bytes, other * slice_bytes, tile_bytes, tile, end_tile))
     assert len({r // slice_bytes for r in read}) > 1, "the case has a share of several experts"
-    assert asked[: -matmul.AHEAD] == read[matmul.AHEAD :]
-    assert set(asked[-matmul.AHEAD :]) == {read[-1]}, "what has been asked for before"
+    assert all(address < 0 for address in asked) == bool(first_cache)
+    asked = [address & (1 << 63) - 1 for address in asked]
+    assert asked[: len(read) - n] == read[n:]
+    assert set(asked[len(read) - n :]) <= {read[-1]}, "what has been asked for before"
 
 
 @pytest.mark.parametrize("is_q8", [0, 1])

@@ -11,6 +11,7 @@ import pytest
 
 import tinymodel
 from m2lite.kernels import fast, jit, reference
+from m2lite.kernels.tuning import PARAMETERS, VALUES
 from m2lite.model.buffers import Pieces
 from m2lite.model.forward import forward
 from tests.forms import FORMS, run_form
@@ -64,10 +65,25 @@ def test_parallel_regions_equal_serial_kernels(
     engine: Engine, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model this small runs without parallel regions; force them everywhere."""
-    monkeypatch.setattr(jit, "SMALL", 0)
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
     timeline = engine.pool.timeline()
     parts = [engine.run(timeline, tokens[:70]), engine.run(timeline, tokens[70:71]), engine.run(timeline, tokens[71:])]
     assert same(np.concatenate(parts), expected)
+
+
+def test_no_value_that_differs_between_machines_matters(
+    engine: Engine, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value of each parameter, with parallel regions everywhere."""
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
+    for row in PARAMETERS.values():
+        for value in row.values:
+            with monkeypatch.context() as patch:
+                patch.setitem(VALUES, row.name, value)
+                timeline = engine.pool.timeline()
+                parts = [engine.run(timeline, tokens[first:end]) for first, end in ((0, 101), (101, 102), (102, 150))]
+                timeline.release()
+            assert same(np.concatenate(parts), expected), (row.name, value)
 
 
 def test_batch_mates_do_not_matter(engine: Engine, tokens: list[int], expected: F32) -> None:

@@ -1,0 +1,246 @@
+"""Experiments that m2lite makes on itself: which values of the table (kernels/tuning.py) make it faster here.
+
+Two settings take turns on the same tokens, in one process. A value is kept if the whole interquartile interval of the
+ratios lies above 1 by more than the noise, which is what the default shows against itself. Knows no file.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from time import monotonic, sleep
+
+from m2lite import machine
+from m2lite.bench import Test, read_plain, time_run
+from m2lite.engine.model import Engine
+from m2lite.engine.runner import Stop
+from m2lite.engine.tuned import Change, Ratio, Tuning
+from m2lite.errors import UsageError
+from m2lite.kernels import tuning
+from m2lite.kernels.crowd import Crowd, processor_seconds
+
+Values = Mapping[str, int]
+Note = Callable[[str], None]
+
+N_FIRST, N_PAIRS = 5, 15  # of pairs: to see whether a value may win, and to say that it has
+LEAST_NOISE = 0.003  # of a ratio: what is smaller is not worth a file
+_DECODE_S, _PROMPT_S = 0.2, 0.3  # of a run
+_MOST_DECODE, _LEAST_PROMPT, _MOST_PROMPT = 256, 64, 512  # tokens
+_WINDOW_S, _PATIENCE_S = 0.5, 60.0  # in which others must be quiet; for which that is waited for
+
+
+class Ended(Exception):
+    """Why no more is measured."""
+
+
+def summary(ratios: Sequence[float]) -> Ratio:
+    """(lower quartile, median, upper quartile)."""
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, median, high
+
+
+def noise_of(ratios: Sequence[float]) -> float:
+    """How far from 1 the ratios of a setting with itself are."""
+    low, _, high = summary(ratios)
+    return max(high - 1, 1 - low, LEAST_NOISE)
+
+
+def is_won(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
+    """Whether some work is faster beyond doubt, and none is slower."""
+    is_faster = any(low > 1 + noise[work] for work, (low, _, _) in found.items())
+    return is_faster and all(median > 1 - noise[work] for work, (_, median, _) in found.items())
+
+
+def may_win(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
+    """The same after a few pairs: whether more of them can say so."""
+    is_faster = any(median > 1 + noise[work] for work, (_, median, _) in found.items())
+    return is_faster and all(high > 1 - noise[work] for work, (_, _, high) in found.items())
+
+
+def shown_ratio(ratio: Ratio) -> str:
+    low, median, high = ratio
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def shown_ratios(found: Mapping[str, Ratio]) -> str:
+    return ", ".join(f"{work} {shown_ratio(ratio)}" for work, ratio in found.items())
+
+
+class Experiments:
+    """Runs of a model in pairs. `has_threads`: the number of threads is given, and is no parameter."""
+
+    def __init__(self, model: Engine, note: Note, stop: Stop, seconds: float, has_threads: bool) -> None:
+        self.model, self.note, self.stop, self.has_threads = model, note, stop, has_threads
+        self._session = model.session()
+        self._end = monotonic() + seconds
+        self._n_pairs = 0
+        self.tests: dict[str, Test] = {}
+        self.noise: dict[str, float] = {}
+
+    def begin(self, values: Values) -> None:
+        """What is timed, and how well; `values` are in force."""
+        for kind, work, n, seconds, most in (
+            ("decode", "decode", 4, _DECODE_S, min(_MOST_DECODE, self.model.ctx - 2)),
+            ("prefill", "prompt", _LEAST_PROMPT, _PROMPT_S, min(_MOST_PROMPT, self.model.ctx - 2)),
+        ):
+            test = Test(kind, min(n, most), 0)
+            self._time(test, values, 0)
+            each = self._time(test, values, 0) / test.n
+            self.tests[work] = Test(kind, max(test.n, min(most, int(seconds / each))), 0)
+            self.noise[work] = noise_of(self._ratios(work, values, values, N_PAIRS))
+        shown = ", ".join(f"{work} of {t.n} tokens {self.noise[work]:.1%}" for work, t in self.tests.items())
+        self.note(f"noise of a setting against itself, {N_PAIRS} pairs: {shown}")
+
+    def compare(self, works: Iterable[str], before: Values, after: Values) -> dict[str, Ratio]:
+        """How many times as fast as `before` is `after`: above 1, it is faster. Few pairs where it cannot win."""
+        ratios = {work: self._ratios(work, before, after, N_FIRST) for work in works}
+        if may_win({work: summary(each) for work, each in ratios.items()}, self.noise):
+            for work, each in ratios.items():
+                each += self._ratios(work, before, after, N_PAIRS - N_FIRST)
+        return {work: summary(each) for work, each in ratios.items()}
+
+    def gains(self, after: Values) -> dict[str, Ratio]:
+        """Against the defaults."""
+        return {work: summary(self._ratios(work, tuning.DEFAULTS, after, N_PAIRS)) for work in self.tests}
+
+    def use(self, values: Values) -> None:
+        tuning.use(values)
+        if not self.has_threads:
+            self.model.runner.n_threads = tuning.n_threads(machine.n_usable_cores())
+
+    def _ratios(self, work: str, before: Values, after: Values, n: int) -> list[float]:
+        """Time before over time after, of n pairs that nobody disturbed."""
+        found, n_disturbed = list[float](), 0
+        while len(found) < n:
+            if monotonic() > self._end:
+                raise Ended("the time is over")
+            self._n_pairs += 1
+            seed, seconds, pair = self._n_pairs, dict[int, float](), (before, after)
+            began, used = monotonic(), processor_seconds()
+            for i in (0, 1) if seed % 2 else (1, 0):
+                seconds[i] = self._time(self.tests[work], pair[i], seed)
+            if used is not None and (busy := _others(began, used)) is not None:
+                n_disturbed += 1
+                if n_disturbed > 2 * n:
+                    raise Ended(f"other programs use {busy:.1f} cores")
+                continue
+            found.append(seconds[0] / seconds[1])
+        return found
+
+    def _time(self, test: Test, values: Values, seed: int) -> float:
+        self.use(values)
+        seconds = time_run(self._session, test, seed, seed, self.stop)
+        if seconds is None:
+            raise Ended("interrupted")
+        return seconds
+
+
+def _others(began: float, used: object) -> float | None:
+    """Cores that others have used since, where so many are not left to our threads; else None."""
+    now = processor_seconds()
+    if now is None or not isinstance(used, type(now)):
+        return None
+    elapsed, others = max(monotonic() - began, 1e-3), now.others - used.others
+    n = machine.n_usable_cores()
+    return others / elapsed if Crowd(n).wanted(others, elapsed, now.n_cores) < n else None
+
+
+def wait_for_quiet(stop: Stop) -> None:
+    """UsageError if other programs stay busy."""
+    given_up = monotonic() + _PATIENCE_S
+    while not stop():
+        began, used = monotonic(), processor_seconds()
+        sleep(_WINDOW_S)
+        if (busy := _others(began, used)) is None:
+            return
+        if monotonic() > given_up:
+            raise UsageError(
+                f"Other programs use {busy:.1f} of {machine.n_usable_cores()} cores: nothing can be measured.",
+                "Try again when they have ended.",
+            )
+
+
+def run_tune(
+    model: Engine, known: Tuning, *, minutes: float, has_threads: bool, note: Note, stop: Stop,
+    keep: Callable[[Tuning], None],
+) -> Tuning:  # fmt: skip
+    """Try the values of every parameter, beginning with those that are `known`; `keep` what is found at once."""
+    if model.runner.stream is not None:
+        raise UsageError(
+            f"{model.path} does not fit into memory: the disk would be measured.", "Name a smaller model, or none."
+        )
+    wait_for_quiet(stop)
+    model.wait_mapped(stop)
+    speed = read_plain(model.n_threads)
+    if known.changes and not known.is_of(speed):
+        note(f"what is kept was found with memory of {known.read_bytes_per_s / 1e9:.0f} GB/s: not used")
+        known = Tuning()
+    changes, gains = {change.name: change for change in known.changes}, dict[str, Ratio]()
+
+    def found() -> Tuning:
+        return Tuning(list(changes.values()), gains, speed, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    experiments = Experiments(model, note, stop, 60 * minutes, has_threads)
+    try:
+        experiments.begin(tuning.DEFAULTS | known.values)
+        for row in tuning.PARAMETERS.values():
+            if row.name == "threads_percent" and has_threads:
+                continue
+            best = _try_values(experiments, row, tuning.DEFAULTS | {c.name: c.value for c in changes.values()})
+            if best is not None:
+                changes.pop(row.name, None)
+                if best.value != row.default:
+                    changes[row.name] = best
+                keep(found())
+        if changes:
+            gains |= experiments.gains(tuning.DEFAULTS | found().values)
+            note(f"all together, against the defaults: {shown_ratios(gains)}")
+            if not is_won(gains, experiments.noise):
+                note("together they win nothing beyond the noise: the defaults are used")
+                changes, gains = {}, {}
+        keep(found())
+    except Ended as why:
+        note(f"not all was tried: {why}")
+    experiments.use(tuning.DEFAULTS | found().values)
+    return found()
+
+
+def _try_values(experiments: Experiments, row: tuning.Parameter, before: Values) -> Change | None:
+    """The best value that wins against the one in force; None if there is none."""
+    best: Change | None = None
+    tried = {_acts(row.name, before[row.name])}
+    for value in row.values:
+        if (acts := _acts(row.name, value)) in tried:
+            continue
+        tried.add(acts)
+        after = {**before, row.name: value}
+        ratios = experiments.compare(row.works, before, after)
+        is_better = is_won(ratios, experiments.noise)
+        verdict = "wins" if is_better else "no win"
+        experiments.note(f"{row.name} {before[row.name]:,} -> {value:,}: {shown_ratios(ratios)}: {verdict}")
+        if is_better and (best is None or _score(ratios) > _score(best.ratios)):
+            best = Change(row.name, value, ratios)
+    if best is not None:
+        experiments.note(f"{row.name} is {best.value:,} from now on")
+    return best
+
+
+def _acts(name: str, value: int) -> int:
+    """What a value comes to: two that come to the same need no comparison."""
+    return tuning.share_of(machine.n_usable_cores(), value) if name == "threads_percent" else value
+
+
+def _score(ratios: Mapping[str, Ratio]) -> float:
+    return statistics.geometric_mean([median for _, median, _ in ratios.values()])
+
+
+def format_tuning(found: Tuning) -> list[str]:
+    """For people: what differs from the defaults, and what that gains."""
+    if not found.changes:
+        return ["the defaults are as fast as anything that was tried"]
+    lines = []
+    for change in found.changes:
+        row = tuning.PARAMETERS[change.name]
+        lines.append(f"{row.name} {row.default:,} -> {change.value:,} ({row.about}): {shown_ratios(change.ratios)}")
+    return [*lines, *([f"all together: {shown_ratios(found.gains)}"] if found.gains else [])]
