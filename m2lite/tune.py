@@ -7,7 +7,7 @@ ratios lies above 1 by more than the noise, which is what the default shows agai
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic, sleep
 
@@ -187,11 +187,12 @@ def run_tune(
         for row in tuning.PARAMETERS.values():
             if row.name == "threads_percent" and has_threads:
                 continue
-            best = _try_values(experiments, row, tuning.DEFAULTS | {c.name: c.value for c in changes.values()})
-            if best is not None:
-                changes.pop(row.name, None)
-                if best.value != row.default:
-                    changes[row.name] = best
+            best = _try_values(experiments, row, tuning.DEFAULTS | found().values)
+            for change in best:
+                changes.pop(change.name, None)
+                if change.value != tuning.DEFAULTS[change.name]:
+                    changes[change.name] = change
+            if best:
                 keep(found())
         if changes:
             gains |= experiments.gains(tuning.DEFAULTS | found().values)
@@ -206,29 +207,34 @@ def run_tune(
     return found()
 
 
-def _try_values(experiments: Experiments, row: tuning.Parameter, before: Values) -> Change | None:
-    """The best value that wins against the one in force; None if there is none."""
-    best: Change | None = None
-    tried = {_acts(row.name, before[row.name])}
-    for value in row.values:
-        if (acts := _acts(row.name, value)) in tried:
-            continue
-        tried.add(acts)
-        after = {**before, row.name: value}
-        ratios = experiments.compare(row.works, before, after)
+def _try_values(experiments: Experiments, row: tuning.Parameter, before: Values) -> list[Change]:
+    """What changes for the best value that wins against the one in force; nothing if none does."""
+    best = list[Change]()
+    for values in _candidates(row, before):
+        ratios = experiments.compare(row.works, before, {**before, **values})
         is_better = is_won(ratios, experiments.noise)
-        verdict = "wins" if is_better else "no win"
-        experiments.note(f"{row.name} {before[row.name]:,} -> {value:,}: {shown_ratios(ratios)}: {verdict}")
-        if is_better and (best is None or _score(ratios) > _score(best.ratios)):
-            best = Change(row.name, value, ratios)
-    if best is not None:
-        experiments.note(f"{row.name} is {best.value:,} from now on")
+        shown = ", ".join(f"{name} {before[name]:,} -> {value:,}" for name, value in values.items())
+        experiments.note(f"{shown}: {shown_ratios(ratios)}: {'wins' if is_better else 'no win'}")
+        if is_better and (not best or _score(ratios) > _score(best[0].ratios)):
+            best = [Change(name, value, ratios) for name, value in values.items()]
+    for change in best:
+        experiments.note(f"{change.name} is {change.value:,} from now on")
     return best
 
 
-def _acts(name: str, value: int) -> int:
-    """What a value comes to: two that come to the same need no comparison."""
-    return tuning.share_of(machine.n_usable_cores(), value) if name == "threads_percent" else value
+def _candidates(row: tuning.Parameter, before: Values) -> Iterator[dict[str, int]]:
+    """What may take the place of the values in force; of those that come to the same, one."""
+
+    def acts(value: int) -> int:
+        return tuning.share_of(machine.n_usable_cores(), value) if row.name == "threads_percent" else value
+
+    tried = {acts(before[row.name])}
+    for value in row.values:
+        if acts(value) not in tried:
+            tried.add(acts(value))
+            yield {row.name: value}
+            for name, others in row.beside.items():
+                yield from ({row.name: value, name: other} for other in others if other != before[name])
 
 
 def _score(ratios: Mapping[str, Ratio]) -> float:

@@ -118,6 +118,17 @@ def test_what_gains_in_one_work_and_loses_in_the_other_is_not_kept(monkeypatch: 
     assert run()[0].values == {}
 
 
+def test_values_that_win_only_together_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speed(kind: str) -> float:
+        values = tuning.VALUES["first_cache"], tuning.VALUES["tiles_ahead"]
+        return {(0, 2): 100, (1, 1): 111}.get(values, 80)
+
+    Machine(monkeypatch, speed)
+    found, log = run()
+    assert found.values == {"first_cache": 1, "tiles_ahead": 1} == log.kept[-1].values
+    assert "first_cache 0 -> 1, tiles_ahead 2 -> 1: " in log.text
+
+
 def test_a_value_that_is_kept_and_loses_now_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Tuning([Change("chunks", 32, {"decode": (1.1, 1.1, 1.1)})], {}, 4e10, "long ago")
     Machine(monkeypatch, lambda kind: 100 - (tuning.VALUES["chunks"] == 32) * 20)

@@ -76,14 +76,14 @@ def tune(
     """
     from tempfile import TemporaryDirectory
 
-    from m2lite.engine.tuned import Tuning, load_tuning, save_tuning, this_machine, tuning_path
+    from m2lite.engine.tuned import Tuning, load_tuning, make_place, save_tuning, this_machine, tuning_path
     from m2lite.storage.line_log import LineLog
     from m2lite.tune import format_tuning, run_tune
     from m2lite.zeros import write_zeros
 
     known = load_tuning() if settings.opening["tuning"] else Tuning()
     path = tuning_path(this_machine())
-    save_tuning(path, known)  # before anything is measured: is there a place for it?
+    make_place(path)
     with ExitStack() as stack:
         log = stack.enter_context(closing(LineLog(path.with_suffix(".log"), keeps_lines=False)))
 
@@ -97,7 +97,8 @@ def tune(
             write_zeros(Path(str(settings.model)))
         model = stack.enter_context(open_model(settings.opened(draft="off", mtp=None, heat=False)))
         stop = stack.enter_context(stop_on_signals())
-        write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {model.path.name}, {model.n_threads} threads, {this_machine()}")
+        about = ", ".join(f"{name} {value}" for name, value in this_machine().items() if value != "")
+        write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {model.path.name}, {model.n_threads} threads; {about}")
         found = run_tune(
             model, known, minutes=minutes, has_threads=settings.opening["threads"] is not None, note=write, stop=stop,
             keep=lambda found: save_tuning(path, found),

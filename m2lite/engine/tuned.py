@@ -95,15 +95,20 @@ def load_tuning(path: Path | None = None) -> Tuning:
         return Tuning(warning=f"{path} is not used: {why}. Run m2lite tune, or remove it")
 
 
-def save_tuning(path: Path, found: Tuning) -> None:
-    """Keep it for this machine. M2liteError where that is not possible."""
-    content = {"format": _VERSION, "machine": this_machine()} | asdict(found)
-    content.pop("warning")
+def make_place(path: Path) -> None:
+    """The directory of the file. M2liteError where that is not possible."""
     try:
         if not make_private(path.parent):
             raise M2liteError(f"{path.parent} is not yours alone to write.", "Remove it, or set M2LITE_CACHE_DIR.")
     except OSError as error:
         raise M2liteError(f"{path.parent} cannot be made: {error.strerror}.", "Set M2LITE_CACHE_DIR.") from None
+
+
+def save_tuning(path: Path, found: Tuning) -> None:
+    """Keep it for this machine. M2liteError where that is not possible."""
+    content = {"format": _VERSION, "machine": this_machine()} | asdict(found)
+    content.pop("warning")
+    make_place(path)
     atomic_write(path, json.dumps(content, indent=1).encode())
 
 

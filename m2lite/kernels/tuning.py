@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -25,11 +25,15 @@ class Parameter:
     values: tuple[int, ...]  # that are tried, and no others are believed
     about: str
     works: tuple[str, ...] = WORKS
+    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # other parameters' values, tried with these
 
 
 _TABLE = (
     Parameter("tiles_ahead", 2, (0, 1, 2, 3, 4, 6, 8), "tiles of 16 rows of weights that are asked for ahead"),
-    Parameter("first_cache", 0, (0, 1), "whether they are asked for into the first cache, else into the second"),
+    Parameter(
+        "first_cache", 0, (0, 1), "whether they are asked for into the first cache, else into the second",
+        beside={"tiles_ahead": (1,)},
+    ),
     Parameter("chunks", 8, (1, 2, 4, 8, 16, 32), "shares of a product for each thread"),
     Parameter("rows_at_once", 128, (32, 64, 128, 256, 512), "rows that meet a part of a matrix together", ("prompt",)),
     Parameter(

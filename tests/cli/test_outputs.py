@@ -19,7 +19,8 @@ from tests.conftest import Run
 # Every parameter that is a text, by what it names. A new one must be put here before these tests pass.
 NO_FILE = {
     "threads", "ctx", "kv", "load", "amx", "ram", "tuning", "heat", "kv_disk", "draft", "draft_tokens", "temp", "top_k",
-    "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget", "template",
+    "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget",
+    "template",
     "prompt", "system", "stop_text", "type_name", "tensor_type", "target_size", "split_max_size", "alignment", "name",
     "session", "approve", "prompts", "decodes", "depths", "disk", "on_bad_line", "shard", "order", "ray",
     "host", "alias", "allowed_host", "allowed_origin", "mcp",

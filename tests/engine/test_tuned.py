@@ -16,6 +16,7 @@ from m2lite.engine import tuned
 from m2lite.engine.tuned import Change, Tuning, load_tuning, save_tuning, this_machine, tuning_path
 from m2lite.errors import M2liteError
 from m2lite.kernels import jit, tuning
+from m2lite.kernels.dots import GROUP
 from m2lite.kernels.tuning import DEFAULTS, PARAMETERS, VALUES
 
 RATIO = (1.01, 1.02, 1.03)
@@ -123,3 +124,7 @@ def test_memory_of_another_speed_is_another_machines() -> None:
 
 def test_every_default_is_among_the_values() -> None:
     assert all(row.default in row.values and row.works for row in PARAMETERS.values())
+
+
+def test_rows_that_meet_weights_together_are_whole_groups_of_a_panel() -> None:
+    assert all(n % GROUP == 0 for n in PARAMETERS["rows_at_once"].values)
