@@ -11,9 +11,9 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from m2lite import __version__, machine
 from m2lite.errors import M2liteError
@@ -29,8 +29,7 @@ _SAME_SPEED = 1.5  # memory that is so many times as fast or as slow is another
 Ratio = tuple[float, float, float]  # speed before over speed after: lower quartile, median, upper quartile
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A value that was kept, and the ratios of speeds that it was kept for, by the work they were measured with."""
 
     name: str
@@ -38,12 +37,11 @@ class Change:
     ratios: Mapping[str, Ratio]
 
 
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(NamedTuple):
     """What is known of a machine. `gains`: of all changes together, against the defaults."""
 
     changes: Sequence[Change] = ()
-    gains: Mapping[str, Ratio] = field(default_factory=dict)
+    gains: Mapping[str, Ratio] = MappingProxyType({})
     read_bytes_per_s: float = 0.0  # of its memory
     date: str = ""
     warning: str = ""  # why a file is not used
@@ -106,7 +104,8 @@ def make_place(path: Path) -> None:
 
 def save_tuning(path: Path, found: Tuning) -> None:
     """Keep it for this machine. M2liteError where that is not possible."""
-    content = {"format": _VERSION, "machine": this_machine()} | asdict(found)
+    content = {"format": _VERSION, "machine": this_machine()} | found._asdict()
+    content |= {"changes": [change._asdict() for change in found.changes], "gains": dict(found.gains)}
     content.pop("warning")
     make_place(path)
     atomic_write(path, json.dumps(content, indent=1).encode())

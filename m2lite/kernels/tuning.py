@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -16,8 +17,7 @@ from llvmlite import ir
 WORKS = ("decode", "prompt")  # that are timed
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A row of the table; `works` are those that show its effect."""
 
     name: str
@@ -25,7 +25,7 @@ class Parameter:
     values: tuple[int, ...]  # that are tried, and no others are believed
     about: str
     works: tuple[str, ...] = WORKS
-    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # other parameters' values, tried with these
+    beside: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # other parameters' values, tried with these
 
 
 _TABLE = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def test_threads_are_those_that_were_asked_for(
     path: Path, bundled_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("m2lite.machine.n_usable_cores", lambda: 2)
-    save_tuning(path, replace(FOUND, changes=[Change("threads_percent", 50, {"decode": RATIO})]))
+    save_tuning(path, FOUND._replace(changes=[Change("threads_percent", 50, {"decode": RATIO})]))
     for asked, n in ((None, 1), (2, 2)):
         with Model.open(bundled_model, draft="off", threads=asked) as model:
             assert model.n_threads == n
