@@ -7,24 +7,24 @@ ratios lies above 1 by more than the noise, which is what the default shows agai
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from time import monotonic, sleep
 
 from m2lite import machine
 from m2lite.bench import Test, read_plain, time_run
 from m2lite.engine.model import Engine
+from m2lite.engine.ratios import is_won, may_win, noise_of, summary
 from m2lite.engine.runner import Stop
 from m2lite.engine.tuned import Change, Ratio, Tuning
 from m2lite.errors import UsageError
 from m2lite.kernels import tuning
-from m2lite.kernels.crowd import Crowd, processor_seconds
+from m2lite.kernels.crowd import Used, busy_cores, processor_seconds
 
 Values = Mapping[str, int]
 Note = Callable[[str], None]
 
 N_FIRST, N_PAIRS = 5, 15  # of pairs: to see whether a value may win, and to say that it has
-LEAST_NOISE = 0.003  # of a ratio: what is smaller is not worth a file
 _DECODE_S, _PROMPT_S = 0.2, 0.3  # of a run
 _MOST_DECODE, _LEAST_PROMPT, _MOST_PROMPT = 256, 64, 512  # tokens
 _WINDOW_S, _PATIENCE_S = 0.5, 60.0  # in which others must be quiet; for which that is waited for
@@ -32,30 +32,6 @@ _WINDOW_S, _PATIENCE_S = 0.5, 60.0  # in which others must be quiet; for which t
 
 class Ended(Exception):
     """Why no more is measured."""
-
-
-def summary(ratios: Sequence[float]) -> Ratio:
-    """(lower quartile, median, upper quartile)."""
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, median, high
-
-
-def noise_of(ratios: Sequence[float]) -> float:
-    """How far from 1 the ratios of a setting with itself are."""
-    low, _, high = summary(ratios)
-    return max(high - 1, 1 - low, LEAST_NOISE)
-
-
-def is_won(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
-    """Whether some work is faster beyond doubt, and none is slower."""
-    is_faster = any(low > 1 + noise[work] for work, (low, _, _) in found.items())
-    return is_faster and all(median > 1 - noise[work] for work, (_, median, _) in found.items())
-
-
-def may_win(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
-    """The same after a few pairs: whether more of them can say so."""
-    is_faster = any(median > 1 + noise[work] for work, (_, median, _) in found.items())
-    return is_faster and all(high > 1 - noise[work] for work, (_, _, high) in found.items())
 
 
 def shown_ratio(ratio: Ratio) -> str:
@@ -111,7 +87,7 @@ class Experiments:
 
     def _ratios(self, work: str, before: Values, after: Values, n: int) -> list[float]:
         """Time before over time after, of n pairs that nobody disturbed."""
-        found, n_disturbed = list[float](), 0
+        found = list[float]()
         while len(found) < n:
             if monotonic() > self._end:
                 raise Ended("the time is over")
@@ -120,12 +96,10 @@ class Experiments:
             began, used = monotonic(), processor_seconds()
             for i in (0, 1) if seed % 2 else (1, 0):
                 seconds[i] = self._time(self.tests[work], pair[i], seed)
-            if used is not None and (busy := _others(began, used)) is not None:
-                n_disturbed += 1
-                if n_disturbed > 2 * n:
-                    raise Ended(f"other programs use {busy:.1f} cores")
-                continue
-            found.append(seconds[0] / seconds[1])
+            if _others(began, used) is None:
+                found.append(seconds[0] / seconds[1])
+            elif (busy := wait_for_quiet(self.stop)) is not None:
+                raise Ended(f"other programs use {busy:.1f} cores")
         return found
 
     def _time(self, test: Test, values: Values, seed: int) -> float:
@@ -136,29 +110,22 @@ class Experiments:
         return seconds
 
 
-def _others(began: float, used: object) -> float | None:
+def _others(began: float, used: Used | None) -> float | None:
     """Cores that others have used since, where so many are not left to our threads; else None."""
     now = processor_seconds()
-    if now is None or not isinstance(used, type(now)):
-        return None
-    elapsed, others = max(monotonic() - began, 1e-3), now.others - used.others
-    n = machine.n_usable_cores()
-    return others / elapsed if Crowd(n).wanted(others, elapsed, now.n_cores) < n else None
+    return None if used is None or now is None else busy_cores(used, now, monotonic() - began)
 
 
-def wait_for_quiet(stop: Stop) -> None:
-    """UsageError if other programs stay busy."""
+def wait_for_quiet(stop: Stop) -> float | None:
+    """None once other programs let us measure, or `stop` says so; the cores that they use if they stay busy."""
     given_up = monotonic() + _PATIENCE_S
     while not stop():
         began, used = monotonic(), processor_seconds()
         sleep(_WINDOW_S)
-        if (busy := _others(began, used)) is None:
-            return
-        if monotonic() > given_up:
-            raise UsageError(
-                f"Other programs use {busy:.1f} of {machine.n_usable_cores()} cores: nothing can be measured.",
-                "Try again when they have ended.",
-            )
+        busy = _others(began, used)
+        if busy is None or monotonic() > given_up:
+            return busy
+    return None
 
 
 def run_tune(
@@ -170,7 +137,11 @@ def run_tune(
         raise UsageError(
             f"{model.path} does not fit into memory: the disk would be measured.", "Name a smaller model, or none."
         )
-    wait_for_quiet(stop)
+    if (busy := wait_for_quiet(stop)) is not None:
+        raise UsageError(
+            f"Other programs use {busy:.1f} of {machine.n_usable_cores()} cores: nothing can be measured.",
+            "Try again when they have ended.",
+        )
     model.wait_mapped(stop)
     speed = read_plain(model.n_threads)
     if known.changes and not known.is_of(speed):
@@ -187,13 +158,17 @@ def run_tune(
         for row in tuning.PARAMETERS.values():
             if row.name == "threads_percent" and has_threads:
                 continue
-            best = _try_values(experiments, row, tuning.DEFAULTS | found().values)
-            for change in best:
-                changes.pop(change.name, None)
-                if change.value != tuning.DEFAULTS[change.name]:
-                    changes[change.name] = change
-            if best:
-                keep(found())
+            best = list[Change]()
+            try:
+                _try_values(experiments, row, tuning.DEFAULTS | found().values, best)
+            finally:
+                for change in best:
+                    note(f"{change.name} is {change.value:,} from now on")
+                    changes.pop(change.name, None)
+                    if change.value != tuning.DEFAULTS[change.name]:
+                        changes[change.name] = change
+                if best:
+                    keep(found())
         if changes:
             gains |= experiments.gains(tuning.DEFAULTS | found().values)
             note(f"all together, against the defaults: {shown_ratios(gains)}")
@@ -207,19 +182,15 @@ def run_tune(
     return found()
 
 
-def _try_values(experiments: Experiments, row: tuning.Parameter, before: Values) -> list[Change]:
-    """What changes for the best value that wins against the one in force; nothing if none does."""
-    best = list[Change]()
+def _try_values(experiments: Experiments, row: tuning.Parameter, before: Values, best: list[Change]) -> None:
+    """`best` is what changes for the best value so far that wins against the one in force; empty if none does."""
     for values in _candidates(row, before):
         ratios = experiments.compare(row.works, before, {**before, **values})
         is_better = is_won(ratios, experiments.noise)
         shown = ", ".join(f"{name} {before[name]:,} -> {value:,}" for name, value in values.items())
         experiments.note(f"{shown}: {shown_ratios(ratios)}: {'wins' if is_better else 'no win'}")
         if is_better and (not best or _score(ratios) > _score(best[0].ratios)):
-            best = [Change(name, value, ratios) for name, value in values.items()]
-    for change in best:
-        experiments.note(f"{change.name} is {change.value:,} from now on")
-    return best
+            best[:] = [Change(name, value, ratios) for name, value in values.items()]
 
 
 def _candidates(row: tuning.Parameter, before: Values) -> Iterator[dict[str, int]]:
@@ -244,7 +215,7 @@ def _score(ratios: Mapping[str, Ratio]) -> float:
 def format_tuning(found: Tuning) -> list[str]:
     """For people: what differs from the defaults, and what that gains."""
     if not found.changes:
-        return ["the defaults are as fast as anything that was tried"]
+        return ["nothing that was tried is faster than the defaults"]
     lines = []
     for change in found.changes:
         row = tuning.PARAMETERS[change.name]

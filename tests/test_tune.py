@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from m2lite import Model, bench, tune, zeros
+from m2lite.engine.ratios import LEAST_NOISE, is_won, may_win, noise_of
 from m2lite.engine.tuned import Change, Tuning, load_tuning
 from m2lite.errors import UsageError
 from m2lite.kernels import crowd, jit, tuning
-from m2lite.tune import N_FIRST, N_PAIRS, is_won, may_win, noise_of
+from m2lite.tune import N_FIRST, N_PAIRS
 from tests.conftest import Run
 
 NOISE = {"decode": 0.01, "prompt": 0.02}
@@ -29,7 +30,7 @@ def defaults_afterwards() -> Iterator[None]:
 
 def test_the_noise_is_that_of_the_interquartile_interval() -> None:
     assert noise_of([0.9, 0.98, 1.0, 1.01, 1.5]) == pytest.approx(0.02)
-    assert noise_of([1.0] * 9) == tune.LEAST_NOISE
+    assert noise_of([1.0] * 9) == LEAST_NOISE
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ class Machine:
         self._speed, self._rng = speed, np.random.default_rng(3)
         monkeypatch.setattr(tune, "time_run", self.run)
         monkeypatch.setattr(tune, "read_plain", lambda n: 4e10)
-        monkeypatch.setattr(tune.machine, "n_usable_cores", lambda: 2)
+        monkeypatch.setattr("m2lite.machine.n_usable_cores", lambda: 2)
         monkeypatch.setattr(tune, "monotonic", lambda: self.now)
         monkeypatch.setattr(tune, "sleep", self.wait)
         monkeypatch.setattr(tune, "processor_seconds", lambda: crowd.Used(self.others, 2, 0.0))
@@ -108,7 +109,7 @@ def test_a_value_that_is_faster_is_kept_and_the_log_says_what_was_tried(monkeypa
 def test_where_nothing_wins_the_defaults_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, lambda kind: 100)
     found, _ = run()
-    assert found.values == {} and tune.format_tuning(found) == ["the defaults are as fast as anything that was tried"]
+    assert found.values == {} and tune.format_tuning(found) == ["nothing that was tried is faster than the defaults"]
     n_values = sum(len(row.values) * len(row.works) for row in tuning.PARAMETERS.values())
     assert machine.n_runs < 2 * n_values * (N_FIRST + 2) + 2 * 2 * N_PAIRS, "few pairs where nothing can win"
 
@@ -150,15 +151,19 @@ def test_threads_that_are_given_are_no_parameter(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("why", ["the time is over", "interrupted"])
 def test_what_was_found_stays_when_it_ends_early(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     machine = Machine(monkeypatch, lambda kind: 100 * (1 + 0.05 * (tuning.VALUES["tiles_ahead"] == 4)))
-    is_late = lambda: why == "interrupted" and machine.now > 100  # noqa: E731
-    found, log = run(stop=is_late, minutes=60 if why == "interrupted" else 100 / 60)
+    seconds = 82  # in the middle of the values of tiles_ahead
+    is_late = lambda: why == "interrupted" and machine.now > seconds  # noqa: E731
+    found, log = run(stop=is_late, minutes=60 if why == "interrupted" else seconds / 60)
+    assert "tiles_ahead 2 -> 4" in log.text and "tiles_ahead 2 -> 8" not in log.text
     assert found.values == {"tiles_ahead": 4} == log.kept[-1].values and not found.gains
     assert log.lines[-1] == f"not all was tried: {why}"
 
 
 def test_pairs_that_others_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, lambda kind: 100)
-    machine.busy = lambda: 1.0 if machine.now > 60 else 0.0
+    machine = Machine(monkeypatch, lambda kind: 100 - 50 * machine.busy() * (tuning.VALUES["tiles_ahead"] == 2))
+    machine.busy = lambda: 1.0 if 60 < machine.now < 80 else 0.0
+    assert run()[0].values == {}, "which looks faster while others are busy"
+    machine.now, machine.busy = 0.0, lambda: 1.0 if machine.now > 60 else 0.0
     _, log = run()
     assert log.lines[-1] == "not all was tried: other programs use 1.0 cores"
     n = machine.n_runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class ModelRunner:
         from m2lite.kernels import amx, jit, tuning
 
         amx.allow(options["amx"])
-        tuned = load_tuning() if options["tuning"] else Tuning()
+        tuned = load_tuning() if options["tuning"] else Tuning(warning="switched off")
         tuning.use(tuned.values)
         self.layer = jit.start(options["threads"] or tuning.n_threads(machine.n_usable_cores()))
         self.n_threads = jit.n_threads()
@@ -99,7 +100,8 @@ class ModelRunner:
         self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
-        self.warnings = [*jit.warnings(), *filter(None, [tuned.warning])]
+        self.warnings = [*jit.warnings(), *([tuned.warning] if options["tuning"] and tuned.warning else [])]
+        self.is_tuned = bool(tuned.date or tuned.warning)  # or must not be
 
     def _compile(self, gguf: GGUFFile, options: ModelOptions, on_compile: Callable[[int, int], None] | None) -> None:
         """What the model needs, or load it from the cache; see `Engine.open`."""
@@ -284,6 +286,24 @@ class ModelRunner:
         self.buffers.array("x")[:] = 1
         out = np.empty(n * matrix.n_out, np.float32)
         return lambda: self._multiply(self.buffers, int(out.ctypes.data), matrix, self.buffers.x, n)
+
+    def weights_reader(self, least_bytes: int) -> tuple[Callable[[], None], int] | None:
+        """A call that multiplies a row with so many bytes of weights or a few more, and how many that are; None where
+        there are fewer. Its memory is its own."""
+        matrices = [matrix for layer in self.weights.layers for matrix in (layer.attn_q, layer.attn_output)]
+        totals = enumerate(accumulate(matrix.slice_bytes for matrix in matrices), 1)
+        n, n_bytes = next(((n, total) for n, total in totals if total >= least_bytes), (0, 0))
+        if not n:
+            return None
+        chosen = matrices[:n]
+        x = np.ones(max(matrix.n_in for matrix in chosen), np.float32)
+        out = np.empty(max(matrix.n_out for matrix in chosen), np.float32)
+
+        def read() -> None:
+            for matrix in chosen:
+                self._multiply(self.buffers, int(out.ctypes.data), matrix, int(x.ctypes.data), 1)
+
+        return read, n_bytes
 
     @property
     def kernels(self) -> Any:

@@ -1,0 +1,111 @@
+"""The first moment in which nobody waits: a second or two of experiments with what matters most.
+
+Only where nothing is known of the machine yet. `m2lite tune` does it thoroughly. Knows the engine, not its sessions.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+
+from m2lite.engine.ratios import is_won, may_win, noise_of, summary
+from m2lite.engine.thread import compute_thread
+from m2lite.engine.tuned import Change, Ratio, Tuning, save_tuning, this_machine, tuning_path
+from m2lite.errors import M2liteError
+from m2lite.kernels import tuning
+from m2lite.kernels.crowd import busy_cores, processor_seconds
+
+Values = Mapping[str, int]
+
+# What decides how fast weights come from memory, which is most of decoding.
+CANDIDATES: tuple[dict[str, int], ...] = (
+    {"tiles_ahead": 1}, {"tiles_ahead": 4}, {"first_cache": 1}, {"first_cache": 1, "tiles_ahead": 1},
+)  # fmt: skip
+N_FIRST, N_PAIRS = 5, 15
+_REST_S, _PAUSE_S = 1.0, 0.05  # for which nothing was computed before; between two looks
+
+
+class Disturbed(Exception):
+    """Somebody waits, or other programs are busy: what was measured says little."""
+
+
+class IdleTuning:
+    """Times `read`, which reads more bytes of weights than a cache holds, on a thread that gives way to all others."""
+
+    def __init__(self, read: Callable[[], None], read_bytes: int, is_idle: Callable[[], bool]) -> None:
+        self._read, self._read_bytes, self._is_idle = read, read_bytes, is_idle
+        self._stopped = threading.Event()
+        self._best_s = float("inf")
+        self._thread = threading.Thread(target=self._run, name="m2lite-tune", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """For ever, and soon: after the pair that is being timed."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        before = tuning.DEFAULTS
+        while self._rests():
+            began, used = time.monotonic(), processor_seconds()
+            try:
+                changes = self._try_all(before)
+                now = processor_seconds()
+                if used is None or now is None or busy_cores(used, now, time.monotonic() - began) is not None:
+                    raise Disturbed
+            except Disturbed:
+                tuning.use(before)
+                continue
+            found = Tuning(changes, {}, self._read_bytes / self._best_s, f"{datetime.now(UTC):%Y-%m-%d %H:%M}, idle")
+            tuning.use(found.values)
+            with suppress(M2liteError):  # it is measured again at the next start
+                save_tuning(tuning_path(this_machine()), found)
+            return
+
+    def _rests(self) -> bool:
+        """Once nobody has waited for a while; False when it is stopped."""
+        quiet_since = time.monotonic()
+        while not self._stopped.wait(_PAUSE_S):
+            if not self._is_idle():
+                quiet_since = time.monotonic()
+            elif time.monotonic() > quiet_since + _REST_S:
+                return True
+        return False
+
+    def _try_all(self, before: Values) -> Sequence[Change]:
+        noise = {"decode": noise_of(self._ratios(before, before, N_PAIRS))}
+        best, best_ratio = list[Change](), 0.0
+        for values in CANDIDATES:
+            after = {**before, **values}
+            ratios = self._ratios(before, after, N_FIRST)
+            if may_win({"decode": summary(ratios)}, noise):
+                ratios += self._ratios(before, after, N_PAIRS - N_FIRST)
+            found: dict[str, Ratio] = {"decode": summary(ratios)}
+            if is_won(found, noise) and found["decode"][1] > best_ratio:
+                best, best_ratio = [Change(name, value, found) for name, value in values.items()], found["decode"][1]
+        return best
+
+    def _ratios(self, before: Values, after: Values, n: int) -> list[float]:
+        """Time before over time after, in pairs."""
+        found = list[float]()
+        for i in range(n):
+            if self._stopped.is_set() or not self._is_idle():
+                raise Disturbed
+            pair = (before, after) if i % 2 else (after, before)
+            first, second = compute_thread().run(partial(self._pair, pair))
+            found.append(first / second if i % 2 else second / first)
+        return found
+
+    def _pair(self, settings: tuple[Values, Values]) -> tuple[float, float]:
+        seconds = list[float]()
+        for values in settings:
+            tuning.use(values)
+            began = time.perf_counter()
+            self._read()
+            seconds.append(time.perf_counter() - began)
+        self._best_s = min(self._best_s, *seconds)
+        return seconds[0], seconds[1]
