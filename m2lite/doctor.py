@@ -11,6 +11,7 @@ from m2lite import __version__, machine
 from m2lite.errors import M2liteError
 from m2lite.settings import OPTIONS, Settings
 from m2lite.system.byte_units import format_bytes, format_speed
+from m2lite.system.paths import is_private, user_dir
 
 _FEATURES = ("avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "amx-int8", "neon", "dotprod", "i8mm")
 
@@ -34,6 +35,9 @@ def report(settings: Settings) -> Iterator[tuple[str, str]]:
     if jit.CACHE_DIR.exists():
         yield "disk there", f"{format_bytes(shutil.disk_usage(jit.CACHE_DIR).free)} free"
     yield from _tuning(settings["tuning"])
+    for path in (user_dir("cache") / name for name in ("kv", "heat", "drafts")):
+        if path.exists() and not is_private(path):
+            yield "warning", f"{path} is not yours alone to write: what lies there is not used"
     for warning in jit.warnings():
         yield "warning", warning
     try:

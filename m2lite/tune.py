@@ -81,7 +81,10 @@ class Experiments:
         return {work: summary(self._ratios(work, tuning.DEFAULTS, after, N_PAIRS)) for work in self.tests}
 
     def use(self, values: Values) -> None:
+        other_tiles = values["first_cache"] != tuning.VALUES["first_cache"]
         tuning.use(values)
+        if other_tiles:
+            self.model.runner.use_tiles()
         if not self.has_threads:
             self.model.runner.n_threads = tuning.n_threads(machine.n_usable_cores())
 

@@ -76,9 +76,12 @@ class Machine:
 
 
 MODEL: Any = SimpleNamespace(
-    runner=SimpleNamespace(stream=None, n_threads=2), session=lambda: None, wait_mapped=lambda stop: None,
-    n_threads=2, ctx=4096,
-)  # fmt: skip
+    runner=SimpleNamespace(stream=None, n_threads=2, use_tiles=lambda: None),
+    session=lambda: None,
+    wait_mapped=lambda stop: None,
+    n_threads=2,
+    ctx=4096,
+)
 
 
 NOTHING = Tuning()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,7 @@ class ModelRunner:
         if self.buffers.kernels is not fast:
             return
         from m2lite.kernels.ahead import Needs, prepare
+        from m2lite.kernels.tuning import VALUES
 
         sidecar = self.drafting.sidecar
         tensors = [*gguf.tensors.values(), *(() if sidecar is None else sidecar.tensors.values())]
@@ -117,7 +119,8 @@ class ModelRunner:
         embedding = gguf.tensors.get("token_embd.weight")
         if embedding is not None:  # else `bind_weights` says so
             has = sidecar is not None, self.stream is not None
-            needs = Needs(formats, embedding.format.name, self.pool.kv, *has, options["amx"])
+            first_cache = VALUES["first_cache"]
+            needs = Needs(formats, embedding.format.name, self.pool.kv, *has, options["amx"], first_cache)
             n_processes = min(_MOST_COMPILE, machine.n_usable_cores(), machine.free_memory_bytes() // _COMPILE_BYTES)
             prepare(needs, n_processes, compute_thread().check, on_compile)
 
@@ -286,6 +289,12 @@ class ModelRunner:
         self.buffers.array("x")[:] = 1
         out = np.empty(n * matrix.n_out, np.float32)
         return lambda: self._multiply(self.buffers, int(out.ctypes.data), matrix, self.buffers.x, n)
+
+    def use_tiles(self) -> None:
+        """Of the parameters in force, from now on; prediction modules keep theirs."""
+        from m2lite.model.weights import use_tiles
+
+        compute_thread().run(partial(use_tiles, self.weights))
 
     def weights_reader(self, least_bytes: int) -> tuple[Callable[[], None], int] | None:
         """A call that multiplies a row with so many bytes of weights or a few more, and how many that are; None where

@@ -22,6 +22,7 @@ from m2lite.kernels.claims import CLOCK, claims_in
 from m2lite.kernels.dot import activation_kind, tile_address, unpack_address
 from m2lite.kernels.far import Far
 from m2lite.kernels.split import Split, region
+from m2lite.kernels.tuning import VALUES
 
 Progress = Callable[[int, int], None]  # how many of how many are ready
 _WORTH_S = 0.2  # of compiling, behind which another process is started
@@ -36,6 +37,7 @@ class Needs(NamedTuple):
     has_modules: bool
     is_streamed: bool
     may_use_amx: bool
+    first_cache: int = 0  # as tuning.py has it
 
 
 def units(needs: Needs) -> dict[str, Callable[[], Any]]:
@@ -156,4 +158,5 @@ def work() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     needs = Needs(*json.loads(sys.argv[2]))
     amx.allow(needs.may_use_amx)
+    VALUES["first_cache"] = needs.first_cache
     _do_share(units(needs), lambda: None)

@@ -8,8 +8,7 @@ A tile kernel is called by address (`simd.call_tile`) with
 
 w: address of row 0; stride: bytes from row to row (0 with n_store = 1 computes one row alone); n_store: 16 or 1;
 n_blocks: steps of 32 weights per row; out is float32, out_stride in bytes; ahead: what will be read soon, as many bytes
-as the 16 rows are: they are asked for, never touched; with its sign set, into the first cache, else into the second.
-x is an activation panel:
+as the 16 rows are: they are asked for, never touched. x is an activation panel:
 
   int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.SUM_AT)
   float32  128 bytes per row and block: 32 float32
@@ -46,6 +45,7 @@ from m2lite.kernels.jit import address_of, kernel, specialise
 from m2lite.kernels.packs import PackType, store_rows
 from m2lite.kernels.packs import zeros as no_sums
 from m2lite.kernels.simd import fma, load_f32, operation, scratch, splat, store_f32, tree_sum, write_f32
+from m2lite.kernels.tuning import VALUES
 
 ZERO = np.float32(0)
 BLOCK = 32  # weights per step of every tile kernel
@@ -205,13 +205,13 @@ def _names_of(name: str) -> dict[str, Any]:
     return names | {"unpack_block": piece(FORMATS[name].unpacker).compiled_for(name)}
 
 
-def _tile_function(name: str, kind: str, uses_amx: bool) -> Any:
+def _tile_function(name: str, kind: str, uses_amx: bool, first_cache: bool) -> Any:
     """The tile kernel of one format and kind of activations."""
     form, most_rows = "", GROUP
     if kind == "int8" and uses_amx:
-        form, most_rows, rows = "_amx", amx_tiles.MOST_ROWS, amx_tiles.tile_function(name)
+        form, most_rows, rows = "_amx", amx_tiles.MOST_ROWS, amx_tiles.tile_function(name, first_cache)
     elif kind == "int8":
-        rows = tile_function(name)
+        rows = tile_function(name, first_cache)
     elif FORMATS[name].is_float:
         products = {
             "add_together": _add_products_of(name, W_ROWS, X_ROWS), "add_apart": _add_products_of(name, W_ROWS, 1),
@@ -223,7 +223,7 @@ def _tile_function(name: str, kind: str, uses_amx: bool) -> Any:
         one, many = (kernel(specialise(f, f"{f.__name__[1:]}_{name}", **names)) for f in (_blocks_one, _blocks_many))
         rows = by_rows(f"{name}_float32", 1, one, many)
     names = {"x_bytes": STEP_BYTES[kind], "most_rows": most_rows, "group_rows": rows}
-    return specialise(_tile, f"tile_{name}_{kind}{form}", **names)
+    return specialise(_tile, f"tile_{name}_{kind}{form}{'_first' * first_cache}", **names)
 
 
 def activation_kind(name: str) -> str:
@@ -233,12 +233,13 @@ def activation_kind(name: str) -> str:
 
 def tile_address(name: str, kind: str) -> int:
     """Compile the tile kernel of format `name` for activations of `kind` and return its address."""
-    return _tile_address(name, kind, kind == "int8" and amx.is_used())
+    is_int8 = kind == "int8"
+    return _tile_address(name, kind, is_int8 and amx.is_used(), is_int8 and VALUES["first_cache"] > 0)
 
 
 @cache
-def _tile_address(name: str, kind: str, uses_amx: bool) -> int:
-    return address_of(_tile_function(name, kind, uses_amx), types.void(*([types.int64] * 9)))
+def _tile_address(name: str, kind: str, uses_amx: bool, first_cache: bool) -> int:
+    return address_of(_tile_function(name, kind, uses_amx, first_cache), types.void(*([types.int64] * 9)))
 
 
 @cache

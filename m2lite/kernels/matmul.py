@@ -18,12 +18,6 @@ def tiles_ahead(builder):
 
 
 @operation(types.int64())
-def cache_mark(builder):
-    """What `ahead` is marked with (see dot.py): the sign where the first cache is meant, else nothing."""
-    return builder.shl(tuning.load(builder, "first_cache"), tuning.I64(63))
-
-
-@operation(types.int64())
 def rows_at_once(builder):
     """Rows of activations that meet a part of a matrix: they must stay in the second cache."""
     return tuning.load(builder, "rows_at_once")
@@ -31,14 +25,14 @@ def rows_at_once(builder):
 
 @kernel
 def coming(w, next_w, tile_bytes, tile, end_tile):
-    """What comes a few tiles later, as tiles take it: the matrix at next_w is asked for before the one at w has ended.
+    """The address of what comes a few tiles later: the matrix at next_w is asked for before the one at w has ended.
 
     next_w is w where none follows.
     """
-    at, mark = tile + tiles_ahead(), cache_mark()
+    at = tile + tiles_ahead()
     if at < end_tile or next_w == w:
-        return w + min(at, end_tile - 1) * tile_bytes | mark
-    return next_w + (at - end_tile) * tile_bytes | mark
+        return w + min(at, end_tile - 1) * tile_bytes
+    return next_w + (at - end_tile) * tile_bytes
 
 
 @inner

@@ -1,7 +1,7 @@
 """What differs between machines and changes no bit: a table of parameters, and the memory in which kernels read them.
 
-Compiled code holds the name of that memory, not its values: it is the same code for all of them. Knows no kernel and no
-file.
+Compiled code holds the name of that memory, not its values: it is the same code for all of them, but for `first_cache`,
+whose instruction is another one. Knows no kernel and no file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TABLE = (
 PARAMETERS = {row.name: row for row in _TABLE}
 DEFAULTS = {row.name: row.default for row in _TABLE}
 
-I64 = ir.IntType(64)
+_I64 = ir.IntType(64)
 _SYMBOL = "m2lite.tuning"
 _INDEX = {row.name: i for i, row in enumerate(_TABLE)}
 _memory = (ctypes.c_int64 * len(_TABLE))(*DEFAULTS.values())
@@ -92,6 +92,6 @@ def load(builder: ir.IRBuilder, name: str) -> ir.Value:
     """Emit a read of the value in force."""
     module = builder.module
     if _SYMBOL not in module.globals:
-        ir.GlobalVariable(module, ir.ArrayType(I64, len(_TABLE)), _SYMBOL)
-    place = [ir.Constant(I64, 0), ir.Constant(I64, _INDEX[name])]
+        ir.GlobalVariable(module, ir.ArrayType(_I64, len(_TABLE)), _SYMBOL)
+    place = [ir.Constant(_I64, 0), ir.Constant(_I64, _INDEX[name])]
     return builder.load(builder.gep(module.globals[_SYMBOL], place))

@@ -53,13 +53,18 @@ def make_private(path: Path) -> bool:
         with suppress(FileExistsError):  # another process was first
             each.mkdir(mode=0o700)
         path = each
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+    if not is_private(path):
         return False
-    if info.st_mode & 0o077:
+    if path.lstat().st_mode & 0o077:
         with suppress(OSError):  # on a disk that is read-only
             path.chmod(0o700)
     return True
+
+
+def is_private(path: Path) -> bool:
+    """Whether it is the user's directory, in which nobody else can write. OSError where there is nothing."""
+    info = path.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
 
 
 _KINDS = (

@@ -14,6 +14,7 @@ from m2lite.kernels import fast, jit, reference
 from m2lite.kernels.tuning import PARAMETERS, VALUES
 from m2lite.model.buffers import Pieces
 from m2lite.model.forward import forward
+from m2lite.model.weights import use_tiles
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import drawn_ids, hash_logits
@@ -80,10 +81,12 @@ def test_no_value_that_differs_between_machines_matters(
         for value in row.values:
             with monkeypatch.context() as patch:
                 patch.setitem(VALUES, row.name, value)
+                use_tiles(engine.weights)
                 timeline = engine.pool.timeline()
                 parts = [engine.run(timeline, tokens[first:end]) for first, end in ((0, 101), (101, 102), (102, 150))]
                 timeline.release()
             assert same(np.concatenate(parts), expected), (row.name, value)
+    use_tiles(engine.weights)
 
 
 def test_batch_mates_do_not_matter(engine: Engine, tokens: list[int], expected: F32) -> None:
