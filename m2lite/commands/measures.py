@@ -15,6 +15,7 @@ import typer
 from m2lite.commands.frame import MODEL, ProgressBar, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
+from m2lite.shown import shown
 from m2lite.signals import stop_on_signals
 from m2lite.system.byte_units import parse_speed
 from m2lite.system.streams import note, say, say_json
@@ -98,7 +99,7 @@ def tune(
         model = stack.enter_context(open_model(settings.opened(draft="off", mtp=None, heat=False)))
         stop = stack.enter_context(stop_on_signals())
         about = ", ".join(f"{name} {value}" for name, value in this_machine().items() if value != "")
-        write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {model.path.name}, {model.n_threads} threads; {about}")
+        write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {shown(model.path.name)}, {model.n_threads} threads; {about}")
         found = run_tune(
             model, known, minutes=minutes, has_threads=settings.opening["threads"] is not None, note=write, stop=stop,
             keep=lambda found: save_tuning(path, found),

@@ -17,14 +17,16 @@ from m2lite.engine.thread import compute_thread
 from m2lite.engine.tuned import Change, Ratio, Tuning, save_tuning, this_machine, tuning_path
 from m2lite.errors import M2liteError
 from m2lite.kernels import tuning
-from m2lite.kernels.crowd import busy_cores, processor_seconds
+from m2lite.kernels.crowd import Used, busy_cores, processor_seconds
 
 Values = Mapping[str, int]
 
 # What decides how fast weights come from memory, which is most of decoding, and needs no other code.
 CANDIDATES: tuple[dict[str, int], ...] = ({"tiles_ahead": 0}, {"tiles_ahead": 1}, {"tiles_ahead": 4})
 N_FIRST, N_PAIRS = 5, 15
-_REST_S, _PAUSE_S = 1.0, 0.05  # for which nothing was computed before; between two looks
+_REST_S, _PAUSE_S = 1.0, 0.05  # for which nobody computed before; between two looks
+_MOST_TRIES = 5  # that were disturbed
+_END_S = 1.0  # for a pair to end
 
 
 class Disturbed(Exception):
@@ -42,18 +44,19 @@ class IdleTuning:
         self._thread.start()
 
     def stop(self) -> None:
-        """For ever, and soon: after the pair that is being timed."""
+        """For ever, and soon: no weights are read after what the compute thread is at."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(_END_S)
 
     def _run(self) -> None:
         before = tuning.DEFAULTS
-        while self._rests():
+        for _ in range(_MOST_TRIES):
+            if not self._rests():
+                return
             began, used = time.monotonic(), processor_seconds()
             try:
                 changes = self._try_all(before)
-                now = processor_seconds()
-                if used is None or now is None or busy_cores(used, now, time.monotonic() - began) is not None:
+                if _is_busy(began, used):
                     raise Disturbed
             except Disturbed:
                 tuning.use(before)
@@ -65,13 +68,15 @@ class IdleTuning:
             return
 
     def _rests(self) -> bool:
-        """Once nobody has waited for a while; False when it is stopped."""
-        quiet_since = time.monotonic()
+        """Once nobody has computed for a while, here or in other programs; False when it is stopped."""
+        since, used = time.monotonic(), processor_seconds()
         while not self._stopped.wait(_PAUSE_S):
-            if not self._is_idle():
-                quiet_since = time.monotonic()
-            elif time.monotonic() > quiet_since + _REST_S:
+            is_idle = self._is_idle()
+            if is_idle and time.monotonic() < since + _REST_S:
+                continue
+            if is_idle and not _is_busy(since, used):
                 return True
+            since, used = time.monotonic(), processor_seconds()
         return False
 
     def _try_all(self, before: Values) -> Sequence[Change]:
@@ -91,7 +96,7 @@ class IdleTuning:
         """Time before over time after, in pairs."""
         found = list[float]()
         for i in range(n):
-            if self._stopped.is_set() or not self._is_idle():
+            if not self._is_idle():
                 raise Disturbed
             pair = (before, after) if i % 2 else (after, before)
             first, second = compute_thread().run(partial(self._pair, pair))
@@ -99,6 +104,8 @@ class IdleTuning:
         return found
 
     def _pair(self, settings: tuple[Values, Values]) -> tuple[float, float]:
+        if self._stopped.is_set():  # the weights may be gone
+            raise Disturbed
         seconds = list[float]()
         for values in settings:
             tuning.use(values)
@@ -107,3 +114,9 @@ class IdleTuning:
             seconds.append(time.perf_counter() - began)
         self._best_s = min(self._best_s, *seconds)
         return seconds[0], seconds[1]
+
+
+def _is_busy(began: float, used: Used | None) -> bool:
+    """Whether other programs were, since then, or the system does not say."""
+    now = processor_seconds()
+    return used is None or now is None or busy_cores(used, now, time.monotonic() - began) is not None

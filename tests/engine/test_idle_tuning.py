@@ -79,13 +79,27 @@ def test_it_gives_way_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_others_disturbed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle_tuning, "busy_cores", lambda *_: 1.0)
+    """Other programs are busy whenever we are: after some attempts that is that."""
     weights = Weights(monkeypatch, is_fast)
-    running = IdleTuning(weights.read, READ_BYTES, lambda: True)
-    while weights.n_reads < 300:
-        running._thread.join(0.001)
-    running.stop()
-    assert not load_tuning().date and dict(tuning.VALUES) == tuning.DEFAULTS
+    monkeypatch.setattr(idle_tuning, "processor_seconds", lambda: Used(100.0 * weights.n_reads, 2, 0.0))
+    IdleTuning(weights.read, READ_BYTES, lambda: True)._thread.join()
+    assert weights.n_reads > 100 and not load_tuning().date and dict(tuning.VALUES) == tuning.DEFAULTS
+
+
+def test_nothing_is_read_once_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Weights(monkeypatch, is_fast)
+
+    def is_idle() -> bool:
+        if weights.n_reads >= 40:
+            running._stopped.set()
+        return True
+
+    running = IdleTuning(weights.read, READ_BYTES, is_idle)
+    running._thread.join()
+    n = weights.n_reads
+    with pytest.raises(idle_tuning.Disturbed):
+        running._pair((tuning.DEFAULTS, tuning.DEFAULTS))
+    assert weights.n_reads == n and not load_tuning().date
 
 
 def test_a_model_does_so_once_and_only_where_nothing_is_known(
