@@ -1,7 +1,7 @@
 """Experiments that m2lite makes on itself: which values of the table (kernels/tuning.py) make it faster here.
 
-Two settings take turns on the same tokens, in one process. A value is kept if the whole interquartile interval of the
-ratios lies above 1 by more than the noise, which is what the default shows against itself. Knows no file.
+Two settings take turns on the same tokens, in one process. A value is kept if all of the exact interval of the ratios'
+median lies above 1 by more than the noise, which is what a setting shows against itself. Knows no file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from time import monotonic, sleep
 from m2lite import machine
 from m2lite.bench import Test, read_plain, time_run
 from m2lite.engine.model import Engine
-from m2lite.engine.ratios import is_won, may_win, noise_of, summary
+from m2lite.engine.ratios import Ratio, is_won, may_win, noise_of, summary
 from m2lite.engine.runner import Stop
-from m2lite.engine.tuned import Change, Ratio, Tuning
+from m2lite.engine.tuned import Change, Tuning
 from m2lite.errors import UsageError
 from m2lite.kernels import tuning
 from m2lite.kernels.crowd import Used, busy_cores, processor_seconds
@@ -24,7 +24,7 @@ from m2lite.kernels.crowd import Used, busy_cores, processor_seconds
 Values = Mapping[str, int]
 Note = Callable[[str], None]
 
-N_FIRST, N_PAIRS = 5, 15  # of pairs: to see whether a value may win, and to say that it has
+N_PAIRS = (5, 15, 45)  # one after the other, as long as a value may win and has not
 _DECODE_S, _PROMPT_S = 0.2, 0.3  # of a run
 _MOST_DECODE, _LEAST_PROMPT, _MOST_PROMPT = 256, 64, 512  # tokens
 _WINDOW_S, _PATIENCE_S = 0.5, 60.0  # in which others must be quiet; for which that is waited for
@@ -64,21 +64,24 @@ class Experiments:
             self._time(test, values, 0)
             each = self._time(test, values, 0) / test.n
             self.tests[work] = Test(kind, max(test.n, min(most, int(seconds / each))), 0)
-            self.noise[work] = noise_of(self._ratios(work, values, values, N_PAIRS))
+            self.noise[work] = noise_of(self._ratios(work, values, values, N_PAIRS[-1]))
         shown = ", ".join(f"{work} of {t.n} tokens {self.noise[work]:.1%}" for work, t in self.tests.items())
-        self.note(f"noise of a setting against itself, {N_PAIRS} pairs: {shown}")
+        self.note(f"noise of a setting against itself, {N_PAIRS[-1]} pairs: {shown}")
 
     def compare(self, works: Iterable[str], before: Values, after: Values) -> dict[str, Ratio]:
-        """How many times as fast as `before` is `after`: above 1, it is faster. Few pairs where it cannot win."""
-        ratios = {work: self._ratios(work, before, after, N_FIRST) for work in works}
-        if may_win({work: summary(each) for work, each in ratios.items()}, self.noise):
+        """How many times as fast as `before` is `after`: above 1, it is faster."""
+        ratios, found = {work: list[float]() for work in works}, dict[str, Ratio]()
+        for n in N_PAIRS:
             for work, each in ratios.items():
-                each += self._ratios(work, before, after, N_PAIRS - N_FIRST)
-        return {work: summary(each) for work, each in ratios.items()}
+                each += self._ratios(work, before, after, n - len(each))
+            found = {work: summary(each) for work, each in ratios.items()}
+            if not may_win(found, self.noise) or (n > N_PAIRS[0] and is_won(found, self.noise)):
+                break
+        return found
 
     def gains(self, after: Values) -> dict[str, Ratio]:
         """Against the defaults."""
-        return {work: summary(self._ratios(work, tuning.DEFAULTS, after, N_PAIRS)) for work in self.tests}
+        return {work: summary(self._ratios(work, tuning.DEFAULTS, after, N_PAIRS[-1])) for work in self.tests}
 
     def use(self, values: Values) -> None:
         other_tiles = values["first_cache"] != tuning.VALUES["first_cache"]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from m2lite import Model, bench, tune, zeros
-from m2lite.engine.ratios import LEAST_NOISE, is_won, may_win, noise_of
+from m2lite.engine.ratios import LEAST_NOISE, is_won, may_win, noise_of, summary
 from m2lite.engine.tuned import Change, Tuning, load_tuning
 from m2lite.errors import UsageError
 from m2lite.kernels import crowd, jit, tuning
-from m2lite.tune import N_FIRST, N_PAIRS
+from m2lite.tune import N_PAIRS
 from tests.conftest import Run
 
 NOISE = {"decode": 0.01, "prompt": 0.02}
@@ -28,8 +28,10 @@ def defaults_afterwards() -> Iterator[None]:
     jit.start(2)
 
 
-def test_the_noise_is_that_of_the_interquartile_interval() -> None:
-    assert noise_of([0.9, 0.98, 1.0, 1.01, 1.5]) == pytest.approx(0.02)
+def test_the_noise_is_how_far_the_exact_interval_reaches() -> None:
+    ratios = [0.5, 0.6, 0.7, 0.98, *[1.0] * 7, 1.01, 1.3, 1.4, 1.5]  # of 15 values the fourth to the twelfth: 96.5 %
+    assert summary(ratios[::-1]) == (0.98, 1.0, 1.01) and noise_of(ratios) == pytest.approx(0.02)
+    assert summary([1.0, 3.0, 2.0]) == (1.0, 2.0, 3.0)
     assert noise_of([1.0] * 9) == LEAST_NOISE
 
 
@@ -114,7 +116,7 @@ def test_where_nothing_wins_the_defaults_stay(monkeypatch: pytest.MonkeyPatch) -
     found, _ = run()
     assert found.values == {} and tune.format_tuning(found) == ["nothing that was tried is faster than the defaults"]
     n_values = sum(len(row.values) * len(row.works) for row in tuning.PARAMETERS.values())
-    assert machine.n_runs < 2 * n_values * (N_FIRST + 2) + 2 * 2 * N_PAIRS, "few pairs where nothing can win"
+    assert machine.n_runs < 2 * n_values * (N_PAIRS[0] + 2) + 2 * 2 * N_PAIRS[-1], "few pairs where nothing can win"
 
 
 def test_what_gains_in_one_work_and_loses_in_the_other_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_threads_that_are_given_are_no_parameter(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("why", ["the time is over", "interrupted"])
 def test_what_was_found_stays_when_it_ends_early(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     machine = Machine(monkeypatch, lambda kind: 100 * (1 + 0.05 * (tuning.VALUES["tiles_ahead"] == 4)))
-    seconds = 82  # in the middle of the values of tiles_ahead
+    seconds = 132  # in the middle of the values of tiles_ahead
     is_late = lambda: why == "interrupted" and machine.now > seconds  # noqa: E731
     found, log = run(stop=is_late, minutes=60 if why == "interrupted" else seconds / 60)
     assert "tiles_ahead 2 -> 4" in log.text and "tiles_ahead 2 -> 8" not in log.text
@@ -197,7 +199,7 @@ def test_the_model_of_zeros_has_m2s_widths_and_takes_no_disk(tmp_path: Path, mon
 def test_the_command(run_inline: Run, bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real thing: whatever wins, the file is this machine's, and the log beside it says what was tried."""
     monkeypatch.setattr(tune, "_others", lambda began, used: None)  # whoever else runs here
-    for name, value in {"N_FIRST": 2, "N_PAIRS": 3, "_DECODE_S": 0.01, "_PROMPT_S": 0.01}.items():
+    for name, value in {"N_PAIRS": (2, 3), "_DECODE_S": 0.01, "_PROMPT_S": 0.01}.items():
         monkeypatch.setattr(tune, name, value)
     done = run_inline("tune", bundled_model)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from m2lite.engine.ratios import is_won, may_win, noise_of, summary
+from m2lite.engine.ratios import Ratio, is_won, may_win, noise_of, summary
 from m2lite.engine.thread import compute_thread
-from m2lite.engine.tuned import Change, Ratio, Tuning, save_tuning, this_machine, tuning_path
+from m2lite.engine.tuned import Change, Tuning, save_tuning, this_machine, tuning_path
 from m2lite.errors import M2liteError
 from m2lite.kernels import tuning
 from m2lite.kernels.crowd import Used, busy_cores, processor_seconds

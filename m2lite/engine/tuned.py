@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m2lite import __version__, machine
+from m2lite.engine.ratios import Ratio
 from m2lite.errors import M2liteError
 from m2lite.kernels import emit, jit, tuning
 from m2lite.storage.durable import atomic_write
@@ -25,8 +26,6 @@ from m2lite.system.paths import machine_cache_dir, make_private
 _VERSION = 1  # of what the file means
 _MOST_BYTES, _MOST_ITEMS = 1 << 16, 1024
 _SAME_SPEED = 1.5  # memory that is so many times as fast or as slow is another
-
-Ratio = tuple[float, float, float]  # speed before over speed after: lower quartile, median, upper quartile
 
 
 class Change(NamedTuple):
