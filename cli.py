@@ -29,7 +29,7 @@ app = typer.Typer(
 # As --help lists them.
 COMMANDS = (
     chat.chat, generate.generate, serve.serve, files.convert, files.quantize, files.imatrix, files.verify,
-    files.inspect_, measures.plan, measures.bench, measures.perplexity, measures.doctor,
+    files.inspect_, measures.plan, measures.bench, measures.tune, measures.perplexity, measures.doctor,
 )  # fmt: skip
 for _run in COMMANDS:
     app.command(_run.__name__.rstrip("_"))(_run)

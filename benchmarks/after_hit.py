@@ -137,7 +137,7 @@ def compare(args: argparse.Namespace) -> None:
         ids = tiny.encode_prompt(TEXT.read_text())
         texts = [ids[at : at + n_all] for at in range(0, args.texts * APART, APART)]
         traces = [record(tiny, text) for text in texts] if args.slice else []
-    with Model.open(args.slice, ctx=1024, load="direct", draft="off") as model:
+    with Model.open(args.slice, ctx=1024, load="direct", draft="off", tuning=False) as model:
         assert model.runner.residency is not None and model.runner.pool.routing is not None
         model.runner.residency.fit = lambda: None  # type: ignore[method-assign]  # the share is given
         routed = Routed(traces) if args.slice else None

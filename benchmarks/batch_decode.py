@@ -70,7 +70,8 @@ def main() -> None:
         results["llama.cpp"] = {n: [] for n in counts}
     # Room for what the first answers draw until the last prompt is read.
     ctx = -(-(options.p + options.n + 64 + max(counts) * options.p // 128) // 64) * 64
-    with Model.open(options.model, draft="off", ctx=ctx, pool=max(counts) * ctx, ram=options.ram) as model:
+    pool = max(counts) * ctx
+    with Model.open(options.model, draft="off", ctx=ctx, pool=pool, ram=options.ram, tuning=False) as model:
         model.wait_mapped()
         ours(model, 4, options.p, 4, 99)
         for repeat in range(options.r):

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     sizes, ctx = [int(n) for n in options.b.split(",")], options.p + options.n + 64
-    with Model.open(options.model, draft="auto", ctx=ctx, sequences=max(sizes), heat=False) as model:
+    with Model.open(options.model, draft="auto", ctx=ctx, sequences=max(sizes), heat=False, tuning=False) as model:
         model.wait_mapped()
         modes = ["off", "ngram", *(["mtp"] if model.runner.drafting.n_modules else []), "auto"]
         print(f"| work | at once | off, tok/s | {' | '.join(modes[1:])} | auto's drafts a step | right |")

@@ -50,7 +50,7 @@ class BeyondBench(Bench):
 
     def _start_argv(self, side: str, work: Work) -> list[str]:
         if side == "ours":
-            fixed = ["-p", PROMPT, "--no-template", "--json", "--seed", "1", *work.ours_args]
+            fixed = ["-p", PROMPT, "--no-template", "--json", "--seed", "1", "--tuning", "off", *work.ours_args]
             sizes = ["--ctx", "1024", "-n", str(N_START), "-t", str(work.threads)]
             return [sys.executable, "-m", "m2lite", "generate", str(work.model), *sizes, *fixed]
         fixed = ["-p", PROMPT, "-no-cnv", "--simple-io", "--ignore-eos", "--seed", "1", "--no-repack", "-lm", "mmap"]

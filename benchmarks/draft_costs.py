@@ -245,7 +245,8 @@ def in_memory(
     ctx: int,
 ) -> Iterator[dict[str, Any]]:
     for overlap, depth, right in product(overlaps, depths, rights):
-        with Model.open(args.slice, ctx=ctx, heat=False) as model:  # anew: `auto` has learnt nothing of other points
+        # Anew: `auto` has learnt nothing of other points.
+        with Model.open(args.slice, ctx=ctx, heat=False, tuning=False) as model:
             model.wait_mapped()
             measured = set_lots(model, overlap)
             rows = measure_point(model, depth, thinned(trace, right), settings, args.n, args.repeats)
@@ -260,7 +261,7 @@ def streamed(args: argparse.Namespace, trace: Trace, overlaps: Sequence[float]) 
     }[args.draft]
     ram = parse_count(args.ram)
     for overlap in overlaps:
-        with Model.open(args.slice, ctx=4096, ram=ram, draft=args.draft, heat=False) as model:
+        with Model.open(args.slice, ctx=4096, ram=ram, draft=args.draft, heat=False, tuning=False) as model:
             measured = set_lots(model, overlap)
             script = quoting(random_ids(model, 4096, seed=3), max(args.n, WARM_TOKENS) + 2)
             rows = measure_point(model, 0, trace, settings, args.n, args.repeats, script)

@@ -1,19 +1,18 @@
 """Medians and how sure they are. Knows numbers only.
 
-The interval of a median is exact where the sample allows it: between the k-th smallest and the k-th largest value lies
-the true median with a probability that the binomial distribution gives, whatever the values' distribution. Below six
-values no such interval reaches 95 %; then it is a bootstrap one, which says less than it seems to.
+The interval of a median is exact where the sample allows it (m2lite/engine/ratios.py). Below six values no such
+interval reaches 95 %; then it is a bootstrap one, which says less than it seems to.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.95
+from m2lite.engine.ratios import LEVEL, exact_rank
+
 N_RESAMPLES = 10_000
 
 
@@ -29,18 +28,6 @@ class Median:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def exact_rank(n: int, level: float = LEVEL) -> tuple[int, float] | None:
-    """(k, coverage) of the narrowest interval x(k) ... x(n + 1 - k) that holds the median with at least `level`."""
-    found = None
-    tail = 0.0
-    for k in range(1, n // 2 + 1):
-        tail += math.comb(n, k - 1) / 2**n
-        if 1 - 2 * tail < level:
-            break
-        found = (k, 1 - 2 * tail)
-    return found
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Median:

@@ -31,7 +31,7 @@ ANSWER = ["generate", "-p", "Hello", "--temp", "0", "--no-template"]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "M2LITE_HEAT": "off"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "M2LITE_HEAT": "off", "M2LITE_TUNING": "off"}
 
 
 def help_seconds() -> float:

@@ -259,7 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [(1, args.n, 1)] * (args.n > 0) + [(args.p, args.prompts, args.p)] * (args.p > 0)
     found = []
-    with Model.open(args.model, threads=args.t, ctx=args.d + max(args.n, args.p) + 64, draft="off") as model:
+    ctx = args.d + max(args.n, args.p) + 64
+    with Model.open(args.model, threads=args.t, ctx=ctx, draft="off", tuning=False) as model:
         profiler = Profiler(model, args.d)
         for n, n_passes, n_ids in wanted:
             found.append(profile(profiler, n, n_passes, n_ids))

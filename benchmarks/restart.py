@@ -40,7 +40,7 @@ def kernels() -> Path:
 def start(slice: Path, ctx: int) -> Server:
     port = free_port()
     argv = [sys.executable, "-m", "m2lite", "serve", str(slice), "--port", str(port), "--ctx", str(ctx)]
-    server = Server("m2lite-restart", [*argv, "--parallel", "1", "--draft", "off"], port)
+    server = Server("m2lite-restart", [*argv, "--parallel", "1", "--draft", "off", "--tuning", "off"], port)
     server.wait()
     return server
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     ctx = args.prompt + _ROOM
-    with Model.open(args.slice, ctx=ctx, draft="off") as model, model.session() as session:
+    with Model.open(args.slice, ctx=ctx, draft="off", tuning=False) as model, model.session() as session:
         long = fill(model, args.prompt)
         model.use_disk(1 << 40)
         model.loop.save(long)

@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
         os.environ["XDG_CACHE_HOME"] = directory
-        with Model.open(options.model, ctx=options.n + 64, draft="off") as model:
+        with Model.open(options.model, ctx=options.n + 64, draft="off", tuning=False) as model:
             measure(model, options.n)
 
 

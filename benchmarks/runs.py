@@ -67,7 +67,7 @@ class Work:
 
 def ours_argv(work: Work) -> list[str]:
     sizes = _sizes(work)
-    fixed = ["-t", str(work.threads), "--ctx", str(work.ctx), "--json", *work.ours_args]
+    fixed = ["-t", str(work.threads), "--ctx", str(work.ctx), "--tuning", "off", "--json", *work.ours_args]
     return [sys.executable, "-m", "m2lite", "bench", str(work.model), *sizes, *fixed]
 
 

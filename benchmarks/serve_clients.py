@@ -149,7 +149,7 @@ def main() -> None:
     most, port = max(counts), free_port()
     ctx = (args.long or args.prompt) + 512
     ours = [sys.executable, "-m", "m2lite", "serve", str(args.slice), "--port", str(port), "--ctx", str(ctx)]
-    servers = [Server("m2lite", [*ours, "--parallel", str(most), "--kv-disk", "0"], port)]
+    servers = [Server("m2lite", [*ours, "--parallel", str(most), "--kv-disk", "0", "--tuning", "off"], port)]
     if args.llama:
         port = free_port()
         sizes = ["-c", str(ctx * most), "-np", str(most), "-t", "2", "-tb", "2", "-cb"]

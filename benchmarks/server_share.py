@@ -48,6 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     port = free_port()
     options = ["--port", str(port), "--ctx", "1k", "--parallel", str(args.clients), "--kv-disk", "0"]
+    options += ["--tuning", "off"]
     server = Server("m2lite", [sys.executable, "-m", "m2lite", "serve", str(args.slice), *options], port)
     pid = server.process.pid
     try:

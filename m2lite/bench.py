@@ -126,12 +126,12 @@ def _run(
 ) -> tuple[list[float], list[Traffic]]:
     """Tokens a second, and what was read, of every timed run."""
     warm, samples, traffic = min(test.n, _WARM_ROWS) if test.kind == "prefill" else 1, list[float](), list[Traffic]()
-    _measure(session, Test(test.kind, warm, test.depth), 0, 0, stop)
+    time_run(session, Test(test.kind, warm, test.depth), 0, 0, stop)
     for n in range(repeats):
         note(f"{test.kind} of {test.n:,} at depth {test.depth:,}: run {n + 1} of {repeats}")
         if cold:
             compute_thread().run(partial(_drop, session.model))
-        seconds = _measure(session, test, n, n + 1 if rotating else 0, stop)
+        seconds = time_run(session, test, n, n + 1 if rotating else 0, stop)
         if seconds is None:
             break
         samples.append(test.n / seconds)
@@ -174,8 +174,8 @@ def _traffic(model: Engine, traffic: list[Traffic], test: Test, log: list[Range]
     return found
 
 
-def _measure(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop) -> float | None:
-    """Seconds of one run, or None when it was stopped."""
+def time_run(session: Session, test: Test, seed: int, ids_seed: int, stop: Stop) -> float | None:
+    """Seconds of one run, or None when it was stopped. Seeds: of what is drawn, and of the ids that are asked."""
     session.rewind(test.depth)
     is_prefill = test.kind == "prefill"
     ids, n_answer = random_ids(session.model, test.n if is_prefill else 1, ids_seed), 1 if is_prefill else test.n + 1
@@ -210,9 +210,14 @@ def _read_speeds(model: Engine) -> dict[str, float]:
     stream = model.runner.stream
     if stream is not None:
         compute_thread().run(stream.drop)
-    memory = np.ones(_READ_BYTES // 8, np.uint64)
-    plain = {"read_bytes_per_s": _read_speed([(memory.ctypes.data, _READ_BYTES)], model.n_threads)}
+    plain = {"read_bytes_per_s": read_plain(model.n_threads)}
     return plain if stream is not None else plain | read_mapped(model)
+
+
+def read_plain(n_threads: int) -> float:
+    """Bytes a second of reading memory."""
+    memory = np.ones(_READ_BYTES // 8, np.uint64)
+    return _read_speed([(memory.ctypes.data, _READ_BYTES)], n_threads)
 
 
 def read_mapped(model: Engine) -> dict[str, float]:

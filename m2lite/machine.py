@@ -112,6 +112,34 @@ def n_usable_cores() -> int:
     return n
 
 
+def quota() -> str:
+    """What a container allows of processor time, as the system writes it; "" where it says nothing."""
+    try:
+        return (_CGROUP / "cpu.max").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def product_name() -> str:
+    """What the machine is sold, or rented, as; "" where the system does not say."""
+    try:
+        return Path("/sys/class/dmi/id/product_name").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def processor_identity() -> str:
+    """Maker, family, model and stepping; else its name."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            lines = file.read(4096).split("\n\n")[0].splitlines()  # of many cores, all of it takes milliseconds
+    except OSError:
+        return processor_name()
+    names = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+    table = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return " ".join(table[name] for name in names if name in table) or processor_name()
+
+
 def processor_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -127,6 +127,7 @@ class ModelOptions(TypedDict, total=False):
         int | None,
         Option("SIZE", parse_positive_bytes, None, "Memory to use, e.g. 12g (GiB) [default: all free]", _ENGINE),
     ]
+    tuning: Annotated[bool, Option("on|off", parse_switch, True, "Use what `m2lite tune` found here", _ENGINE)]
     heat: Annotated[bool, Option("on|off", parse_switch, True, "Remember what a streamed model uses", _ENGINE)]
     draft: Annotated[
         str,

@@ -25,12 +25,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Which drafts paid in earlier runs, and where a test opens a model, is not known, nor kept for the user."""
+    """Which drafts paid in earlier runs, and what was found for this machine, is not known, nor kept for the user."""
     from m2lite.drafting import kept
+    from m2lite.engine import tuned
 
     folder = tmp_path_factory.mktemp("drafts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept, "user_dir", lambda _: folder)
+        patch.setattr(tuned, "machine_cache_dir", lambda: folder)
         yield
 
 
@@ -67,6 +69,7 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "XDG_STATE_HOME": str(home / "state"),
         "XDG_DATA_HOME": str(home / "data"),
         "M2LITE_HEAT": "off",
+        "M2LITE_TUNING": "off",
         "M2LITE_KV_DISK": "0",
         "TERM": "xterm-256color",
         "COLUMNS": "80",

@@ -25,6 +25,7 @@ from m2lite.engine.batch import Batch
 from m2lite.engine.request import Request
 from m2lite.model import residency
 from m2lite.simd import jit
+from m2lite.simd.tuning import DEFAULTS, PARAMETERS, VALUES
 from m2lite.storage import syscalls
 from m2lite.text.template import encode_chat
 from tests.budgets import budget_beyond
@@ -39,6 +40,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "door": ("session", "conversation", "python", "generate", "batch 1", "batch 4", "batch 8", "batch command"),
     "threads": (1, 2, 4),
     "regions": ("as they pay", "everywhere"),  # of threads: models as small as these would do without
+    "tuning": ("default", "least", "most"),  # of what differs between machines
     "chunk": (512, 1, 7, 64),
     "draft": (("off", None), ("ngram", 3), ("mtp", 1), ("mtp", 3), ("auto", None)),
     "amx": (False, True),  # where there is none, the same
@@ -67,6 +69,7 @@ class Case:
     door: Any
     threads: Any
     regions: Any
+    tuning: Any
     chunk: Any
     draft: Any
     amx: Any
@@ -126,6 +129,7 @@ def paths(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield
+    VALUES.update({row.name: row.default for row in PARAMETERS.values()})
     jit.start(2)
 
 
@@ -191,8 +195,8 @@ def test_the_same_ids(
     tmp_path: Path,
     run_inline: Run,
 ) -> None:
-    if case.regions == "everywhere":
-        monkeypatch.setattr(jit, "SMALL", 0)
+    for name, value in parameters(case).items():
+        monkeypatch.setitem(DEFAULTS, name, value)  # a model that is opened begins with them
     if case.load != "mapped" and case.door not in ("generate", "batch command"):
         monkeypatch.setattr(residency, "choose_budget", lambda *_: budget_beyond(2 << 30))
     for sampling in SAMPLINGS:
@@ -207,6 +211,13 @@ def test_the_same_ids(
             assert [text for _, text in found] == [text for _, text in plain], sampling
         else:
             assert [ids for ids, _ in found] == [ids for ids, _ in plain], sampling
+
+
+def parameters(case: Case) -> dict[str, int]:
+    """Of what differs between machines, other values than the defaults."""
+    pick = min if case.tuning == "least" else max
+    values = {row.name: row.default if case.tuning == "default" else pick(row.values) for row in PARAMETERS.values()}
+    return values | ({"alone_macs": 0} if case.regions == "everywhere" else {})
 
 
 def in_process(case: Case, path: Path, sampling: Sampling) -> Said:

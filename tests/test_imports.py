@@ -30,6 +30,7 @@ FLOORS = [
     ["api"],
     ["workloads"],
     ["chat", "batch", "serve", "plan", "bench", "bench_drafts", "measure", "doctor", "quant"],
+    ["tune", "zeros"],
     ["commands"],
     ["cli"],
     ["__main__"],

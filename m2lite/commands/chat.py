@@ -112,6 +112,7 @@ def chat(
         if settings.kv_disk if saved is None else settings.kv_disk != 0:
             model.use_disk(settings.kv_disk)
             conversation.is_kept_on_disk = True
+        model.tune_when_idle()
         code = run_chat(talk, lines)
     raise typer.Exit(code)
 

@@ -1,9 +1,11 @@
-"""`bench`, `perplexity` and `doctor`: what it costs, how good it is, what is here."""
+"""`bench`, `tune`, `perplexity` and `doctor`: what it costs, what costs less, how good it is, what is here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ import typer
 from m2lite.commands.frame import MODEL, ProgressBar, command, open_model
 from m2lite.errors import UsageError
 from m2lite.settings import Settings, parse_count
+from m2lite.shown import shown
 from m2lite.signals import stop_on_signals
 from m2lite.system.byte_units import parse_speed
 from m2lite.system.streams import note, say, say_json
@@ -63,6 +66,52 @@ def _print(found: dict[str, Any], format_found: Callable[[dict[str, Any]], str],
 
 
 @command(*MODEL)
+def tune(
+    settings: Settings,
+    *,
+    minutes: Annotated[float, typer.Option("--minutes", metavar="N", min=0.1, help="Stop after so long")] = 10.0,
+) -> None:
+    """Try what differs between processors, and keep what makes this one faster: no token changes.
+
+    Without a MODEL, one of MiniMax-M2's widths whose weights are zeros. Ctrl-C keeps what was found.
+    """
+    from tempfile import TemporaryDirectory
+
+    from m2lite.engine.tuned import Tuning, load_tuning, make_place, save_tuning, this_machine, tuning_path
+    from m2lite.storage.line_log import LineLog
+    from m2lite.tune import format_tuning, run_tune
+    from m2lite.zeros import write_zeros
+
+    known = load_tuning() if settings.opening["tuning"] else Tuning()
+    path = tuning_path(this_machine())
+    make_place(path)
+    with ExitStack() as stack:
+        log = stack.enter_context(closing(LineLog(path.with_suffix(".log"), keeps_lines=False)))
+
+        def write(line: str) -> None:
+            note(line)
+            log.append([line])
+
+        if settings.model is None:
+            folder = stack.enter_context(TemporaryDirectory(prefix="m2lite-"))
+            settings = replace(settings, model=str(Path(folder) / "zeros.gguf"))
+            write_zeros(Path(str(settings.model)))
+        model = stack.enter_context(open_model(settings.opened(draft="off", mtp=None, heat=False)))
+        stop = stack.enter_context(stop_on_signals())
+        about = ", ".join(f"{name} {value}" for name, value in this_machine().items() if value != "")
+        write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {shown(model.path.name)}, {model.n_threads} threads; {about}")
+        found = run_tune(
+            model, known, minutes=minutes, has_threads=settings.opening["threads"] is not None, note=write, stop=stop,
+            keep=lambda found: save_tuning(path, found),
+        )  # fmt: skip
+        lines = format_tuning(found)
+        log.append(lines)
+    say(*lines, f"kept in {path}; what was tried stands in {log.path.name} beside it")
+    if stop():
+        raise typer.Exit(stop.exit_code)
+
+
+@command(*MODEL)
 def plan(
     settings: Settings,
     *,
@@ -110,8 +159,6 @@ def perplexity(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """How well a model foresees a text, and how far it is from another. Scored as llama-perplexity does it."""
-    from contextlib import ExitStack
-
     from m2lite.measure.chunks import read_tokens
     from m2lite.measure.quality import format_perplexity
     from m2lite.measure.quality import perplexity as run_perplexity

@@ -71,6 +71,7 @@ def serve(
             think_tokens=defaults.think_tokens, seed=settings.seed,
             script=None if test_script is None else read_script(test_script, model.tokenizer),
         )  # fmt: skip
+        model.tune_when_idle()
         server = Server(model, options)
         for line in server.describe():
             note(line)

@@ -18,7 +18,7 @@ from m2lite.model.weights import Weights
 from m2lite.storage.durable import atomic_write
 from m2lite.storage.gguf_reader import GGUFFile
 from m2lite.system.json_text import JsonError, parse_object
-from m2lite.system.paths import user_dir
+from m2lite.system.paths import is_private, make_private, user_dir
 
 _VERSION = 1  # of what the numbers mean
 _MOST_BYTES, _MOST_ITEMS = 1 << 16, 4096
@@ -45,7 +45,7 @@ def _table(gguf: GGUFFile) -> list[tuple[str, str, tuple[int, ...]]]:
 def load_kept(path: Path, planner: Planner) -> bool:
     """Begin with what is kept there; False, and nothing changed, where there is nothing or it is damaged."""
     try:
-        if not path.is_file():  # opening a pipe would wait for its other end
+        if not is_private(path.parent) or not path.is_file():  # opening a pipe would wait for its other end
             return False
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
@@ -62,5 +62,5 @@ def save_kept(path: Path, planner: Planner) -> None:
     """Keep what was learnt; where it cannot be written it is not."""
     content = json.dumps({"version": _VERSION, **planner.learnt()}).encode()
     with contextlib.suppress(OSError, M2liteError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_write(path, content)
+        if make_private(path.parent):
+            atomic_write(path, content)

@@ -37,10 +37,12 @@ from m2lite.text.template import Template, load_template
 from m2lite.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import Numba
+    from m2lite.engine.idle_tuning import IdleTuning
     from m2lite.model.cache import Timeline
     from m2lite.model.stream import Stream
     from m2lite.model.weights import Weights
 
+_TUNED_BYTES = 128 << 20  # of weights that experiments read: more than caches hold
 MAX_LOGITS_ROWS = 256  # of one whose logits are all wanted
 
 
@@ -61,6 +63,7 @@ class Engine:
         self.loop = Loop(runner, tokenizer, self.masks, n_positions)
         stream = runner.stream
         is_mapped_ahead = stream is None and gguf.size_bytes + self.kv_bytes <= machine.free_memory_bytes()
+        self._idle_tuning: IdleTuning | None = None
         self._prefault = gguf.prefault() if is_mapped_ahead else None
         if self._prefault is not None:
             runner.drafter.mapping = self._prefault.is_running
@@ -93,7 +96,8 @@ class Engine:
         same. `draft_tokens` bounds the drafts of one step.
         With `heat` it is kept in the cache directory which of such a model's experts are used, and which drafts pay,
         for the next start.
-        With `amx` the processor's matrix instructions are used, where it has them; the bits are the same.
+        With `amx` the processor's matrix instructions are used, where it has them, and with `tuning` what `m2lite tune`
+        found for this machine; the bits are the same.
         `template` "builtin" uses MiniMax-M2's own instead of the file's. On the first run on a machine kernels are
         compiled: `on_compile` is called with how many of how many are ready, if that takes longer than a second.
 
@@ -208,6 +212,21 @@ class Engine:
         bos_id = self.tokenizer.bos_id
         return [bos_id, *ids] if self.tokenizer.add_bos and bos_id is not None else ids
 
+    def tune_when_idle(self) -> None:
+        """Find in the first idle moment what makes decoding faster here, unless that is known or small weights tell
+        nothing. No token depends on it."""
+        if self.runner.is_tuned or self.runner.stream is not None or self._idle_tuning is not None:
+            return
+        from m2lite.engine.idle_tuning import IdleTuning
+
+        reader = self.runner.weights_reader(_TUNED_BYTES)
+        if reader is not None:
+            self._idle_tuning = IdleTuning(*reader, self._is_idle)
+
+    def _is_idle(self) -> bool:
+        is_mapped = self._prefault is None or not self._prefault.is_running()
+        return is_mapped and self.loop.scheduler.is_idle and not compute_thread().busy
+
     def wait_mapped(self, stop: Stop | None = None) -> None:
         """Until the pages of a model that fits into memory are mapped, or `stop` says so; the mapping goes on."""
         if self._prefault is not None:
@@ -245,6 +264,8 @@ class Engine:
             return
         if self._prefault is not None:
             self._prefault.stop()
+        if self._idle_tuning is not None:
+            self._idle_tuning.stop()
         if self._warmer is not None:
             self._warmer.stop()
         self.save_heat()

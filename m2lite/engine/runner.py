@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,11 +61,14 @@ class ModelRunner:
         Prediction modules do not come and go: beside such weights they are used only if they are asked for by name,
         since the memory that they take is missed more.
         """
+        from m2lite.engine.tuned import Tuning, load_tuning
         from m2lite.kernels import amx
-        from m2lite.simd import jit
+        from m2lite.simd import jit, tuning
 
         amx.allow(options["amx"])
-        self.layer = jit.start(options["threads"] or machine.n_usable_cores())
+        tuned = load_tuning() if options["tuning"] else Tuning(warning="switched off")
+        tuning.use(tuned.values)
+        self.layer = jit.start(options["threads"] or tuning.n_threads(machine.n_usable_cores()))
         self.n_threads = jit.n_threads()
 
         from m2lite.drafting.drafter import Drafter
@@ -98,7 +103,8 @@ class ModelRunner:
         self.experts: npt.NDArray[np.unsignedinteger] | None = None  # as `evaluate_rows` noted them
         self._aside: Buffers | None = None
         self.fit()
-        self.warnings = jit.warnings()
+        self.warnings = [*jit.warnings(), *([tuned.warning] if options["tuning"] and tuned.warning else [])]
+        self.is_tuned = bool(tuned.date or tuned.warning)  # or must not be
 
     def _compile(self, gguf: GGUFFile, options: ModelOptions, on_compile: Callable[[int, int], None] | None) -> None:
         """What the model needs, or load it from the cache; see `Engine.open`."""
@@ -107,6 +113,7 @@ class ModelRunner:
         if self.buffers.kernels is not fast:
             return
         from m2lite.kernels.ahead import Needs, prepare
+        from m2lite.simd.tuning import VALUES
 
         sidecar = self.drafting.sidecar
         tensors = [*gguf.tensors.values(), *(() if sidecar is None else sidecar.tensors.values())]
@@ -114,7 +121,8 @@ class ModelRunner:
         embedding = gguf.tensors.get("token_embd.weight")
         if embedding is not None:  # else `bind_weights` says so
             has = sidecar is not None, self.stream is not None
-            needs = Needs(formats, embedding.format.name, self.pool.kv, *has, options["amx"])
+            first_cache = VALUES["first_cache"]
+            needs = Needs(formats, embedding.format.name, self.pool.kv, *has, options["amx"], first_cache)
             n_processes = min(_MOST_COMPILE, machine.n_usable_cores(), machine.free_memory_bytes() // _COMPILE_BYTES)
             prepare(needs, n_processes, compute_thread().check, on_compile)
 
@@ -279,6 +287,30 @@ class ModelRunner:
         self.buffers.array("x")[:] = 1
         out = np.empty(n * matrix.n_out, np.float32)
         return lambda: self._multiply(self.buffers, int(out.ctypes.data), matrix, self.buffers.x, n)
+
+    def use_tiles(self) -> None:
+        """Of the parameters in force, from now on; prediction modules keep theirs."""
+        from m2lite.model.weights import use_tiles
+
+        compute_thread().run(partial(use_tiles, self.weights))
+
+    def weights_reader(self, least_bytes: int) -> tuple[Callable[[], None], int] | None:
+        """A call that multiplies a row with so many bytes of weights or a few more, and how many that are; None where
+        there are fewer. Its memory is its own."""
+        matrices = [matrix for layer in self.weights.layers for matrix in (layer.attn_q, layer.attn_output)]
+        totals = enumerate(accumulate(matrix.slice_bytes for matrix in matrices), 1)
+        n, n_bytes = next(((n, total) for n, total in totals if total >= least_bytes), (0, 0))
+        if not n:
+            return None
+        chosen = matrices[:n]
+        x = np.ones(max(matrix.n_in for matrix in chosen), np.float32)
+        out = np.empty(max(matrix.n_out for matrix in chosen), np.float32)
+
+        def read() -> None:
+            for matrix in chosen:
+                self._multiply(self.buffers, int(out.ctypes.data), matrix, int(x.ctypes.data), 1)
+
+        return read, n_bytes
 
     @property
     def kernels(self) -> Any:

@@ -23,6 +23,7 @@ from m2lite.simd import cache, jit
 from m2lite.simd.claims import CLOCK, claims_in
 from m2lite.simd.far import Far
 from m2lite.simd.split import Split, region
+from m2lite.simd.tuning import VALUES
 
 Progress = Callable[[int, int], None]  # how many of how many are ready
 _WORTH_S = 0.2  # of compiling, behind which another process is started
@@ -37,6 +38,7 @@ class Needs(NamedTuple):
     has_modules: bool
     is_streamed: bool
     may_use_amx: bool
+    first_cache: int = 0  # as tuning.py has it
 
 
 def units(needs: Needs) -> dict[str, Callable[[], Any]]:
@@ -157,4 +159,5 @@ def work() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     needs = Needs(*json.loads(sys.argv[2]))
     amx.allow(needs.may_use_amx)
+    VALUES["first_cache"] = needs.first_cache
     _do_share(units(needs), lambda: None)

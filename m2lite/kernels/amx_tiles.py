@@ -14,7 +14,6 @@ from llvmlite import ir
 from numba.core import types
 
 from m2lite.formats.kernels.tile import TileForm
-from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels import integer_tiles
 from m2lite.kernels.dots import GROUP, PANEL_BYTES, signed
 from m2lite.kernels.integer_tiles import add_step, prefetch_step
@@ -193,9 +192,9 @@ def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def rows_function(name: str) -> Any:
+def rows_function(name: str, first_cache: bool) -> Any:
     """The compiled kernel of a format on matrix registers, for 1 to MOST_ROWS activation rows."""
-    form: TileForm = piece(FORMATS[name].tile)
+    form = integer_tiles.form_of(name, first_cache)
     n_groups = form.integers.n_groups
     names = {
         "block_bytes": form.block_bytes,
@@ -210,7 +209,7 @@ def rows_function(name: str) -> Any:
         "multiply_last": _multiply_of(form, _LAST_SUMS, _LAST_X),
         "add": _add_of(form),
     }
-    return kernel(specialise(_rows, f"amx_rows_{name}", **names))
+    return kernel(specialise(_rows, f"amx_rows_{name}{'_first' * first_cache}", **names))
 
 
 def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
@@ -220,8 +219,9 @@ def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         many_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
 
 
-def tile_function(name: str) -> Any:
+def tile_function(name: str, first_cache: bool) -> Any:
     """The compiled kernel of a format, for 1 to MOST_ROWS activation rows; few do without matrix registers."""
-    least = LEAST_ROWS[piece(FORMATS[name].tile).integers.n_groups]
-    names = {"least_rows": least, "few_rows": integer_tiles.tile_function(name), "many_rows": rows_function(name)}
-    return kernel(specialise(_by_rows, f"amx_by_rows_{name}", **names))
+    few, many = integer_tiles.tile_function(name, first_cache), rows_function(name, first_cache)
+    least = LEAST_ROWS[integer_tiles.form_of(name, first_cache).integers.n_groups]
+    names = {"least_rows": least, "few_rows": few, "many_rows": many}
+    return kernel(specialise(_by_rows, f"amx_by_rows_{name}{'_first' * first_cache}", **names))

@@ -48,6 +48,7 @@ from m2lite.simd.kinds import PackType, pack
 from m2lite.simd.memory import load_f32, scratch, store_f32, write_f32
 from m2lite.simd.packs import store_rows
 from m2lite.simd.packs import zeros as no_sums
+from m2lite.simd.tuning import VALUES
 from m2lite.simd.vectors import fma, operation, splat, tree_sum
 
 ZERO = np.float32(0)
@@ -208,13 +209,13 @@ def _names_of(name: str) -> dict[str, Any]:
     return names | {"unpack_block": piece(FORMATS[name].unpacker).compiled_for(name)}
 
 
-def _tile_function(name: str, kind: str, uses_amx: bool) -> Any:
+def _tile_function(name: str, kind: str, uses_amx: bool, first_cache: bool) -> Any:
     """The tile kernel of one format and kind of activations."""
     form, most_rows = "", GROUP
     if kind == "int8" and uses_amx:
-        form, most_rows, rows = "_amx", amx_tiles.MOST_ROWS, amx_tiles.tile_function(name)
+        form, most_rows, rows = "_amx", amx_tiles.MOST_ROWS, amx_tiles.tile_function(name, first_cache)
     elif kind == "int8":
-        rows = tile_function(name)
+        rows = tile_function(name, first_cache)
     elif FORMATS[name].is_float:
         products = {
             "add_together": _add_products_of(name, W_ROWS, X_ROWS), "add_apart": _add_products_of(name, W_ROWS, 1),
@@ -226,7 +227,7 @@ def _tile_function(name: str, kind: str, uses_amx: bool) -> Any:
         one, many = (kernel(specialise(f, f"{f.__name__[1:]}_{name}", **names)) for f in (_blocks_one, _blocks_many))
         rows = by_rows(f"{name}_float32", 1, one, many)
     names = {"x_bytes": STEP_BYTES[kind], "most_rows": most_rows, "group_rows": rows}
-    return specialise(_tile, f"tile_{name}_{kind}{form}", **names)
+    return specialise(_tile, f"tile_{name}_{kind}{form}{'_first' * first_cache}", **names)
 
 
 def activation_kind(name: str) -> str:
@@ -236,12 +237,13 @@ def activation_kind(name: str) -> str:
 
 def tile_address(name: str, kind: str) -> int:
     """Compile the tile kernel of format `name` for activations of `kind` and return its address."""
-    return _tile_address(name, kind, kind == "int8" and amx.is_used())
+    is_int8 = kind == "int8"
+    return _tile_address(name, kind, is_int8 and amx.is_used(), is_int8 and VALUES["first_cache"] > 0)
 
 
 @cache
-def _tile_address(name: str, kind: str, uses_amx: bool) -> int:
-    return address_of(_tile_function(name, kind, uses_amx), types.void(*([types.int64] * 9)))
+def _tile_address(name: str, kind: str, uses_amx: bool, first_cache: bool) -> int:
+    return address_of(_tile_function(name, kind, uses_amx, first_cache), types.void(*([types.int64] * 9)))
 
 
 @cache

@@ -6,6 +6,7 @@ memory. The sums are the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,12 @@ def prefetch_step(builder: ir.IRBuilder, form: TileForm, ahead: ir.Value, s: int
 
     All at once would keep the loads of this block waiting: K-quants streamed at two thirds of the speed. LLVM would put
     them together again but for the fence. They go to the second cache: two tiles of wide rows are more than a first
-    cache of 32 kB holds, and a processor waits for fewer lines at once there (Zen 4: 19 GB/s instead of 30).
+    cache of 32 kB holds, and a processor waits for fewer lines at once there (Zen 4: 19 GB/s instead of 30). Where the
+    first is better, there is other code for it: a branch in the loop cost K-quants on AVX2 a fifth of their speed.
     """
     lines = range(0, n_rows * form.block_bytes, 64)
     for line in lines[s * len(lines) // form.n_steps : (s + 1) * len(lines) // form.n_steps]:
-        emit.prefetch(builder, builder.add(ahead, emit.I64(line)), 2)
+        emit.prefetch(builder, builder.add(ahead, emit.I64(line)), 3 if form.first_cache else 2)
     if form.n_steps > 1:
         emit.fence(builder)
 
@@ -266,9 +268,16 @@ def by_rows(name: str, n_rows: int, few_rows: Any, other_rows: Any) -> Any:
     return kernel(specialise(_by_rows, f"by_rows_{n_rows}_{name}", **names))
 
 
-def tile_function(name: str) -> Any:
-    """The compiled kernel of a format, for 1 to GROUP activation rows."""
+def form_of(name: str, first_cache: bool) -> TileForm:
+    """A format's, with what is asked for going into that cache."""
     form: TileForm = piece(FORMATS[name].tile)
+    return replace(form, first_cache=first_cache)
+
+
+def tile_function(name: str, first_cache: bool) -> Any:
+    """The compiled kernel of a format, for 1 to GROUP activation rows."""
+    form = form_of(name, first_cache)
+    name += "_first" * first_cache
     names = {
         "block_bytes": form.block_bytes,
         "n_steps": form.n_steps,

@@ -5,16 +5,24 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from m2lite.kernels.dots import GROUP
-from m2lite.simd import emit
+from m2lite.simd import emit, tuning
 from m2lite.simd.far import far
 from m2lite.simd.jit import inner, kernel
 from m2lite.simd.kinds import int64, void
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import operation
 
-AT_ONCE = 4 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
-AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the next has come
+
+@operation(int64())
+def tiles_ahead(builder: ir.IRBuilder) -> ir.Value:
+    """How far ahead weights are asked for: a tile of short rows (`ffn_down_exps`) is read before the next has come."""
+    return tuning.load(builder, "tiles_ahead")
+
+
+@operation(int64())
+def rows_at_once(builder: ir.IRBuilder) -> ir.Value:
+    """Rows of activations that meet a part of a matrix: they must stay in the second cache."""
+    return tuning.load(builder, "rows_at_once")
 
 
 @operation(void(*[int64] * 10))
@@ -28,11 +36,11 @@ def call_tile(
 
 @kernel
 def coming(w, next_w, tile_bytes, tile, end_tile):
-    """The address of what comes AHEAD tiles later: what is read next, at next_w, is asked for before end_tile.
+    """The address of what comes a few tiles later: what is read next, at next_w, is asked for before end_tile.
 
     next_w is 0 where nothing follows.
     """
-    at = tile + AHEAD
+    at = tile + tiles_ahead()
     if at < end_tile or next_w == 0:
         return w + min(at, end_tile - 1) * tile_bytes
     return next_w + (at - end_tile) * tile_bytes
@@ -55,9 +63,10 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
 @inner
 def tiles_of(first, end, next_w, out, tile, w, stride, n_out, x, x_stride, n_x, n_blocks, out_stride):
     """Tiles `first` to `end` - 1 of a matrix for all rows; next_w: see `coming`."""
-    for t in range(0, n_x, AT_ONCE):
-        rows, n, at = x + t * x_stride, min(AT_ONCE, n_x - t), out + t * out_stride
-        then = next_w if t + AT_ONCE >= n_x else w + 16 * stride * first
+    most = rows_at_once()
+    for t in range(0, n_x, most):
+        rows, n, at = x + t * x_stride, min(most, n_x - t), out + t * out_stride
+        then = next_w if t + most >= n_x else w + 16 * stride * first
         for i in range(first, end):
             ahead = coming(w, then, 16 * stride, i, end)
             tile_at(tile, i, w, stride, n_out, n_blocks, rows, n, at, out_stride, ahead)

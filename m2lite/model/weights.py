@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -112,6 +112,22 @@ class Weights:
     output: Matrix
     dense_bytes: int  # read for every token: attention, router, head
     expert_bytes: int  # one expert of one layer, its three slices (mean over the layers)
+
+
+def use_tiles(weights: Weights) -> None:
+    """The tile kernels of the parameters in force (simd/tuning.py), from the next call on."""
+    from m2lite.kernels.dot import tile_address
+
+    def choose(record: npt.NDArray[np.void], matrix: Matrix) -> None:
+        record["tile"] = tile_address(matrix.format, matrix.kind)
+
+    choose(weights.output.record, weights.output)
+    for layer in weights.layers:
+        for field in fields(layer):
+            value = getattr(layer, field.name)
+            if isinstance(value, Matrix):
+                choose(layer.record[field.name], value)
+                choose(value.record, value)
 
 
 def load_kernels() -> ModuleType:

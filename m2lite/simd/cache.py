@@ -13,7 +13,6 @@ import hashlib
 import os
 import pickle
 import shutil
-import stat
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from m2lite.simd.claims import CLOCK, claims_in
-from m2lite.system.paths import user_dir
+from m2lite.system.paths import machine_cache_dir, make_private
 
 _KEPT = 8  # directories, each of one version of the sources
 _STALE_S = 3600.0
@@ -43,22 +42,15 @@ SAVING = threading.Lock()  # held where a process that ends would leave a tempor
 _PATIENCE_S, _POLL_S = 120.0, 0.01  # with which another process's work is waited for
 
 
-def _is_private(path: Path) -> bool:
-    """The files are pickles: only a directory that nobody else can write is used."""
-    info = path.lstat()
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
-
-
 def choose_directory(name: str) -> tuple[Path, str]:
     """The directory called `name` among the user's caches, and what is wrong with it, in words, or "".
 
-    It may be missing, or not be private: then nothing is read there, and nothing is written.
+    It may be missing, or not be private: then nothing is read there, and nothing is written. The files are pickles.
     """
-    root = Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache")) / "kernels"
+    root = machine_cache_dir() / "kernels"
     path, why = root / name, ""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_private(root) or not _is_private(path):
+        if not make_private(root) or not make_private(path):
             why, path = "it is not yours alone to write", _NOWHERE
         elif not os.access(path, os.W_OK):
             why = "it is read-only"
@@ -86,7 +78,7 @@ def _content(path: Path) -> Any:
     except OSError:
         return None
     is_whole = hashlib.sha256(found[32:]).digest() == found[:32]
-    return pickle.loads(found[32:]) if is_whole else None  # noqa: S301  # ours: see `_owned_private`
+    return pickle.loads(found[32:]) if is_whole else None  # noqa: S301  # ours: see `choose_directory`
 
 
 class KernelCache(NullCache):  # type: ignore[misc]

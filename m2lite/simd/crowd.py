@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import psutil
 
+from m2lite import machine
+
 
 class Crowd:
     """How many threads a region should use now: as many as others leave cores for.
@@ -56,6 +58,12 @@ class Crowd:
         """Threads to use where others took `others_s` seconds of `n_cores` cores in `elapsed_s`."""
         busy = others_s / elapsed_s
         return max(1, min(self.n_threads, math.floor(n_cores - busy + self.SPARE)))
+
+
+def busy_cores(before: Used, now: Used, elapsed_s: float) -> float | None:
+    """Cores that others used meanwhile, where they left too few for a thread on each of ours; else None."""
+    n, others, elapsed = machine.n_usable_cores(), now.others - before.others, max(elapsed_s, 1e-3)
+    return others / elapsed if Crowd(n).wanted(others, elapsed, now.n_cores) < n else None
 
 
 class Used(NamedTuple):

@@ -34,6 +34,7 @@ from numba.np.ufunc import parallel
 from m2lite.simd.cache import LOST, KernelCache, choose_directory
 from m2lite.simd.claims import CLOCK
 from m2lite.simd.crowd import Crowd
+from m2lite.simd.tuning import VALUES
 
 # Every file whose text compiled code may depend on: kernels, and where they take constants from.
 _SOURCES = (
@@ -72,7 +73,8 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-CACHE_DIR, _CACHE_WARNING = choose_directory(source_hash())
+SOURCES = source_hash()
+CACHE_DIR, _CACHE_WARNING = choose_directory(SOURCES)
 
 
 def _has(layer: str) -> bool:
@@ -155,8 +157,6 @@ def address_of(function: Callable[..., Any], signature: Any, *, parallel: bool =
     return int(compiled.address)
 
 
-SMALL = 300_000  # multiply-adds below which a parallel region may cost more than it saves: about 15 us
-
 _crowd = Crowd(1)
 
 
@@ -164,7 +164,7 @@ def team() -> tuple[int, int]:
     """Threads that a region should use now, and the multiply-adds below which one thread does without a region."""
     if _crowd.look():
         numba.set_num_threads(_crowd.n_active)
-    return _crowd.n_active, SMALL
+    return _crowd.n_active, VALUES["alone_macs"]
 
 
 def parts_of(team: tuple[int, int], work: int) -> int:

@@ -1,8 +1,9 @@
 """Kernels that threads share: from the function of one part, one that does all of them. Sees no kernel's meaning.
 
 A part is part(i, n, *args): share i of n. A chunk is part(i, n, thread, after, *args), where thread numbers what it may
-use of scratch; there are CHUNKS of them for each thread, and whoever is done takes the next. It takes it one chunk
-ahead: `after` is the thread's next one, whose memory the chunk can ask for (n or more: there is none).
+use of scratch; there are several for each thread (tuning.py), and whoever is done takes the next: a slow core delays
+nobody for long. It takes it one chunk ahead: `after` is the thread's next one, whose memory the chunk can ask for (n or
+more: there is none).
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from llvmlite import ir
 from numba import prange
 from numba.core import types
 
-from m2lite.simd import emit, jit
+from m2lite.simd import emit, jit, tuning
 from m2lite.simd.far import Called, Far, far, operation_of
 from m2lite.simd.jit import kernel, specialise
 from m2lite.simd.kinds import int64, void
 from m2lite.simd.memory import scratch, take_number, write_i64
 from m2lite.simd.vectors import operation
-
-CHUNKS = 16  # per thread: a slow core, with one chunk in work and one ahead, delays nobody for long
 
 
 @operation(void(*[int64] * 6))
@@ -61,7 +60,7 @@ class Split(Called):
     def __init__(self, part: Far, *, in_chunks: bool = False, end: Far | None = None) -> None:
         self.part, self._end = part, end
         self.parts = [part] if end is None else [part, end]
-        self._chunks, self._alone = (CHUNKS, [0, 1, 0, 1]) if in_chunks else (1, [0, 1])
+        self._in_chunks, self._alone = in_chunks, [0, 1, 0, 1] if in_chunks else [0, 1]
         n_own = len(self._alone)
         self._kinds = part.kinds[n_own:]
         signature = types.void(types.int64, *self._kinds)
@@ -82,7 +81,7 @@ class Split(Called):
             with alone:
                 self.part.call(builder, *(emit.I64(i) for i in self._alone), *args)
             with together:
-                n_shares = builder.mul(n_parts, emit.I64(self._chunks))
+                n_shares = builder.mul(n_parts, tuning.load(builder, "chunks")) if self._in_chunks else n_parts
                 region.call(builder, self._share(builder.module), n_parts, n_shares, emit.packed(builder, args))
                 if self._end is not None:
                     self._end.call(builder, n_parts, *args)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from m2lite.errors import M2liteError
 from m2lite.storage.durable import atomic_write
-from m2lite.system.paths import user_dir
+from m2lite.system.paths import is_private, make_private, user_dir
 
 
 def heat_path(identity: str) -> Path:
@@ -35,7 +35,7 @@ def load_heat(path: Path, n_layers: int, n_experts: int) -> NDArray[np.float64] 
     """float64 [n_layers, n_experts], or None where there is none or it is damaged."""
     header, n_bytes = _header(n_layers, n_experts), 4 * n_layers * n_experts
     try:
-        if not path.is_file():  # opening a pipe would wait for its other end
+        if not is_private(path.parent) or not path.is_file():  # opening a pipe would wait for its other end
             return None
         with path.open("rb") as file:
             content = file.read(len(header) + n_bytes + 1)
@@ -51,8 +51,8 @@ def save_heat(path: Path, heat: NDArray[np.float64]) -> None:
     """Keep heat [n_layers, n_experts]; where it cannot be written it is not."""
     content = _header(*heat.shape) + heat.astype("<f4").tobytes()
     with contextlib.suppress(OSError, M2liteError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_write(path, content)
+        if make_private(path.parent):
+            atomic_write(path, content)
 
 
 def draw_text(heat: NDArray[np.float64], width: int) -> list[str]:

@@ -17,6 +17,7 @@ import xxhash
 
 from m2lite.storage import durable
 from m2lite.storage.durable import advise
+from m2lite.system.paths import is_private, make_private
 
 _HEADER = struct.Struct("<8s16s16s")  # magic, xxh3_128 of all that follows, what the writer says of the page
 _MAGIC = b"m2litek2"
@@ -60,6 +61,8 @@ class PageStore:
         None, and anything in `into`, where it is not there as it was written.
         """
         try:
+            if not is_private(self.directory):
+                return None
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None
@@ -93,7 +96,8 @@ class PageStore:
         """
         temporary = self.directory / f".{secrets.token_hex(8)}{_GROWING}"
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not make_private(self.directory):
+                return False
             fd = self._begin(temporary)
             try:
                 length = _LENGTH.pack(len(note)) if note else b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,38 @@ def user_dir(kind: Literal["cache", "config", "data", "state"]) -> Path:
     except RuntimeError:
         path = Path()
     return path if path.is_absolute() else Path(os.devnull) / "no-home" / "m2lite"
+
+
+def machine_cache_dir() -> Path:
+    """Where is kept what follows from the machine: compiled kernels, and what was measured."""
+    return Path(os.environ.get("M2LITE_CACHE_DIR") or user_dir("cache"))
+
+
+def make_private(path: Path) -> bool:
+    """Whether nobody but the user can write in the directory; it is made where it is missing, as all above it are.
+
+    One that others may only read is closed to them. OSError where it cannot be made.
+    """
+    missing = list[Path]()
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = path.parent
+    for each in reversed(missing):
+        with suppress(FileExistsError):  # another process was first
+            each.mkdir(mode=0o700)
+        path = each
+    if not is_private(path):
+        return False
+    if path.lstat().st_mode & 0o077:
+        with suppress(OSError):  # on a disk that is read-only
+            path.chmod(0o700)
+    return True
+
+
+def is_private(path: Path) -> bool:
+    """Whether it is the user's directory, in which nobody else can write. OSError where there is nothing."""
+    info = path.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
 
 
 _KINDS = (

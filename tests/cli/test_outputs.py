@@ -18,8 +18,9 @@ from tests.conftest import Run
 
 # Every parameter that is a text, by what it names. A new one must be put here before these tests pass.
 NO_FILE = {
-    "threads", "ctx", "kv", "load", "amx", "ram", "heat", "kv_disk", "draft", "draft_tokens", "temp", "top_k", "top_p",
-    "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget", "template",
+    "threads", "ctx", "kv", "load", "amx", "ram", "tuning", "heat", "kv_disk", "draft", "draft_tokens", "temp", "top_k",
+    "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "think", "think_budget",
+    "template",
     "prompt", "system", "stop_text", "type_name", "tensor_type", "target_size", "split_max_size", "alignment", "name",
     "session", "approve", "prompts", "decodes", "depths", "disk", "on_bad_line", "shard", "order", "ray",
     "host", "alias", "allowed_host", "allowed_origin", "mcp",
@@ -29,7 +30,10 @@ FOLDERS = {"tool_dir"}  # of tools, which write there: tests/chat/test_tools.py
 MODEL = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mtp-m.gguf")
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
 INPUTS: dict[tuple[str, str], tuple[str, ...]] = {
-    **{(name, "model"): MODEL for name in ("chat", "generate", "imatrix", "plan", "bench", "perplexity", "doctor")},
+    **{
+        (name, "model"): MODEL
+        for name in ("chat", "generate", "imatrix", "plan", "bench", "tune", "perplexity", "doctor")
+    },
     **{(name, "mtp"): ("modules.gguf",) for name in ("chat", "generate", "serve", "bench", "batch run")},
     ("serve", "model"): MODEL,
     ("serve", "api_key_file"): ("keys",),

@@ -114,6 +114,9 @@ def test_the_next_process_begins_where_the_last_ended(tmp_path: Path) -> None:
     path, before, after = tmp_path / "deep" / "x.json", learnt(), planner_of(3)
     assert not load_kept(path, after)
     save_kept(path, before)
+    path.parent.chmod(0o777)
+    assert not load_kept(path, after), "others can write there"
+    path.parent.chmod(0o700)
     assert load_kept(path, after)
     machine = Machine(after, table(1.0, 1.4, 1.8, 2.2), 0.05, 0.8)
     machine.run(TRIAL)

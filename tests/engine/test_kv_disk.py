@@ -189,6 +189,14 @@ def test_a_place_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> No
     assert default_budget(tmp_path / "none" / "such") > 0
 
 
+def test_a_place_of_others_is_not_used(tmp_path: Path) -> None:
+    store, page = PageStore(tmp_path / "a" / "b", 1 << 20), memoryview(bytearray(1000))
+    assert store.write("k", page) and store.read("k", page)
+    assert store.directory.stat().st_mode & 0o777 == store.directory.parent.stat().st_mode & 0o777 == 0o700
+    store.directory.chmod(0o777)
+    assert store.read("k", page) is None and not store.write("k2", page) and not store.has("k2")
+
+
 def test_a_chat_that_is_opened_again(bundled_model: Path) -> None:
     """With prediction modules: the same answer, nothing read twice, and drafts are as often right."""
     asked = ["Tell me a story about a fox.", "Tell me a story about a bear.", "And now about a mouse?"]

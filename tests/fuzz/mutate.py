@@ -10,7 +10,7 @@ from typing import Any
 # Targets whose inputs are JSON, whole or line by line, and those with 64-bit lengths before texts.
 JSON = frozenset({
     "json_text", "config", "texts", "manifest", "calls", "schema", "tools", "request", "journal", "chat", "batch",
-    "results", "served", "messages", "responses", "completions", "tokenizer", "safetensors", "drafts",
+    "results", "served", "messages", "responses", "completions", "tokenizer", "safetensors", "drafts", "tuning",
 })  # fmt: skip
 SIZED = frozenset({"gguf", "model", "sidecar", "imatrix"})
 

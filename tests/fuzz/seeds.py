@@ -19,6 +19,7 @@ from m2lite.drafting.chances import Chances
 from m2lite.drafting.cost import CallCost, Sizes
 from m2lite.drafting.kept import save_kept
 from m2lite.drafting.planner import Planner
+from m2lite.engine.tuned import Change, Tuning, save_tuning
 from m2lite.formats.table import FORMATS
 from m2lite.quant.header import Key, array, boolean, build_header, float32, string, uint32
 from m2lite.quant.imatrix import Importance, write_imatrix
@@ -143,6 +144,13 @@ def _drafts() -> bytes:
     for n in (1, 2, 40):
         planner.cost.saw(n, n - 1, 4 * n, 1e-3 * n)
     return _written(lambda path: save_kept(path, planner))
+
+
+def _tuning() -> bytes:
+    ratio = (1.01, 1.02, 1.03)
+    changes = [Change("tiles_ahead", 4, {"decode": ratio, "prompt": ratio}), Change("chunks", 16, {"decode": ratio})]
+    found = Tuning(changes, {"decode": ratio}, 4e10, "2026-11-30T20:00:00+00:00")
+    return _written(lambda path: save_tuning(path, found), "tuning.json")
 
 
 def _imatrix() -> bytes:
@@ -286,6 +294,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "page": _pages,
     "heat": lambda: [_written(lambda path: save_heat(path, np.full((2, 8), math.pi)), "x.npy")],
     "drafts": lambda: [_drafts()],
+    "tuning": lambda: [_tuning()],
     "chat": lambda: [_chat()],
     "settings": lambda: [_TOML],
     "batch": lambda: [_batch(), b"Hi\n\nHow are you?\n"],

@@ -224,6 +224,22 @@ def fuzz_drafts(data: bytes) -> None:
 
 
 @target
+def fuzz_tuning(data: bytes) -> None:
+    """What was found for this machine: nothing, or values of the table."""
+    from m2lite.engine.tuned import load_tuning
+    from m2lite.simd.tuning import PARAMETERS, WORKS
+
+    found = load_tuning(put("tuning/x.json", data))
+    assert found.warning == "" or not found.changes
+    for name, value in found.values.items():
+        assert type(value) is int and value in PARAMETERS[name].values
+    for ratios in (found.gains, *(change.ratios for change in found.changes)):
+        assert set(ratios) <= set(WORKS) and np.isfinite(list(ratios.values())).all()
+    check_text([found.date, found.read_bytes_per_s])
+    assert np.isfinite(found.read_bytes_per_s)
+
+
+@target
 def fuzz_chat(data: bytes) -> None:
     """A saved chat: what is read can be read again once it is written, and can be gone on with."""
     from m2lite.chat.chat import export_markdown, said_of

@@ -38,6 +38,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "engine/kv_disk.py": "our own memory",
     "engine/prefix_cache.py": "our own memory",
     "drafting/kept.py": ("drafts",),
+    "engine/tuned.py": ("tuning",),
     "machine.py": "what the kernel tells",
     "formats/table.py": "weights: any bytes are some",
     "measure/importance.py": "our own memory",

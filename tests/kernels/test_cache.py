@@ -142,6 +142,21 @@ def test_a_directory_of_others_is_not_used(
     assert str(tmp_path / "user" / "kernels") in warning and "cannot be kept" in warning
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_directories_are_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+    """Those above it too, whatever the umask; and one that others could only read is closed to them."""
+    monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path / "a" / "b"))
+    before = os.umask(umask)
+    try:
+        assert choose_directory("v1") == (tmp_path / "a" / "b" / "kernels" / "v1", "")
+    finally:
+        os.umask(before)
+    made = [tmp_path / part for part in ("a", "a/b", "a/b/kernels", "a/b/kernels/v1")]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o700] * 4
+    made[2].chmod(0o755)
+    assert choose_directory("v1")[1] == "" and stat.S_IMODE(made[2].stat().st_mode) == 0o700
+
+
 def test_one_that_is_read_only_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2LITE_CACHE_DIR", str(tmp_path))
     assert compiled(choose_directory("v1")[0])(1) == 2

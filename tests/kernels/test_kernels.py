@@ -14,7 +14,8 @@ from m2lite.formats.kernels.block import Unpacker
 from m2lite.formats.table import FORMATS, piece
 from m2lite.kernels import dots, fast, matmul, reference, router
 from m2lite.kernels.attention import join_parts, part_begin
-from m2lite.simd import cache, emit, jit
+from m2lite.simd import emit, jit
+from m2lite.simd.tuning import VALUES
 from tests.forms import FORMS, run_form, run_script
 from tests.kernels import cases
 
@@ -124,13 +125,9 @@ def test_router_breaks_ties_by_the_lowest_id() -> None:
     assert weights.tolist() == [[0.25] * 4]
 
 
-def test_kernel_cache_is_private_and_named_by_its_sources(tmp_path: Path) -> None:
+def test_kernel_cache_is_private_and_named_by_its_sources() -> None:
     assert jit.CACHE_DIR.stat().st_mode & 0o077 == 0
     assert len(jit.CACHE_DIR.name) == 16
-    open_to_all = tmp_path / "shared"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    assert not cache._is_private(open_to_all)
 
 
 def test_kernel_cache_knows_every_file_with_kernels() -> None:
@@ -147,9 +144,18 @@ def test_kernel_cache_knows_every_file_with_kernels() -> None:
     assert with_kernels <= set(jit.source_files())
 
 
+def test_code_for_the_first_cache_is_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [("Q4_0", "int8"), ("F16", "float32")]
+    plain = [fast.tile_address(*kind) for kind in kinds]
+    monkeypatch.setitem(VALUES, "first_cache", 1)
+    assert [fast.tile_address(*kind) == at for kind, at in zip(kinds, plain, strict=True)] == [False, True]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_share_of_experts_asks_for_what_it_reads_next(after: int) -> None:
+def test_a_share_of_experts_asks_for_what_it_reads_next(after: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the share, and behind it for the beginning of the thread's next one, if there is one."""
+    monkeypatch.setitem(VALUES, "tiles_ahead", n)
     n_parts, n_tiles, tile_bytes, slice_bytes, ids, counts = 3, 9, 1600, 20_000, [2, 3, 7, 9], [1, 2, 9, 1]
     active, starts = np.array(ids, np.int32), np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     at, begun = active.ctypes.data, starts.ctypes.data
@@ -169,9 +175,9 @@ def test_a_share_of_experts_asks_for_what_it_reads_next(after: int) -> None:
 
     read, asked = walk(0, after)
     assert len({r // slice_bytes for r in read}) > 1, "the case has a share of several experts"
-    assert asked[: -matmul.AHEAD] == read[matmul.AHEAD :]
-    behind = walk(after, n_parts)[0][: matmul.AHEAD] if after < n_parts else [read[-1]] * matmul.AHEAD
-    assert asked[-matmul.AHEAD :] == behind
+    assert asked[: len(read) - n] == read[n:]
+    behind = walk(after, n_parts)[0][:n] if after < n_parts else [read[-1]] * n
+    assert asked[len(read) - n :] == behind
 
 
 @pytest.mark.parametrize("is_q8", [0, 1])

@@ -15,7 +15,7 @@ from m2lite.engine.thread import compute_thread
 from m2lite.errors import M2liteError
 from m2lite.kernels import reference
 from m2lite.measure.importance import Collected, SquareSums, collect_importance, format_importance
-from m2lite.simd import jit
+from m2lite.simd.tuning import DEFAULTS, VALUES
 from tests.model.engine import Engine
 from tests.model.test_refused import rewrite
 
@@ -100,7 +100,8 @@ def test_rows_and_threads_change_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(model, "n_rows", n_rows)
             assert_same(collect_importance(model, TOKENS, N_CTX), collected)
-    monkeypatch.setattr(jit, "SMALL", 0)
+    for table in (DEFAULTS, VALUES):
+        monkeypatch.setitem(table, "alone_macs", 0)
     for threads in (1, 2):
         with Model.open(model_files["random"], ctx=128, threads=threads) as other:
             assert_same(collect_importance(other, TOKENS, N_CTX), collected)

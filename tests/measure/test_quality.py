@@ -14,7 +14,7 @@ import tinymodel
 from m2lite import Model, UsageError
 from m2lite.engine.thread import compute_thread
 from m2lite.measure.quality import SLICE_ROWS, format_perplexity, mean_error, perplexity
-from m2lite.simd import jit
+from m2lite.simd.tuning import DEFAULTS, VALUES
 from tests.golden.compare import log_softmax
 from tests.model.test_refused import rewrite
 
@@ -137,7 +137,8 @@ def test_threads_and_rows_change_nothing(
 ) -> None:
     expected = perplexity(opened("random"), TOKENS, N_CTX, against=other)
     assert expected is not None
-    monkeypatch.setattr(jit, "SMALL", 0)
+    for table in (DEFAULTS, VALUES):
+        monkeypatch.setitem(table, "alone_macs", 0)
     with Model.open(model_files["random"], ctx=640, threads=1) as model:
         model.n_rows = 100
         assert perplexity(model, TOKENS, N_CTX, against=other) == expected

@@ -13,7 +13,9 @@ import tinymodel
 from m2lite.kernels import fast, reference
 from m2lite.model.buffers import Pieces
 from m2lite.model.forward import forward
+from m2lite.model.weights import use_tiles
 from m2lite.simd import jit
+from m2lite.simd.tuning import PARAMETERS, VALUES
 from tests.forms import FORMS, run_form
 from tests.model.engine import F32, Engine
 from tests.model.logits_hash import drawn_ids, hash_logits
@@ -65,10 +67,27 @@ def test_parallel_regions_equal_serial_kernels(
     engine: Engine, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model this small runs without parallel regions; force them everywhere."""
-    monkeypatch.setattr(jit, "SMALL", 0)
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
     timeline = engine.pool.timeline()
     parts = [engine.run(timeline, tokens[:70]), engine.run(timeline, tokens[70:71]), engine.run(timeline, tokens[71:])]
     assert same(np.concatenate(parts), expected)
+
+
+def test_no_value_that_differs_between_machines_matters(
+    engine: Engine, tokens: list[int], expected: F32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value of each parameter, with parallel regions everywhere."""
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
+    for row in PARAMETERS.values():
+        for value in row.values:
+            with monkeypatch.context() as patch:
+                patch.setitem(VALUES, row.name, value)
+                use_tiles(engine.weights)
+                timeline = engine.pool.timeline()
+                parts = [engine.run(timeline, tokens[first:end]) for first, end in ((0, 101), (101, 102), (102, 150))]
+                timeline.release()
+            assert same(np.concatenate(parts), expected), (row.name, value)
+    use_tiles(engine.weights)
 
 
 def test_batch_mates_do_not_matter(engine: Engine, tokens: list[int], expected: F32) -> None:

@@ -9,6 +9,7 @@ from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.quant.checkpoint import E4M3
 from m2lite.quant.decode import decode_rows
 from m2lite.simd import jit
+from m2lite.simd.tuning import VALUES
 from tests.kernels.cases import weights_of
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
@@ -48,7 +49,7 @@ def finite_bytes(raw: np.ndarray, dtype: str) -> np.ndarray:
 def test_same_bits_as_numpy(
     case: tuple[int, int, tuple[int, int], int], dtype: str, n_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jit, "SMALL", 0)
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
     before = jit.n_threads()
     jit.start(n_threads)
     n, width, block, first = case

@@ -14,6 +14,7 @@ from m2lite.errors import BadModelError
 from m2lite.formats.table import FORMATS, unpack_rows
 from m2lite.quant.encode import encode_rows
 from m2lite.simd import jit
+from m2lite.simd.tuning import VALUES
 from tests.packing import PACKERS, pack_rows
 from tests.quant.blocks import F32, importance_of, odd_rows
 from tests.quant.search_reference import encode_reference
@@ -87,7 +88,7 @@ def test_searched_bytes_are_those_of_the_definition(name: str, n_rows: int) -> N
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "SMALL", 0)
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
     rng = np.random.default_rng(4)
     x, importance = odd_rows(rng, 50, 512), importance_of(rng, 512)
     x = within(name, x, 0.5)

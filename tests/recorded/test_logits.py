@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m2lite.model.numerics import NUMERICS_VERSION
-from m2lite.simd import jit
+from m2lite.simd.tuning import VALUES
 from tests.recorded.logits import KV, hash_logits, hash_modules
 from tests.recorded.models import NAMES, write_models
 from tests.recorded.record import LOGITS, read_json
@@ -62,6 +62,6 @@ def test_chunks_and_parallel_regions_do_not_change_the_hash(
     paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As no thread, chunk or vector form does: tests/model/test_bits.py."""
-    monkeypatch.setattr(jit, "SMALL", 0)
+    monkeypatch.setitem(VALUES, "alone_macs", 0)
     monkeypatch.setattr("tests.recorded.logits.CHUNK", 37)
     assert hash_logits(paths["Q4_K"], "f16") == TABLE[str(NUMERICS_VERSION)]["Q4_K f16"]

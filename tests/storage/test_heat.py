@@ -25,6 +25,16 @@ def test_comes_back(tmp_path: Path) -> None:
     assert load_heat(path, 4, 10) is None  # another model's
 
 
+def test_a_place_of_others_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "heat" / "heat.npy"
+    save_heat(path, HEAT)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    path.parent.chmod(0o777)
+    before = path.read_bytes()
+    save_heat(path, HEAT + 1)
+    assert load_heat(path, 3, 10) is None and path.read_bytes() == before
+
+
 @pytest.mark.parametrize("bad", [b"", b"\x93NUMPY", b"x" * 500, "nan", "negative", "object"])
 def test_damage_is_ignored(tmp_path: Path, bad: bytes | str) -> None:
     path = tmp_path / "heat.npy"

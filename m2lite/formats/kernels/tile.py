@@ -68,6 +68,7 @@ class TileForm:
     read: Callable[[ir.IRBuilder, TileForm, RowAddresses, Step], None]
     weights: Callable[[ir.IRBuilder, Load, int], Vectors]  # of a step
     has_minimum: bool = False
+    first_cache: bool = False  # whether weights are asked for into the first cache, else into the second
 
     @property
     def block_bytes(self) -> int:
