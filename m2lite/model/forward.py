@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2lite.errors import M2liteError
 from m2lite.model.buffers import Buffers, on_a_line
 from m2lite.model.cache import KVPool, Rows
-from m2lite.model.layers import ForwardPass, Check, go_on, layer
+from m2lite.model.layers import Check, ForwardPass, go_on, layer
 from m2lite.model.observer import Observer
 from m2lite.model.weights import Matrix, Vector, Weights
 from m2lite.simd import jit
