@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2lite.errors import M2liteError
 from m2lite.model.buffers import Buffers, on_a_line
 from m2lite.model.cache import KVPool, Rows
-from m2lite.model.layers import Call, Check, go_on, layer
+from m2lite.model.layers import Check, ForwardPass, go_on, layer
 from m2lite.model.observer import Observer
 from m2lite.model.weights import Matrix, Vector, Weights
 from m2lite.simd import jit
@@ -43,7 +43,7 @@ def forward(
     them. Observers that are not late make few rows slower.
     """
     c, b, n, stream = weights.config, buffers, rows.n, buffers.stream
-    call = Call(pool, rows, b, observers, check, stream)
+    call = ForwardPass(pool, rows, b, observers, check, stream)
     embed(call, weights, n, b.x)
     for i, each in enumerate(weights.layers):
         check()
@@ -62,7 +62,7 @@ def forward(
     return logits
 
 
-def embed(call: Call, weights: Weights, n: int, out: int) -> None:
+def embed(call: ForwardPass, weights: Weights, n: int, out: int) -> None:
     """out[n, n_embd] = token_embd[token] of the call's rows."""
     embd, out_stride = weights.token_embd, 4 * weights.config.n_embd
     call.buffers.kernels.embed_rows(

@@ -37,7 +37,7 @@ def go_on() -> None:
     """The check of callers who do not stop."""
 
 
-class Call:
+class ForwardPass:
     """What all layers of one call have in common: where the rows stand, as addresses, and who looks at them."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Call:
         return record
 
 
-def layer(call: Call, weights: Layer, i: int, n: int) -> int:
+def layer(call: ForwardPass, weights: Layer, i: int, n: int) -> int:
     """Layer i for n rows; how many of them go on, 0 when a router score is NaN or infinite."""
     if call.can_be_one and n <= FEW_ROWS and n * call.attend_macs <= call.buffers.pieces.attend_macs:
         n_bad = _in_one_kernel(call, weights, i, n)
@@ -83,13 +83,13 @@ def layer(call: Call, weights: Layer, i: int, n: int) -> int:
     return 0 if n_bad else n
 
 
-def _in_one_kernel(call: Call, weights: Layer, i: int, n: int) -> int:
+def _in_one_kernel(call: ForwardPass, weights: Layer, i: int, n: int) -> int:
     """All steps for few rows; how many of them have a NaN or infinite score."""
     macs, offset = n * call.attend_macs, i * call.layer_bytes
     return int(call.steps.layer(jit.team(), weights.record, call.buffers.record, call.places, n, macs, offset))
 
 
-def project(call: Call, weights: Layer, i: int, n: int) -> None:
+def project(call: ForwardPass, weights: Layer, i: int, n: int) -> None:
     """h = rms_norm(x); q = rope(norm(h Wq)); k = rope(norm(h Wk)) and v = h Wv go into the pages."""
     for first, size, scratch in _pieces(call, n):
         places = call.places_from(first)
@@ -98,7 +98,7 @@ def project(call: Call, weights: Layer, i: int, n: int) -> None:
         each.dense((weights.attn_q, weights.attn_k, weights.attn_v), call.buffers.h, call.config.n_embd, n)
 
 
-def attend(call: Call, i: int, n: int) -> None:
+def attend(call: ForwardPass, i: int, n: int) -> None:
     """attended = softmax(q K / sqrt(head_dim)) V, each row up to its own position."""
     b, macs = call.buffers, call.attend_macs
     step = max(1, int(b.pieces.attend_macs / macs))
@@ -110,7 +110,7 @@ def attend(call: Call, i: int, n: int) -> None:
         call.steps.attend_rows(jit.team(), b.record, call.places, first, size, size * macs, offset)
 
 
-def choose_experts(call: Call, weights: Layer, n: int) -> int:
+def choose_experts(call: ForwardPass, weights: Layer, n: int) -> int:
     """x += attended Wo; h = rms_norm(x); ids = the experts for h. How many rows have a NaN or infinite score."""
     call.check()
     n_bad = 0
@@ -124,7 +124,7 @@ def choose_experts(call: Call, weights: Layer, n: int) -> int:
     return int(n_bad)
 
 
-def show_chosen(call: Call, i: int, n: int) -> int:
+def show_chosen(call: ForwardPass, i: int, n: int) -> int:
     """The observers see the experts of n rows, or choose others; how many rows go on."""
     ids = call.buffers.array("ids")
     for each in call.observers:
@@ -133,7 +133,7 @@ def show_chosen(call: Call, i: int, n: int) -> int:
     return n
 
 
-def run_experts(call: Call, weights: Layer, n: int) -> None:
+def run_experts(call: ForwardPass, weights: Layer, n: int) -> None:
     """x += the chosen experts' outputs for h."""
     b, steps, stream = call.buffers, call.steps, call.stream
     n_active = _group_pairs(b, n)
@@ -153,14 +153,14 @@ def run_experts(call: Call, weights: Layer, n: int) -> None:
         steps.add_experts(jit.team(), b.record, slab.first, slab.n_pairs, n)
 
 
-def _show_experts(call: Call, weights: Layer, slab: Slab) -> None:
+def _show_experts(call: ForwardPass, weights: Layer, slab: Slab) -> None:
     c, b, pairs = call.config, call.buffers, (slab.active, slab.starts, slab.n_active)
     for each in call.observers:
         each.experts((weights.ffn_gate_exps, weights.ffn_up_exps), b.h, c.n_embd, b.pair_rows, *pairs)
         each.experts((weights.ffn_down_exps,), b.expert_h, c.n_ff, b.pair_order - 4 * slab.first, *pairs)
 
 
-def _pieces(call: Call, n: int) -> Iterator[tuple[int, int, npt.NDArray[np.void]]]:
+def _pieces(call: ForwardPass, n: int) -> Iterator[tuple[int, int, npt.NDArray[np.void]]]:
     """(first row, number of rows, scratch record for them) of n rows, with a look up between them."""
     for first, record in call.buffers.rows_records:
         if first >= n:

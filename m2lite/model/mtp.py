@@ -23,7 +23,7 @@ from m2lite.model.buffers import Buffers
 from m2lite.model.cache import KVPool, Rows
 from m2lite.model.config import ARCHITECTURE, parse_config
 from m2lite.model.forward import embed, head
-from m2lite.model.layers import Call, layer
+from m2lite.model.layers import ForwardPass, layer
 from m2lite.model.observer import Observer
 from m2lite.model.weights import Layer, Matrix, TensorNames, Vector, Weights, bind_layer, load_kernels
 from m2lite.simd import jit
@@ -135,7 +135,7 @@ def run_module(
     from `pool.rows_at`; the module's K and V are written at their positions.
     """
     module, b, n = mtp.modules[k], buffers, rows.n
-    call = Call(pool, rows, b, observers)
+    call = ForwardPass(pool, rows, b, observers)
     embed(call, mtp.trunk, n, b.h)
     if mtp.zero_at_0:
         for row in rows.at_0:
