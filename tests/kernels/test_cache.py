@@ -65,6 +65,28 @@ def test_files_that_are_damaged_are_compiled_again(tmp_path: Path) -> None:
     assert compiled(tmp_path)(1) == 2
 
 
+def test_what_was_loaded_goes_into_what_is_compiled(tmp_path: Path) -> None:
+    """Its own callers' code has it, with the error that it raises."""
+
+    def halved(x: Any) -> Any:
+        if x % 2:
+            raise ValueError("odd", x)
+        return x // 2
+
+    def load() -> Any:
+        function = numba.njit(halved)
+        function._cache = KernelCache(halved, tmp_path)
+        return function
+
+    assert load()(6) == 3
+    kept = load()
+    caller = numba.njit(lambda x: kept(kept(x)))
+    assert (kept(4), hits(kept), caller(12)) == (2, 1, 3)
+    for function, number in ((kept, 3), (caller, 6)):
+        with pytest.raises(ValueError, match=r"\('odd', 3\)"):
+            function(number)
+
+
 def test_another_processor_has_code_of_its_own(tmp_path: Path) -> None:
     """One home directory may be that of several machines."""
 
