@@ -27,6 +27,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from m2lite.simd.claims import CLOCK, claims_in
+from m2lite.simd.kept_code import loaded, to_keep
 from m2lite.system.paths import machine_cache_dir, make_private
 
 _KEPT = 8  # directories, each of one version of the sources
@@ -106,10 +107,10 @@ class KernelCache(NullCache):  # type: ignore[misc]
             if (found := _content(path)) is None:
                 return None
             self._done(path)
-        names, parts = found
+        names, kept = found
         for name in names:
             SYMBOLS[name]()
-        return CompileResult._rebuild(target, *parts)
+        return loaded(target, kept)
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         """Keep it, if there is room. What depends on this process's addresses is not kept."""
@@ -117,7 +118,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
         if not result.library.has_dynamic_globals and all(x.can_cache for x in result.lifted):
             functions = result.library._final_module.functions
             names = [function.name for function in functions if function.is_declaration and function.name in SYMBOLS]
-            data = dumps((names, result._reduce()))
+            data = dumps((names, to_keep(result)))
             try:
                 with SAVING, tempfile.TemporaryDirectory(prefix=".new-", dir=self._directory) as folder:
                     new = Path(folder) / "kernel"

@@ -34,6 +34,9 @@ def hits(function: Any) -> int:
     return sum(function.stats.cache_hits.values())
 
 
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.parametrize("first", [int, float])
 def test_a_signature_has_a_file_of_its_own(tmp_path: Path, first: type) -> None:
     """Two processes may compile at once: neither takes the other's code for its own."""
@@ -63,6 +66,39 @@ def test_files_that_are_damaged_are_compiled_again(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert compiled(tmp_path)(1) == 2
+
+
+LOADED = """
+import sys
+from pathlib import Path
+import numba
+from m2lite.kernels.cache import KernelCache
+
+def halved(x):
+    if x % 2:
+        raise ValueError("odd", x)
+    return x // 2
+
+kept = numba.njit(halved)
+kept._cache = KernelCache(halved, Path(sys.argv[1]))
+caller = numba.njit(lambda x: kept(kept(x)))
+print(kept(4), caller(12), end=" ")
+for function, number in ((kept, 3), (caller, 6)):
+    try:
+        function(number)
+    except ValueError as error:
+        print(error, end=" ")
+(compiled,) = caller.overloads.values()
+print([f.name for f in compiled.library._final_module.functions if f.is_declaration and "halved" in f.name], end=" ")
+print(sum(kept.stats.cache_hits.values()))
+"""
+
+
+def test_what_was_loaded_goes_into_what_is_compiled(tmp_path: Path) -> None:
+    """Another process's kernel is a part of its callers' code, with the error that it raises."""
+    for n_hits in (0, 1):
+        done = subprocess.run([sys.executable, "-c", LOADED, tmp_path], env=ENV, capture_output=True, check=False)
+        assert done.stdout.decode() == f"2 3 ('odd', 3) ('odd', 3) [] {n_hits}\n", done.stderr.decode()
 
 
 def test_another_processor_has_code_of_its_own(tmp_path: Path) -> None:
@@ -201,7 +237,6 @@ def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in (tmp_path / "kernels" / "v11").iterdir()} == {"x.kernel", ".new-2"}
 
 
-ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 OTHER = """
 import sys
 from pathlib import Path
