@@ -127,8 +127,8 @@ def _read_q45_k(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step:
 def _q6_k_weights(builder: ir.IRBuilder, load: Load, step: int) -> Vectors:
     """128 low nibbles in 64 bytes and their high pairs in 32, twice."""
     half, quarter = divmod(step, 4)
-    raw, high = [load(64 * half + 32 * i) for i in (0, 1)], load(128 + 32 * half)
-    low = [bits(builder, v, 4 * (quarter // 2), 15) for v in raw[quarter % 2]]
+    raw, high = load(64 * half + 32 * (quarter % 2)), load(128 + 32 * half)
+    low = [bits(builder, v, 4 * (quarter // 2), 15) for v in raw]
     return with_bits(builder, low, [bits(builder, v, 2 * quarter, 3, to=4) for v in high])
 
 
