@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model, bench, tune, zeros
+from m2lite.engine import tuned
 from m2lite.engine.ratios import LEAST_NOISE, is_won, may_win, noise_of, summary
 from m2lite.engine.tuned import Change, Tuning, load_tuning
 from m2lite.errors import UsageError
@@ -196,8 +197,9 @@ def test_the_model_of_zeros_has_m2s_widths_and_takes_no_disk(tmp_path: Path, mon
         assert all(np.isfinite(each).all() for each in found)
 
 
-def test_the_command(run_inline: Run, bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(run_inline: Run, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real thing: whatever wins, the file is this machine's, and the log beside it says what was tried."""
+    monkeypatch.setattr(tuned, "machine_cache_dir", lambda: tmp_path)  # no other test uses what is found
     monkeypatch.setattr(tune, "_others", lambda began, used: None)  # whoever else runs here
     for name, value in {"N_PAIRS": (2, 3), "_DECODE_S": 0.01, "_PROMPT_S": 0.01}.items():
         monkeypatch.setattr(tune, name, value)
