@@ -42,7 +42,8 @@ def test_the_noise_is_how_far_the_exact_interval_reaches() -> None:
         ((1.02, 1.03, 1.04), (0.99, 1.0, 1.01), True, True),
         ((1.005, 1.03, 1.04), (0.99, 1.0, 1.01), False, True),  # not all of the interval is above the noise
         ((1.02, 1.03, 1.04), (0.9, 0.95, 0.97), False, False),  # at the cost of the other work
-        ((1.0, 1.005, 1.01), (1.0, 1.01, 1.02), False, False),
+        ((1.0, 1.004, 1.01), (1.0, 1.009, 1.02), False, False),
+        ((0.9, 1.006, 1.1), (0.9, 1.0, 1.1), False, True),
         ((0.98, 0.985, 1.0), (1.03, 1.04, 1.05), False, True),
     ],
 )
