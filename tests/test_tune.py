@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from m2lite import Model, bench, tune, zeros
+from m2lite.engine import tuned
 from m2lite.engine.ratios import LEAST_NOISE, is_won, may_win, noise_of, summary
 from m2lite.engine.tuned import Change, Tuning, load_tuning
 from m2lite.errors import UsageError
@@ -41,7 +42,8 @@ def test_the_noise_is_how_far_the_exact_interval_reaches() -> None:
         ((1.02, 1.03, 1.04), (0.99, 1.0, 1.01), True, True),
         ((1.005, 1.03, 1.04), (0.99, 1.0, 1.01), False, True),  # not all of the interval is above the noise
         ((1.02, 1.03, 1.04), (0.9, 0.95, 0.97), False, False),  # at the cost of the other work
-        ((1.0, 1.005, 1.01), (1.0, 1.01, 1.02), False, False),
+        ((1.0, 1.004, 1.01), (1.0, 1.009, 1.02), False, False),
+        ((0.9, 1.006, 1.1), (0.9, 1.0, 1.1), False, True),
         ((0.98, 0.985, 1.0), (1.03, 1.04, 1.05), False, True),
     ],
 )
@@ -196,8 +198,9 @@ def test_the_model_of_zeros_has_m2s_widths_and_takes_no_disk(tmp_path: Path, mon
         assert all(np.isfinite(each).all() for each in found)
 
 
-def test_the_command(run_inline: Run, bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(run_inline: Run, bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real thing: whatever wins, the file is this machine's, and the log beside it says what was tried."""
+    monkeypatch.setattr(tuned, "machine_cache_dir", lambda: tmp_path)  # no other test uses what is found
     monkeypatch.setattr(tune, "_others", lambda began, used: None)  # whoever else runs here
     for name, value in {"N_PAIRS": (2, 3), "_DECODE_S": 0.01, "_PROMPT_S": 0.01}.items():
         monkeypatch.setattr(tune, name, value)

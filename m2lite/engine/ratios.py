@@ -48,5 +48,5 @@ def is_won(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
 
 def may_win(found: Mapping[str, Ratio], noise: Mapping[str, float]) -> bool:
     """The same after a few pairs: whether more of them can say so."""
-    is_faster = any(median > 1 + noise[work] for work, (_, median, _) in found.items())
+    is_faster = any(median > 1 + noise[work] / 2 for work, (_, median, _) in found.items())
     return is_faster and all(high > 1 - noise[work] for work, (_, _, high) in found.items())
