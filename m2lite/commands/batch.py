@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, command, open_model
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, Command, Group, command, open_model
 from m2lite.commands.options import SchemaOption, StopOption, answer_defaults
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
@@ -33,7 +32,7 @@ EXIT_SOME_FAILED = 3
 DEFAULT_INFLIGHT = 32
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """`batch IN -o OUT` is `batch run IN -o OUT`: what is no command's name is an argument."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -352,4 +351,4 @@ def merge(
 
 
 for _function in (run, status, merge):
-    app.command(_function.__name__)(_function)
+    app.command(_function.__name__, cls=Command)(_function)

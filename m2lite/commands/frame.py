@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from m2lite import machine
 from m2lite.errors import M2liteError, UsageError
@@ -29,6 +30,39 @@ MODEL = ("model", *panel("Engine", MODEL_OPTIONS))
 DRAFT = panel("Drafts")
 SAMPLING = panel("Sampling")
 THINKING = panel("Thinking")
+
+
+class _Plain:
+    """A command or group that takes a text as it is: Typer would import Pydantic, which takes 0.06 s, to look at it."""
+
+    def parse_args(self: Any, ctx: Any, args: list[str]) -> list[str]:
+        for parameter in self.get_params(ctx):
+            if hasattr(parameter, "get_runtime_param"):  # not in all versions
+                parameter.get_runtime_param = functools.partial(_Conversion, parameter.get_runtime_param)
+        return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
+
+
+class Command(_Plain, TyperCommand):
+    pass
+
+
+class Group(_Plain, TyperGroup):
+    pass
+
+
+class _Conversion:
+    """What Typer converts a parameter's value with; `others` makes its own, for a number or a path that was given."""
+
+    def __init__(self, others: Callable[[], Any]) -> None:
+        self._others = others
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        kind, is_list = param.type_descriptor.annotation, param.multiple or param.nargs == -1
+        if value is None:
+            return () if is_list else None
+        if kind == list[str] and is_list and not isinstance(value, str):
+            return list(value)
+        return value if type(value) is kind else self._others().coerce(value, param=param, ctx=ctx)
 
 
 def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
