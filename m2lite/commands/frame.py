@@ -56,8 +56,14 @@ class _Conversion:
     def __init__(self, others: Callable[[], Any]) -> None:
         self._others = others
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._others(), name)
+
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
-        kind, is_list = param.type_descriptor.annotation, param.multiple or param.nargs == -1
+        described = getattr(param, "type_descriptor", None)
+        kind, is_list = getattr(described, "annotation", None), param.multiple or param.nargs == -1
+        if kind is None:  # another version's way
+            return self._others().coerce(value, param=param, ctx=ctx)
         if value is None:
             return () if is_list else None
         if kind == list[str] and is_list and not isinstance(value, str):
