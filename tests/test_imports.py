@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "m2lite"
 FLOORS = [
     ["shown"],
     ["errors"],
-    ["system"],
+    ["system", "machine"],
     ["simd"],
     ["formats"],
-    ["storage", "machine", "signals", "settings"],
+    ["storage", "signals", "settings"],
     ["kernels"],
     ["model", "text"],
     ["sampling", "describe"],

@@ -151,7 +151,7 @@ def test_code_for_the_first_cache_is_other_code(monkeypatch: pytest.MonkeyPatch)
     assert [fast.tile_address(*kind) == at for kind, at in zip(kinds, plain, strict=True)] == [False, True]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_share_of_experts_asks_for_what_it_reads_next(after: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the share, and behind it for the beginning of the thread's next one, if there is one."""
