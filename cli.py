@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `m2lite --help` answer
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -42,6 +43,7 @@ _ArgumentError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind._
 
 
 def main() -> None:
+    gc.disable()  # what is imported stays: looking for garbage in it takes 0.05 s
     streams.claim()
     exit_on_terminate()
     code = run(sys.argv[1:])
@@ -52,6 +54,7 @@ def main() -> None:
     compute = sys.modules.get("m2lite.engine.thread")
     if compute is not None and compute.is_busy():
         leave_now(code)
+    gc.freeze()  # nor is it taken apart at the end, which takes 0.1 s
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import time
 import traceback
@@ -89,6 +90,8 @@ def command(*options: str, has_result: bool = True) -> Callable[[Callable[..., N
                 _check_texts(arguments, hints)
                 for name, group in groups.items():
                     arguments[name] = group(**{field.name: arguments.pop(field.name) for field in fields(group)})
+                if "model" not in options:
+                    end_start()
                 function(resolve_settings(flags), **arguments)
 
         hints = get_type_hints(function, include_extras=True)
@@ -183,6 +186,13 @@ def _fail(message: str, code: int, debug: bool) -> None:
     raise typer.Exit(code)
 
 
+def end_start() -> None:
+    """Garbage is collected from now on, among what is made from now on; cli.main has begun without."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def announce_compiling() -> None:
     """Say so before a kernel is compiled. The caller has imported its job: that may set how threads wait."""
     from m2lite.simd import jit
@@ -232,7 +242,9 @@ def begin_model(settings: Settings, on_compile: Callable[[int, int], None], sequ
     """The same, and nothing is said."""
     from m2lite.api import Model
 
-    return Model.open(settings.model, sequences=sequences, on_compile=on_compile, **settings.opening)
+    model = Model.open(settings.model, sequences=sequences, on_compile=on_compile, **settings.opening)
+    end_start()
+    return model
 
 
 def introduce(settings: Settings, free: int, model: Model) -> None:

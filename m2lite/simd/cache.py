@@ -9,6 +9,7 @@ it holds is checked before it is used; what cannot be read or written is compile
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import pickle
@@ -105,6 +106,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
             while not self._claims.take(path.name) and time.monotonic() < given_up:
                 time.sleep(_POLL_S)
             if (found := _content(path)) is None:
+                gc.enable()  # the command line begins without, and compiling leaves much
                 return None
             self._done(path)
         names, kept = found

@@ -65,6 +65,16 @@ def test_help_and_inspect_import_little(command_env: dict[str, str], bundled_mod
             assert f" {command} " in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["generate", "MODEL", "-p", "Hello", "-n", "1"], ["inspect", "MODEL"]])
+def test_garbage_is_collected_after_the_start(
+    command_env: dict[str, str], bundled_model: Path, arguments: list[str]
+) -> None:
+    code = "import atexit, gc, m2lite.cli as c\natexit.register(lambda: print('is', gc.isenabled()))\nc.main()"
+    named = [str(bundled_model) if argument == "MODEL" else argument for argument in arguments]
+    done = subprocess.run([sys.executable, "-c", code, *named], env=command_env, capture_output=True, check=False)
+    assert done.stdout.endswith(b"is True\n"), done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(run_inline: Run, command: str) -> None:
     done = run_inline(command, "--help")
