@@ -10,7 +10,7 @@ from m2lite.kernels.jit import inner, kernel
 from m2lite.kernels.simd import call_tile
 from m2lite.kernels.split import Split
 
-AT_ONCE = 4 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
+AT_ONCE = 2 * GROUP  # rows of activations that meet a part of a matrix: they must stay in the second cache
 AHEAD = 2  # tiles: of short rows (`ffn_down_exps`) one tile is read before the next has come
 
 
