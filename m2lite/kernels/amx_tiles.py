@@ -27,7 +27,7 @@ from m2lite.simd.vectors import operation, splat
 
 ZERO = np.float32(0)
 LEAST_ROWS = {1: 10, 2: 32}  # per groups of weights in a step: with fewer, the other forms are as fast
-MOST_ROWS = 4 * GROUP  # of activations that share one pass over a tile
+MOST_ROWS = 2 * GROUP  # of activations that share one pass over a tile
 STEPS = 8  # that are unpacked, multiplied and added at a time: their sums must stay in half of a first cache
 AT_ONCE = 8  # rows whose sums are in registers
 _SUMS_BYTES = 16 * 64  # of 16 activation rows with 16 weight rows
@@ -150,7 +150,7 @@ configure = unpack = multiply = multiply_last = add = few_rows = many_rows = Non
 
 
 def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
-    """n_x is at most MOST_ROWS: groups of GROUP, each of them two times 16."""
+    """n_x is at most MOST_ROWS: groups of GROUP, each of them some times 16."""
     sums, dots, steps = scratch(MOST_ROWS), scratch(dots_vectors), scratch(tile_vectors)
     n_last = n_x % 16
     for t in range(n_x):

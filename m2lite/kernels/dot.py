@@ -13,7 +13,7 @@ as the 16 rows are: they are asked for, never touched. x is an activation panel:
   int8     48 bytes per row and block: 32 int8, their float32 scale, and sums of them (dots.SUM_AT)
   float32  128 bytes per row and block: 32 float32
 
-A panel holds its rows in groups of up to 32 (only the last one is smaller); a group of T rows is laid out
+A panel holds its rows in groups of up to 64 (only the last one is smaller); a group of T rows is laid out
 [block][T][bytes], so that a block's weights are unpacked once for the T rows. A group that begins with row t begins at
 t * n_blocks * bytes: a panel of one row is simply the row.
 

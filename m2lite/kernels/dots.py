@@ -27,7 +27,7 @@ from m2lite.simd.emit import (
     split,
 )
 
-GROUP = 32  # rows of a panel that share one pass over a tile
+GROUP = 64  # rows of a panel that share one pass over a tile
 
 
 # A block of 32 activations in a panel: byte offsets of what follows its 32 int8, and its size.

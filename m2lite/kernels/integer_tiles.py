@@ -229,7 +229,7 @@ def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
 
 
 def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
-    """The sums stay in memory: those of 32 rows do not fit into registers, and each is touched once a step."""
+    """The sums stay in memory: those of GROUP rows do not fit into registers, and each is touched once a step."""
     sums, tile = scratch(GROUP), scratch(tile_vectors)
     x_step = n_x * PANEL_BYTES
     for t in range(n_x):

@@ -23,7 +23,7 @@ F = np.float32
 F32 = npt.NDArray[np.float32]
 PAGE, BLOCK = 64, 16
 STEP_BYTES = {"int8": 48, "float32": 128}
-GROUP = 32
+GROUP = 64
 
 
 def array_at(address: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:

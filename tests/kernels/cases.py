@@ -99,7 +99,7 @@ def matmul_cases(n_parts: int, formats: tuple[str, ...]) -> Iterator[tuple[Any, 
         for kind in sorted({"float32", dot.activation_kind(name)}):
             for n_out, k, worst in shapes_of(name):
                 w = weights_of(rng, name, (n_out, k), worst)
-                for n_x in (1, 2, 3, 4, 5, 8, 33, 150) if dot.step_of(name) == 32 else (1, 2, 3, 4, 20, 33):
+                for n_x in (1, 2, 3, 4, 5, 8, 65, 150) if dot.step_of(name) == 32 else (1, 2, 3, 4, 20, 65):
                     x = rng.standard_normal((n_x, k)).astype(F)
                     if worst:
                         x = np.sign(x) * F(3.0)

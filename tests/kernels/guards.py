@@ -41,7 +41,7 @@ def run_products(rng: np.random.Generator, at_end: bool, formats: tuple[str, ...
         for kind in {"float32", dot.activation_kind(name)}:
             for n_out in (48, 37, 5):
                 w = cases.weights_of(rng, name, (n_out, k))
-                for n_x in (1, 2, 3, 4, 7, 8, 16, 33):
+                for n_x in (1, 2, 3, 4, 7, 8, 16, 65):
                     x = guarded(rng.standard_normal((n_x, k)).astype(np.float32), at_end)
                     panel = guarded(np.zeros(dot.panel_bytes(kind, n_x, k), np.uint8), at_end)
                     out = guarded(np.zeros((n_x, n_out), np.float32), at_end)
