@@ -20,6 +20,7 @@ from m2lite.engine.tuned import Change, Tuning
 from m2lite.errors import UsageError
 from m2lite.simd import tuning
 from m2lite.simd.crowd import Used, busy_cores, processor_seconds
+from m2lite.system.byte_units import format_speed
 
 Values = Mapping[str, int]
 Note = Callable[[str], None]
@@ -151,7 +152,7 @@ def run_tune(
     model.wait_mapped(stop)
     speed = read_plain(model.n_threads)
     if known.changes and not known.is_of(speed):
-        note(f"what is kept was found with memory of {known.read_bytes_per_s / 1e9:.0f} GB/s: not used")
+        note(f"what is kept was found with memory of {format_speed(known.read_bytes_per_s)}: not used")
         known = Tuning()
     changes, gains = {change.name: change for change in known.changes}, dict[str, Ratio]()
 

@@ -15,8 +15,8 @@ from tests.conftest import Run
 
 # Where the time of day may be asked for: to show it, in what OpenAI's format calls `created`, for templates that ask.
 SHOWN = {
-    "batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1, "serve/answering.py": 1,
-    "serve/server.py": 1, "text/jinja.py": 1,
+    "batch/progress.py": 1, "batch/runner.py": 1, "commands/generate.py": 1, "commands/measures.py": 1,
+    "engine/idle_tuning.py": 1, "serve/answering.py": 1, "serve/server.py": 1, "text/jinja.py": 1, "tune.py": 1,
 }  # fmt: skip
 
 

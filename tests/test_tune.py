@@ -144,7 +144,7 @@ def test_a_value_that_is_kept_and_loses_now_goes(monkeypatch: pytest.MonkeyPatch
     slow = Tuning(known.changes, {}, 1e10, "elsewhere")
     Machine(monkeypatch, lambda kind: 100)
     found, log = run(slow)
-    assert found.values == {} and "memory of 10 GB/s: not used" in log.text
+    assert found.values == {} and "memory of 10.0 GB/s: not used" in log.text
     assert run(known)[0].values in ({}, {"chunks": 32})
 
 

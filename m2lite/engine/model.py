@@ -221,7 +221,7 @@ class Engine:
 
         reader = self.runner.weights_reader(_TUNED_BYTES)
         if reader is not None:
-            self._idle_tuning = IdleTuning(*reader, self._is_idle)
+            self._idle_tuning = IdleTuning(reader, _TUNED_BYTES, self._is_idle)
 
     def _is_idle(self) -> bool:
         is_mapped = self._prefault is None or not self._prefault.is_running()

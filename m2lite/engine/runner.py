@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -294,23 +293,16 @@ class ModelRunner:
 
         compute_thread().run(partial(use_tiles, self.weights))
 
-    def weights_reader(self, least_bytes: int) -> tuple[Callable[[], None], int] | None:
-        """A call that multiplies a row with so many bytes of weights or a few more, and how many that are; None where
-        there are fewer. Its memory is its own."""
-        matrices = [matrix for layer in self.weights.layers for matrix in (layer.attn_q, layer.attn_output)]
-        totals = enumerate(accumulate(matrix.slice_bytes for matrix in matrices), 1)
-        n, n_bytes = next(((n, total) for n, total in totals if total >= least_bytes), (0, 0))
-        if not n:
+    def weights_reader(self, n_bytes: int) -> Callable[[], None] | None:
+        """A call that multiplies a row with so many bytes of expert weights, in memory of its own; None where the first
+        layer has fewer."""
+        stack = self.weights.layers[0].ffn_up_exps
+        n_out = -(-n_bytes // stack.row_bytes)
+        if n_out > stack.n_out * self.weights.config.n_experts:
             return None
-        chosen = matrices[:n]
-        x = np.ones(max(matrix.n_in for matrix in chosen), np.float32)
-        out = np.empty(max(matrix.n_out for matrix in chosen), np.float32)
-
-        def read() -> None:
-            for matrix in chosen:
-                self._multiply(self.buffers, int(out.ctypes.data), matrix, int(x.ctypes.data), 1)
-
-        return read, n_bytes
+        matrix = replace(stack, n_out=n_out)  # experts lie behind each other
+        x, out = np.ones(matrix.n_in, np.float32), np.empty(n_out, np.float32)
+        return lambda: self._multiply(self.buffers, int(out.ctypes.data), matrix, int(x.ctypes.data), 1)
 
     @property
     def kernels(self) -> Any:

@@ -72,7 +72,7 @@ LOADED = """
 import sys
 from pathlib import Path
 import numba
-from m2lite.kernels.cache import KernelCache
+from m2lite.simd.cache import KernelCache
 
 def halved(x):
     if x % 2:
