@@ -36,7 +36,8 @@ def main() -> None:
     warnings.simplefilter("error")  # as in the tests: a user would see them
     # Kernels are compiled from their own byte code: it stays as it is.
     with atheris.instrument_imports(
-        include=["m2lite"], exclude=["m2lite.kernels", "m2lite.formats.kernels", "m2lite.quant.encoders"]
+        include=["m2lite"],
+        exclude=["m2lite.kernels", "m2lite.formats.kernels", "m2lite.quant.encoders", "m2lite.simd"],
     ):
         from tests.fuzz.seeds import SEEDS
         from tests.fuzz.targets import TARGETS
