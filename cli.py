@@ -14,13 +14,13 @@ import typer
 
 from m2lite import __version__
 from m2lite.commands import batch, chat, files, generate, measures, serve
-from m2lite.commands.frame import Command, Group, guard
+from m2lite.commands.frame import PlainCommand, PlainGroup, guard
 from m2lite.shown import shown
 from m2lite.signals import exit_on_terminate, leave_now
 from m2lite.system import streams
 
 app = typer.Typer(
-    cls=Group,
+    cls=PlainGroup,
     help="MiniMax-M2 on a CPU, from an int4 GGUF file that stays on disk.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,7 +34,7 @@ COMMANDS = (
     files.inspect_, measures.plan, measures.bench, measures.perplexity, measures.doctor,
 )  # fmt: skip
 for _run in COMMANDS:
-    app.command(_run.__name__.rstrip("_"), cls=Command)(_run)
+    app.command(_run.__name__.rstrip("_"), cls=PlainCommand)(_run)
 app.add_typer(batch.app, name="batch")
 
 

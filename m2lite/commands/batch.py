@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, Command, Group, command, open_model
+from m2lite.commands.frame import DRAFT, MODEL, SAMPLING, PlainCommand, PlainGroup, command, open_model
 from m2lite.commands.options import SchemaOption, StopOption, answer_defaults
 from m2lite.commands.places import PNG, places_beside
 from m2lite.errors import M2liteError, UsageError
@@ -32,7 +32,7 @@ EXIT_SOME_FAILED = 3
 DEFAULT_INFLIGHT = 32
 
 
-class _Group(Group):
+class _Group(PlainGroup):
     """`batch IN -o OUT` is `batch run IN -o OUT`: what is no command's name is an argument."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -351,4 +351,4 @@ def merge(
 
 
 for _function in (run, status, merge):
-    app.command(_function.__name__, cls=Command)(_function)
+    app.command(_function.__name__, cls=PlainCommand)(_function)

@@ -43,11 +43,11 @@ class _Plain:
         return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
 
 
-class Command(_Plain, TyperCommand):
+class PlainCommand(_Plain, TyperCommand):
     pass
 
 
-class Group(_Plain, TyperGroup):
+class PlainGroup(_Plain, TyperGroup):
     pass
 
 
