@@ -62,6 +62,7 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     env = {name: value for name, value in os.environ.items() if not name.startswith("M2LITE_") or "CACHE" in name}
     env.pop("NO_COLOR", None)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each command compiles all modules of this checkout again
     return env | {
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
