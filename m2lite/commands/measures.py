@@ -106,7 +106,8 @@ def tune(
         )  # fmt: skip
         lines = format_tuning(found)
         log.append(lines)
-    say(*lines, f"kept in {path}; what was tried stands in {log.path.name} beside it")
+    kept = f"kept in {path}" if path.exists() else "nothing is kept"
+    say(*lines, f"{kept}; what was tried stands in {log.path}")
     if stop():
         raise typer.Exit(stop.exit_code)
 
