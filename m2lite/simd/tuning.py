@@ -35,7 +35,7 @@ _TABLE = (
         beside={"tiles_ahead": (1,)},
     ),
     Parameter("chunks", 16, (1, 2, 4, 8, 16, 32), "shares of a product for each thread"),
-    Parameter("rows_at_once", 128, (32, 64, 128, 256, 512), "rows that meet a part of a matrix together", ("prompt",)),
+    Parameter("rows_at_once", 128, (64, 128, 256, 512), "rows that meet a part of a matrix: whole groups", ("prompt",)),
     Parameter(
         "alone_macs", 300_000, (30_000, 100_000, 300_000, 1_000_000, 3_000_000),
         "multiply-adds below which one thread works alone (15 us): a parallel region costs some too", ("decode",),
