@@ -26,8 +26,9 @@ def test_a_call_is_taken_apart(opened: Callable[[str], Model], depth: int, n_ids
     assert sum(line["ms"] for line in lines.values()) == pytest.approx(found["ms"], rel=0.5)
     assert lines["matmul output"]["calls"] == 1
     assert lines["matmul output"]["bytes"] == weights.output.slice_bytes
-    assert lines["matmul attn_q"]["calls"] == 2
-    assert lines["matmul attn_q"]["macs"] == 2 * n_ids * weights.layers[0].attn_q.n_out * weights.layers[0].attn_q.n_in
+    layer, qkv = weights.layers[0], lines["matmul_three attn_q attn_k attn_v"]
+    assert qkv["calls"] == 2
+    assert qkv["macs"] == 2 * n_ids * sum(m.n_out * m.n_in for m in (layer.attn_q, layer.attn_k, layer.attn_v))
     down = weights.layers[0].ffn_down_exps
     n_experts = model.config.n_experts_used if n_ids == 1 else model.config.n_experts
     assert lines["experts_down ffn_down_exps"]["bytes"] <= 2 * n_experts * down.slice_bytes
