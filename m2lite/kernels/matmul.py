@@ -8,7 +8,7 @@ from m2lite.kernels.dots import GROUP
 from m2lite.simd import emit
 from m2lite.simd.far import far
 from m2lite.simd.jit import inner, kernel
-from m2lite.simd.kinds import int64, void
+from m2lite.simd.kinds import Address, int64, void
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import operation
 
@@ -26,7 +26,7 @@ def call_tile(
 
 
 @kernel
-def coming(w, next_w, tile_bytes, tile, end_tile):
+def coming(w: Address, next_w: Address, tile_bytes: int, tile: int, end_tile: int) -> Address:
     """The address of what comes AHEAD tiles later: the matrix at next_w is asked for before the one at w has ended.
 
     next_w is w where none follows.
@@ -38,7 +38,10 @@ def coming(w, next_w, tile_bytes, tile, end_tile):
 
 
 @inner
-def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead):
+def tile_at(
+    tile: int, i: int, w: Address, stride: int, n_out: int, n_blocks: int, x: Address, n_x: int, out: Address,
+    out_stride: int, ahead: Address,
+) -> None:  # fmt: skip
     """Tile i of a matrix of n_out rows: the last one moves back to end at n_out; fewer than 16 rows go one by one.
 
     ahead: as `coming` says.
@@ -52,7 +55,10 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
 
 
 @far()
-def matmul_part(part, n_parts, thread, out, out_stride, tile, w, stride, n_out, n_blocks, x, x_stride, n_x):
+def matmul_part(
+    part: int, n_parts: int, thread: int, out: Address, out_stride: int, tile: int, w: Address, stride: int,
+    n_out: int, n_blocks: int, x: Address, x_stride: int, n_x: int,
+) -> None:  # fmt: skip
     """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py).
 
     x_stride: bytes that a row takes of the panel.

@@ -6,6 +6,7 @@ of scratch; there are CHUNKS of them for each thread, and whoever is done takes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -45,7 +46,7 @@ def region(share: int, n_threads: int, n_shares: int, args: int) -> None:
                 i = take_number(counter)
 
 
-split: Any = None  # `specialise` fills it in
+split: Callable[..., None]  # `specialise` fills it in
 
 
 def _whole(n_parts: int, *args: Any) -> None:
