@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from m2lite.formats.table import FORMATS, piece
 from m2lite.simd.far import far
 from m2lite.simd.jit import kernel, n_parts, n_threads, specialise
-from m2lite.simd.kinds import f32x16, int64
+from m2lite.simd.kinds import Address, F32x16, f32x16, int64
 from m2lite.simd.memory import (
     load_f32,
     load_first_u8,
@@ -65,8 +65,9 @@ def write_flag(flag, worst):
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-unpack: Any = None
-n_weights = n_bytes = 1
+unpack: Callable[[Address, Address], None]
+n_weights: int
+n_bytes: int
 
 
 def _part(part, n_parts, raw, n_blocks, out, flags):
@@ -84,7 +85,7 @@ def _unpack_floats(w, out):
     store_f32(out, load(w))
 
 
-load: Any = None
+load: Callable[[Address], F32x16]
 
 
 @cache

@@ -12,8 +12,8 @@ back to end with the last row: rows that are encoded twice get the same bytes tw
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from m2lite.formats.table import BlockFormat, piece
 from m2lite.simd import emit
 from m2lite.simd.far import far
 from m2lite.simd.jit import address_of, n_parts, specialise
-from m2lite.simd.kinds import int64, void
+from m2lite.simd.kinds import Address, F32x16, int64, void
 from m2lite.simd.memory import load_f32, scratch, transpose, write_f32
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import operation, splat, tree_sum
@@ -68,8 +68,8 @@ _encode_tiles = Split(_part)
 _SIGNATURE = types.void(*([types.int64] * 5))
 
 # Names that `specialise` fills in.
-store: Any = None
-item_bytes = 4
+store: Callable[[Address, F32x16], None]
+item_bytes: int
 
 
 def _elements(part, n_parts, x, out, n):

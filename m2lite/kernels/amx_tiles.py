@@ -7,6 +7,7 @@ row t with the 16 weight rows. They go through memory, since nothing else takes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from m2lite.kernels.integer_tiles import add_step, prefetch_step
 from m2lite.simd import emit
 from m2lite.simd.emit import Vectors
 from m2lite.simd.jit import kernel, specialise
-from m2lite.simd.kinds import pack
+from m2lite.simd.kinds import Address, Pack, address, pack, void
 from m2lite.simd.memory import expect_to_write, load_f32, scratch, store_f32, store_lanes
 from m2lite.simd.packs import load_rows, store_rows
 from m2lite.simd.vectors import operation, splat
@@ -56,7 +57,7 @@ def _configure_of(n_groups: int) -> Any:
         config[16 + 2 * register], config[48 + register] = n_bytes, n_rows
 
     @operation(types.void(types.int64, types.int64))
-    def configure(builder, room, n_last):
+    def configure(builder: ir.IRBuilder, room: ir.Value, n_last: ir.Value) -> None:
         bytes_ = ir.Constant(ir.VectorType(emit.I8, 64), config)
         is_none = builder.icmp_signed("==", n_last, emit.I64(0))
         n_rows = builder.trunc(builder.select(is_none, emit.I64(1), n_last), emit.I8)
@@ -69,7 +70,7 @@ def _configure_of(n_groups: int) -> Any:
 
 
 @operation(types.void())
-def release(builder):
+def release(builder: ir.IRBuilder) -> None:
     """The matrix registers are empty again: the system keeps nothing of them when it switches threads."""
     _instruction(builder, "tilerelease")
 
@@ -79,7 +80,7 @@ def _multiply_of(form: TileForm, sums: int, activations: int) -> Any:
     n_groups = form.integers.n_groups
 
     @operation(types.void(*[types.int64] * 3))
-    def multiply(builder, w, x, out):
+    def multiply(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, out: ir.Value) -> None:
         for g in range(n_groups):
             rows = builder.add(x, emit.I64(32 // n_groups * g))
             _move(builder, "tileloadd64", _W, builder.add(w, emit.I64(512 // n_groups * g)), emit.I64(64))
@@ -91,15 +92,15 @@ def _multiply_of(form: TileForm, sums: int, activations: int) -> Any:
     return multiply
 
 
-@operation(types.void(types.int64))
-def ask(builder, x):
+@operation(void(address))
+def ask(builder: ir.IRBuilder, x: ir.Value) -> None:
     """Brings AT_ONCE activation rows at x into the first cache."""
     for line in range(0, AT_ONCE * PANEL_BYTES, 64):
         emit.prefetch(builder, builder.add(x, emit.I64(line)))
 
 
 @kernel
-def place(x, first, t, n_blocks, n_x):
+def place(x: Address, first: int, t: int, n_blocks: int, n_x: int) -> tuple[Address, int]:
     """(address of block `first` of row t in the panel at x, bytes from block to block there)."""
     group = t // GROUP * GROUP
     size = min(GROUP, n_x - group)
@@ -110,7 +111,7 @@ def _unpack_of(form: TileForm) -> Any:
     """unpack(w, stride, out, ahead): the steps of one block of 16 rows, `step_vectors` vectors each, to memory."""
 
     @operation(types.void(*[types.int64] * 4))
-    def unpack(builder, w, stride, out, ahead):
+    def unpack(builder: ir.IRBuilder, w: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
         steps = iter(range(form.n_steps))
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
@@ -130,7 +131,7 @@ def _add_of(form: TileForm) -> Any:
     n_groups = form.integers.n_groups
 
     @operation(pack(pack, types.int64, types.int64, types.int64))
-    def add(builder, accs, step, dots, x):
+    def add(builder: ir.IRBuilder, accs: ir.Value, step: ir.Value, dots: ir.Value, x: ir.Value) -> ir.Value:
         floats = [emit.load(builder, step, emit.V_F32, 64 * i) for i in range(8, form.step_vectors)]
         scales, minimum = floats[:n_groups], floats[-1] if form.has_minimum else None
         out = []
@@ -144,12 +145,26 @@ def _add_of(form: TileForm) -> Any:
 
 
 # Names that `specialise` fills in: the templates below see them as globals.
-block_bytes = step_bytes = dots_bytes = tile_vectors = dots_vectors = 0
-n_steps = least_rows = 1
-configure = unpack = multiply = multiply_last = add = few_rows = many_rows = None
+block_bytes: int
+step_bytes: int
+dots_bytes: int
+tile_vectors: int
+dots_vectors: int
+n_steps: int
+least_rows: int
+configure: Callable[[Address, int], None]
+unpack: Callable[[Address, int, Address, Address], None]
+multiply: Callable[[Address, Address, Address], None]
+multiply_last: Callable[[Address, Address, Address], None]
+add: Callable[[Pack, Address, Address, Address], Pack]
+few_rows: Callable[..., None]
+many_rows: Callable[..., None]
 
 
-def _rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _rows(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """n_x is at most MOST_ROWS: groups of GROUP, each of them some times 16."""
     sums, dots, steps = scratch(MOST_ROWS), scratch(dots_vectors), scratch(tile_vectors)
     n_last = n_x % 16
@@ -212,7 +227,10 @@ def rows_function(name: str, first_cache: bool) -> Any:
     return kernel(specialise(_rows, f"amx_rows_{name}{'_first' * first_cache}", **names))
 
 
-def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _by_rows(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     if n_x < least_rows:
         few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 
@@ -32,7 +33,7 @@ define void @multiply(ptr %config, ptr %x, ptr %w, ptr %sums) {
 
 def ask_permission() -> bool:
     """Linux keeps room for matrix registers only for processes that ask; it holds for all threads."""
-    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0)
 
 
 def multiplies() -> bool:
@@ -50,7 +51,7 @@ def multiplies() -> bool:
     w = [[i * 3 + k * 11 - 100 & 255 for i in range(16)] for k in range(64)]
     four = [w[4 * k + j][i] for k in range(16) for i in range(16) for j in range(4)]
     sums = (ctypes.c_int32 * 256)()
-    memory = [(ctypes.c_uint8 * len(v))(*v) for v in (shapes, [v for row in x for v in row], four)]
+    memory: list[Any] = [(ctypes.c_uint8 * len(v))(*v) for v in (shapes, [v for row in x for v in row], four)]
     ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4)(code.get_function_address("multiply"))(
         *(ctypes.addressof(v) for v in (*memory, sums))
     )

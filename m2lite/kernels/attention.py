@@ -15,6 +15,8 @@ float32 [group][head_dim] vectors, then maxima and sums, each padded to whole ve
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -25,8 +27,18 @@ from m2lite.kernels.pages import PAGE
 from m2lite.simd import emit
 from m2lite.simd.far import far
 from m2lite.simd.jit import address_of, inner, kernel, specialise
-from m2lite.simd.kinds import float32, int64, void
-from m2lite.simd.memory import load_f16, load_f32, load_i8, prefetch, read_f32, read_i32, read_i64, store_f32, write_f32
+from m2lite.simd.kinds import Address, F32x16, Int, Scalar, float32, int64, void
+from m2lite.simd.memory import (
+    load_f16,
+    load_f32,
+    load_i8,
+    prefetch,
+    read_address,
+    read_f32,
+    read_i32,
+    store_f32,
+    write_f32,
+)
 from m2lite.simd.packs import add_rows_scaled, fma_rows, merge_rows, store_rows, zeros
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import first_lanes, fma, i32_to_f32, max_lanes, maximum, operation, splat, tree_sum
@@ -50,7 +62,7 @@ def call_page(
 
 
 @inner
-def set_size(left):
+def set_size(left: int) -> int:
     """How many of `left` heads are computed together next; maxima and sums of such a set lie in one vector."""
     if left >= 6:
         return 6
@@ -60,25 +72,25 @@ def set_size(left):
 
 
 @inner
-def n_sets(group):
+def n_sets(group: int) -> int:
     """At most so many sets."""
     return group // 6 + 2
 
 
 @kernel
-def state_bytes(group, head_dim):
+def state_bytes(group: int, head_dim: int) -> int:
     return 4 * group * head_dim + 128 * n_sets(group)
 
 
 @inner
-def work_places(work, group):
+def work_places(work: Address, group: int) -> tuple[Address, Address, Address]:
     """Where scratch for one page lies, behind 128 bytes for maxima and sums: factors, scores, weights."""
     scores = work + 128 + 128 * n_sets(group)
     return work + 128, scores, scores + 4 * PAGE * group
 
 
 @kernel
-def state_places(scratch, group, head_dim):
+def state_places(scratch: Address, group: int, head_dim: int) -> tuple[Address, Address, Address]:
     """Where a part's states lie, behind scratch for one page: ROWS of a block, ROWS of rows, one for each block."""
     states = work_places(scratch, group)[2] + 4 * PAGE * group
     totals = states + ROWS * state_bytes(group, head_dim)
@@ -87,19 +99,37 @@ def state_places(scratch, group, head_dim):
 
 # --- a tile of 16 lanes and H query heads, whose sums stay in registers --------------------------------------------
 
+Scores = Callable[[Address, Address, Address, int, Address, int, Address, int], None]
+Values = Callable[[Address, Address, Address, Address, Address, int, int, int, Address, int], None]
+
 # Names that `specialise` fills in. Sums of 6 heads, a vector of the tile and a factor: 15 of AVX2's 16 registers.
-H = item = 0  # heads; bytes of a number of K or V
-is_q8 = False
-load = scores_6 = scores_4 = scores_2 = scores_1 = values_6 = values_4 = values_2 = values_1 = None
-tile_scores = tile_values = page_scores = page_values = None
+H: int  # heads
+item: int  # bytes of a number of K or V
+is_q8: bool
+load: Callable[[Address], F32x16]
+scores_6: Scores
+scores_4: Scores
+scores_2: Scores
+scores_1: Scores
+values_6: Values
+values_4: Values
+values_2: Values
+values_1: Values
+tile_scores: Callable[[Address, Address, Address, int, Address, int, int, Address, int], None]
+tile_values: Callable[[Address, Address, Address, Address, int, int, int, int, Address, int], None]
+page_scores: Callable[[Address, Address, Address, int, int, int, Address], None]
+page_values: Callable[[Address, Address, Address, Address, int, int, int, Address, Address], None]
 
 
 @inner
-def load_q8(address):
+def load_q8(address: Address) -> F32x16:
     return i32_to_f32(load_i8(address))
 
 
-def _scores(out, q, tile, stride, scales, head_dim, ahead, ahead_step):
+def _scores(
+    out: Address, q: Address, tile: Address, stride: int, scales: Address, head_dim: int, ahead: Address,
+    ahead_step: int,
+) -> None:  # fmt: skip
     """out[H, 16 of 64] = q[H, head_dim] @ tile[head_dim, 16], for q8_0 with scales[head_dim / 32, 16 of 64], else 0.
 
     The tile's rows are `stride` bytes apart. Meanwhile the cache lines from `ahead` on are asked for.
@@ -119,7 +149,10 @@ def _scores(out, q, tile, stride, scales, head_dim, ahead, ahead_step):
             add_rows_scaled(out, 4 * PAGE, sums, load_f16(scales + 2 * PAGE * (i // 32)))
 
 
-def _values(acc, keep, take, p, tile, stride, n_valid, head_dim, ahead, ahead_step):
+def _values(
+    acc: Address, keep: Address, take: Address, p: Address, tile: Address, stride: int, n_valid: int, head_dim: int,
+    ahead: Address, ahead_step: int,
+) -> None:  # fmt: skip
     """acc[H, 16 of head_dim] = acc * keep[H] + (p[H, :n_valid] @ tile[:n_valid, 16]) * take[H]; p is [H, 64]."""
     sums = zeros(H)
     for j in range(n_valid):
@@ -128,7 +161,10 @@ def _values(acc, keep, take, p, tile, stride, n_valid, head_dim, ahead, ahead_st
     merge_rows(acc, 4 * head_dim, sums, keep, take)
 
 
-def _tile_scores(out, q, tile, stride, scales, group, head_dim, ahead, ahead_step):
+def _tile_scores(
+    out: Address, q: Address, tile: Address, stride: int, scales: Address, group: int, head_dim: int, ahead: Address,
+    ahead_step: int,
+) -> None:  # fmt: skip
     """_scores for all heads of a group."""
     h = 0
     while h < group:
@@ -144,7 +180,10 @@ def _tile_scores(out, q, tile, stride, scales, group, head_dim, ahead, ahead_ste
         h += n
 
 
-def _tile_values(acc, factors, p, tile, stride, n_valid, group, head_dim, ahead, ahead_step):
+def _tile_values(
+    acc: Address, factors: Address, p: Address, tile: Address, stride: int, n_valid: int, group: int, head_dim: int,
+    ahead: Address, ahead_step: int,
+) -> None:  # fmt: skip
     """_values for all heads of a group; factors: keep[16], take[16] of each set."""
     h = 0
     while h < group:
@@ -165,7 +204,7 @@ def _tile_values(acc, factors, p, tile, stride, n_valid, group, head_dim, ahead,
 
 
 @inner
-def page_top(scores, n_valid, scale):
+def page_top(scores: Address, n_valid: int, scale: np.float32) -> Scalar:
     """scores[64] *= scale, -inf from n_valid on; returns their maximum."""
     top = splat(MINUS_INFINITY)
     for i in range(0, PAGE, 16):
@@ -178,7 +217,7 @@ def page_top(scores, n_valid, scale):
 
 
 @inner
-def page_weights(scores, top):
+def page_weights(scores: Address, top: Scalar) -> Scalar:
     """scores = exp(scores - top), in place; returns their sum."""
     total = splat(ZERO)
     for i in range(0, 4 * PAGE, 64):
@@ -189,7 +228,7 @@ def page_weights(scores, top):
 
 
 @inner
-def merge_sums(sums, tops, totals, factors):
+def merge_sums(sums: Address, tops: Address, totals: Address, factors: Address) -> None:
     """(maximum, sum) of up to 16 heads at `sums` takes those at `tops`, `totals` in; factors = keep[16], take[16]."""
     old, new = load_f32(sums), load_f32(tops)
     top = maximum(new, old)
@@ -201,7 +240,10 @@ def merge_sums(sums, tops, totals, factors):
 
 
 @far(scale=types.float32)
-def page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work):
+def page_softmax(
+    state: Address, scores: Address, factors: Address, n_valid: int, group: int, head_dim: int, scale: np.float32,
+    work: Address,
+) -> None:  # fmt: skip
     """scores[group, 64] become p; (maximum, sum) of the state take the page's in; factors = keep, take of each set."""
     sums, h = state + 4 * group * head_dim, 0
     while h < group:
@@ -217,16 +259,18 @@ def page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work):
         factors += 128
 
 
-def _page_scores(scores, q, k, n_valid, group, head_dim, ahead):
+def _page_scores(
+    scores: Address, q: Address, k: Address, n_valid: int, group: int, head_dim: int, ahead: Address
+) -> None:
     """scores[group, 64] = q . k of the first n_valid positions, in whole tiles; behind int8 k are its scales."""
     for lane in range(0, n_valid, 16):
-        scales = k + PAGE * head_dim + 2 * lane if is_q8 else 0
+        scales = k + PAGE * head_dim + 2 * lane if is_q8 else Address(0)
         next_k = ahead + item * lane * head_dim
         tile_scores(scores + 4 * lane, q, k + item * lane, item * PAGE, scales, group, head_dim, next_k, 16 * item)
 
 
 @inner
-def scale_weights(weights, p, scales, group):
+def scale_weights(weights: Address, p: Address, scales: Address, group: int) -> None:
     """weights[group, 64] = p[group, 64] * scales[64]."""
     for i in range(0, PAGE, 16):
         scale = load_f16(scales + 2 * i)
@@ -234,7 +278,10 @@ def scale_weights(weights, p, scales, group):
             store_f32(weights + at, load_f32(p + at) * scale)
 
 
-def _page_values(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
+def _page_values(
+    acc: Address, factors: Address, p: Address, v: Address, n_valid: int, group: int, head_dim: int, ahead: Address,
+    weights: Address,
+) -> None:  # fmt: skip
     """acc[group, head_dim] takes sum of p * v in, for int8 v with scales. weights: scratch [group, 64]."""
     for d in range(0, head_dim, 16):
         if is_q8 and d % 32 == 0:
@@ -243,22 +290,25 @@ def _page_values(acc, factors, p, v, n_valid, group, head_dim, ahead, weights):
         tile_values(acc + 4 * d, factors, w, v + item * d, item * head_dim, n_valid, group, head_dim, next_v, 16 * item)
 
 
-def _attend_page(state, q, k, v, n_valid, group, head_dim, scale, ahead, work):
+def _attend_page(
+    state: Address, q: Address, k: Address, v: Address, n_valid: int, group: int, head_dim: int, scale: np.float32,
+    ahead: Address, work: Address,
+) -> None:  # fmt: skip
     """A state takes n_valid positions of a page's K and V of one kv head in. `ahead`: K that will be needed next."""
     factors, scores, weights = work_places(work, group)
     page_scores(scores, q, k, n_valid, group, head_dim, ahead)
     page_softmax(state, scores, factors, n_valid, group, head_dim, scale, work)
-    page_values(state, factors, scores, v, n_valid, group, head_dim, ahead + v - k, weights)
+    page_values(state, factors, scores, v, n_valid, group, head_dim, ahead + (v - k), weights)
 
 
 @functools.cache
-def attend_address(kv):
+def attend_address(kv: str) -> int:
     """Compile _attend_page for a type of KV and return its address."""
-    names = {"is_q8": False, "item": 2, "load": load_f16}
+    names: dict[str, Any] = {"is_q8": False, "item": 2, "load": load_f16}
     if kv == "q8_0":
         names = {"is_q8": True, "item": 1, "load": load_q8}
 
-    def build(made, template, end="", **more):
+    def build(made: Any, template: Callable[..., None], end: str = "", **more: int) -> None:
         name = template.__name__[1:]
         names[name + end] = made(specialise(template, f"{name}_{kv}{end}", **names, **more))
 
@@ -276,17 +326,17 @@ def attend_address(kv):
 
 
 @inner
-def clear_state(state, group, head_dim):
+def clear_state(state: Address, group: int, head_dim: int) -> None:
     for i in range(0, 4 * group * head_dim, 64):
         store_f32(state + i, splat(ZERO))
-    end = state + state_bytes(group, head_dim)
-    for at in range(state + 4 * group * head_dim, end, 128):
+    for i in range(4 * group * head_dim, state_bytes(group, head_dim), 128):
+        at = state + i
         store_f32(at, splat(MINUS_INFINITY))
         store_f32(at + 64, splat(ZERO))
 
 
 @inner
-def merge_state(into, state, group, head_dim, factors):
+def merge_state(into: Address, state: Address, group: int, head_dim: int, factors: Address) -> None:
     """The triple at `into` takes the one of the next block in."""
     offset, h = 4 * group * head_dim, 0
     while h < group:
@@ -301,7 +351,7 @@ def merge_state(into, state, group, head_dim, factors):
 
 
 @inner
-def finish_state(out, state, group, head_dim):
+def finish_state(out: Address, state: Address, group: int, head_dim: int) -> None:
     """out[group, head_dim] = vectors / sums."""
     sums, h = state + 4 * group * head_dim + 64, 0
     while h < group:
@@ -318,22 +368,22 @@ def finish_state(out, state, group, head_dim):
 
 
 @inner
-def n_pages_of(positions, t):
+def n_pages_of(positions: Address, t: Int) -> int:
     return read_i32(positions + 4 * t) // PAGE + 1
 
 
 @inner
-def n_blocks_of(positions, t):
+def n_blocks_of(positions: Address, t: int) -> int:
     return read_i32(positions + 4 * t) // (PAGE * BLOCK) + 1
 
 
 @inner
-def page_at(tables, t, page):
-    return read_i64(read_i64(tables + 8 * t) + 8 * page)
+def page_at(tables: Address, t: Int, page: Int) -> Address:
+    return read_address(read_address(tables + 8 * t) + 8 * page)
 
 
 @inner
-def page_ahead(page, t, tables, positions, n_rows):
+def page_ahead(page: int, t: int, tables: Address, positions: Address, n_rows: Int) -> Address:
     """The page that attend_block reads next; its own for rows behind the first of a shared page: they ask for none."""
     own = page_at(tables, t, page)
     if t > 0 and page < n_pages_of(positions, t - 1) and page_at(tables, t - 1, page) == own:
@@ -346,7 +396,10 @@ def page_ahead(page, t, tables, positions, n_rows):
 
 
 @inner
-def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, shape, scale, work):
+def attend_block(
+    block: int, states: Address, q: Address, q_step: int, tables: Address, positions: Address, n_rows: Int,
+    offset: int, shape: tuple[int, int, int, int], scale: np.float32, work: Address,
+) -> None:  # fmt: skip
     """states[t] = the block's triple of each row; a page is read by all rows before the next one is touched."""
     page_function, group, head_dim, half_bytes = shape
     step, n_pages = state_bytes(group, head_dim), 0
@@ -365,7 +418,10 @@ def attend_block(block, states, q, q_step, tables, positions, n_rows, offset, sh
 
 
 @inner
-def attend_rows(first, last, out, q, q_step, tables, positions, n_rows, offset, shape, scale, scratch):
+def attend_rows(
+    first: int, last: int, out: Address, q: Address, q_step: int, tables: Address, positions: Address, n_rows: int,
+    offset: int, shape: tuple[int, int, int, int], scale: np.float32, scratch: Address,
+) -> None:  # fmt: skip
     """Blocks first to last of up to ROWS rows, for one kv head; a row that is cut comes alone.
 
     A row's later blocks (first > 0) stay in scratch for join_parts, as does its state while blocks are missing.
@@ -391,7 +447,7 @@ def attend_rows(first, last, out, q, q_step, tables, positions, n_rows, offset, 
 
 
 @kernel
-def part_begin(part, n_parts, positions, n_rows, n_kv_heads):
+def part_begin(part: int, n_parts: int, positions: Address, n_rows: int, n_kv_heads: int) -> tuple[int, int, int]:
     """(kv head, row, block) where a part begins when n_parts share all pages evenly, cut between blocks."""
     n_pages = 0
     for t in range(n_rows):
@@ -406,9 +462,10 @@ def part_begin(part, n_parts, positions, n_rows, n_kv_heads):
 
 @far(scale=types.float32)
 def attend_part(
-    part, n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page,
-    head_bytes, scratch, scratch_bytes,
-):  # fmt: skip
+    part: int, n_parts: int, out: Address, q: Address, tables: Address, positions: Address, n_rows: int, n_heads: int,
+    n_kv_heads: int, head_dim: int, layer_offset: int, scale: np.float32, page: int, head_bytes: int, scratch: Address,
+    scratch_bytes: int,
+) -> None:  # fmt: skip
     """out[T, n_heads, head_dim] = softmax(scale * q K) V over positions 0..positions[t] of the pages at tables[t].
 
     positions: int32; tables: addresses of int64 page addresses; page: attend_address of the type of KV, of which one
@@ -437,9 +494,10 @@ def attend_part(
 
 @far(scale=types.float32)
 def join_parts(
-    n_parts, out, q, tables, positions, n_rows, n_heads, n_kv_heads, head_dim, layer_offset, scale, page, head_bytes,
-    scratch, scratch_bytes,
-):  # fmt: skip
+    n_parts: int, out: Address, q: Address, tables: Address, positions: Address, n_rows: int, n_heads: int,
+    n_kv_heads: int, head_dim: int, layer_offset: int, scale: np.float32, page: int, head_bytes: int, scratch: Address,
+    scratch_bytes: int,
+) -> None:  # fmt: skip
     """Rows that were cut: the later parts' blocks are merged, in order, into the state of the part with block 0."""
     group = n_heads // n_kv_heads
     step, owner = state_bytes(group, head_dim), 0
@@ -462,7 +520,7 @@ def join_parts(
 def attend_scratch_bytes(n_heads: int, n_kv_heads: int, head_dim: int, n_positions: int) -> int:
     """Scratch of one thread for rows at positions below n_positions."""
     group, n_blocks = n_heads // n_kv_heads, (n_positions - 1) // (PAGE * BLOCK) + 1
-    return int(state_places(0, group, head_dim)[2]) + n_blocks * int(state_bytes(group, head_dim))
+    return int(state_places(Address(0), group, head_dim)[2]) + n_blocks * int(state_bytes(group, head_dim))
 
 
 attend = Split(attend_part, end=join_parts)

@@ -44,7 +44,7 @@ from m2lite.kernels.integer_tiles import by_rows, tile_function
 from m2lite.simd import emit, kinds
 from m2lite.simd.emit import Vectors
 from m2lite.simd.jit import address_of, kernel, specialise
-from m2lite.simd.kinds import PackType, pack
+from m2lite.simd.kinds import Address, Pack, PackType, pack
 from m2lite.simd.memory import load_f32, scratch, store_f32, write_f32
 from m2lite.simd.packs import store_rows
 from m2lite.simd.packs import zeros as no_sums
@@ -88,7 +88,7 @@ def _add_products_of(name: str, n_rows: int, n_x: int) -> Any:
     unpack, kind = _floats_of(name), PackType(kinds.f32x16, n_rows * n_x)
 
     @operation(kind(kind, *[types.int64] * 3))
-    def add_products(builder, sums, w, stride, x):
+    def add_products(builder: ir.IRBuilder, sums: ir.Value, w: ir.Value, stride: ir.Value, x: ir.Value) -> ir.Value:
         values = [[emit.load(builder, x, emit.V_F32, 128 * t + 64 * half) for half in (0, 1)] for t in range(n_x)]
         out = []
         for r in range(n_rows):
@@ -107,7 +107,7 @@ def _write_sums_of(n_x: int) -> Any:
     """write_sums(sums, out, out_stride): the lanes of sums[r * n_x + t] added as a tree, to out[t, r]."""
 
     @operation(types.void(pack, types.int64, types.int64))
-    def write_sums(builder, sums, out, out_stride):
+    def write_sums(builder: ir.IRBuilder, sums: ir.Value, out: ir.Value, out_stride: ir.Value) -> None:
         for i in range(sums.type.count):
             total = emit.tree_of(builder, builder.extract_value(sums, i))
             row = builder.add(out, builder.mul(out_stride, emit.I64(i % n_x)))
@@ -119,13 +119,23 @@ def _write_sums_of(n_x: int) -> Any:
 write_together, write_apart = _write_sums_of(X_ROWS), _write_sums_of(1)
 
 # Names that `specialise` fills in: the templates below see them as globals.
-step_bytes = x_bytes = 0
-step, most_rows = 32, GROUP
-n_vectors = 2
-group_rows = add_together = add_apart = add_single = unpack = unpack_block = None
+step_bytes: int
+x_bytes: int
+step: int
+most_rows: int
+n_vectors: int
+group_rows: Callable[..., None]
+add_together: Callable[[Pack, Address, int, Address], Pack]
+add_apart: Callable[[Pack, Address, int, Address], Pack]
+add_single: Callable[[Pack, Address, int, Address], Pack]
+unpack: Callable[[Address], Pack]
+unpack_block: Callable[[Address, Address], None]
 
 
-def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _float32(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """Blocks of W_ROWS x X_ROWS sums in registers, then rows of x one by one."""
     if n_store == 1:
         for t in range(n_x):
@@ -149,7 +159,10 @@ def _float32(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
                 write_apart(sums, at + t * out_stride, out_stride)
 
 
-def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _blocks_one(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """Row by row; a step is a block of the format, which goes through scratch."""
     values = scratch(n_vectors)
     for r in range(n_store):
@@ -161,7 +174,10 @@ def _blocks_one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         write_f32(out + 4 * r, tree_sum(acc))
 
 
-def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _blocks_many(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """As _blocks_one: a block is unpacked once for the n_x rows of a group."""
     values, sums = scratch(n_vectors), scratch(GROUP)
     for r in range(n_store):
@@ -179,18 +195,21 @@ def _blocks_many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
             write_f32(out + t * out_stride + 4 * r, tree_sum(load_f32(sums + 64 * t)))
 
 
-def _tile(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _tile(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     for t in range(0, n_x, most_rows):
         group, rows = x + t * n_blocks * x_bytes, min(most_rows, n_x - t)
         group_rows(w, stride, n_store, n_blocks, group, rows, out + t * out_stride, out_stride, ahead)
 
 
-def _unpack_row(w, n_blocks, out):
+def _unpack_row(w: Address, n_blocks: int, out: Address) -> None:
     for b in range(n_blocks):
         store_rows(out + b * 128, 64, unpack(w + b * step_bytes))
 
 
-def _unpack_row_of_blocks(w, n_blocks, out):
+def _unpack_row_of_blocks(w: Address, n_blocks: int, out: Address) -> None:
     for s in range(n_blocks * 32 // step):
         unpack_block(w + s * step_bytes, out + 4 * s * step)
 

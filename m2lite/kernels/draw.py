@@ -8,9 +8,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from m2lite.kernels.exp import EXP_FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, TAYLOR
 from m2lite.simd.jit import inner, kernel
+from m2lite.simd.kinds import Int, Scalar
+
+Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint32]
 
 MAX_TOP_K = 128  # longer lists are sorted faster than they are kept sorted
 NOT_FINITE = -1
@@ -25,7 +31,7 @@ WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
 
 
 @kernel
-def exp_below_0(x):
+def exp_below_0(x: Scalar) -> np.float64:
     """e**x for x <= 0: as sampling.exp_below_0."""
     x = max(x, EXP_FLOOR)
     n = np.rint(x * LOG2_E)
@@ -33,11 +39,12 @@ def exp_below_0(x):
     y = TAYLOR[0]
     for i in range(1, 14):
         y = y * r + TAYLOR[i]
-    return y * POWERS[int(n) - LOWEST_POWER]
+    power: np.float64 = y * POWERS[int(n) - LOWEST_POWER]
+    return power
 
 
 @inner
-def high_product(a, b):
+def high_product(a: np.uint64, b: np.uint64) -> np.uint64:
     """The upper 64 bits of a * b."""
     a0, a1, b0, b1 = a & U32, a >> U32_BITS, b & U32, b >> U32_BITS
     middle = a1 * b0 + (a0 * b0 >> U32_BITS)
@@ -46,7 +53,7 @@ def high_product(a, b):
 
 
 @kernel
-def uniform(seed, stream, position):
+def uniform(seed: np.uint64, stream: np.uint64, position: np.uint64) -> float:
     """The random number in [0, 1) of (seed, stream, position): Philox4x64-10, as tests/sampling/plain.py::uniform."""
     k0, k1 = seed, stream
     c0, c1, c2, c3 = U1, position, np.uint64(0), np.uint64(0)
@@ -59,7 +66,7 @@ def uniform(seed, stream, position):
 
 
 @inner
-def largest(logits, ids, values):
+def largest(logits: Logits, ids: Ids, values: Logits) -> bool:
     """The largest logits in falling order, equal ones by rising id. False where a logit is NaN or +infinity."""
     k, n, finite = len(ids), 0, True
     for i in range(len(logits)):
@@ -77,7 +84,7 @@ def largest(logits, ids, values):
 
 
 @inner
-def rank_keys(logits):
+def rank_keys(logits: Logits) -> Keys:
     """uint32 that rise as the logits fall; -0 is 0."""
     raw, keys = logits.view(np.uint32), np.empty(len(logits), np.uint32)
     for i in range(len(logits)):
@@ -87,7 +94,7 @@ def rank_keys(logits):
 
 
 @inner
-def largest_digit(keys, k):
+def largest_digit(keys: Keys, k: int) -> tuple[int, int]:
     """(d, n): the k smallest keys have a first digit of d or less, as n keys have."""
     counts = np.zeros(1 << DIGIT_BITS, np.int64)
     for i in range(len(keys)):
@@ -100,7 +107,7 @@ def largest_digit(keys, k):
 
 
 @kernel
-def ranked(logits, k):
+def ranked(logits: Logits, k: int) -> Ids:
     """The first k ids by falling logit, equal ones by rising id, as sampling.ranked; sorts those in question."""
     all_keys = rank_keys(logits)
     last, n = largest_digit(all_keys, k)
@@ -121,11 +128,15 @@ def ranked(logits, k):
             next_keys[places[digit]], next_ids[places[digit]] = keys[i], ids[i]
             places[digit] += 1
         ids, next_ids, keys, next_keys = next_ids, ids, next_keys, keys
-    return ids[:k]
+    first: Ids = ids[:k]
+    return first
 
 
 @inner
-def draw_ranked(ids, values, temperature, top_p, min_p, seed, stream, position):
+def draw_ranked(
+    ids: Ids, values: Logits, temperature: float, top_p: float, min_p: float, seed: np.uint64, stream: np.uint64,
+    position: np.uint64,
+) -> tuple[Int, Scalar]:  # fmt: skip
     """(id, share): drawn from candidates in rank order, whose logits are `values`, and its probability among them."""
     n, total = len(values), 0.0
     steps, weights = np.empty(n, np.float64), np.empty(n, np.float64)
@@ -149,7 +160,10 @@ def draw_ranked(ids, values, temperature, top_p, min_p, seed, stream, position):
 
 
 @kernel
-def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position):
+def draw_top_k(
+    logits: Logits, top_k: int, temperature: float, top_p: float, min_p: float, seed: np.uint64, stream: np.uint64,
+    position: np.uint64,
+) -> tuple[Int, Scalar]:  # fmt: skip
     """(id, share): drawn from float32 logits [V] among the top_k (1 to V) largest, and its probability there.
 
     The id is NOT_FINITE where a logit is NaN or infinite. seed, stream and position are uint64.
@@ -161,7 +175,10 @@ def draw_top_k(logits, top_k, temperature, top_p, min_p, seed, stream, position)
 
 
 @kernel
-def draw_sorted(logits, top_k, temperature, top_p, min_p, seed, stream, position):
+def draw_sorted(
+    logits: Logits, top_k: int, temperature: float, top_p: float, min_p: float, seed: np.uint64, stream: np.uint64,
+    position: np.uint64,
+) -> tuple[Int, Scalar]:  # fmt: skip
     """As draw_top_k, whose time grows with top_k; this one sorts them all."""
     finite = True
     for i in range(len(logits)):
@@ -173,7 +190,7 @@ def draw_sorted(logits, top_k, temperature, top_p, min_p, seed, stream, position
 
 
 @kernel
-def choose_largest(logits):
+def choose_largest(logits: Logits) -> tuple[Int, Scalar]:
     """(id, share): of the largest of float32 logits [V], V > 1, and its probability against the second; or NOT_FINITE.
 
     Of equal ones the lowest id.

@@ -14,7 +14,7 @@ from m2lite.kernels.dots import GROUP, HALF_SUM_AT, PANEL_BYTES, SCALE_AT, SCALE
 from m2lite.simd import emit
 from m2lite.simd.far import far
 from m2lite.simd.jit import inner
-from m2lite.simd.kinds import int64, void
+from m2lite.simd.kinds import Address, F32x16, Int, int64, void
 from m2lite.simd.memory import clamp_and_store_i8, load_f32, read_f32, read_i32, store_f32, write_f32, write_i32
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import (
@@ -44,7 +44,7 @@ INT8_MAX = F(127.0)
 
 
 @inner
-def exp16(x):
+def exp16(x: F32x16) -> F32x16:
     """exp per lane; exactly 0 below EXP_LOWEST; NaN stays NaN."""
     clamped = where(x > EXP_HIGHEST, EXP_HIGHEST, maximum(x, EXP_LOWEST))
     n = round_to_i32(clamped * LOG2_E)
@@ -57,11 +57,12 @@ def exp16(x):
     p = fma(p, r, C2)
     p = fma(p, r, ONE)
     p = fma(p, r, ONE)
-    return where(x == x, where(x < EXP_LOWEST, ZERO, scale_by_power(p, n)), x)
+    found: F32x16 = where(x == x, where(x < EXP_LOWEST, ZERO, scale_by_power(p, n)), x)
+    return found
 
 
 @inner
-def sigmoid16(x):
+def sigmoid16(x: F32x16) -> F32x16:
     """1 / (1 + exp(-x)) per lane."""
     return ONE / (ONE + exp16(x * MINUS_ONE))
 
@@ -73,43 +74,46 @@ def call_unpack(builder: ir.IRBuilder, function: ir.Value, w: ir.Value, n_blocks
 
 
 @far()
-def embed_rows(unpack, w, row_bytes, n_blocks, tokens, n_rows, out, out_stride):
+def embed_rows(
+    unpack: int, w: Address, row_bytes: int, n_blocks: int, tokens: Address, n_rows: int, out: Address, out_stride: int
+) -> None:
     """out[t] = row tokens[t] of w as float32; tokens is int32."""
     for t in range(n_rows):
         call_unpack(unpack, w + read_i32(tokens + 4 * t) * row_bytes, n_blocks, out + t * out_stride)
 
 
 @far()
-def add_rows(x, y, n_rows, n):
+def add_rows(x: Address, y: Address, n_rows: int, n: int) -> None:
     """x[t] += y[t]; both [n_rows, n], contiguous."""
     for i in range(0, 4 * n_rows * n, 64):
         store_f32(x + i, load_f32(x + i) + load_f32(y + i))
 
 
 @far()
-def read_part(part, n_parts, address, n_bytes, sums):
+def read_part(part: int, n_parts: int, address: Address, n_bytes: int, sums: Address) -> None:
     """Load n_bytes in steps of 256 and keep maxima: what plain reading costs. sums: float32 [n_parts], meaningless."""
     begin, end = part * n_bytes // n_parts // 256 * 256, (part + 1) * n_bytes // n_parts // 256 * 256
     a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-    for at in range(address + begin, address + end, 256):
+    for i in range(begin, end, 256):
+        at = address + i
         a, b = maximum(a, load_f32(at)), maximum(b, load_f32(at + 64))
         c, d = maximum(c, load_f32(at + 128)), maximum(d, load_f32(at + 192))
     write_f32(sums + 4 * part, tree_sum((a + b) + (c + d)))
 
 
 @inner
-def norm_scale(x, n, eps):
+def norm_scale(x: Address, n: int, eps: np.float32) -> np.float32:
     """1 / sqrt(mean of squares + eps) of a row of n."""
     squares = splat(ZERO)
     for i in range(0, 4 * n, 64):
         v = load_f32(x + i)
         squares = fma(v, v, squares)
     mean = tree_sum(squares) / F(n)
-    return ONE / np.sqrt(mean + eps)
+    return F(ONE / np.sqrt(mean + eps))
 
 
 @far(eps=float32)
-def rms_norm(out, x, weight, n_rows, n, eps):
+def rms_norm(out: Address, x: Address, weight: Address, n_rows: int, n: int, eps: np.float32) -> None:
     """out[t] = x[t] / rms(x[t]) * weight; [n_rows, n], contiguous; out may be x."""
     for t in range(n_rows):
         row = x + 4 * n * t
@@ -119,7 +123,10 @@ def rms_norm(out, x, weight, n_rows, n, eps):
 
 
 @far(eps=float32)
-def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_dim, eps):
+def norm_rope(
+    x: Address, weight: Address, angles: Address, positions: Address, n_rows: int, n_heads: int, head_dim: int,
+    rotary_dim: int, eps: np.float32,
+) -> None:  # fmt: skip
     """RMS norm over the whole row of n_heads * head_dim, then rotation of the first rotary_dim of each head, in place.
 
     angles: [position][cos of rotary_dim / 2, sin of rotary_dim / 2]; positions: int32. Pairs: (j, j + rotary_dim / 2).
@@ -144,7 +151,7 @@ def norm_rope(x, weight, angles, positions, n_rows, n_heads, head_dim, rotary_di
 
 
 @inner
-def write_sums(at, both):
+def write_sums(at: Address, both: Int) -> np.int32:
     """Write -8 a and -8 b as int16 where `both` is a + 65536 b, and return a + b."""
     a = np.int32(np.int16(both))
     b = (both - a) >> 16
@@ -153,7 +160,7 @@ def write_sums(at, both):
 
 
 @inner
-def pack_row_int8(panel, step, x, n_blocks):
+def pack_row_int8(panel: Address, step: int, x: Address, n_blocks: int) -> None:
     """One row into every `step` bytes of a panel: 32 int8, scale = amax / 127, sums (dots.SUM_AT); to nearest even."""
     for b in range(n_blocks):
         low, high = load_f32(x + 128 * b), load_f32(x + 128 * b + 64)
@@ -170,7 +177,7 @@ def pack_row_int8(panel, step, x, n_blocks):
 
 
 @inner
-def pack_row_float(panel, step, x, n_blocks):
+def pack_row_float(panel: Address, step: int, x: Address, n_blocks: int) -> None:
     """One row into every `step` bytes of a panel: 32 float32."""
     for b in range(n_blocks):
         store_f32(panel + b * step, load_f32(x + 128 * b))
@@ -178,7 +185,7 @@ def pack_row_float(panel, step, x, n_blocks):
 
 
 @inner
-def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
+def pack_one(panel: Address, x: Address, t: int, n_rows: int, n_blocks: int, is_int8: int) -> None:
     """Row t of a panel of n_rows from the float32 row at x."""
     start = t // GROUP * GROUP
     size = min(GROUP, n_rows - start)
@@ -189,13 +196,18 @@ def pack_one(panel, x, t, n_rows, n_blocks, is_int8):
 
 
 @far()
-def pack_part(part, n_parts, panel, x, x_stride, n_rows, n_blocks, is_int8):
+def pack_part(
+    part: int, n_parts: int, panel: Address, x: Address, x_stride: int, n_rows: int, n_blocks: int, is_int8: int
+) -> None:
     for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
         pack_one(panel, x + t * x_stride, t, n_rows, n_blocks, is_int8)
 
 
 @far()
-def pack_groups_part(part, n_parts, panel, x, x_stride, rows, starts, n_groups, n_blocks, is_int8):
+def pack_groups_part(
+    part: int, n_parts: int, panel: Address, x: Address, x_stride: int, rows: Address, starts: Address, n_groups: int,
+    n_blocks: int, is_int8: int,
+) -> None:  # fmt: skip
     """Panels of several groups side by side: group g is pairs starts[g]..starts[g + 1], pair p is row rows[p] of x.
 
     Pairs are counted from starts[0], so that a slab of groups has buffers of its own.

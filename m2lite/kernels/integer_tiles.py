@@ -6,6 +6,7 @@ memory. The sums are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from m2lite.simd import emit, kinds
 from m2lite.simd.emit import Vectors
 from m2lite.simd.far import far
 from m2lite.simd.jit import kernel, specialise
-from m2lite.simd.kinds import PackType, pack
+from m2lite.simd.kinds import Address, F32x16, Pack, PackType, pack
 from m2lite.simd.memory import expect_to_write, load_f32, scratch, store_f32, store_lanes
 from m2lite.simd.packs import store_rows
 from m2lite.simd.packs import zeros as no_sums
@@ -76,7 +77,9 @@ def _dot_block_of(form: TileForm) -> Any:
     """
 
     @operation(_SUMS(_SUMS, *[types.int64] * 4))
-    def dot_block(builder, acc, w, stride, x, ahead):
+    def dot_block(
+        builder: ir.IRBuilder, acc: ir.Value, w: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
+    ) -> ir.Value:
         rows, steps = emit.rows_of(builder, w, stride, AT_ONCE), iter(range(form.n_steps))
 
         def step(weights: Vectors, scales: Vectors, minimum: ir.Value | None = None) -> None:
@@ -101,7 +104,9 @@ def _dot_few_of(form: TileForm, n_rows: int) -> Any:
     kind = PackType(kinds.f32x16, n_rows)
 
     @operation(kind(kind, *[types.int64] * 4))
-    def dot_few(builder, accs, w, stride, x, ahead):
+    def dot_few(
+        builder: ir.IRBuilder, accs: ir.Value, w: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
+    ) -> ir.Value:
         steps = iter(range(form.n_steps))
         sums = [builder.extract_value(accs, r) for r in range(n_rows)]
 
@@ -136,7 +141,10 @@ def _unpack_tile_of(form: TileForm, n_rows: int) -> Any:
     """
 
     @operation(types.void(*[types.int64] * 7))
-    def unpack_tile(builder, w, stride, out, x, x_step, sums, ahead):
+    def unpack_tile(
+        builder: ir.IRBuilder, w: ir.Value, stride: ir.Value, out: ir.Value, x: ir.Value, x_step: ir.Value,
+        sums: ir.Value, ahead: ir.Value,
+    ) -> None:  # fmt: skip
         steps = iter(range(form.n_steps))
         places = [builder.add(sums, emit.I64(64 * r)) for r in range(n_rows)]
         accs = [emit.load(builder, place, emit.V_F32) for place in places]
@@ -163,7 +171,7 @@ def _load_step_of(form: TileForm) -> Any:
     n = form.step_vectors
 
     @operation(PackType(kinds.i32x16, n)(types.int64))
-    def load_step(builder, at):
+    def load_step(builder: ir.IRBuilder, at: ir.Value) -> ir.Value:
         return emit.pack_of(builder, [emit.load(builder, at, emit.V_I32, 64 * i) for i in range(n)])
 
     return load_step
@@ -173,7 +181,7 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
     """dot_rows(step, x, sums): adds a step's products with n rows at x to their sums, a vector each in memory."""
 
     @operation(types.void(pack, types.int64, types.int64))
-    def dot_rows(builder, step, x, sums):
+    def dot_rows(builder: ir.IRBuilder, step: ir.Value, x: ir.Value, sums: ir.Value) -> None:
         vectors = [builder.extract_value(step, i) for i in range(form.step_vectors)]
         rows = [builder.add(x, emit.I64(PANEL_BYTES * r)) for r in range(n_rows)]
         floats = [builder.bitcast(v, emit.V_F32) for v in vectors[8:]]
@@ -200,13 +208,27 @@ def _dot_rows_of(form: TileForm, n_rows: int) -> Any:
 zeros = zeros_of(_SUMS)
 
 # Names that `specialise` fills in: the templates below see them as globals.
-block_bytes = step_vectors = tile_vectors = 0
-n_steps = n_rows = n_first = 1
-dot_block = dot_few = unpack_tile = load_step = dot_four = dot_two = dot_one = None
-few_rows = other_rows = None
+block_bytes: int
+step_vectors: int
+tile_vectors: int
+n_steps: int
+n_rows: int
+n_first: int
+dot_block: Callable[[F32x16, Address, int, Address, Address], F32x16]
+dot_few: Callable[[Pack, Address, int, Address, Address], Pack]
+unpack_tile: Callable[[Address, int, Address, Address, int, Address, Address], None]
+load_step: Callable[[Address], Pack]
+dot_four: Callable[[Pack, Address, Address], None]
+dot_two: Callable[[Pack, Address, Address], None]
+dot_one: Callable[[Pack, Address, Address], None]
+few_rows: Callable[..., None]
+other_rows: Callable[..., None]
 
 
-def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _one(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     for first in range(0, n_store, AT_ONCE):
         acc, rows = zeros(), w + first * stride
         rows_ahead = ahead + first * stride
@@ -216,7 +238,10 @@ def _one(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         store_lanes(out + 4 * first, acc, n_store)
 
 
-def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _few(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """n_x is n_rows, which the compiler knows: the sums stay in registers, and so do the weights."""
     accs = no_sums(n_rows)
     for b in range(n_blocks // n_steps):
@@ -228,7 +253,10 @@ def _few(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _many(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     """The sums stay in memory: those of GROUP rows do not fit into registers, and each is touched once a step."""
     sums, tile = scratch(GROUP), scratch(tile_vectors)
     x_step = n_x * PANEL_BYTES
@@ -252,7 +280,10 @@ def _many(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
         store_lanes(out + t * out_stride, load_f32(sums + 64 * t), n_store)
 
 
-def _by_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead):
+def _by_rows(
+    w: Address, stride: int, n_store: int, n_blocks: int, x: Address, n_x: int, out: Address, out_stride: int,
+    ahead: Address,
+) -> None:  # fmt: skip
     if n_x == n_rows:
         few_rows(w, stride, n_store, n_blocks, x, n_x, out, out_stride, ahead)
     else:

@@ -9,6 +9,7 @@ team: (threads to use, multiply-adds below which one is enough), from jit.team()
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from m2lite.simd.jit import parts_of, specialise
+from m2lite.simd.kinds import Address
 
 _INT, _FLOAT = "i8", "f4"
 
@@ -46,37 +48,37 @@ SCRATCH = _record(
     eps=_FLOAT, attention_scale=_FLOAT,
 )  # fmt: skip
 
-# Names that are bound to kernels when the steps are made (`steps`).
-parts: Any = None
-rms_norm: Any = None
-norm_rope: Any = None
-append_kv: Any = None
-attend: Any = None
-add_rows: Any = None
-pack: Any = None
-pack_groups: Any = None
-matmul: Any = None
-matmul_three: Any = None
-route: Any = None
-group_pairs: Any = None
-experts_up: Any = None
-experts_down: Any = None
-combine: Any = None
-pack_dense: Any = None
-pack_pairs: Any = None
-pair_panel: Any = None
-panel: Any = None
-multiply: Any = None
-product: Any = None
-project: Any = None
-attend_rows: Any = None
-choose: Any = None
-experts: Any = None
-add_experts: Any = None
-run_experts: Any = None
+# Kernels and steps that the templates below call: `steps` binds them. Declared alone, they have no value of their own.
+parts: Callable[[tuple[int, int], int], int]
+rms_norm: Callable[..., None]
+norm_rope: Callable[..., None]
+append_kv: Callable[..., None]
+attend: Callable[..., None]
+add_rows: Callable[..., None]
+pack: Callable[..., None]
+pack_groups: Callable[..., None]
+matmul: Callable[..., None]
+matmul_three: Callable[..., None]
+route: Callable[..., int]
+group_pairs: Callable[..., int]
+experts_up: Callable[..., None]
+experts_down: Callable[..., None]
+combine: Callable[..., None]
+pack_dense: Callable[..., None]
+pack_pairs: Callable[..., None]
+pair_panel: Callable[[Any, Any], Any]
+panel: Callable[[Any, Any], Any]
+multiply: Callable[..., None]
+product: Callable[..., None]
+project: Callable[..., None]
+attend_rows: Callable[..., None]
+choose: Callable[..., tuple[int, int]]
+experts: Callable[..., None]
+add_experts: Callable[..., None]
+run_experts: Callable[..., None]
 
 
-def _pack_dense(team, s, x, n_in, n, int8, float32):
+def _pack_dense(team: tuple[int, int], s: Any, x: Address, n_in: int, n: int, int8: int, float32: int) -> None:
     """Activation panels of x[n, n_in] in each kind that is asked for."""
     n_parts = parts(team, 4 * n * n_in)
     if int8:
@@ -85,7 +87,10 @@ def _pack_dense(team, s, x, n_in, n, int8, float32):
         pack(n_parts, s.panel_float32, x, 4 * n_in, n, n_in // 32, 0)
 
 
-def _pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32):
+def _pack_pairs(
+    team: tuple[int, int], s: Any, x: Address, n_in: int, rows: Address, starts: Address, n_active: int, n_pairs: int,
+    int8: int, float32: int,
+) -> None:  # fmt: skip
     """The same of x[rows[p]] for every (row, expert) pair p."""
     n_parts = parts(team, 4 * n_pairs * n_in)
     if int8:
@@ -94,34 +99,36 @@ def _pack_pairs(team, s, x, n_in, rows, starts, n_active, n_pairs, int8, float32
         pack_groups(n_parts, s.pair_panel_float32, x, 4 * n_in, rows, starts, n_active, n_in // 32, 0)
 
 
-def _pair_panel(s, m):
+def _pair_panel(s: Any, m: Any) -> Any:
     """The panel of pairs that a stacked matrix reads."""
     return s.pair_panel_int8 if m.is_int8 else s.pair_panel_float32
 
 
-def _panel(s, m):
+def _panel(s: Any, m: Any) -> Any:
     """The panel of rows that a matrix reads."""
     return s.panel_int8 if m.is_int8 else s.panel_float32
 
 
-def _multiply(team, s, out, out_stride, m, n):
+def _multiply(team: tuple[int, int], s: Any, out: Address, out_stride: int, m: Any, n: int) -> None:
     """out[n, n_out] = packed rows @ m.T; out_stride in bytes."""
     n_parts, x = parts(team, n * m.n_out * m.n_blocks * 32), panel(s, m)
     matmul(n_parts, out, out_stride, m.tile, m.address, m.row_bytes, m.n_out, m.n_blocks, x, m.panel_row_bytes, n)
 
 
-def _product(team, s, out, out_stride, x, m, n):
+def _product(team: tuple[int, int], s: Any, out: Address, out_stride: int, x: Address, m: Any, n: int) -> None:
     """out[n, n_out] = x[n, n_in] @ m.T; out_stride in bytes."""
     pack_dense(team, s, x, m.n_blocks * 32, n, m.is_int8 > 0, m.is_int8 == 0)
     multiply(team, s, out, out_stride, m, n)
 
 
-def _product_of_record(team, matrix, scratch, out, out_stride, x, n):
+def _product_of_record(
+    team: tuple[int, int], matrix: Any, scratch: Any, out: Address, out_stride: int, x: Address, n: int
+) -> None:
     """out[n, n_out] = x[n, n_in] @ matrix.T, for a matrix that belongs to no layer; out_stride in bytes."""
     product(team, scratch[0], out, out_stride, x, matrix[0], n)
 
 
-def _join(team, module, scratch, joined, previous, n):
+def _join(team: tuple[int, int], module: Any, scratch: Any, joined: int, previous: int, n: int) -> None:
     """x = [rms_norm(h, enorm), rms_norm(previous, hnorm)] @ eh_proj: what a prediction module's layer works on.
 
     joined: room for float32 [n, 2 n_embd].
@@ -135,7 +142,7 @@ def _join(team, module, scratch, joined, previous, n):
     product(team, s, s.x, width, joined, m.eh_proj, n)
 
 
-def _project(team, layer, scratch, places, n, layer_offset):
+def _project(team: tuple[int, int], layer: Any, scratch: Any, places: Any, n: int, layer_offset: int) -> None:
     """h = rms_norm(x); q = rope(norm(h Wq)); k = rope(norm(h Wk)) and v = h Wv go into the pages."""
     la, s, p = layer[0], scratch[0], places[0]
     q, k, v = la.attn_q, la.attn_k, la.attn_v
@@ -153,7 +160,7 @@ def _project(team, layer, scratch, places, n, layer_offset):
     append_kv(s.k, s.v, p.pages, layer_offset, p.slots, n, s.n_kv_heads, s.head_dim, p.is_q8)
 
 
-def _attend(team, scratch, places, first, n, macs, layer_offset):
+def _attend(team: tuple[int, int], scratch: Any, places: Any, first: int, n: int, macs: int, layer_offset: int) -> None:
     """attended = softmax(q K / sqrt(head_dim)) V for rows first to first + n, each up to its own position."""
     s, p = scratch[0], places[0]
     at = 4 * s.n_heads * s.head_dim * first
@@ -164,7 +171,7 @@ def _attend(team, scratch, places, first, n, macs, layer_offset):
     )  # fmt: skip
 
 
-def _choose(team, layer, scratch, n):
+def _choose(team: tuple[int, int], layer: Any, scratch: Any, n: int) -> tuple[int, int]:
     """x += attended Wo; h = rms_norm(x); experts chosen by h ffn_gate_inp, and the pairs sorted by expert.
 
     Returns (number of experts chosen, rows with a score that is NaN or infinite).
@@ -180,7 +187,10 @@ def _choose(team, layer, scratch, n):
     return n_active, n_bad
 
 
-def _experts(team, layer, scratch, active, starts, n_active, first, n_pairs, place):
+def _experts(
+    team: tuple[int, int], layer: Any, scratch: Any, active: Address, starts: Address, n_active: int, first: int,
+    n_pairs: int, place: int,
+) -> None:  # fmt: skip
     """expert_out[place:] = what n_active experts make of h, for their n_pairs pairs, which begin with pair `first`."""
     la, s = layer[0], scratch[0]
     gate, up, down = la.ffn_gate_exps, la.ffn_up_exps, la.ffn_down_exps
@@ -202,7 +212,7 @@ def _experts(team, layer, scratch, active, starts, n_active, first, n_pairs, pla
     )  # fmt: skip
 
 
-def _add_experts(team, scratch, first, n_pairs, n):
+def _add_experts(team: tuple[int, int], scratch: Any, first: int, n_pairs: int, n: int) -> None:
     """x += expert_out, which holds pairs first to first + n_pairs, each row's in ascending order of the experts."""
     s = scratch[0]
     combine(
@@ -211,13 +221,16 @@ def _add_experts(team, scratch, first, n_pairs, n):
     )  # fmt: skip
 
 
-def _run_experts(team, layer, scratch, active, starts, n_active, first, n_pairs, n):
+def _run_experts(
+    team: tuple[int, int], layer: Any, scratch: Any, active: Address, starts: Address, n_active: int, first: int,
+    n_pairs: int, n: int,
+) -> None:  # fmt: skip
     """x += what the experts make of h, for n_active of them, whose n_pairs pairs begin with pair `first`."""
     experts(team, layer, scratch, active, starts, n_active, first, n_pairs, np.int64(0))
     add_experts(team, scratch, first, n_pairs, n)
 
 
-def _layer(team, layer, scratch, places, n, macs, layer_offset):
+def _layer(team: tuple[int, int], layer: Any, scratch: Any, places: Any, n: int, macs: int, layer_offset: int) -> int:
     """All of a layer for rows whose pairs fit into the buffers; returns how many have a score that is NaN or infinite.
 
     macs: of attention, as for attend_rows.
@@ -230,11 +243,11 @@ def _layer(team, layer, scratch, places, n, macs, layer_offset):
     return n_bad
 
 
-_HELPERS = {  # each may call those before it
+_HELPERS: dict[str, Callable[..., Any]] = {  # each may call those before it
     "pack_dense": _pack_dense, "pack_pairs": _pack_pairs, "pair_panel": _pair_panel, "panel": _panel,
     "multiply": _multiply, "product": _product,
 }  # fmt: skip
-_STEPS = {  # each may call those before it
+_STEPS: dict[str, Callable[..., Any]] = {  # each may call those before it
     "project": _project, "attend_rows": _attend, "choose": _choose, "experts": _experts, "add_experts": _add_experts,
     "run_experts": _run_experts, "layer": _layer, "join": _join, "product": _product_of_record,
 }  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+
 from llvmlite import ir
 
 from m2lite.simd import emit, tuning
 from m2lite.simd.far import far
 from m2lite.simd.jit import inner, kernel
-from m2lite.simd.kinds import int64, void
+from m2lite.simd.kinds import Address, int64, void
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import operation
 
@@ -35,7 +36,7 @@ def call_tile(
 
 
 @kernel
-def coming(w, next_w, tile_bytes, tile, end_tile):
+def coming(w: Address, next_w: Address, tile_bytes: int, tile: int, end_tile: int) -> Address:
     """The address of what comes a few tiles later: what is read next, at next_w, is asked for before end_tile.
 
     next_w is 0 where nothing follows.
@@ -47,7 +48,10 @@ def coming(w, next_w, tile_bytes, tile, end_tile):
 
 
 @inner
-def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead):
+def tile_at(
+    tile: int, i: int, w: Address, stride: int, n_out: int, n_blocks: int, x: Address, n_x: int, out: Address,
+    out_stride: int, ahead: Address,
+) -> None:  # fmt: skip
     """Tile i of a matrix of n_out rows: the last one moves back to end at n_out; fewer than 16 rows go one by one.
 
     ahead: as `coming` says.
@@ -61,9 +65,12 @@ def tile_at(tile, i, w, stride, n_out, n_blocks, x, n_x, out, out_stride, ahead)
 
 
 @inner
-def tiles_of(first, end, next_w, out, tile, w, stride, n_out, x, x_stride, n_x, n_blocks, out_stride):
+def tiles_of(
+    first: int, end: int, next_w: Address, out: Address, tile: int, w: Address, stride: int, n_out: int, x: Address,
+    x_stride: int, n_x: int, n_blocks: int, out_stride: int,
+) -> None:  # fmt: skip
     """Tiles `first` to `end` - 1 of a matrix for all rows; next_w: see `coming`."""
-    most = rows_at_once()
+    most = int(rows_at_once())
     for t in range(0, n_x, most):
         rows, n, at = x + t * x_stride, min(most, n_x - t), out + t * out_stride
         then = next_w if t + most >= n_x else w + 16 * stride * first
@@ -73,33 +80,38 @@ def tiles_of(first, end, next_w, out, tile, w, stride, n_out, x, x_stride, n_x, 
 
 
 @far()
-def matmul_part(part, n_parts, thread, after, out, out_stride, tile, w, stride, n_out, n_blocks, x, x_stride, n_x):
+def matmul_part(
+    part: int, n_parts: int, thread: int, after: int, out: Address, out_stride: int, tile: int, w: Address, stride: int,
+    n_out: int, n_blocks: int, x: Address, x_stride: int, n_x: int,
+) -> None:  # fmt: skip
     """out[n_x, n_out] = x[n_x, K] @ w[n_out, K].T; K = 32 n_blocks, x is an activation panel (see dot.py).
 
     x_stride: bytes that a row takes of the panel.
     """
     n_tiles = (n_out + 15) // 16
     first, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
-    next_w = w + 16 * stride * (after * n_tiles // n_parts) if after < n_parts else 0
+    next_w = w + 16 * stride * (after * n_tiles // n_parts) if after < n_parts else Address(0)
     tiles_of(first, end, next_w, out, tile, w, stride, n_out, x, x_stride, n_x, n_blocks, out_stride)
 
 
 @kernel
-def tile_in(matrices, i):
+def tile_in(matrices: Iterable[tuple[Address, int, Address, int, int, Address, int]], i: int) -> Address:
     """The address of tile i, counted through all the matrices."""
     for _, _, w, stride, n_out, _, _ in matrices:
         n_tiles = (n_out + 15) // 16
         if i < n_tiles:
             return w + 16 * stride * i
         i -= n_tiles
-    return np.int64(0)
+    return Address(0)
 
 
 @far()
 def matmul_three_part(
-    part, n_parts, thread, after, n_blocks, n_x, a_out, a_tile, a_w, a_stride, a_n_out, a_x, a_x_stride,
-    b_out, b_tile, b_w, b_stride, b_n_out, b_x, b_x_stride, c_out, c_tile, c_w, c_stride, c_n_out, c_x, c_x_stride,
-):  # fmt: skip
+    part: int, n_parts: int, thread: int, after: int, n_blocks: int, n_x: int,
+    a_out: Address, a_tile: int, a_w: Address, a_stride: int, a_n_out: int, a_x: Address, a_x_stride: int,
+    b_out: Address, b_tile: int, b_w: Address, b_stride: int, b_n_out: int, b_x: Address, b_x_stride: int,
+    c_out: Address, c_tile: int, c_w: Address, c_stride: int, c_n_out: int, c_x: Address, c_x_stride: int,
+) -> None:  # fmt: skip
     """As matmul, for three matrices of the same width and number of rows: each out is [n_x, n_out]."""
     matrices = (
         (a_out, a_tile, a_w, a_stride, a_n_out, a_x, a_x_stride),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from m2lite.simd.jit import inner, kernel
+from m2lite.simd.kinds import Address, Int
 from m2lite.simd.memory import read_i32, write_i32
 
 GRAM = 3  # tokens that must be the same; the longer the match, the likelier what followed it follows again
@@ -22,7 +23,7 @@ N, PLACE, LENGTH, OTHER, OTHER_LENGTH, CAPACITY, MASK = 0, 4, 8, 12, 16, 20, 24
 
 
 @inner
-def hash_of_end(ids, n, mask):
+def hash_of_end(ids: Address, n: int, mask: int) -> int:
     """Of the GRAM tokens that end before index n."""
     h = 0
     for i in range(n - GRAM, n):
@@ -32,7 +33,7 @@ def hash_of_end(ids, n, mask):
 
 
 @inner
-def match_length(ids, place, n):
+def match_length(ids: Address, place: int, n: int) -> int:
     """How many tokens before `place` are those before n, up to MOST_LENGTH; 0 if fewer than GRAM are."""
     length, most = 0, min(place, MOST_LENGTH)
     while length < most and read_i32(ids + 4 * (place - 1 - length)) == read_i32(ids + 4 * (n - 1 - length)):
@@ -41,14 +42,14 @@ def match_length(ids, place, n):
 
 
 @inner
-def is_contested(ids, place, length, other, other_length):
+def is_contested(ids: Address, place: int, length: int, other: int, other_length: int) -> bool:
     """Whether another place that matches about as well was followed by another token."""
     differs = other > 0 and read_i32(ids + 4 * other) != read_i32(ids + 4 * place)
     return differs and other_length >= min(length, AS_GOOD)
 
 
 @inner
-def find(ids, before, at, n, block):
+def find(ids: Address, before: Address, at: int, n: int, block: Address) -> None:
     """The two longest matches among the latest places, beginning with `at`, go to the header."""
     place = length = other = other_length = 0
     for _ in range(MOST_PLACES):
@@ -67,7 +68,7 @@ def find(ids, before, at, n, block):
 
 
 @inner
-def push(block, token):
+def push(block: Address, token: Int) -> int:
     """The sequence goes on with `token`, and the match follows it. A full one stays as it is.
 
     Returns the length of the match that foresaw this token, negative if it foresaw another, 0 if there was none, or one
@@ -109,11 +110,12 @@ def push(block, token):
 
 
 @kernel
-def guess(block, out, most):
+def guess(block: int, out: int, most: int) -> int:
     """int32 [most]: what followed the match, up to a token that is contested. Returns how many.
 
     A match that reaches the end of the sequence repeats what follows it.
     """
+    block, out = Address(block), Address(out)
     n, place, length = read_i32(block + N), read_i32(block + PLACE), read_i32(block + LENGTH)
     other, other_length = read_i32(block + OTHER), read_i32(block + OTHER_LENGTH)
     ids = block + 4 * HEADER
@@ -130,11 +132,12 @@ def guess(block, out, most):
 
 
 @kernel
-def push_all(block, tokens, n, out):
+def push_all(block: int, tokens: int, n: int, out: int) -> int:
     """`push` of n tokens, int32. What it returned goes to int32 `out` where it was not 0, unless `out` is 0.
 
     Returns how many of them.
     """
+    block, tokens, out = Address(block), Address(tokens), Address(out)
     n_foreseen = 0
     for i in range(n):
         foreseen = push(block, np.int64(read_i32(tokens + 4 * i)))
@@ -145,7 +148,9 @@ def push_all(block, tokens, n, out):
 
 
 @kernel
-def push_one(block, token):
+def push_one(block: int, token: int) -> int:
     """`push`; what it returned in the upper 32 bits, and the length of the match that there is now in the lower."""
+    block = Address(block)
     foreseen = np.int64(push(block, token))
-    return (foreseen << 32) + read_i32(block + LENGTH)
+    found: int = (foreseen << 32) + read_i32(block + LENGTH)  # type: ignore[assignment]  # as Python gets it
+    return found

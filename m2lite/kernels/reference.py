@@ -260,7 +260,8 @@ def add_rows(x: int, y: int, n_rows: int, n: int) -> None:
 def normed(x: F32, weight: int, eps: float) -> F32:
     mean = lanes_dot(x, x) / F(x.shape[-1])
     scale = F(1) / np.sqrt(mean + F(eps))
-    return (x * scale[:, None]) * array_at(weight, np.float32, (x.shape[-1],))
+    out: F32 = (x * scale[:, None]) * array_at(weight, np.float32, (x.shape[-1],))
+    return out
 
 
 def rms_norm(out: int, x: int, weight: int, n_rows: int, n: int, eps: float) -> None:

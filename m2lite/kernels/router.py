@@ -9,6 +9,7 @@ from m2lite.kernels.elementwise import sigmoid16
 from m2lite.kernels.matmul import coming, tile_at
 from m2lite.simd.far import far
 from m2lite.simd.jit import kernel
+from m2lite.simd.kinds import Address
 from m2lite.simd.memory import load_f32, read_f32, read_i32, store_f32, write_f32, write_i32
 from m2lite.simd.split import Split
 from m2lite.simd.vectors import fma, splat
@@ -19,7 +20,10 @@ TILE_OVERHEAD = 4  # what unpacking a tile costs, in activation rows: balances e
 
 
 @far(returns=int64)
-def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
+def route(
+    scores: Address, bias: Address, n_rows: int, n_experts: int, n_padded: int, n_used: int, ids: Address,
+    weights: Address,
+) -> int:  # fmt: skip
     """Per row: s = sigmoid(scores); the n_used largest of s + bias (ties: lowest id), written in ascending id order.
 
     ids int32 and weights float32 are [n_rows, n_used]; weights = s / sum of the chosen s, added in ascending id order.
@@ -64,7 +68,10 @@ def route(scores, bias, n_rows, n_experts, n_padded, n_used, ids, weights):
 
 
 @far(returns=int64)
-def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, slots):
+def group_pairs(
+    ids: Address, n_rows: int, n_experts: int, n_used: int, counts: Address, active: Address, starts: Address,
+    rows: Address, slots: Address,
+) -> int:  # fmt: skip
     """Sort the (row, expert) pairs by expert. Returns the number of experts that were chosen at all.
 
     ids: int32 [n_rows, n_used]. Out, all int32: active[g] expert of group g, ascending; starts[g] its first pair
@@ -97,14 +104,16 @@ def group_pairs(ids, n_rows, n_experts, n_used, counts, active, starts, rows, sl
 
 
 @kernel
-def share_of(part, n_parts, n_tiles, starts, n_active):
+def share_of(part: int, n_parts: int, n_tiles: int, starts: Address, n_active: int) -> tuple[int, int]:
     """(begin, end) of a part, in cost: each of an expert's n_tiles costs its pairs and TILE_OVERHEAD."""
     total = n_tiles * (read_i32(starts + 4 * n_active) - read_i32(starts) + TILE_OVERHEAD * n_active)
     return -(-part * total // n_parts), -(-(part + 1) * total // n_parts)
 
 
 @kernel
-def tiles_of(i, n_tiles, begin, end, active, starts):
+def tiles_of(
+    i: int, n_tiles: int, begin: int, end: int, active: Address, starts: Address
+) -> tuple[int, int, int, int, int]:
     """(expert, its first pair, its number of pairs, its first tile, its last tile + 1) of chosen expert i in a share.
 
     A tile belongs to the share in which its cost begins. Pairs are counted from starts[0], as in pack_groups.
@@ -118,7 +127,9 @@ def tiles_of(i, n_tiles, begin, end, active, starts):
 
 
 @kernel
-def next_of(i, part, n_parts, after, n_tiles, active, starts, n_active):
+def next_of(
+    i: int, part: int, n_parts: int, after: int, n_tiles: int, active: Address, starts: Address, n_active: int
+) -> tuple[int | np.int32, int]:
     """(expert, tile) that a thread reads behind what `part` has of chosen expert i, or (-1, 0).
 
     That is the next expert of the part, or the first of part `after`.
@@ -138,16 +149,18 @@ def next_of(i, part, n_parts, after, n_tiles, active, starts, n_active):
 
 
 @kernel
-def address_in(w, slice_bytes, stride, e, tile):
+def address_in(w: Address, slice_bytes: int, stride: int, e: int | np.int32, tile: int) -> Address:
     """Of a tile of an expert; 0 where there is none."""
-    return w + e * slice_bytes + 16 * stride * tile if e >= 0 else 0
+    return w + e * slice_bytes + 16 * stride * tile if e >= 0 else Address(0)
 
 
 @far()
 def experts_up_part(
-    part, n_parts, thread, after, h, gate_tile, gate, gate_slice, up_tile, up, up_slice, n_ff, n_blocks, gate_panel,
-    gate_row, up_panel, up_row, active, starts, n_active, scratch, scratch_bytes,
-):  # fmt: skip
+    part: int, n_parts: int, thread: int, after: int, h: Address, gate_tile: int, gate: Address, gate_slice: int,
+    up_tile: int, up: Address, up_slice: int, n_ff: int, n_blocks: int, gate_panel: Address, gate_row: int,
+    up_panel: Address, up_row: int, active: Address, starts: Address, n_active: int, scratch: Address,
+    scratch_bytes: int,
+) -> None:  # fmt: skip
     """h[p] = silu(x[p] @ gate[e].T) * (x[p] @ up[e].T) for all pairs p of each chosen expert e; h is [pairs, n_ff].
 
     Pairs are counted from starts[0]. scratch: scratch_bytes for each thread, two tiles of 64 bytes a row of the largest
@@ -179,8 +192,9 @@ def experts_up_part(
 
 @far()
 def experts_down_part(
-    part, n_parts, thread, after, y, tile, w, slice_bytes, n_out, n_blocks, panel, panel_row, active, starts, n_active
-):
+    part: int, n_parts: int, thread: int, after: int, y: Address, tile: int, w: Address, slice_bytes: int, n_out: int,
+    n_blocks: int, panel: Address, panel_row: int, active: Address, starts: Address, n_active: int,
+) -> None:  # fmt: skip
     """y[p] = h[p] @ w[e].T for all pairs p of each chosen expert e; y is [pairs, n_out]; pairs as in experts_up."""
     n_tiles, stride = (n_out + 15) // 16, slice_bytes // n_out
     begin, end = share_of(part, n_parts, n_tiles, starts, n_active)
@@ -197,7 +211,10 @@ def experts_down_part(
 
 
 @far()
-def combine_part(part, n_parts, x, total, y, slots, weights, n_rows, n_used, n, first, last):
+def combine_part(
+    part: int, n_parts: int, x: Address, total: Address, y: Address, slots: Address, weights: Address, n_rows: int,
+    n_used: int, n: int, first: int, last: int,
+) -> None:  # fmt: skip
     """x[t] += sum over j of weights[t, j] * y[slots[t, j]], the sum taken in ascending expert order from zero.
 
     Only pairs first..last - 1 are in y; the sums so far are kept in `total` [n_rows, n] until the last pair has come.

@@ -56,8 +56,8 @@ class _Adder:
     def four(self, sums: list[_Sums]) -> _Sums:
         """Each of four vectors folded into one lane of the lower 16 bytes and one of the upper."""
         even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
-        pairs = [self.folded(*sums[i : i + 2], even, odd) for i in (0, 2)]
-        return self.folded(*pairs, even, odd)
+        pairs = [self.folded(sums[i], sums[i + 1], even, odd) for i in (0, 2)]
+        return self.folded(pairs[0], pairs[1], even, odd)
 
     def _with_room(self, a: _Sums, b: _Sums) -> tuple[_Sums, _Sums]:
         fits = 2 * a.n_pairs <= sums_that_fit(self.kind.bits)
@@ -108,15 +108,16 @@ def row_dots(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: in
         signed = load(builder, x, _BYTES)
 
         def products_of(row: ir.Value) -> _Sums:
-            return products(*weights(builder, lambda offset: [load(builder, row, _EIGHT, offset)], step), signed)
+            (whole,) = weights(builder, lambda offset: [load(builder, row, _EIGHT, offset)], step)
+            return products(whole, signed)
 
         fours = [adder.four([products_of(row) for row in at[i : i + 4]]) for i in (0, 4)]
         low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         if kind.n_groups == 1:
-            out = [adder.folded(*fours, low, high)]
+            out = [adder.folded(fours[0], fours[1], low, high)]
         else:
             wide = [adder.widened(v) for v in fours]
-            out = [_Sums(adder.shuffled(*wide, places)) for places in (low, high)]
+            out = [_Sums(adder.shuffled(wide[0], wide[1], places)) for places in (low, high)]
     totals = [adder.widened(v).value for v in out]
     starts = starts_of(builder, kind, x, 8)
     return [v if start is None else builder.add(v, start) for v, start in zip(totals, starts, strict=True)]

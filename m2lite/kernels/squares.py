@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2lite.simd.far import far
+from m2lite.simd.kinds import Address
 from m2lite.simd.memory import read_f32, read_f64, read_i32, write_f64
 from m2lite.simd.split import Split
 
@@ -15,7 +16,10 @@ D = np.float64
 
 
 @far()
-def add_squares_part(part, n_parts, sums, x, n, rows, starts, active, n_active):
+def add_squares_part(
+    part: int, n_parts: int, sums: Address, x: Address, n: int, rows: Address, starts: Address, active: Address,
+    n_active: int,
+) -> None:  # fmt: skip
     """Columns part * n // n_parts to (part + 1) * n // n_parts of what add_squares does."""
     first, last = part * n // n_parts, (part + 1) * n // n_parts
     for g in range(n_active):

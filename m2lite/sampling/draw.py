@@ -91,7 +91,7 @@ def _draw(logits: Logits, sampling: Sampling, stream: int, position: int) -> tup
     among = draw_top_k if n <= MAX_TOP_K else draw_sorted
     options = n, sampling.temperature, sampling.top_p, sampling.min_p
     token, share = among(logits, *options, np.uint64(sampling.seed), np.uint64(stream), np.uint64(position))
-    return int(token), share
+    return int(token), float(share)
 
 
 def _checked(token: int, position: int) -> int:

@@ -8,6 +8,7 @@ more: there is none).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -44,7 +45,7 @@ def region(share: int, n_threads: int, n_shares: int, args: int) -> None:
             i = after
 
 
-split: Any = None  # `specialise` fills it in
+split: Callable[..., None]  # `specialise` fills it in
 
 
 def _whole(n_parts: int, *args: Any) -> None:

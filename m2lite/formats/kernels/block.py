@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from m2lite.simd.jit import kernel, specialise
+from m2lite.simd.kinds import Address, I32x16, Int, Scalar
 from m2lite.simd.memory import load_u8, read_i32, read_u8, read_u16, store_f32
 from m2lite.simd.vectors import half_to_f32, i32_to_f32
 
@@ -28,47 +29,47 @@ class Unpacker:
 
 
 @kernel
-def number(x):
+def number(x: Int) -> np.float32:
     """A small integer as float32."""
     return np.float32(np.int32(x))
 
 
 @kernel
-def half_at(w):
+def half_at(w: Address) -> Scalar:
     return half_to_f32(read_u16(w))
 
 
 @kernel
-def long_at(w):
+def long_at(w: Address) -> Int:
     """Four bytes as an unsigned integer."""
     return np.int64(read_i32(w)) & 0xFFFFFFFF
 
 
 @kernel
-def nibble_at(w, i):
+def nibble_at(w: Address, i: int) -> int:
     """4-bit number i of those at w; the low half of a byte comes first."""
     return (read_u8(w + (i >> 1)) >> (4 * (i & 1))) & 15
 
 
 @kernel
-def bits_at(w, shift, mask):
+def bits_at(w: Address, shift: int, mask: int) -> I32x16:
     """16 integers: the bits of `mask` of the 16 bytes at w, moved right by `shift`."""
     return (load_u8(w) >> shift) & mask
 
 
 @kernel
-def write_scaled(out, scale, q):
+def write_scaled(out: Address, scale: Scalar, q: I32x16) -> None:
     """out[16] = scale q."""
     store_f32(out, scale * i32_to_f32(q))
 
 
 @kernel
-def write_plus(out, scale, q, m):
+def write_plus(out: Address, scale: Scalar, q: I32x16, m: Scalar) -> None:
     """out[16] = scale q + m."""
     store_f32(out, scale * i32_to_f32(q) + m)
 
 
 @kernel
-def write_minus(out, scale, q, m):
+def write_minus(out: Address, scale: Scalar, q: I32x16, m: Scalar) -> None:
     """out[16] = scale q - m."""
     store_f32(out, scale * i32_to_f32(q) - m)

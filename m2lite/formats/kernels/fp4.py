@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,21 @@ from m2lite.formats.fp4 import E2M1_DOUBLED, UE4M3, power_of_two
 from m2lite.formats.kernels.block import Unpacker, bits_at
 from m2lite.formats.kernels.tile import Integers, Nibbles, Step, TileForm, constant, floats, loads_of
 from m2lite.simd.emit import I8, I32, RowAddresses, gather
+from m2lite.simd.kinds import Address, F32x16, I32x16
 from m2lite.simd.memory import load_pair, read_u8, store_f32
 from m2lite.simd.vectors import lane_bits, lookup_of
 
-look_up: Any = None  # Unpacker fills in what the codes stand for,
-powers = np.zeros(1, np.float32)  # and the scales
+# Unpacker fills them in.
+look_up: Callable[[I32x16], F32x16]  # what the codes stand for
+powers: Floats  # the scales
 
 
-def _mxfp4(w, out):
+def _mxfp4(w: Address, out: Address) -> None:
     for i in range(2):
         store_f32(out + 64 * i, powers[read_u8(w)] * look_up(bits_at(w + 1, 4 * i, 15)))
 
 
-def _nvfp4(w, out):
+def _nvfp4(w: Address, out: Address) -> None:
     for g in range(4):  # 16 weights: the low halves of 8 bytes, then their high halves
         both = load_pair(w + 4 + 8 * g, w + 4 + 8 * g)
         codes = (both >> (lane_bits(0xFF00) << 2)) & 15

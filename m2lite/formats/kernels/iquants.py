@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 
 from m2lite.formats import iquants
@@ -22,6 +24,7 @@ from m2lite.formats.kernels.tile import (
 )
 from m2lite.simd.emit import I32, RowAddresses, gather
 from m2lite.simd.jit import kernel
+from m2lite.simd.kinds import Address, F32x16, I32x16, Int, Scalar
 from m2lite.simd.memory import load_pair, load_quad, read_u8, read_u16, store_f32
 from m2lite.simd.vectors import flip_signs, half_to_f32, i32_to_f32, lookup_of, splat
 
@@ -29,8 +32,9 @@ HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 DELTA = iquants.IQ1_DELTA
 
 # Names that Unpacker fills in: the templates below see them as globals.
-grid = signs = np.zeros(1, np.int8)
-look_up: Any = None
+grid: npt.NDArray[np.int8]
+signs: npt.NDArray[np.int8]
+look_up: Callable[[I32x16], F32x16]
 
 
 def _grids(name: str) -> dict[str, Any]:
@@ -42,19 +46,19 @@ def _four_bits() -> dict[str, Any]:
     return {"look_up": lookup_of(iquants.IQ4_VALUES.tolist())}
 
 
-def _iq4_nl(w, out):
+def _iq4_nl(w: Address, out: Address) -> None:
     for i in range(2):
         store_f32(out + 64 * i, half_at(w) * look_up(bits_at(w + 2, 4 * i, 15)))
 
 
 @kernel
-def write_signed(out, scale, values, packed):
+def write_signed(out: Address, scale: Scalar, values: I32x16, packed: Int) -> None:
     """out[16] = (scale value) sign; a set bit of `packed` is a minus."""
     store_f32(out, flip_signs(scale * i32_to_f32(values), packed))
 
 
-def _iq2_xxs(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq2_xxs(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):  # 16 weights: two codes
         word, s = long_at(w + 6 + 8 * (i >> 1)), 14 * (i & 1)
         at = w + 2 + 8 * (i >> 1) + 2 * (i & 1)
@@ -63,8 +67,8 @@ def _iq2_xxs(w, out):
         write_signed(out + 64 * i, d * (HALF + number(word >> 28)) * QUARTER, values, packed)
 
 
-def _iq2_xs(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq2_xs(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):
         a, b = np.int64(read_u16(w + 2 + 4 * i)), np.int64(read_u16(w + 4 + 4 * i))
         values = load_pair(table + 8 * (a & 511), table + 8 * (b & 511))
@@ -72,8 +76,8 @@ def _iq2_xs(w, out):
         write_signed(out + 64 * i, d * (HALF + number(nibble_at(w + 66, i))) * QUARTER, values, packed)
 
 
-def _iq2_s(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq2_s(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):
         high = nibble_at(w + 66, i)
         a = read_u8(w + 2 + 2 * i) | ((high & 3) << 8)
@@ -84,15 +88,15 @@ def _iq2_s(w, out):
 
 
 @kernel
-def four_codes(table, codes, high):
+def four_codes(table: Address, codes: Address, high: int) -> I32x16:
     """16 numbers: the four bytes at `codes` with four bits of `high` above them say which places of the table."""
     a, b = read_u8(codes) | ((high & 1) << 8), read_u8(codes + 1) | ((high & 2) << 7)
     c, d = read_u8(codes + 2) | ((high & 4) << 6), read_u8(codes + 3) | ((high & 8) << 5)
     return load_quad(table + 4 * a, table + 4 * b, table + 4 * c, table + 4 * d)
 
 
-def _iq3_xxs(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq3_xxs(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):
         word, s = long_at(w + 66 + 4 * (i >> 1)), 14 * (i & 1)
         packed = signs[(word >> s) & 127] | (np.int64(signs[(word >> (s + 7)) & 127]) << 8)
@@ -100,8 +104,8 @@ def _iq3_xxs(w, out):
         write_signed(out + 64 * i, d * (HALF + number(word >> 28)) * HALF, values, packed)
 
 
-def _iq3_s(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq3_s(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):
         values = four_codes(table, w + 2 + 4 * i, nibble_at(w + 66, i))
         scale = d * number(1 + 2 * nibble_at(w + 106, i >> 1))
@@ -109,13 +113,13 @@ def _iq3_s(w, out):
 
 
 @kernel
-def write_shifted(out, scale, values, is_down):
+def write_shifted(out: Address, scale: Scalar, values: I32x16, is_down: Int) -> None:
     """out[16] = scale (value + delta), delta negative where a bit of `is_down` is set."""
     store_f32(out, scale * (i32_to_f32(values) + flip_signs(splat(DELTA), is_down)))
 
 
-def _iq1_s(w, out):
-    d, table = half_at(w), grid.ctypes.data
+def _iq1_s(w: Address, out: Address) -> None:
+    d, table = half_at(w), Address(grid.ctypes.data)
     for i in range(16):
         word = np.int64(read_u16(w + 34 + 2 * (i >> 1)))
         high = word >> (6 * (i & 1))
@@ -124,8 +128,8 @@ def _iq1_s(w, out):
         write_shifted(out + 64 * i, scale, load_pair(table + 8 * a, table + 8 * b), -(word >> 15))
 
 
-def _iq1_m(w, out):
-    table, bits = grid.ctypes.data, 0
+def _iq1_m(w: Address, out: Address) -> None:
+    table, bits = Address(grid.ctypes.data), 0
     for i in range(4):
         bits |= (read_u16(w + 48 + 2 * i) >> 12) << (4 * i)
     d = half_to_f32(np.uint16(bits))
@@ -137,7 +141,7 @@ def _iq1_m(w, out):
         write_shifted(out + 64 * i, scale, load_pair(table + 8 * a, table + 8 * b), is_down)
 
 
-def _iq4_xs(w, out):
+def _iq4_xs(w: Address, out: Address) -> None:
     d, high = half_at(w), np.int64(read_u16(w + 2))
     for g in range(8):
         scale = d * number((nibble_at(w + 4, g) | (((high >> (2 * g)) & 3) << 4)) - 32)

@@ -25,11 +25,12 @@ from m2lite.formats.kernels.tile import (
 )
 from m2lite.simd.emit import RowAddresses, Vectors, load_tile
 from m2lite.simd.jit import kernel
+from m2lite.simd.kinds import Address
 from m2lite.simd.memory import read_u8
 
 
 @Unpacker
-def unpack_q2_k(w, out):
+def unpack_q2_k(w: Address, out: Address) -> None:
     d, dmin = half_at(w + 80), half_at(w + 82)
     for i in range(16):  # group i: 16 weights, two bits each of 16 bytes
         packed = read_u8(w + i)
@@ -38,7 +39,7 @@ def unpack_q2_k(w, out):
 
 
 @Unpacker
-def unpack_q3_k(w, out):
+def unpack_q3_k(w: Address, out: Address) -> None:
     d = half_at(w + 108)
     for i in range(16):
         low, top = read_u8(w + 96 + (i & 7)) >> (4 * (i >> 3)), read_u8(w + 104 + (i & 3)) >> (2 * (i >> 2))
@@ -48,11 +49,11 @@ def unpack_q3_k(w, out):
         write_scaled(out + 64 * i, scale, q - 4)
 
 
-nibbles = 0  # where they begin: Unpacker fills it in
+nibbles: int  # where they begin: Unpacker fills it in
 
 
 @kernel
-def scale_and_min(w, g):
+def scale_and_min(w: Address, g: int) -> tuple[int, int]:
     """Six bits each, for group g of 32: see formats/kquants.py; w is where the 12 bytes begin."""
     first, second = read_u8(w + (g & 3)), read_u8(w + 4 + (g & 3))
     if g < 4:
@@ -61,7 +62,7 @@ def scale_and_min(w, g):
     return (third & 15) | ((first >> 2) & 0x30), (third >> 4) | ((second >> 2) & 0x30)
 
 
-def _unpack_q45_k(w, out):
+def _unpack_q45_k(w: Address, out: Address) -> None:
     """Q5_K has fifth bits behind the scales, so that its nibbles lie 32 bytes further on than those of Q4_K."""
     d, dmin = half_at(w), half_at(w + 2)
     for g in range(8):
@@ -79,7 +80,7 @@ unpack_q5_k = Unpacker(_unpack_q45_k, lambda: {"nibbles": 48})
 
 
 @Unpacker
-def unpack_q6_k(w, out):
+def unpack_q6_k(w: Address, out: Address) -> None:
     d = half_at(w + 208)
     for i in range(16):  # group i: 16 weights; 32 g + 16 (i & 1) is its place among the bytes of high pairs
         g, s, part = i >> 3, (i >> 1) & 3, 16 * (i & 1)

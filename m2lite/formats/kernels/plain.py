@@ -7,38 +7,39 @@ from llvmlite import ir
 from m2lite.formats.kernels.block import Unpacker, bits_at, half_at, long_at, write_plus, write_scaled
 from m2lite.formats.kernels.tile import Integers, Nibbles, Step, TileForm, loads_of, of_nibbles, scale_at
 from m2lite.simd.emit import RowAddresses
+from m2lite.simd.kinds import Address
 from m2lite.simd.memory import load_i8
 from m2lite.simd.vectors import lane_bits
 
 
 @Unpacker
-def unpack_q4_0(w, out):
+def unpack_q4_0(w: Address, out: Address) -> None:
     for i in range(2):
         write_scaled(out + 64 * i, half_at(w), bits_at(w + 2, 4 * i, 15) - 8)
 
 
 @Unpacker
-def unpack_q4_1(w, out):
+def unpack_q4_1(w: Address, out: Address) -> None:
     for i in range(2):
         write_plus(out + 64 * i, half_at(w), bits_at(w + 4, 4 * i, 15), half_at(w + 2))
 
 
 @Unpacker
-def unpack_q5_0(w, out):
+def unpack_q5_0(w: Address, out: Address) -> None:
     for i in range(2):
         fifth = lane_bits(long_at(w + 2) >> (16 * i)) << 4
         write_scaled(out + 64 * i, half_at(w), (bits_at(w + 6, 4 * i, 15) | fifth) - 16)
 
 
 @Unpacker
-def unpack_q5_1(w, out):
+def unpack_q5_1(w: Address, out: Address) -> None:
     for i in range(2):
         fifth = lane_bits(long_at(w + 4) >> (16 * i)) << 4
         write_plus(out + 64 * i, half_at(w), bits_at(w + 8, 4 * i, 15) | fifth, half_at(w + 2))
 
 
 @Unpacker
-def unpack_q8_0(w, out):
+def unpack_q8_0(w: Address, out: Address) -> None:
     for i in range(2):
         write_scaled(out + 64 * i, half_at(w), load_i8(w + 2 + 16 * i))
 

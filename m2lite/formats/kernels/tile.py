@@ -143,6 +143,7 @@ def loads_of(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses) -> Load:
 
 def of_nibbles(builder: ir.IRBuilder, form: TileForm, rows: RowAddresses, step: Step) -> None:
     """A block of 32: a float16 scale, a float16 minimum if there is one, fifth bits if there are some, nibbles."""
+    assert isinstance(form.weights, Nibbles)
     both = gather(builder, rows, 0, I32) if form.has_minimum else None
     fifth = None if form.weights.fifth is None else gather(builder, rows, form.weights.fifth, I32)
     weights = form.weights(builder, loads_of(builder, form, rows), 0)
