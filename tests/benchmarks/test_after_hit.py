@@ -32,5 +32,6 @@ def test_after_hit(bundled_model: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert [line.split()[3] for line in lines] == ["without", "with"]
         rows = [[float(x.rstrip("%")) for x in line.split()[4:]] for line in lines]
         assert all(0 < row[0] < row[1] < 9 * 4 * 8 * 0.0553 and 0 < row[2] < 100 for row in rows)  # MB and %
-        routed = after_hit.Routed(traces)
-        assert np.array_equal(routed(5, 3, 2), np.sort(traces[0][3:5, 1]))
+        ids = np.zeros((2, 8), np.int32)
+        after_hit.Routed(traces).chosen(5, 3, ids)
+        assert np.array_equal(ids, np.sort(traces[0][3:5, 1]))

@@ -30,9 +30,7 @@ _WRITING_FLAGS = {"O_CREAT", "O_WRONLY", "O_RDWR", "O_APPEND", "O_TRUNC"}
 # (file, call): why it may stand there. Whatever is promised to survive a crash is not in this table.
 ALLOWED = {
     ("storage/durable.py", "*"): "the place where it is done",
-    ("storage/pages.py", "mkdir"): "a directory of a cache",
-    ("storage/heat.py", "mkdir"): "a directory of a cache",
-    ("drafting/kept.py", "mkdir"): "a directory of a cache",
+    ("system/paths.py", "mkdir"): "a directory of a cache",
     ("simd/cache.py", "*"): "compiled kernels: a file that is not whole is compiled again",
     ("simd/claims.py", "open"): "a file that stays empty: bytes of it are locked",
     ("chat/store.py", "mkdir"): "the directory of saved chats",
@@ -45,6 +43,8 @@ ALLOWED = {
     ("chat/editor.py", "write_text"): "the same",
     ("system/inputs.py", "TemporaryFile"): "a copy of what can be read only once, gone with the process",
     ("batch/progress.py", "savefig"): "a picture that a run can draw again",
+    ("zeros.py", "open"): "a model to measure with, gone with the command",
+    ("commands/measures.py", "TemporaryDirectory"): "where it lies",
     ("system/streams.py", "open"): "/dev/null in place of a stream that is closed",
 }  # fmt: skip
 
