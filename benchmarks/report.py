@@ -1,11 +1,9 @@
-"""The table of RESULTS.md and its picture, from the JSONL files alone. Measures nothing; prose is left as it is.
+"""The table of RESULTS.md, from the JSONL files alone. Measures nothing; prose is left as it is.
 
-    python benchmarks/report.py results.jsonl [more.jsonl] [--into RESULTS.md] [--plot benchmarks/results.png]
+    python benchmarks/report.py results.jsonl [more.jsonl] [--into RESULTS.md]
 
 Only what stands between the two markers in RESULTS.md is replaced. Of every label the newest series counts (the same
-work by the same code on the same machine), without the pairs that others disturbed. Targets are in targets.toml. The
-picture needs matplotlib (`pip install -e .[plot]`) and shows the labels with the most depths and prompts, or
-those that --decode-label and --prefill-label name.
+work by the same code on the same machine), without the pairs that others disturbed. Targets are in targets.toml.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from intervals import Median, median_interval, paired_ratio
 from runs import Json, RunError, figures, key_of, read_rows
@@ -185,64 +182,11 @@ def replace_table(text: str, table: str, path: Path) -> str:
     return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
 
 
-def points(rows: Sequence[Json], kind: str, name: str) -> list[tuple[int, Median]]:
-    """(depth, speed) of decode, or (prompt length, speed) of prefill, at the other's most frequent value."""
-    found = {
-        (depth, n) if kind == "decode" else (n, depth): values
-        for (k, depth, n), values in figures(rows, name).items()
-        if k == kind
-    }
-    others = [other for _, other in found]
-    if not others:
-        return []
-    usual = max(sorted(set(others)), key=others.count)
-    return sorted((at, median_interval(values)) for (at, other), values in found.items() if other == usual)
-
-
-def choose_label(found: dict[tuple[str, str], list[Json]], kind: str, wanted: str | None) -> list[Json]:
-    """The rows to draw: those of the wanted label, or those with the most points."""
-    candidates = {label: rows for (bench, label), rows in found.items() if bench == "side_by_side"}
-    if wanted is not None:
-        if wanted not in candidates:
-            raise RunError(f"There is no series {wanted!r}, but {', '.join(candidates) or 'none'}.")
-        return candidates[wanted]
-    return max(candidates.values(), key=lambda rows: len(points(rows, kind, "ours")), default=[])
-
-
-def draw(panels: dict[str, list[Json]], path: Path) -> None:
-    """Decode against depth, prefill against prompt length; both programs, bars are the medians' intervals."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise RunError("The picture needs matplotlib: pip install -e '.[plot]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    titles = {"decode": "positions in the KV cache", "prefill": "prompt tokens"}
-    for axis, (kind, rows) in zip(axes, panels.items(), strict=True):
-        for label, name in (("m2lite", "ours"), ("llama.cpp", "llama")):
-            found = points(rows, kind, name)
-            values = [median.value for _, median in found]
-            bars: Any = [[m.value - m.low for _, m in found], [m.high - m.value for _, m in found]]
-            axis.errorbar([at for at, _ in found], values, yerr=bars, marker="o", capsize=3, label=label)
-        model = rows[0]["identity"]["work"]["model"] if rows else ""
-        axis.set(title=f"{kind}, {model}", xlabel=titles[kind], ylabel="tokens a second")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--into", type=Path, default=FOLDER / "RESULTS.md")
     parser.add_argument("--targets", type=Path, default=FOLDER / "targets.toml")
-    parser.add_argument("--plot", type=Path, metavar="PNG")
-    parser.add_argument("--decode-label", metavar="LABEL")
-    parser.add_argument("--prefill-label", metavar="LABEL")
     args = parser.parse_args()
     try:
         found = newest_series(row for path in args.results for row in read_rows(path))
@@ -251,9 +195,6 @@ def main() -> None:
         targets = tomllib.loads(args.targets.read_text()).get("target", [])
         text = replace_table(args.into.read_text(), tables(found, targets), args.into)
         args.into.write_text(text)
-        if args.plot:
-            wanted = {"decode": args.decode_label, "prefill": args.prefill_label}
-            draw({kind: choose_label(found, kind, label) for kind, label in wanted.items()}, args.plot)
     except (RunError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None

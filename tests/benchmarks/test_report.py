@@ -11,7 +11,7 @@ import pytest
 
 import report
 from intervals import median_interval
-from runs import RunError, append_row
+from runs import append_row
 
 pytestmark = pytest.mark.slow  # not in the fast ring: it starts processes, or searches long
 
@@ -126,20 +126,3 @@ def test_prose_is_left_alone(tmp_path: Path) -> None:
 def test_the_page_has_its_markers() -> None:
     page = FOLDER / "RESULTS.md"
     assert "x" in report.replace_table(page.read_text(), "x", page)
-
-
-def test_points_of_the_picture() -> None:
-    rows = [row(n) for n in range(3)]
-    assert [at for at, _ in report.points(rows, "decode", "ours")] == [0, 4096]
-    assert [at for at, _ in report.points(rows, "prefill", "llama")] == [64, 512]
-    found = report.newest_series([*rows, row(4, label="other")])
-    assert report.choose_label(found, "decode", "other")[0]["identity"]["label"] == "other"
-    with pytest.raises(RunError, match="no series 'none'"):
-        report.choose_label(found, "decode", "none")
-
-
-def test_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [row(n) for n in range(3)]
-    report.draw({"decode": rows, "prefill": rows}, tmp_path / "results.png")
-    assert (tmp_path / "results.png").stat().st_size > 10_000
