@@ -22,6 +22,7 @@ from runs import Json, RunError, figures, key_of, read_rows
 FOLDER = Path(__file__).resolve().parent
 BEGIN, END = "<!-- table: written by report.py -->", "<!-- end of table -->"
 Test = tuple[str, int, int]  # kind, depth, tokens
+FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # of a processor, that decide which form is used
 OTHERS = {"ratio": "llama", "ik": "ik"}  # what targets.toml calls the ratio, and the runs it is made with
 
 
@@ -162,7 +163,7 @@ def say_series(rows: Sequence[Json]) -> str:
     dates = sorted({row["date"][:10] for row in rows})
     parts = [
         f"{len(rows)} pairs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
-        f"{computer['processor']}, {computer['cores']} cores, {' '.join(computer['flags'])}",
+        f"{computer['processor']}, {computer['cores']} cores, {' '.join(flag for flag in FLAGS if flag in computer['flags'])}",
         f"m2lite {versions['m2lite']} ({versions['commit'][:10]})",
         f"Python {versions['python']}, Numba {versions['numba']}",
         f"llama.cpp {versions['llama.cpp']}",
