@@ -161,9 +161,10 @@ def say_series(rows: Sequence[Json]) -> str:
     """Where the rows of one series come from."""
     versions, computer = rows[-1]["versions"], rows[-1]["machine"]
     dates = sorted({row["date"][:10] for row in rows})
+    flags = " ".join(flag for flag in FLAGS if flag in computer["flags"])
     parts = [
         f"{len(rows)} pairs, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
-        f"{computer['processor']}, {computer['cores']} cores, {' '.join(flag for flag in FLAGS if flag in computer['flags'])}",
+        f"{computer['processor']}, {computer['cores']} cores, {flags}",
         f"m2lite {versions['m2lite']} ({versions['commit'][:10]})",
         f"Python {versions['python']}, Numba {versions['numba']}",
         f"llama.cpp {versions['llama.cpp']}",
