@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -322,9 +323,9 @@ def own_bytes(process: psutil.Process) -> int:
 
 
 def grown(resident: Sequence[int]) -> int:
-    """Bytes by which the most of the second half is above that of the first."""
-    half = len(resident) // 2
-    return max(resident[half:]) - max(resident[:half])
+    """Bytes by which the last tenth lies above the tenth before the middle; medians, since bodies come and go."""
+    half, tenth = len(resident) // 2, max(1, len(resident) // 10)
+    return int(median(resident[-tenth:]) - median(resident[half - tenth : half]))
 
 
 def storm(folder: Path, n_requests: int, seed: int) -> tuple[Storm, list[str]]:
