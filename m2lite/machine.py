@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -103,12 +104,10 @@ def network_file_system(path: Path) -> str | None:
 def n_usable_cores() -> int:
     """Cores that this process may run on: its affinity mask and, in a container, its share of time."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        if quota != "max":
-            n = min(n, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    with suppress(ValueError):
+        share, period = quota().split()
+        if share != "max":
+            n = min(n, max(1, int(share) // int(period)))
     return n
 
 

@@ -83,7 +83,8 @@ def tune(
     from m2lite.zeros import write_zeros
 
     known = load_tuning() if settings.opening["tuning"] else Tuning()
-    path = tuning_path(this_machine())
+    here = this_machine()
+    path = tuning_path(here)
     make_place(path)
     with ExitStack() as stack:
         log = stack.enter_context(closing(LineLog(path.with_suffix(".log"), keeps_lines=False)))
@@ -98,7 +99,7 @@ def tune(
             write_zeros(Path(str(settings.model)))
         model = stack.enter_context(open_model(settings.opened(draft="off", mtp=None, heat=False)))
         stop = stack.enter_context(stop_on_signals())
-        about = ", ".join(f"{name} {value}" for name, value in this_machine().items() if value != "")
+        about = ", ".join(f"{name} {value}" for name, value in here.items() if value != "")
         write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} {shown(model.path.name)}, {model.n_threads} threads; {about}")
         found = run_tune(
             model, known, minutes=minutes, has_threads=settings.opening["threads"] is not None, note=write, stop=stop,

@@ -50,7 +50,7 @@ class ForwardPass:
         assert rows.n_positions <= b.n_positions, (rows.n_positions, b.n_positions)
         self.config, self.buffers, self.steps = pool.config, b, b.kernels.steps
         self.observers, self.check, self.stream = observers, check, stream
-        self.can_be_one = stream is None and all(each.is_late for each in observers)
+        self.is_steered = not all(each.is_late for each in observers)
         self.start, self.attend_macs = rows.start, 2 * pool.config.n_q * rows.n_positions  # of a row
         self.layer_bytes = pool.layer_bytes
         self.tokens, *addresses = rows.addresses()
@@ -71,15 +71,18 @@ class ForwardPass:
 
 def layer(call: ForwardPass, weights: Layer, i: int, n: int) -> int:
     """Layer i for n rows; how many of them go on, 0 when a router score is NaN or infinite."""
-    if call.can_be_one and n <= FEW_ROWS and n * call.attend_macs <= call.buffers.pieces.attend_macs:
+    pieces, can_be_one = call.buffers.pieces, call.stream is None and not call.is_steered
+    if can_be_one and n <= FEW_ROWS and n * call.attend_macs <= pieces.attend_macs:
         n_bad = _in_one_kernel(call, weights, i, n)
         show_chosen(call, i, n)
         return 0 if n_bad else n
     project(call, weights, i, n)
     attend(call, i, n)
-    n_bad = choose_experts(call, weights, n)
+    n_active, n_bad = choose_experts(call, weights, n)
     n = show_chosen(call, i, n)
-    run_experts(call, weights, n)
+    if call.is_steered or n > pieces.n_rows:  # what the last kernel sorted is not all, or not it
+        n_active = _group_pairs(call.buffers, n)
+    run_experts(call, weights, n, n_active)
     return 0 if n_bad else n
 
 
@@ -110,18 +113,21 @@ def attend(call: ForwardPass, i: int, n: int) -> None:
         call.steps.attend_rows(jit.team(), b.record, call.places, first, size, size * macs, offset)
 
 
-def choose_experts(call: ForwardPass, weights: Layer, n: int) -> int:
-    """x += attended Wo; h = rms_norm(x); ids = the experts for h. How many rows have a NaN or infinite score."""
+def choose_experts(call: ForwardPass, weights: Layer, n: int) -> tuple[int, int]:
+    """x += attended Wo; h = rms_norm(x); ids = the experts for h, and the pairs sorted, piece by piece.
+
+    Returns (experts of the last piece, rows with a NaN or infinite score).
+    """
     call.check()
-    n_bad = 0
+    n_active = n_bad = 0
     for _, size, scratch in _pieces(call, n):
-        _, n_more = call.steps.choose(jit.team(), weights.record, scratch, size)
+        n_active, n_more = call.steps.choose(jit.team(), weights.record, scratch, size)
         n_bad += n_more
     b, output, router = call.buffers, weights.attn_output, weights.ffn_gate_inp
     for each in call.observers:
         each.dense((output,), b.attended, output.n_in, n)
         each.dense((router,), b.h, router.n_in, n)
-    return int(n_bad)
+    return int(n_active), int(n_bad)
 
 
 def show_chosen(call: ForwardPass, i: int, n: int) -> int:
@@ -133,10 +139,9 @@ def show_chosen(call: ForwardPass, i: int, n: int) -> int:
     return n
 
 
-def run_experts(call: ForwardPass, weights: Layer, n: int) -> None:
-    """x += the chosen experts' outputs for h."""
+def run_experts(call: ForwardPass, weights: Layer, n: int, n_active: int) -> None:
+    """x += the n_active chosen experts' outputs for h."""
     b, steps, stream = call.buffers, call.steps, call.stream
-    n_active = _group_pairs(b, n)
     if stream is not None:
         counts = np.diff(b.array("starts")[: n_active + 1])
         stream.begin(b.array("active")[:n_active].tolist(), counts.tolist(), n)
